@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Build script: maps op_schemas/ into the package and refuses to build a malformed schema.
+
+Metadata is in pyproject.toml. Nothing here imports torch or moe_ops: a build needs setuptools and
+PyYAML only.
+"""
+
+import ast
+import importlib.util
+import sys
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+SCHEMA_DIR = ROOT / "op_schemas"
+SCHEMA_MODULE = ROOT / "src" / "moe_ops" / "_core" / "schema.py"
+
+
+def read_version() -> str:
+    """The literal assigned to __version__ in src/moe_ops/__init__.py, read without importing it."""
+    path = ROOT / "src" / "moe_ops" / "__init__.py"
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__":
+            return str(ast.literal_eval(node.value))
+    raise SystemExit(f"moe_ops: no __version__ = ... in {path}")
+
+
+def validate_schemas() -> None:
+    """Reads every YAML file with the package's own reader; the first error ends the build."""
+    spec = importlib.util.spec_from_file_location("_moe_ops_build_schema", SCHEMA_MODULE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up by name
+    spec.loader.exec_module(module)
+    try:
+        module.load_all(SCHEMA_DIR)
+    except module.SchemaError as error:
+        raise SystemExit(f"moe_ops: malformed op schema: {error}") from None
+
+
+if SCHEMA_MODULE.exists():
+    validate_schemas()
+
+setup(
+    version=read_version(),
+    packages=[*find_packages("src"), "moe_ops.op_schemas"],
+    package_dir={"": "src", "moe_ops.op_schemas": "op_schemas"},
+    package_data={
+        "moe_ops": ["py.typed"],
+        "moe_ops.op_schemas": ["*.yaml", "released/*.yaml"],
+    },
+)
