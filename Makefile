@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every check has one target here; CI, pre-commit and CONTRIBUTING.md call these and nothing else.
+#
+# Without PYTHON= the targets make and use .venv. With PYTHON=/path/to/python they use that
+# environment as it is: only moe_ops itself is installed into it, editable and without dependencies.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.SUFFIXES:
+
+# Without a pin pip takes whatever torch is newest; TORCH_PIP_ARGS can name an index of CPU builds.
+TORCH_VERSION := 2.13.0
+TRANSFORMERS_VERSION := 5.17.0
+TRANSFORMERS_NEWEST_VERSION := 5.23.0
+TORCH_PIP_ARGS ?=
+BOOTSTRAP_PYTHON ?= python3
+VENV := .venv
+VENV_NEWEST := .venv-newest
+ARGS ?=
+
+# The suite's parallelism is its workers: more threads in each only wait for each other. Inductor's
+# caches would hide a changed backward formula, and its compile pool starts slower than it compiles.
+WORKERS ?= 2
+TEST_ENV := OMP_NUM_THREADS=1 TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 TORCHINDUCTOR_COMPILE_THREADS=1
+PYTEST = $(TEST_ENV) $(1) -m pytest -n $(WORKERS) --dist worksteal
+
+DEMO_MODULES := torch>=2.11 transformers>=5.17 yaml matplotlib tqdm
+TEST_MODULES := $(DEMO_MODULES) pytest xdist hypothesis numpy
+
+ifdef PYTHON
+PY := $(PYTHON)
+DEMO_ENV := demo-env
+DEV_ENV := dev-env
+else
+PY := $(VENV)/bin/python
+DEMO_ENV := $(VENV)/.demo
+DEV_ENV := $(VENV)/.dev
+endif
+
+# Arguments: modules, each with an optional minimum version. One line for each that is missing.
+define REQUIRE
+import importlib.metadata, importlib.util, re, sys
+def number(version):
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+bad = []
+for argument in sys.argv[1:]:
+    name, _, least = argument.partition(">=")
+    if importlib.util.find_spec(name) is None:
+        bad.append(f"cannot import {name}")
+    elif least and number(have := importlib.metadata.version(name)) < number(least):
+        bad.append(f"{name} is {have}, needs {least} or newer")
+if sys.version_info < (3, 10):
+    bad.append("Python is %d.%d, needs 3.10 or newer" % sys.version_info[:2])
+sys.exit("".join(f"PYTHON={sys.executable}: {line}\n" for line in bad)[:-1] or None)
+endef
+export REQUIRE
+
+# Exit status 0 if this Python's moe_ops is this checkout's.
+define INSTALLED_HERE
+import importlib.util, pathlib, sys
+spec = importlib.util.find_spec("moe_ops")
+here = pathlib.Path("src/moe_ops/__init__.py").resolve()
+sys.exit(spec is None or pathlib.Path(spec.origin).resolve() != here)
+endef
+export INSTALLED_HERE
+
+define PRINT_PTH
+import sysconfig
+print(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})")
+endef
+export PRINT_PTH
+
+##@ Use
+.PHONY: help demo
+help: ## Show this list
+	@awk 'BEGIN {FS = ":.*## "} \
+	  /^##@/ {printf "\n%s\n", substr($$0, 5)} \
+	  /^[a-z-]+:.*## / {printf "  make %-26s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@printf '\n%s\n' "PYTHON=/path/to/python uses that environment instead of making $(VENV)." \
+	  "ARGS='...' is handed on to the demo or to pytest."
+
+demo: $(DEMO_ENV) ## Train a small Qwen3-MoE on real text, compiled, and show what was learned
+	@$(PY) examples/train_qwen3_moe.py $(ARGS)
+
+##@ Check
+.PHONY: test test-transformers-newest lint format types imports docs docs-check ci
+test: $(DEV_ENV) ## Run the whole CPU test suite
+	$(call PYTEST,$(PY)) $(ARGS)
+
+test-transformers-newest: $(VENV_NEWEST)/.transformers-$(TRANSFORMERS_NEWEST_VERSION) ## Run tests/integrations with the newest transformers
+	$(call PYTEST,$(VENV_NEWEST)/bin/python) tests/integrations $(ARGS)
+
+lint: $(DEV_ENV) ## Check style and formatting (ruff)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(DEV_ENV) ## Mend what ruff can mend
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+types: $(DEV_ENV) ## Check types (mypy)
+	$(PY) -m mypy
+
+imports: $(DEV_ENV) ## Check the import rules (import-linter)
+	$(PY) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
+
+docs: $(DEV_ENV) ## Write docs/ops/*.md from the op schemas
+	$(PY) -m moe_ops._core.reference docs/ops
+
+docs-check: $(DEV_ENV) ## Fail if docs/ops/*.md is not what the op schemas say
+	$(PY) -m moe_ops._core.reference --check docs/ops
+
+# The suite comes last so that its summary is the last thing on the screen.
+ci: lint types imports docs-check test-transformers-newest test ## Run everything that CI runs
+
+##@ Environments
+.PHONY: env clean distclean demo-env dev-env
+env: $(DEV_ENV) ## Make the environment that the checks use
+
+clean: ## Remove builds and caches
+	rm -rf build dist src/*.egg-info runs
+	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find src op_schemas tests examples benchmarks -type d -name __pycache__ -exec rm -rf {} +
+
+distclean: clean ## Remove the environments too
+	rm -rf $(VENV) $(VENV_NEWEST)
+
+demo-env:
+	@$(PY) -c "$$REQUIRE" $(foreach module,$(DEMO_MODULES),'$(module)')
+	@$(PY) -c "$$INSTALLED_HERE" || { $(PY) -c "$$REQUIRE" pip setuptools && \
+	  $(PY) -m pip install --no-deps --no-build-isolation -e .; }
+
+dev-env: demo-env
+	@$(PY) -c "$$REQUIRE" $(foreach module,$(TEST_MODULES),'$(module)')
+
+# torch first and alone: a resolver that sees it next to everything else may pick another build.
+$(VENV)/.torch-$(TORCH_VERSION):
+	@$(BOOTSTRAP_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(BOOTSTRAP_PYTHON) is older than Python 3.10: name another, make BOOTSTRAP_PYTHON=..."; exit 1; }
+	@test -x $(VENV)/bin/python || $(BOOTSTRAP_PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "$(BOOTSTRAP_PYTHON) cannot make a virtual environment (is its venv package installed?)"; exit 1; }
+	$(PY) -m pip install --disable-pip-version-check $(TORCH_PIP_ARGS) torch==$(TORCH_VERSION)
+	@touch $@
+
+INSTALL = $(PY) -m pip install --disable-pip-version-check --quiet \
+  torch==$(TORCH_VERSION) transformers==$(TRANSFORMERS_VERSION)
+
+$(VENV)/.demo: $(VENV)/.torch-$(TORCH_VERSION) setup.py pyproject.toml
+	$(INSTALL) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch-$(TORCH_VERSION) setup.py pyproject.toml
+	$(INSTALL) -e '.[demo,test,dev]'
+	@touch $@ $(VENV)/.demo
+
+# Layered over the environment of the checks: only transformers and what it insists on is new.
+$(VENV_NEWEST)/.transformers-$(TRANSFORMERS_NEWEST_VERSION): | $(DEV_ENV)
+	rm -rf $(VENV_NEWEST)
+	$(PY) -m venv --without-pip $(VENV_NEWEST)
+	$(PY) -c "$$PRINT_PTH" > "$$($(VENV_NEWEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth"
+	$(VENV_NEWEST)/bin/python -m pip install --disable-pip-version-check --quiet \
+	  transformers==$(TRANSFORMERS_NEWEST_VERSION)
+	@touch $@
