@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The oracle itself, held against numbers worked out by hand and against autograd's checker."""
+
+import ast
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import oracle
+
+
+def test_imports_nothing_of_moe_ops():
+    tree = ast.parse(Path(oracle.__file__).read_text())
+    imported = {
+        name
+        for node in ast.walk(tree)
+        for name in (
+            [node.module]
+            if isinstance(node, ast.ImportFrom)
+            else [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else []
+        )
+    }
+    assert imported == {"collections.abc", "typing", "torch"}
+
+
+def test_routing_indices_by_hand():
+    ids = torch.tensor([[1, 0], [-1, 1], [3, 0]])
+    counts, gather, scatter = oracle.routing_indices(ids, num_experts=3)
+    assert counts.tolist() == [2, 2, 0]
+    assert gather.tolist() == [1, 5, 0, 3, 2, 4]
+    assert scatter.tolist() == [2, 0, 4, 3, 5, 1]
+
+
+@pytest.mark.parametrize("routing", oracle.ROUTINGS)
+def test_routing_indices_is_a_stable_sort(routing):
+    generator = torch.Generator().manual_seed(0)
+    num_experts = 5
+    top_k = num_experts if routing == "every_expert" else 3
+    ids = oracle.random_topk_ids(routing, 7, num_experts, top_k, generator)
+    counts, gather, scatter = oracle.routing_indices(ids, num_experts)
+    dropped = oracle.dropped_slots(ids, num_experts)
+    sortable = torch.where(dropped, num_experts, ids).reshape(-1)
+    assert gather.tolist() == torch.argsort(sortable, stable=True).tolist()
+    assert counts.tolist() == torch.bincount(sortable, minlength=num_experts + 1)[:-1].tolist()
+    assert gather[scatter.long()].tolist() == list(range(7 * top_k))
+
+
+def test_topk_routing_by_hand():
+    logits = torch.log(torch.tensor([[1.0, 4.0, 2.0, 1.0]], dtype=torch.float64))
+    weights, ids = oracle.topk_routing(logits, 2)
+    assert ids.tolist() == [[1, 2]]
+    torch.testing.assert_close(weights, torch.tensor([[0.5, 0.25]], dtype=torch.float64))
+
+    weights, _ = oracle.topk_routing(logits, 2, score_before_topk=False)
+    torch.testing.assert_close(weights, torch.tensor([[4 / 6, 2 / 6]], dtype=torch.float64))
+
+    weights, _ = oracle.topk_routing(logits, 2, renormalize=True, scaling_factor=3.0)
+    torch.testing.assert_close(weights, torch.tensor([[2.0, 1.0]], dtype=torch.float64))
+
+    # sigmoid(log a) = a / (1 + a)
+    weights, ids = oracle.topk_routing(logits, 2, score_function="sigmoid")
+    assert ids.tolist() == [[1, 2]]
+    torch.testing.assert_close(weights, torch.tensor([[4 / 5, 2 / 3]], dtype=torch.float64))
+
+
+def test_topk_routing_ties_go_to_the_lower_id():
+    _, ids = oracle.topk_routing(torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0]]), 4)
+    assert ids.tolist() == [[1, 2, 4, 0]]
+    # Two groups of equal score: the lower one.
+    _, ids = oracle.topk_routing(
+        torch.tensor([[0.0, 3.0, 3.0, 0.0]]), 1, num_groups=2, top_groups=1, group_score="max"
+    )
+    assert ids.tolist() == [[1]]
+
+
+def test_topk_routing_bias_moves_the_selection_and_not_the_weights():
+    logits = torch.zeros(1, 4, dtype=torch.float64)
+    bias = torch.tensor([0.0, 0.0, 1.0, 2.0])
+    weights, ids = oracle.topk_routing(logits, 2, bias, "sigmoid")
+    assert ids.tolist() == [[3, 2]]
+    assert weights.tolist() == [[0.5, 0.5]]
+
+
+@pytest.mark.parametrize(("group_score", "expected"), [("max", [0, 1]), ("top2_sum", [2, 3])])
+def test_topk_routing_group_scores(group_score, expected):
+    # Group 0 holds the best expert, group 1 the best pair.
+    logits = torch.tensor([[3.0, -3.0, 1.0, 0.5]])
+    _, ids = oracle.topk_routing(
+        logits,
+        2,
+        score_function="sigmoid",
+        num_groups=2,
+        top_groups=1,
+        group_score=group_score,
+    )
+    assert ids.tolist() == [expected]
+
+
+def test_permute_and_unpermute_by_hand():
+    gather = torch.tensor([1, 2, 0, 3])
+    tokens = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    rows = oracle.permute(tokens, gather, 2)
+    assert rows.tolist() == [[1, 2], [3, 4], [1, 2], [3, 4]]
+    assert oracle.unpermute(rows, gather, top_k=2).tolist() == [[2, 4], [6, 8]]
+    weights = torch.tensor([[0.5, 1.0], [0.0, 2.0]])
+    assert oracle.unpermute(rows, gather, weights, 2).tolist() == [[1.5, 3.0], [6.0, 8.0]]
+
+
+def test_grouped_gemm_by_hand():
+    # One number a row: expert 0 doubles, expert 1 is empty, expert 2 triples; one row dropped.
+    weight = torch.tensor([2.0, 5.0, 3.0]).reshape(3, 1, 1)
+    counts = torch.tensor([2, 0, 1])
+    rows = torch.tensor([[1.0], [10.0], [100.0], [float("nan")]])
+    assert oracle.grouped_gemm(rows, weight, counts).flatten().tolist() == [2, 20, 300, 0]
+
+    bias = torch.tensor([[1.0], [7.0], [4.0]])
+    biased = oracle.grouped_gemm(rows, weight, counts, bias=bias)
+    assert biased.flatten().tolist() == [3, 21, 304, 0]
+
+    gather = torch.tensor([3, 0, 1, 2])
+    stored = oracle.grouped_gemm(rows, weight, counts, gather, permute_y=True)
+    assert stored.flatten().tolist() == [20, 300, 0, 2]
+
+    topk_weights = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    weighted = oracle.grouped_gemm(rows, weight, counts, gather, topk_weights, bias, top_k=2)
+    assert weighted.flatten().tolist() == [3 * 4, 21 * 1, 304 * 2, 0]
+    unordered = oracle.grouped_gemm(rows, weight, counts, None, topk_weights, bias, top_k=2)
+    assert unordered.flatten().tolist() == [3 * 1, 21 * 2, 304 * 3, 0]
+
+    tokens = torch.tensor([[1.0], [10.0]])
+    gathered = oracle.grouped_gemm(tokens, weight, counts, gather, top_k=2, permute_x=True)
+    assert gathered.flatten().tolist() == [20, 2, 3, 0]
+
+
+@pytest.mark.parametrize("permute_x", [False, True])
+def test_grouped_gemm_gradients_against_differences(permute_x):
+    generator = torch.Generator().manual_seed(1)
+    ids = oracle.random_topk_ids("dropped", 3, 3, 2, generator)
+    counts, gather, _ = oracle.routing_indices(ids, 3)
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    def block(input, weight, topk_weights, bias):
+        return oracle.grouped_gemm(
+            input, weight, counts, gather, topk_weights, bias, 2, permute_x, False
+        )
+
+    inputs = (leaf(3 if permute_x else 6, 4), leaf(3, 5, 4), leaf(3, 2), leaf(3, 5))
+    assert torch.autograd.gradcheck(block, inputs)
+
+
+def test_routing_gradient_by_hand():
+    # d softmax_0 / d logits = s_0 * (e_0 - s)
+    logits = torch.tensor([[math.log(3.0), 0.0]], dtype=torch.float64)
+    grads = oracle.gradients(
+        oracle.topk_routing, {"logits": logits, "top_k": 1}, ["logits"], torch.ones(1, 1)
+    )
+    expected = torch.tensor([[3 / 16, -3 / 16]], dtype=torch.float64)
+    torch.testing.assert_close(grads["logits"], expected)

@@ -1,0 +1,431 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The judge of numbers: every op as plain loops in fp64.
+
+Nothing of moe_ops is imported here, and nothing is fast: a reader should be able to hold each
+function against the op's contract and see that they agree. Floating tensors are brought to fp64
+first, with their autograd history, so `torch.autograd.grad` through a function of this file is
+the reference for the op's gradients.
+
+Letters in shapes: T tokens, K top_k, R = T*K routed rows, E experts, M rows of a GEMM's input,
+D and N the GEMM's inner and outer width, H hidden size, G groups of experts.
+A slot is t*K + k: choice k of token t. Expert order is the rows grouped by expert, in slot order
+within an expert, dropped slots last.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROUTINGS = ("uniform", "hot", "empty", "dropped", "all_dropped", "every_expert")
+
+
+def to_fp64(*tensors: Tensor | None) -> Any:
+    """Each tensor in fp64, None staying None; one alone comes back as itself."""
+    converted = [None if tensor is None else tensor.to(torch.float64) for tensor in tensors]
+    return converted[0] if len(converted) == 1 else converted
+
+
+def highest(values: list[float], count: int) -> list[int]:
+    """Positions of the `count` highest values, highest first; of equals the lower position."""
+    return sorted(range(len(values)), key=lambda position: (-values[position], position))[:count]
+
+
+def scores_of(logits: Tensor, score_function: str) -> Tensor:
+    """Scores of one token's logits (1-D)."""
+    if score_function == "softmax":
+        exponentials = torch.exp(logits - logits.max().detach())
+        return exponentials / exponentials.sum()
+    if score_function == "sigmoid":
+        return torch.sigmoid(logits)
+    raise ValueError(f"unknown score_function {score_function!r}")
+
+
+def selection_keys(
+    logits: Tensor, selection_bias: Tensor | None, score_function: str, score_before_topk: bool
+) -> list[float]:
+    """What one token's experts are ranked by: the scores, or the logits, plus the bias."""
+    keys = scores_of(logits, score_function) if score_before_topk else logits
+    if selection_bias is not None:
+        keys = keys + selection_bias
+    return keys.tolist()
+
+
+def score_groups(keys: list[float], num_groups: int, group_score: str) -> list[float]:
+    """The score of each group of neighbouring experts."""
+    group_size = len(keys) // num_groups
+    group_scores = []
+    for group in range(num_groups):
+        members = sorted(keys[group * group_size : (group + 1) * group_size], reverse=True)
+        if group_score == "max":
+            group_scores.append(members[0])
+        elif group_score == "top2_sum":
+            group_scores.append(sum(members[:2]))
+        else:
+            raise ValueError(f"unknown group_score {group_score!r}")
+    return group_scores
+
+
+def select_experts(
+    keys: list[float], top_k: int, num_groups: int, top_groups: int, group_score: str
+) -> list[int]:
+    """The ids of one token's experts, highest key first, from the best groups alone."""
+    group_size = len(keys) // num_groups
+    best_groups = highest(score_groups(keys, num_groups, group_score), top_groups)
+    allowed = [
+        key if expert // group_size in best_groups else float("-inf")
+        for expert, key in enumerate(keys)
+    ]
+    return highest(allowed, top_k)
+
+
+def weights_of(
+    logits: Tensor,
+    ids: list[int],
+    score_function: str,
+    score_before_topk: bool,
+    renormalize: bool,
+    scaling_factor: float,
+) -> Tensor:
+    """One token's weights (K,) for the experts `ids` that it chose."""
+    if score_before_topk:
+        weights = scores_of(logits, score_function)[ids]
+    else:
+        weights = scores_of(logits[ids], score_function)
+    if renormalize:
+        weights = weights / (weights.sum() + 1e-20)
+    return weights * scaling_factor
+
+
+def routing_weights(
+    logits: Tensor,
+    topk_ids: Tensor,
+    score_function: str,
+    score_before_topk: bool,
+    renormalize: bool,
+    scaling_factor: float,
+) -> Tensor:
+    """topk_weights (T, K) for given topk_ids (T, K)."""
+    logits = to_fp64(logits)
+    rows = [
+        weights_of(
+            logits[token], ids, score_function, score_before_topk, renormalize, scaling_factor
+        )
+        for token, ids in enumerate(topk_ids.tolist())
+    ]
+    return torch.stack(rows) if rows else logits.sum() * logits.new_zeros(topk_ids.shape)
+
+
+def topk_routing(
+    logits: Tensor,
+    top_k: int,
+    selection_bias: Tensor | None = None,
+    score_function: str = "softmax",
+    score_before_topk: bool = True,
+    renormalize: bool = False,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    group_score: str = "top2_sum",
+    scaling_factor: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """logits (T, E) -> topk_weights (T, K), topk_ids (T, K)."""
+    logits, selection_bias = to_fp64(logits, selection_bias)
+    ids = [
+        select_experts(
+            selection_keys(token_logits, selection_bias, score_function, score_before_topk),
+            top_k,
+            num_groups,
+            top_groups,
+            group_score,
+        )
+        for token_logits in logits
+    ]
+    topk_ids = torch.tensor(ids, dtype=torch.int32).reshape(len(ids), top_k)
+    topk_weights = routing_weights(
+        logits, topk_ids, score_function, score_before_topk, renormalize, scaling_factor
+    )
+    return topk_weights, topk_ids
+
+
+def routing_indices(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """topk_ids (T, K) -> token_counts (E,), gather_indices (R,), scatter_indices (R,).
+
+    gather_indices[i] is the slot that row i of expert order comes from; scatter_indices[slot] is
+    the row that the slot went to.
+    """
+    slot_experts = topk_ids.reshape(-1).tolist()
+    token_counts = [0] * num_experts
+    gather_indices = []
+    for expert in range(num_experts):
+        for slot, slot_expert in enumerate(slot_experts):
+            if slot_expert == expert:
+                gather_indices.append(slot)
+                token_counts[expert] += 1
+    for slot, slot_expert in enumerate(slot_experts):
+        if not 0 <= slot_expert < num_experts:
+            gather_indices.append(slot)
+    scatter_indices = [0] * len(slot_experts)
+    for row, slot in enumerate(gather_indices):
+        scatter_indices[slot] = row
+    return (
+        torch.tensor(token_counts, dtype=torch.int32),
+        torch.tensor(gather_indices, dtype=torch.int32),
+        torch.tensor(scatter_indices, dtype=torch.int32),
+    )
+
+
+def dropped_slots(topk_ids: Tensor, num_experts: int) -> Tensor:
+    """Which slots (T, K) name no expert."""
+    return (topk_ids < 0) | (topk_ids >= num_experts)
+
+
+def permute(
+    input: Tensor, gather_indices: Tensor, top_k: int, scatter_indices: Tensor | None = None
+) -> Tensor:
+    """input (T, H) -> (R, H): row i is the row of the token that slot gather_indices[i] is of."""
+    tokens = to_fp64(input)
+    rows = [tokens[slot // top_k] for slot in gather_indices.tolist()]
+    return torch.stack(rows) if rows else tokens.sum() * tokens.new_zeros(0, tokens.shape[1])
+
+
+def unpermute(
+    input: Tensor,
+    gather_indices: Tensor,
+    topk_weights: Tensor | None = None,
+    top_k: int = 1,
+    scatter_indices: Tensor | None = None,
+) -> Tensor:
+    """input (R, H) -> (T, H): each token's rows, times their weights, summed."""
+    rows, topk_weights = to_fp64(input, topk_weights)
+    num_rows, hidden_size = rows.shape
+    output = [rows.new_zeros(hidden_size) for _ in range(num_rows // top_k)]
+    for row, slot in enumerate(gather_indices.tolist()):
+        token, choice = slot // top_k, slot % top_k
+        weight = 1.0 if topk_weights is None else topk_weights[token, choice]
+        output[token] = output[token] + weight * rows[row]
+    return torch.stack(output) if output else rows.sum() * rows.new_zeros(0, hidden_size)
+
+
+def grouped_gemm(
+    input: Tensor,
+    weight: Tensor,
+    token_counts: Tensor,
+    gather_indices: Tensor | None = None,
+    topk_weights: Tensor | None = None,
+    bias: Tensor | None = None,
+    top_k: int = 1,
+    permute_x: bool = False,
+    permute_y: bool = False,
+    kernel_config: str | None = None,
+) -> Tensor:
+    """input (M, D), weight (E, N, D) -> (R, N); R = M*top_k with permute_x, else M."""
+    rows, weight, topk_weights, bias = to_fp64(input, weight, topk_weights, bias)
+    num_rows = rows.shape[0] * top_k if permute_x else rows.shape[0]
+    slots = list(range(num_rows)) if gather_indices is None else gather_indices.tolist()
+
+    # Rows past sum(token_counts) keep these zeros and read nothing.
+    output = [rows.new_zeros(weight.shape[1]) for _ in range(num_rows)]
+    row = 0
+    for expert, count in enumerate(token_counts.tolist()):
+        for _ in range(count):
+            slot = slots[row]
+            x = rows[slot // top_k] if permute_x else rows[row]
+            y = weight[expert] @ x
+            if bias is not None:
+                y = y + bias[expert]
+            if topk_weights is not None:
+                y = y * topk_weights[slot // top_k, slot % top_k]
+            output[slot if permute_y else row] = y
+            row += 1
+    if not output:
+        # Of no rows, but with the history of its inputs.
+        return (rows.sum() + weight.sum()) * rows.new_zeros(0, weight.shape[1])
+    return torch.stack(output)
+
+
+def gradients(
+    function: Callable[..., Any],
+    arguments: dict[str, Any],
+    differentiable: list[str],
+    grad_output: Tensor,
+) -> dict[str, Tensor]:
+    """The gradient of each argument named in `differentiable`, in fp64.
+
+    `function` is one of this file's; of several outputs the first is the differentiable one.
+    An argument that the output does not depend on has a zero gradient.
+    """
+    leaves = {
+        name: arguments[name].detach().to(torch.float64).clone().requires_grad_()
+        for name in differentiable
+        if arguments.get(name) is not None
+    }
+    output = function(**{**arguments, **leaves})
+    output = output[0] if isinstance(output, tuple) else output
+    if not output.requires_grad:
+        return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    found = torch.autograd.grad(
+        output,
+        list(leaves.values()),
+        grad_output.to(torch.float64),
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return dict(zip(leaves, found, strict=True))
+
+
+def needed_gradients(
+    function: Callable[..., Any],
+    arguments: dict[str, Any],
+    names: list[str],
+    grad_output: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of `names`, None where `needs` says that one is not wanted."""
+    found = gradients(function, arguments, names, grad_output)
+    return tuple(found.get(name) if need else None for name, need in zip(names, needs, strict=True))
+
+
+def topk_routing_backward(
+    grad_topk_weights: Tensor,
+    logits: Tensor,
+    topk_ids: Tensor,
+    score_function: str,
+    score_before_topk: bool,
+    renormalize: bool,
+    scaling_factor: float,
+) -> Tensor:
+    arguments = {
+        "logits": logits,
+        "topk_ids": topk_ids,
+        "score_function": score_function,
+        "score_before_topk": score_before_topk,
+        "renormalize": renormalize,
+        "scaling_factor": scaling_factor,
+    }
+    return gradients(routing_weights, arguments, ["logits"], grad_topk_weights)["logits"]
+
+
+def unpermute_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    gather_indices: Tensor,
+    topk_weights: Tensor,
+    top_k: int,
+    scatter_indices: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor | None, ...]:
+    arguments = {
+        "input": input,
+        "gather_indices": gather_indices,
+        "topk_weights": topk_weights,
+        "top_k": top_k,
+    }
+    return needed_gradients(unpermute, arguments, ["input", "topk_weights"], grad_output, needs)
+
+
+def grouped_gemm_dx(
+    grad_output: Tensor,
+    weight: Tensor,
+    token_counts: Tensor,
+    gather_indices: Tensor | None,
+    topk_weights: Tensor | None,
+    input: Tensor | None,
+    bias: Tensor | None,
+    top_k: int,
+    permute_x: bool,
+    permute_y: bool,
+    needs: list[bool],
+    kernel_config: str | None = None,
+) -> tuple[Tensor | None, ...]:
+    # The gradient of the input does not depend on the input, which may then be None.
+    num_rows = grad_output.shape[0] // top_k if permute_x else grad_output.shape[0]
+    arguments = {
+        "input": grad_output.new_zeros(num_rows, weight.shape[2]) if input is None else input,
+        "weight": weight,
+        "token_counts": token_counts,
+        "gather_indices": gather_indices,
+        "topk_weights": topk_weights,
+        "bias": bias,
+        "top_k": top_k,
+        "permute_x": permute_x,
+        "permute_y": permute_y,
+    }
+    return needed_gradients(grouped_gemm, arguments, ["input", "topk_weights"], grad_output, needs)
+
+
+def grouped_gemm_dw(
+    grad_output: Tensor,
+    input: Tensor,
+    token_counts: Tensor,
+    gather_indices: Tensor | None,
+    topk_weights: Tensor | None,
+    top_k: int,
+    permute_x: bool,
+    permute_y: bool,
+    needs: list[bool],
+    transposed: bool,
+    kernel_config: str | None = None,
+) -> tuple[Tensor | None, ...]:
+    # The gradients of weight and bias do not depend on their values.
+    num_experts, out_features = token_counts.shape[0], grad_output.shape[1]
+    arguments = {
+        "input": input,
+        "weight": grad_output.new_zeros(num_experts, out_features, input.shape[1]),
+        "token_counts": token_counts,
+        "gather_indices": gather_indices,
+        "topk_weights": topk_weights,
+        "bias": grad_output.new_zeros(num_experts, out_features),
+        "top_k": top_k,
+        "permute_x": permute_x,
+        "permute_y": permute_y,
+    }
+    return needed_gradients(grouped_gemm, arguments, ["weight", "bias"], grad_output, needs)
+
+
+def random_topk_ids(
+    routing: str,
+    num_tokens: int,
+    num_experts: int,
+    top_k: int,
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.int32,
+) -> Tensor:
+    """topk_ids (T, K) of one kind.
+
+    uniform: each token's K experts are different and equally likely. hot: every slot goes to one
+    expert. empty: only one half of the experts is used. dropped: some slots hold -1, E or an id
+    far past E. all_dropped: every slot does. every_expert: each token goes to all E experts; this
+    one has top_k == num_experts.
+    """
+
+    def draw(high: int, *shape: int) -> Tensor:
+        return torch.randint(0, high, shape, generator=generator)
+
+    if routing == "every_expert" and top_k != num_experts:
+        raise ValueError("every_expert routes with top_k == num_experts")
+    if routing in ("uniform", "dropped", "every_expert"):
+        ids = torch.empty(num_tokens, top_k, dtype=torch.int64)
+        for token in range(num_tokens):
+            order = torch.randperm(num_experts, generator=generator)
+            # More choices than experts repeat the order.
+            for choice in range(top_k):
+                ids[token, choice] = order[choice % num_experts]
+    elif routing == "hot":
+        ids = draw(num_experts, 1).expand(num_tokens, top_k).clone()
+    elif routing == "empty":
+        ids = draw((num_experts + 1) // 2, num_tokens, top_k) * 2
+        ids = ids.clamp(max=num_experts - 1)
+    elif routing == "all_dropped":
+        ids = torch.zeros(num_tokens, top_k, dtype=torch.int64)
+    else:
+        raise ValueError(f"unknown routing {routing!r}, known: {', '.join(ROUTINGS)}")
+
+    if routing in ("dropped", "all_dropped"):
+        sentinels = torch.tensor([-1, num_experts, num_experts + 1000])
+        sentinels = sentinels[draw(3, num_tokens, top_k)]
+        dropped = draw(2, num_tokens, top_k) == 1
+        if routing == "all_dropped":
+            dropped = torch.ones_like(dropped)
+        ids = torch.where(dropped, sentinels, ids)
+    return ids.to(dtype)
