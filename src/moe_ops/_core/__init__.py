@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From op schemas to registered ops; nothing here knows a particular op."""

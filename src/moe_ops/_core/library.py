@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one torch.library.Library, and how an op is put into it.
+
+A call goes through these kernels, outermost first; each is made here, once, for every op:
+
+    Autocast   casts the arguments that the schema marks with `autocast`
+    Autograd   records an autograd.Function where a gradient is needed
+    CPU, CUDA  checks the arguments, then calls the implementation that the table names
+    Meta       checks the arguments, then returns empty outputs (also serves FakeTensors)
+
+An op folder makes its `Op`, gives it implementations and, where it is differentiable, the formula
+of its gradient in terms of other ops.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from moe_ops._core import codegen, flops, reference
+from moe_ops._core.schema import OpSchema, load_all
+
+logger = logging.getLogger("moe_ops")
+
+NAMESPACE = "moe"
+SCHEMAS: dict[str, OpSchema] = load_all(importlib.resources.files("moe_ops.op_schemas"))
+OPS: dict[str, Op] = {}
+
+# Which implementations may serve a device, best first. "pytorch" is the CPU implementation, written
+# in PyTorch alone.
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {"cpu": ("pytorch",), "cuda": ("triton", "pytorch")}
+DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+ENVIRONMENT_VARIABLE = "MOE_OPS_IMPLEMENTATION"
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+Tensors = torch.Tensor | tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The implementation that serves an op on a device, and why it was chosen."""
+
+    name: str
+    reason: str
+
+
+class Op:
+    """An op of the namespace `moe`, defined from its schema in op_schemas/.
+
+    Calling it calls the dispatcher: `Op("permute")(...)` is `torch.ops.moe.permute(...)`.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.schema = SCHEMAS[name]
+        self.generated = codegen.generate(self.schema)
+        self.implementations: dict[str, Callable[..., Tensors]] = {}
+        _library.define(
+            name + self.schema.schema,
+            tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
+        )
+        self.overload: torch._ops.OpOverload = getattr(torch.ops.moe, name).default
+        _library._register_fake(name, self.generated.fake, allow_override=False)
+        for device_type, key in DISPATCH_KEYS.items():
+            self._impl(_device_kernel(self, device_type), key)
+        self._autograd: _Autograd | None = None
+        self._impl(_autograd_kernel(self), "Autograd", with_keyset=True)
+        if any(a.autocast for a in self.schema.arguments):
+            for device_type, key in DISPATCH_KEYS.items():
+                self._impl(_autocast_kernel(self, device_type), f"Autocast{key}")
+        if self.generated.flops is not None:
+            flops.register(getattr(torch.ops.moe, name), self.generated.flops)
+        OPS[name] = self
+
+    def __call__(self, *args: Any) -> Any:
+        return self.overload(*args)
+
+    def __repr__(self) -> str:
+        return f"Op({NAMESPACE}::{self.name})"
+
+    def _impl(self, kernel: Callable[..., Any], key: str, with_keyset: bool = False) -> None:
+        _library.impl(self.name, kernel, key, with_keyset=with_keyset, allow_override=False)
+
+    def implement(self, name: str, function: Callable[..., Tensors]) -> None:
+        """Names `function` as the implementation `name` ("pytorch", "triton")."""
+        self.implementations[name] = function
+
+    def differentiate(
+        self,
+        save: Callable[..., None],
+        backward: Callable[..., Sequence[torch.Tensor | None]],
+    ) -> None:
+        """Gives the op its gradient, in terms of other ops.
+
+        Args:
+            save: called with (ctx, arguments, outputs) after the forward, below autograd. The
+                arguments are complete: defaults that the caller left out are filled in. ctx.needs
+                says, argument by argument, whether its gradient is needed.
+            backward: called with (ctx, *grad_outputs), where a gradient may be None but not all
+                of them are. Returns a gradient or None for each argument, in the order of the
+                schema; trailing Nones may be left out.
+        """
+        self._autograd = _Autograd(save, backward)
+
+    def choose(self, device_type: str) -> Choice:
+        """Which implementation serves `device_type`; raises RuntimeError where none can."""
+        candidates = IMPLEMENTATIONS[device_type]
+        if forced := os.environ.get(ENVIRONMENT_VARIABLE):
+            if forced in candidates and forced in self.implementations:
+                return Choice(forced, f"forced by {ENVIRONMENT_VARIABLE}")
+            have = [name for name in candidates if name in self.implementations]
+            raise RuntimeError(
+                f"{NAMESPACE}::{self.name}: {ENVIRONMENT_VARIABLE}={forced} is not available on "
+                f"{device_type}; available: {', '.join(have) or 'none'}"
+            )
+        for name in candidates:
+            if name in self.implementations:
+                best = candidates[0]
+                reason = "the default" if name == best else f"this op has no {best} kernel"
+                return Choice(name, reason)
+        raise RuntimeError(f"{NAMESPACE}::{self.name}: no implementation for {device_type}")
+
+    @property
+    def defaults(self) -> tuple[Any, ...]:
+        return tuple(a.default for a in self.schema.arguments)
+
+
+@dataclass(frozen=True)
+class _Autograd:
+    save: Callable[..., None]
+    backward: Callable[..., Sequence[torch.Tensor | None]]
+
+
+def _device_kernel(op: Op, device_type: str) -> Callable[..., Tensors]:
+    check = op.generated.check
+    implementation: Callable[..., Tensors] | None = None
+
+    def kernel(*args: Any) -> Tensors:
+        nonlocal implementation
+        check(*args)
+        if implementation is None:
+            choice = op.choose(device_type)
+            if choice.name != IMPLEMENTATIONS[device_type][0]:
+                logger.warning(
+                    "%s::%s on %s: the %s implementation serves it (%s)",
+                    NAMESPACE, op.name, device_type, choice.name, choice.reason,
+                )  # fmt: skip
+            implementation = op.implementations[choice.name]
+        return implementation(*args)
+
+    return kernel
+
+
+def _autocast_kernel(op: Op, device_type: str) -> Callable[..., Tensors]:
+    marked = [i for i, a in enumerate(op.schema.arguments) if a.autocast]
+    key = getattr(torch._C.DispatchKey, f"Autocast{DISPATCH_KEYS[device_type]}")
+    keyset = torch._C.DispatchKeySet(key)
+    castable = (torch.bfloat16, torch.float16, torch.float32)
+
+    def kernel(*args: Any) -> Tensors:
+        dtype = torch.get_autocast_dtype(device_type)
+        cast = list(args)
+        for i in marked:
+            if i < len(args) and args[i] is not None and args[i].dtype in castable:
+                cast[i] = args[i].to(dtype)
+        with torch._C._ExcludeDispatchKeyGuard(keyset):
+            return op.overload(*cast)
+
+    return kernel
+
+
+def _autograd_kernel(op: Op) -> Callable[..., Tensors]:
+    """The Autograd kernel of any op.
+
+    register_autograd would do, but for three things: it hands over arguments from which the
+    dispatcher dropped trailing defaults, it gives silently zero tangents in forward-mode AD, and
+    it costs twice as much per call. The private helpers used here are those of torch's own
+    custom_op (torch/_library/autograd.py).
+    """
+    overload, defaults = op.overload, op.defaults
+
+    below_autograd = torch._C._after_autograd_keyset
+
+    def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *args: Any) -> Tensors:
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs: Tensors = overload.redispatch(keyset & below_autograd, *args)
+        ctx.set_materialize_grads(False)
+        ctx.needs = ctx.needs_input_grad[1:]
+        several = outputs if isinstance(outputs, tuple) else (outputs,)
+        ctx.mark_non_differentiable(*(o for o in several if not o.is_floating_point()))
+        if op._autograd is not None:
+            op._autograd.save(ctx, args, outputs)
+        return outputs
+
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if op._autograd is None:
+            raise NotImplementedError(
+                f"{NAMESPACE}::{op.name}: has no gradient of its own, so double backward through "
+                f"it is not supported"
+            )
+        needed = len(defaults)
+        if all(grad is None for grad in grads):
+            return (None,) * (1 + needed)
+        given = op._autograd.backward(ctx, *grads)
+        return (None, *given, *[None] * (needed - len(given)))
+
+    name = "".join(word.capitalize() for word in op.name.split("_"))
+    function: Any = type(
+        f"Moe{name}",
+        (torch.autograd.Function,),
+        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
+    )
+
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Tensors:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(op, args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            # The dispatcher drops trailing arguments that equal their defaults.
+            result: Tensors = function.apply(keyset, *args, *defaults[len(args) :])
+            return result
+        return overload.redispatch(keyset & below_autograd, *args)
+
+    return kernel
+
+
+def _refuse_tangents(op: Op, args: tuple[Any, ...]) -> None:
+    for argument, value in zip(op.schema.arguments, args, strict=False):
+        if isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(
+                f"{NAMESPACE}::{op.name}: forward-mode AD is not supported, and {argument.name} "
+                f"has a tangent"
+            )
+
+
+def documented(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives the public function of an op the docstring that its schema says."""
+    function.__doc__ = reference.docstring(SCHEMAS[function.__name__])
+    return function

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes what an `OpSchema` says for people: docstrings and docs/ops/<op>.md."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+from moe_ops._core.schema import (
+    ACCUMULATOR,
+    DTYPES,
+    FLOAT64_DEVICES,
+    Argument,
+    Expr,
+    OpSchema,
+    Output,
+)
+
+_RULES = (
+    "Takes any strides; int32 and int64 indices give the same; deterministic bit for bit; reads no "
+    "device value on the host."
+)
+
+_ERRORS = (
+    "Each error names op, argument, expectation and what was given, and is the same in eager, fake "
+    "and meta mode."
+)
+
+
+def docstring(schema: OpSchema) -> str:
+    """The docstring of the op's public function."""
+    parts = [
+        schema.summary,
+        textwrap.indent(schema.equation, "    ") if schema.equation else "",
+        _paragraph(f"Letters: {_letters(schema)}."),
+        "Args:\n" + "\n".join(_items(_arguments(schema))),
+        "Returns:\n" + "\n".join(_items(_outputs(schema))),
+        "Raises:\n" + "\n".join(_items(_errors(schema))),
+        _paragraph(f"{_differentiable(schema)} {_RULES}"),
+        _paragraph(schema.notes),
+        _paragraph(f"Source: {schema.source}."),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def page(schema: OpSchema) -> str:
+    """The reference page of the op, in Markdown."""
+    lines = [
+        f"<!-- Generated from op_schemas/{schema.file} by `make docs`; edit that file. -->",
+        f"# moe::{schema.name}",
+        schema.summary,
+        f"```\ntorch.ops.moe.{schema.name}{schema.schema}\n```",
+        f"```\n{schema.equation}\n```" if schema.equation else "",
+        f"Letters: {_letters(schema)}.",
+        "## Arguments",
+        _table(("name", "what", "meaning"), _arguments(schema)),
+        "## Returns",
+        _table(("name", "what", "meaning"), _outputs(schema)),
+        "## Errors",
+        _table(("error", "when"), ((kind, text) for kind, _, text in _errors(schema))),
+        _ERRORS,
+        "## Gradient",
+        f"{_differentiable(schema)} {_backward(schema)}".strip(),
+        "## Rules",
+        _RULES,
+        schema.notes,
+        f"FLOPs counted: `{schema.flops.text}`." if schema.flops else "",
+        f"Since {schema.since}. Source: {schema.source}.",
+    ]
+    return "\n\n".join(line for line in lines if line) + "\n"
+
+
+def write_pages(schemas: dict[str, OpSchema], directory: Path) -> list[Path]:
+    """Writes the page of every op and an index; returns the files whose text changed."""
+    pages = {f"{name}.md": page(schema) for name, schema in schemas.items()}
+    pages["README.md"] = _index(schemas)
+    directory.mkdir(parents=True, exist_ok=True)
+    changed = []
+    for name, text in pages.items():
+        file = directory / name
+        if not file.exists() or file.read_text(encoding="utf-8") != text:
+            file.write_text(text, encoding="utf-8")
+            changed.append(file)
+    for file in sorted(directory.glob("*.md")):
+        if file.name not in pages:
+            file.unlink()
+            changed.append(file)
+    return changed
+
+
+def _index(schemas: dict[str, OpSchema]) -> str:
+    rows = ((f"[{name}]({name}.md)", schema.summary) for name, schema in schemas.items())
+    lines = [
+        "<!-- Generated from op_schemas/ by `make docs`. -->",
+        "# The ops",
+        "All are in the namespace `torch.ops.moe`.",
+        _table(("op", "what it does"), rows),
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def _paragraph(text: str) -> str:
+    return textwrap.fill(text, 96)
+
+
+def _items(rows: Iterator[tuple[str, str, str]]) -> Iterator[str]:
+    for name, what, meaning in rows:
+        head = f"{name} ({what})" if what else name
+        yield textwrap.fill(
+            f"{head}: {meaning}", 96, initial_indent="    ", subsequent_indent="        "
+        )
+
+
+def _table(header: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _letters(schema: OpSchema) -> str:
+    letters = [f"{letter} {name}" for letter, name in schema.dims.items()]
+    return ", ".join(letters + [f"{letter} = {e.text}" for letter, e in schema.let.items()])
+
+
+def _shape(shape: tuple[Expr, ...]) -> str:
+    sizes = ", ".join(expr.text for expr in shape)
+    return f"({sizes},)" if len(shape) == 1 else f"({sizes})"
+
+
+def _dtype(dtype: str) -> str:
+    if accumulator := ACCUMULATOR.fullmatch(dtype):
+        return f"fp32, or fp64 for fp64 {accumulator[1]}"
+    if dtype == "floating":
+        return "floating"
+    return " or ".join(DTYPES[dtype]) if dtype in DTYPES else f"dtype of {dtype}"
+
+
+def _arguments(schema: OpSchema) -> Iterator[tuple[str, str, str]]:
+    for argument in schema.arguments:
+        yield argument.name, _what(argument), argument.doc
+
+
+def _what(argument: Argument) -> str:
+    if argument.is_tensor:
+        what = f"Tensor {_shape(argument.shape)}, {_dtype(argument.dtype)}"
+        return what + (", optional" if argument.is_optional else "")
+    what = argument.type.replace("SymInt", "int").replace("?", " or None")
+    if argument.choices:
+        what = "one of " + ", ".join(argument.choices)
+    bounds = [
+        f"{sign} {bound.text}"
+        for bound, sign in ((argument.minimum, ">="), (argument.maximum, "<="))
+        if bound is not None
+    ]
+    if bounds:
+        what += " " + " and ".join(bounds)
+    return what + (f", default {argument.default!r}" if argument.has_default else "")
+
+
+def _outputs(schema: OpSchema) -> Iterator[tuple[str, str, str]]:
+    for output in schema.outputs:
+        yield output.name, f"Tensor {_shape(output.shape)}, {_dtype(output.dtype)}", _said(output)
+
+
+def _said(output: Output) -> str:
+    said = output.doc
+    if output.column_major is not None:
+        said += f" Stored with its last two dimensions swapped where {output.column_major.text}."
+    if output.condition is not None:
+        said += f" Empty, shape (0,), unless {output.condition.text}."
+    return said
+
+
+def _errors(schema: OpSchema) -> Iterator[tuple[str, str, str]]:
+    yield "TypeError", "", f"A dtype other than those above; fp64 only on {FLOAT64_DEVICES[0]}."
+    yield "ValueError", "", "A rank or a size that disagrees with the shapes above; mixed devices."
+    limited = [a.name for a in schema.scalars if a.minimum or a.maximum or a.choices]
+    if limited:
+        yield "ValueError", "", f"A value out of range or unknown: {', '.join(limited)}."
+    for where in schema.where:
+        yield "ValueError", "", f"Not `{where.expect.text}`: {where.because}."
+
+
+def _differentiable(schema: OpSchema) -> str:
+    names = [a.name for a in schema.arguments if a.grad]
+    return f"Differentiable in {' and '.join(names)}." if names else "Not differentiable."
+
+
+def _backward(schema: OpSchema) -> str:
+    ops = " and ".join(f"[{name}]({name}.md)" for name in schema.backward)
+    return f"Its backward calls {ops}." if ops else ""

@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The op routing_indices: the slots of a routing, grouped by expert."""
+
+from __future__ import annotations
+
+import torch
+
+from moe_ops._core.library import Op, documented
+from moe_ops.ops.routing_indices import cpu
+
+_op = Op("routing_indices")
+_op.implement("pytorch", cpu.routing_indices)
+
+
+@documented
+def routing_indices(
+    topk_ids: torch.Tensor, num_experts: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _op(topk_ids, num_experts)

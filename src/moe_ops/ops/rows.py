@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Moving rows between token order and expert order, in PyTorch: what several cpu.py share.
+
+T num_tokens, K top_k, R = T * K routed rows; slot = token * K + k.
+
+Indices are clamped into range before each use: corrupt ones give unspecified values, never an
+access out of bounds.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def tokens_of_rows(gather_indices: torch.Tensor, top_k: int) -> torch.Tensor:
+    """The token of each row in expert order, (R,)."""
+    num_rows = gather_indices.shape[0]
+    slots = gather_indices.clamp(0, max(num_rows - 1, 0))
+    return slots if top_k == 1 else slots.div(top_k, rounding_mode="floor")
+
+
+def rows_of_slots(
+    gather_indices: torch.Tensor, scatter_indices: torch.Tensor | None
+) -> torch.Tensor:
+    """The row in expert order of each slot, (R,): scatter_indices, or the inverse found here."""
+    num_rows = gather_indices.shape[0]
+    last = max(num_rows - 1, 0)
+    if scatter_indices is not None:
+        return scatter_indices.clamp(0, last)
+    rows = torch.arange(num_rows, device=gather_indices.device)
+    return torch.zeros_like(rows).scatter_(0, gather_indices.clamp(0, last).long(), rows)
+
+
+def sum_slots(
+    rows: torch.Tensor, rows_of_slots: torch.Tensor, topk_weights: torch.Tensor | None, top_k: int
+) -> torch.Tensor:
+    """sum_k topk_weights[t, k] * rows[rows_of_slots[t * K + k]], summed in fp32 (fp64 for fp64)."""
+    num_tokens = rows_of_slots.shape[0] // top_k
+    if num_tokens == 0 or rows.shape[1] == 0:
+        return rows.new_empty(num_tokens, rows.shape[1])
+    if top_k == 1 and topk_weights is None:
+        return rows.index_select(0, rows_of_slots)
+    accumulator = torch.promote_types(rows.dtype, torch.float32)
+    slots = rows_of_slots.reshape(num_tokens, top_k)
+    weights = None if topk_weights is None else topk_weights.to(accumulator)
+    if rows.dtype == accumulator or weights is None:
+        # Gathers, multiplies and sums without storing the gathered rows; a bag of bf16 or fp16
+        # rows is summed in fp32, but its weights would be rounded.
+        return torch.nn.functional.embedding_bag(
+            slots, rows.contiguous(), mode="sum", per_sample_weights=weights
+        )
+    output = rows.new_empty(num_tokens, rows.shape[1])
+    for start in range(0, num_tokens, _CHUNK):
+        chunk = slots[start : start + _CHUNK]
+        gathered = rows.index_select(0, chunk.flatten()).view(*chunk.shape, -1).to(accumulator)
+        scale = weights[start : start + _CHUNK, None]
+        output[start : start + _CHUNK] = torch.bmm(scale, gathered).squeeze(1)
+    return output
+
+
+# Tokens whose gathered rows stay in the cache together.
+_CHUNK = 128

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The op unpermute: slot order restored, weighted and summed over each token's slots."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moe_ops._core.library import Op, documented
+from moe_ops.ops.unpermute import cpu
+
+_op = Op("unpermute")
+_op.implement("pytorch", cpu.unpermute)
+
+_backward_op = Op("unpermute_backward")
+_backward_op.implement("pytorch", cpu.unpermute_backward)
+
+
+def _save(ctx: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
+    input, gather_indices, topk_weights, top_k, scatter_indices = args
+    # Without weights the rows themselves are not needed: the backward only copies.
+    rows = None if topk_weights is None else input
+    ctx.save_for_backward(rows, gather_indices, topk_weights, scatter_indices)
+    ctx.top_k = top_k
+
+
+def _backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    input, gather_indices, topk_weights, scatter_indices = ctx.saved_tensors
+    if topk_weights is None:
+        return (torch.ops.moe.permute(grad_output, gather_indices, ctx.top_k, scatter_indices),)
+    needs = [ctx.needs[0], ctx.needs[2]]
+    grad_input, grad_topk_weights = _backward_op(
+        grad_output, input, gather_indices, topk_weights, ctx.top_k, scatter_indices, needs
+    )
+    return grad_input if needs[0] else None, None, grad_topk_weights if needs[1] else None
+
+
+_op.differentiate(_save, _backward)
+
+
+@documented
+def unpermute(
+    input: torch.Tensor,
+    gather_indices: torch.Tensor,
+    topk_weights: torch.Tensor | None = None,
+    top_k: int = 1,
+    scatter_indices: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return _op(input, gather_indices, topk_weights, top_k, scatter_indices)
