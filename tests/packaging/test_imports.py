@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What importing moe_ops does in a fresh process, and who may register ops and loggers."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "src" / "moe_ops"
+
+# Reading and compiling the schemas of all ops should stay in the noise of importing torch: 0.1 of
+# it where this was measured. The slack is for loaded machines.
+IMPORT_TIME_BUDGET = 0.5
+
+LAZY = ("triton", "transformers", "torch.utils.flop_counter", "torch._inductor")
+
+
+def fresh_python(script: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_stays_lazy() -> None:
+    script = """
+import json, sys, torch
+before = set(sys.modules)
+import moe_ops
+print(json.dumps([sorted(set(sys.modules) - before), torch.cuda.is_initialized()]))
+"""
+    added, cuda_initialized = json.loads(fresh_python(script))
+    assert "moe_ops._core.library" in added
+    assert not [name for name in added if name.startswith(LAZY)]
+    assert not cuda_initialized
+
+
+@pytest.mark.parametrize("missing", ["triton", "transformers"])
+def test_ops_work_without(missing: str) -> None:
+    script = f"""
+import sys
+sys.modules[{missing!r}] = None  # an import of it raises ModuleNotFoundError
+import json, torch, moe_ops
+rows = torch.tensor([[0.0, 1.0], [2.0, 3.0]], requires_grad=True)
+out = torch.ops.moe.permute(rows, torch.tensor([3, 0, 2, 1]), 2)
+(grad,) = torch.autograd.grad(out, rows, torch.tensor([[1.0], [2.0], [4.0], [8.0]]).expand(4, 2))
+print(json.dumps([out.tolist(), grad.tolist()]))
+"""
+    out, grad = json.loads(fresh_python(script))
+    assert out == [[2.0, 3.0], [0.0, 1.0], [2.0, 3.0], [0.0, 1.0]]
+    assert grad == [[10.0, 10.0], [5.0, 5.0]]
+
+
+def test_import_time(record_property: Callable[[str, object], None]) -> None:
+    script = """
+import time
+start = time.perf_counter()
+import torch
+middle = time.perf_counter()
+import moe_ops
+print(middle - start, time.perf_counter() - middle)
+"""
+    # The least of several runs: another process can only make an import slower.
+    runs = [tuple(map(float, fresh_python(script).split())) for _ in range(3)]
+    torch_seconds, moe_ops_seconds = (min(seconds) for seconds in zip(*runs, strict=True))
+    record_property("import_torch_s", torch_seconds)
+    record_property("import_moe_ops_s", moe_ops_seconds)
+    assert moe_ops_seconds < IMPORT_TIME_BUDGET * torch_seconds
+
+
+def calls() -> Iterator[tuple[str, ast.Call, str]]:
+    """(file, call, name of what is called) of each call in the package."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
+                name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+                yield str(path.relative_to(PACKAGE)), node, name
+
+
+def test_only_the_library_module_defines_ops() -> None:
+    makers = {"Library", "custom_op", "define", "triton_op"}
+    found = [(file, name) for file, _, name in calls() if name in makers]
+    assert sorted(found) == [("_core/library.py", "Library"), ("_core/library.py", "define")]
+
+
+def test_one_logger() -> None:
+    loggers = {
+        (file, ast.unparse(argument))
+        for file, call, name in calls()
+        if name == "getLogger"
+        for argument in call.args or [ast.Constant(None)]
+    }
+    assert loggers
+    assert {name for _, name in loggers} == {"'moe_ops'"}
