@@ -170,7 +170,7 @@ class _Groups:
         self.ends: list[int] = counts.cumsum(0).clamp(max=self.num_rows).tolist()
         self.tail = self.ends[-1] if self.ends else 0
         if self.gather_indices is not None:
-            self.slots = self.gather_indices.clamp(0, max(self.num_rows - 1, 0))
+            self.slots = self.gather_indices.clamp(0, max(self.num_rows - 1, 0)).long()
             self._tokens = tokens_of_rows(self.gather_indices, self.top_k)
         if self.topk_weights is not None:
             weights = self.topk_weights.reshape(-1, 1)
