@@ -6,16 +6,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "src" / "moe_ops"
 
-# Reading and compiling the schemas of all ops should stay in the noise of importing torch: 0.1 of
+# Reading and compiling the schemas of all ops should be little next to importing torch: 0.07 of
 # it where this was measured. The slack is for loaded machines.
-IMPORT_TIME_BUDGET = 0.5
+IMPORT_TIME_BUDGET = 0.3
 
 LAZY = ("triton", "transformers", "torch.utils.flop_counter", "torch._inductor")
 
@@ -62,7 +62,7 @@ print(json.dumps([out.tolist(), grad.tolist()]))
     assert grad == [[10.0, 10.0], [5.0, 5.0]]
 
 
-def test_import_time(record_property: Callable[[str, object], None]) -> None:
+def test_import_time() -> None:
     script = """
 import time
 start = time.perf_counter()
@@ -74,8 +74,7 @@ print(middle - start, time.perf_counter() - middle)
     # The least of several runs: another process can only make an import slower.
     runs = [tuple(map(float, fresh_python(script).split())) for _ in range(3)]
     torch_seconds, moe_ops_seconds = (min(seconds) for seconds in zip(*runs, strict=True))
-    record_property("import_torch_s", torch_seconds)
-    record_property("import_moe_ops_s", moe_ops_seconds)
+    print(f"import torch {torch_seconds:.2f} s, then import moe_ops {moe_ops_seconds:.3f} s")
     assert moe_ops_seconds < IMPORT_TIME_BUDGET * torch_seconds
 
 
