@@ -12,6 +12,8 @@ A slot is t*K + k: choice k of token t. Expert order is the rows grouped by expe
 within an expert, dropped slots last.
 """
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -45,11 +47,19 @@ def scores_of(logits: Tensor, score_function: str) -> Tensor:
 def selection_keys(
     logits: Tensor, selection_bias: Tensor | None, score_function: str, score_before_topk: bool
 ) -> list[float]:
-    """What one token's experts are ranked by: the scores, or the logits, plus the bias."""
-    keys = scores_of(logits, score_function) if score_before_topk else logits
+    """What one token's experts are ranked by: the scores, or the logits, plus the bias.
+
+    One number at a time, so that equal logits have equal scores to the last bit.
+    """
+    keys = logits.tolist()
+    if score_before_topk and score_function == "softmax":
+        exponentials = [math.exp(logit - max(keys)) for logit in keys]
+        keys = [exponential / sum(exponentials) for exponential in exponentials]
+    elif score_before_topk:
+        keys = [1 / (1 + math.exp(-logit)) for logit in keys]
     if selection_bias is not None:
-        keys = keys + selection_bias
-    return keys.tolist()
+        keys = [key + bias for key, bias in zip(keys, selection_bias.tolist(), strict=True)]
+    return keys
 
 
 def score_groups(keys: list[float], num_groups: int, group_score: str) -> list[float]:
@@ -78,6 +88,25 @@ def select_experts(
         for expert, key in enumerate(keys)
     ]
     return highest(allowed, top_k)
+
+
+def selection_gap(
+    keys: list[float], top_k: int, num_groups: int, top_groups: int, group_score: str
+) -> float:
+    """The smallest difference between unequal values that one token's selection rests on.
+
+    An implementation in lower precision must agree on the ids where this is well above its
+    rounding. Equal values are no gap: their order is decided by id.
+    """
+    group_size = len(keys) // num_groups
+    group_scores = score_groups(keys, num_groups, group_score)
+    best_groups = highest(group_scores, top_groups)
+    allowed = [key for expert, key in enumerate(keys) if expert // group_size in best_groups]
+    gaps = [math.inf]
+    for values, chosen in ((group_scores, top_groups), (allowed, top_k)):
+        ordered = sorted(values, reverse=True)[: chosen + 1]
+        gaps += [high - low for high, low in itertools.pairwise(ordered) if high != low]
+    return min(gaps)
 
 
 def weights_of(

@@ -24,7 +24,7 @@ def test_imports_nothing_of_moe_ops():
             else []
         )
     }
-    assert imported == {"collections.abc", "typing", "torch"}
+    assert imported == {"itertools", "math", "collections.abc", "typing", "torch"}
 
 
 def test_routing_indices_by_hand():

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test runs under: hypothesis profiles, no stale compile caches."""
+
+import os
+
+# AOTAutograd's cache on disk does not see a changed backward formula. Before the import of torch,
+# and inherited by the tests' subprocesses.
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import HealthCheck
+
+_SLOW_TO_DRAW = [HealthCheck.too_slow, HealthCheck.data_too_large]
+hypothesis.settings.register_profile(
+    "ci",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=100,
+    print_blob=True,
+    suppress_health_check=_SLOW_TO_DRAW,
+)
+hypothesis.settings.register_profile(
+    "nightly",
+    deadline=None,
+    derandomize=False,
+    max_examples=2000,
+    print_blob=True,
+    suppress_health_check=_SLOW_TO_DRAW,
+)
+hypothesis.settings.load_profile(os.environ.get("MOE_OPS_HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    """No test sees another one's compiled code or recompilation limits."""
+    yield
+    torch._dynamo.reset()
