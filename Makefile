@@ -28,7 +28,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 TORCHINDUCTOR
 PYTEST = $(TEST_ENV) $(1) -m pytest -n $(WORKERS) --dist worksteal
 
 DEMO_MODULES := torch>=2.11 transformers>=5.17 yaml matplotlib tqdm
-TEST_MODULES := $(DEMO_MODULES) pytest xdist hypothesis numpy
+TEST_MODULES := torch>=2.11 transformers>=5.17 yaml pytest xdist hypothesis numpy
 
 ifdef PYTHON
 PY := $(PYTHON)
@@ -136,13 +136,12 @@ clean: ## Remove builds and caches
 distclean: clean ## Remove the environments too
 	rm -rf $(VENV) $(VENV_NEWEST)
 
-demo-env:
-	@$(PY) -c "$$REQUIRE" $(foreach module,$(DEMO_MODULES),'$(module)')
+demo-env: MODULES := $(DEMO_MODULES)
+dev-env: MODULES := $(TEST_MODULES)
+demo-env dev-env:
+	@$(PY) -c "$$REQUIRE" $(foreach module,$(MODULES),'$(module)')
 	@$(PY) -c "$$INSTALLED_HERE" || { $(PY) -c "$$REQUIRE" pip setuptools && \
-	  $(PY) -m pip install --no-deps --no-build-isolation -e .; }
-
-dev-env: demo-env
-	@$(PY) -c "$$REQUIRE" $(foreach module,$(TEST_MODULES),'$(module)')
+	  $(PY) -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .; }
 
 # torch first and alone: a resolver that sees it next to everything else may pick another build.
 $(VENV)/.torch-$(TORCH_VERSION):
