@@ -40,8 +40,7 @@ def validate_schemas() -> None:
         raise SystemExit(f"moe_ops: malformed op schema: {error}") from None
 
 
-if SCHEMA_MODULE.exists():
-    validate_schemas()
+validate_schemas()
 
 setup(
     version=read_version(),

@@ -77,8 +77,7 @@ def source_tree(tmp_path: Path) -> Path:
     tree = tmp_path / "tree"
     tree.mkdir()
     for name in BUILD_FILES:
-        if (ROOT / name).exists():  # which of them a build needs is for the build to say
-            shutil.copy(ROOT / name, tree / name)
+        shutil.copy(ROOT / name, tree / name)
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in ("src", "op_schemas"):
         shutil.copytree(ROOT / name, tree / name, ignore=ignore)
