@@ -21,8 +21,8 @@ VENV := .venv
 VENV_NEWEST := .venv-newest
 ARGS ?=
 
-# The suite's parallelism is its workers: more threads in each only wait for each other. Inductor's
-# caches would hide a changed backward formula, and its compile pool starts slower than it compiles.
+# The suite's parallelism is its workers: more threads, or a compile pool, in each of them would
+# compete for the same cores. Caches of compiled graphs would hide a changed backward formula.
 WORKERS ?= 2
 TEST_ENV := OMP_NUM_THREADS=1 TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 TORCHINDUCTOR_COMPILE_THREADS=1
 PYTEST = $(TEST_ENV) $(1) -m pytest -n $(WORKERS) --dist worksteal
