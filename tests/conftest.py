@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck
 
+pytest.register_assert_rewrite("tests.checks")
+
 _SLOW_TO_DRAW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 hypothesis.settings.register_profile(
     "ci",

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one Autograd kernel: what it computes, what it refuses, what it does not compute."""
+
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe_ops._core.library import SCHEMAS
+from tests import checks, oracle
+from tests.moe_block import BLOCKS, loss_and_gradients, make_tokens, make_weights
+from tests.strategies import PRESENT, Sample, seeded_sample, variants
+
+moe = torch.ops.moe
+DIFFERENTIABLE = sorted(name for name, s in SCHEMAS.items() if any(a.grad for a in s.tensors))
+differentiable_schemas = pytest.mark.parametrize("name", DIFFERENTIABLE)
+blocks = pytest.mark.parametrize("name", sorted(BLOCKS))
+
+
+class CountCalls(TorchDispatchMode):
+    """Counts the calls of each moe op that reach a device kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "moe":
+            self.calls[func.name().removeprefix("moe::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def floating(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+def every_argument(name: str, seed: int = 0) -> Sample:
+    """A fp64 sample of several rows with every optional tensor given."""
+    optional = {a.name: PRESENT for a in SCHEMAS[name].tensors if a.is_optional}
+    sizes = {"T": 5, "H": 3, "D": 3, "N": 8, "G": 4}
+    fixed = {k: v for k, v in sizes.items() if k in SCHEMAS[name].dims}
+    return seeded_sample(
+        SCHEMAS[name], seed, **optional, **fixed, dtype=torch.float64, layout="contiguous"
+    )
+
+
+def selects_firmly(sample: Sample) -> bool:
+    """Whether topk_routing's choice survives the steps of finite differences."""
+    logits = sample.arguments.get("logits")
+    if logits is None:
+        return True
+    gaps = [row.sort().values.diff().min() for row in logits if row.numel() > 1]
+    return all(gap > 1e-2 for gap in gaps) and sample.arguments["num_groups"] == 1
+
+
+@differentiable_schemas
+def test_gradcheck(name):
+    """fp64 finite differences along random directions, for every combination of flags."""
+    checked = 0
+    for variant in variants(SCHEMAS[name]):
+        for seed in range(20):
+            fixed = {**variant, "T": 3, "dtype": torch.float64, "layout": "contiguous"}
+            if "logits" in {a.name for a in SCHEMAS[name].tensors}:
+                fixed |= {"num_groups": 1, "G": 4}
+            sample = seeded_sample(SCHEMAS[name], seed, **fixed)
+            if selects_firmly(sample):
+                break
+        else:
+            pytest.fail(f"no sample of {variant} keeps its selection")
+        arguments = sample.requiring_grad()
+        names = sample.differentiable()
+
+        def function(*tensors, arguments=arguments, names=names, sample=sample):
+            return floating(sample(**{**arguments, **dict(zip(names, tensors, strict=True))}))
+
+        leaves = tuple(arguments[n] for n in names)
+        assert torch.autograd.gradcheck(function, leaves, fast_mode=True), sample
+        checked += 1
+    assert checked
+
+
+@differentiable_schemas
+def test_forward_ad_is_refused(name):
+    sample = every_argument(name)
+    for differentiable in sample.differentiable():
+        value = sample.arguments[differentiable]
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(value, torch.ones_like(value))
+            with pytest.raises(NotImplementedError, match=f"moe::{name}: forward-mode AD"):
+                sample(**{differentiable: dual})
+            # A dual level alone, with no tangent, is no reason to refuse.
+            sample()
+        with pytest.raises(NotImplementedError, match=f"moe::{name}: forward-mode AD"):
+            torch.func.jvp(
+                lambda x, key=differentiable: floating(sample(**{key: x})),
+                (value,),
+                (torch.ones_like(value),),
+            )
+
+
+def first_and_second_gradients(function, arguments, names):
+    """What maps (index of a first gradient, leaf) to the second gradient, and the leaves."""
+    leaves = {n: arguments[n].detach().requires_grad_() for n in names}
+    output = floating(function(**{**arguments, **leaves}))
+    leaves["grad_output"] = torch.ones_like(output).requires_grad_()
+    grads = torch.autograd.grad(
+        output, [leaves[n] for n in names], leaves["grad_output"], create_graph=True
+    )
+
+    def second(index, leaf):
+        return torch.autograd.grad(
+            grads[index].sum(), leaves[leaf], retain_graph=True, allow_unused=True
+        )[0]
+
+    return second, list(leaves)
+
+
+@pytest.mark.parametrize("name", ["grouped_gemm", "unpermute", "topk_routing"])
+def test_double_backward_is_refused_where_the_backward_is_opaque(name):
+    sample = every_argument(name)
+    names = sample.differentiable()
+    second, leaves = first_and_second_gradients(sample, sample.arguments, names)
+    reference, _ = first_and_second_gradients(getattr(oracle, name), sample.arguments, names)
+    refused = 0
+    for index, leaf in itertools.product(range(len(names)), leaves):
+        expected = reference(index, leaf)
+        if expected is None or not expected.any():
+            continue
+        with pytest.raises(NotImplementedError, match=f"moe::{name}_(dx|dw|backward): "):
+            second(index, leaf)
+        refused += 1
+    assert refused >= len(names)
+
+
+def test_double_backward_works_where_the_backward_is_an_op_with_a_gradient():
+    for name in ("permute", "unpermute"):
+        sample = seeded_sample(
+            SCHEMAS[name], 1, T=3, topk_weights=None, dtype=torch.float64, layout="contiguous"
+        )
+        value = sample.arguments["input"].detach().requires_grad_()
+        assert torch.autograd.gradgradcheck(lambda x, s=sample: s(input=x), (value,))
+
+
+@differentiable_schemas
+def test_second_backward_through_a_retained_graph(name):
+    sample = every_argument(name)
+    arguments = sample.requiring_grad()
+    leaves = [arguments[n] for n in sample.differentiable()]
+    output = floating(sample(**arguments))
+    first = torch.autograd.grad(output.sum(), leaves, retain_graph=True)
+    second = torch.autograd.grad(output.sum(), leaves)
+    for one, two in zip(first, second, strict=True):
+        assert torch.equal(one, two)
+
+
+@differentiable_schemas
+def test_gradients_not_needed_are_none(name):
+    """Of each differentiable argument alone: the others get no gradient."""
+    sample = every_argument(name)
+    for wanted in sample.differentiable():
+        arguments = sample.requiring_grad()
+        for other in sample.differentiable():
+            arguments[other].requires_grad_(other == wanted)
+        floating(sample(**arguments)).sum().backward()
+        for other in sample.differentiable():
+            assert (arguments[other].grad is not None) == (other == wanted)
+
+
+def test_backward_ops_not_needed_are_not_called():
+    sample = every_argument("grouped_gemm")
+    called_for = {
+        "input": {"grouped_gemm_dx": 1},
+        "topk_weights": {"grouped_gemm_dx": 1},
+        "weight": {"grouped_gemm_dw": 1},
+        "bias": {"grouped_gemm_dw": 1},
+    }
+    for wanted, expected in called_for.items():
+        arguments = sample.requiring_grad()
+        for other in called_for:
+            arguments[other].requires_grad_(other == wanted)
+        output = sample(**arguments)
+        with CountCalls() as counted:
+            output.sum().backward()
+        assert counted.calls == expected, wanted
+
+
+def test_saves_nothing_that_the_needed_gradients_do_not_read():
+    sample = every_argument("grouped_gemm")
+    for wanted, unread in (("input", ["input", "bias"]), ("weight", ["weight", "bias"])):
+        arguments = sample.requiring_grad()
+        for other in sample.differentiable():
+            arguments[other].requires_grad_(other == wanted)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, to=saved: to.append(t) or t, id):
+            sample(**arguments)
+        for name in unread:
+            pointers = {tensor.data_ptr() for tensor in saved}
+            assert arguments[name].data_ptr() not in pointers, f"{name} kept for {wanted}"
+
+
+def test_integer_outputs_have_no_gradient():
+    logits = torch.randn(5, 4, requires_grad=True)
+    topk_weights, topk_ids = moe.topk_routing(logits, 2)
+    assert topk_weights.requires_grad
+    assert not topk_ids.requires_grad
+
+
+def test_unused_output_gives_no_gradient():
+    logits = torch.randn(5, 4, requires_grad=True)
+    topk_weights, _ = moe.topk_routing(logits, 2)
+    (grad,) = torch.autograd.grad((topk_weights * 0).sum(), logits)
+    assert torch.equal(grad, torch.zeros_like(logits))
+
+
+def test_trailing_defaults_left_out():
+    """The dispatcher drops them; every gradient arrives all the same, also by keyword."""
+    sample = every_argument("grouped_gemm")
+    rows, weight, counts = (sample.arguments[n] for n in ("input", "weight", "token_counts"))
+    rows = torch.randn(int(counts.sum()), weight.shape[2], dtype=torch.float64)
+    short = [rows.clone().requires_grad_(), weight.clone().requires_grad_()]
+    full = [rows.clone().requires_grad_(), weight.clone().requires_grad_()]
+    named = [rows.clone().requires_grad_(), weight.clone().requires_grad_()]
+    moe.grouped_gemm(*short, counts).sum().backward()
+    moe.grouped_gemm(*full, counts, None, None, None, 1, False, False, None).sum().backward()
+    moe.grouped_gemm(token_counts=counts, weight=named[1], input=named[0]).sum().backward()
+    for one, two, three in zip(short, full, named, strict=True):
+        assert torch.equal(one.grad, two.grad)
+        assert torch.equal(one.grad, three.grad)
+
+
+@blocks
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_grad(name, context):
+    hidden, weights = make_tokens(6), make_weights()
+    expected = BLOCKS[name](hidden, weights)
+    with context():
+        output = BLOCKS[name](hidden, weights)
+    assert not output.requires_grad
+    assert torch.equal(output, expected)
+    if context is torch.inference_mode:
+        assert output.is_inference()
+
+
+@differentiable_schemas
+def test_functional_gradients_are_right_or_refused(name):
+    """torch.func must never give silently wrong numbers."""
+    sample = every_argument(name)
+    differentiable = sample.differentiable()[0]
+    value = sample.arguments[differentiable]
+    leaf = value.detach().requires_grad_()
+    (expected,) = torch.autograd.grad(floating(sample(**{differentiable: leaf})).sum(), leaf)
+    try:
+        got = torch.func.grad(lambda x: floating(sample(**{differentiable: x})).sum())(value)
+    except (RuntimeError, NotImplementedError):
+        return
+    checks.assert_close(got, expected)
+
+
+@blocks
+def test_compiled_autograd_equals_eager(name):
+    hidden, weights = make_tokens(6), make_weights()
+    expected = loss_and_gradients(BLOCKS[name], hidden, weights)
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        output = torch.compile(BLOCKS[name], backend="aot_eager")(hidden, weights)
+        tangent = torch.linspace(-1, 1, output.numel()).view(output.shape)
+        torch.compile(lambda: output.backward(tangent), backend="aot_eager")()
+    assert torch._dynamo.utils.counters["compiled_autograd"]["captures"] == 1
+    got = [output, hidden.grad, *(w.grad for w in weights.tensors())]
+    for position, (actual, want) in enumerate(zip(got, expected, strict=True)):
+        checks.assert_close(actual, want, what=f"output or gradient {position}")

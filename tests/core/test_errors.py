@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input: one text, naming op, argument, expectation and actual, wherever it is given."""
+
+import itertools
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import moe_ops
+from moe_ops._core.library import SCHEMAS
+from tests import checks
+from tests.strategies import Sample, samples, seeded_sample
+
+F32, F64, BF16, I32 = torch.float32, torch.float64, torch.bfloat16, torch.int32
+
+
+def valid(name: str) -> dict[str, object]:
+    """A valid call: T = 6 tokens, K = 2, E = 4 experts, D = 8 in and N = 10 out features."""
+    token_counts = torch.tensor([5, 0, 4, 3], dtype=I32)
+    permutation = torch.randperm(12, generator=torch.Generator().manual_seed(0)).int()
+    calls = {
+        "topk_routing": {"logits": torch.randn(6, 4), "top_k": 2},
+        "routing_indices": {"topk_ids": torch.zeros(6, 2, dtype=I32), "num_experts": 4},
+        "permute": {"input": torch.randn(6, 8), "gather_indices": permutation, "top_k": 2},
+        "unpermute": {
+            "input": torch.randn(12, 8),
+            "gather_indices": permutation,
+            "topk_weights": torch.randn(6, 2),
+            "top_k": 2,
+        },
+        "grouped_gemm": {
+            "input": torch.randn(12, 8),
+            "weight": torch.randn(4, 10, 8),
+            "token_counts": token_counts,
+            "gather_indices": permutation,
+            "topk_weights": torch.randn(6, 2),
+            "bias": torch.randn(4, 10),
+            "top_k": 2,
+        },
+    }
+    return calls[name]
+
+
+# (op, what replaces a valid argument, error, text after "moe::<op>: expected ")
+BAD = [
+    # rank
+    ("topk_routing", {"logits": torch.randn(4)}, ValueError,
+     "logits.dim() == 2 (num_tokens, experts_per_group * num_groups), got 1 (4,)"),
+    ("routing_indices", {"topk_ids": torch.zeros(12, dtype=I32)}, ValueError,
+     "topk_ids.dim() == 2 (num_tokens, top_k), got 1 (12,)"),
+    ("permute", {"input": torch.randn(1, 6, 8)}, ValueError,
+     "input.dim() == 2 (num_tokens, hidden_size), got 3 (1, 6, 8)"),
+    ("permute", {"gather_indices": torch.zeros(6, 2, dtype=I32)}, ValueError,
+     "gather_indices.dim() == 1 (num_tokens * top_k), got 2 (6, 2)"),
+    ("grouped_gemm", {"weight": torch.randn(40, 8)}, ValueError,
+     "weight.dim() == 3 (num_experts, out_features, in_features), got 2 (40, 8)"),
+    ("grouped_gemm", {"bias": torch.randn(10)}, ValueError,
+     "bias.dim() == 2 (num_experts, out_features), got 1 (10,)"),
+    # sizes
+    ("grouped_gemm", {"weight": torch.randn(4, 10, 7)}, ValueError,
+     "weight.shape[2] == input.shape[1] (8), got 7"),
+    ("grouped_gemm", {"token_counts": torch.zeros(3, dtype=I32)}, ValueError,
+     "token_counts.shape[0] == weight.shape[0] (4), got 3"),
+    ("grouped_gemm", {"bias": torch.randn(4, 9)}, ValueError,
+     "bias.shape[1] == weight.shape[1] (10), got 9"),
+    ("grouped_gemm", {"topk_weights": torch.randn(4, 3)}, ValueError,
+     "topk_weights.shape[1] == top_k (2), got 3"),
+    ("grouped_gemm", {"topk_weights": torch.randn(5, 2)}, ValueError,
+     "topk_weights.shape[0] == "),
+    ("grouped_gemm", {"gather_indices": torch.zeros(11, dtype=I32)}, ValueError,
+     "gather_indices.shape[0] == num_tokens * top_k (12), got 11"),
+    ("permute", {"gather_indices": torch.zeros(13, dtype=I32)}, ValueError,
+     "gather_indices.shape[0] == num_tokens * top_k (12), got 13"),
+    ("permute", {"scatter_indices": torch.zeros(6, dtype=I32)}, ValueError,
+     "scatter_indices.shape[0] == num_tokens * top_k (12), got 6"),
+    ("topk_routing", {"selection_bias": torch.randn(3)}, ValueError,
+     "selection_bias.shape[0] == "),
+    # row counts that top_k does not divide
+    ("grouped_gemm", {"input": torch.randn(13, 8)}, ValueError,
+     "input.shape[0] to be a multiple of top_k (2), got 13"),
+    ("unpermute", {"input": torch.randn(13, 8)}, ValueError,
+     "input.shape[0] to be a multiple of top_k (2), got 13"),
+    ("topk_routing", {"num_groups": 3}, ValueError,
+     "logits.shape[1] to be a multiple of num_groups (3), got 4"),
+    # dtypes
+    ("grouped_gemm", {"weight": torch.randn(4, 10, 8, dtype=BF16)}, TypeError,
+     "weight.dtype == input.dtype (float32), got bfloat16"),
+    ("grouped_gemm", {"token_counts": torch.zeros(4)}, TypeError,
+     "token_counts.dtype in (int32, int64), got float32"),
+    ("grouped_gemm", {"topk_weights": torch.zeros(6, 2, dtype=I32)}, TypeError,
+     "topk_weights.dtype in (bfloat16, float16, float32, float64), got int32"),
+    ("permute", {"input": torch.zeros(6, 8, dtype=I32)}, TypeError,
+     "input.dtype in (bfloat16, float16, float32, float64), got int32"),
+    ("routing_indices", {"topk_ids": torch.zeros(6, 2)}, TypeError,
+     "topk_ids.dtype in (int32, int64), got float32"),
+    ("routing_indices", {"topk_ids": torch.zeros(6, 2, dtype=torch.int16)}, TypeError,
+     "topk_ids.dtype in (int32, int64), got int16"),
+    # scalars
+    ("topk_routing", {"top_k": 0}, ValueError, "top_k >= 1, got 0"),
+    ("topk_routing", {"top_k": -1}, ValueError, "top_k >= 1, got -1"),
+    ("topk_routing", {"top_k": 5}, ValueError,
+     "top_k <= experts_per_group * top_groups (4), got 5"),
+    ("topk_routing", {"top_k": 3, "num_groups": 2}, ValueError,
+     "top_k <= experts_per_group * top_groups (2), got 3"),
+    ("topk_routing", {"num_groups": 0}, ValueError, "num_groups >= 1, got 0"),
+    ("topk_routing", {"num_groups": 2, "top_groups": 3}, ValueError,
+     "top_groups <= num_groups (2), got 3"),
+    ("routing_indices", {"num_experts": 0}, ValueError, "num_experts >= 1, got 0"),
+    ("permute", {"top_k": 0}, ValueError, "top_k >= 1, got 0"),
+    ("unpermute", {"top_k": 0}, ValueError, "top_k >= 1, got 0"),
+    ("grouped_gemm", {"top_k": 0}, ValueError, "top_k >= 1, got 0"),
+    # strings
+    ("topk_routing", {"score_function": "relu"}, ValueError,
+     "score_function in ('softmax', 'sigmoid'), got 'relu'"),
+    ("topk_routing", {"group_score": "sum"}, ValueError,
+     "group_score in ('top2_sum', 'max'), got 'sum'"),
+    # flags
+    ("grouped_gemm", {"permute_x": True, "permute_y": True, "input": torch.randn(6, 8)}, ValueError,
+     ("not (permute_x and permute_y) (a GEMM gathers its input or scatters its output, never both), "
+      "got permute_x=True, permute_y=True")),
+    ("grouped_gemm", {"permute_y": True, "gather_indices": None}, ValueError,
+     ("gather_indices is not None or not (permute_x or permute_y) "
+      "(a permutation needs gather_indices), got gather_indices=None, permute_x=False, "
+      "permute_y=True")),
+    ("grouped_gemm", {"permute_x": True, "gather_indices": None, "input": torch.randn(6, 8)},
+     ValueError, "gather_indices is not None or not (permute_x or permute_y)"),
+]  # fmt: skip
+bad = pytest.mark.parametrize(
+    ("name", "replaced", "error", "text"),
+    BAD,
+    ids=[f"{name}-{'-'.join(replaced)}-{i}" for i, (name, replaced, *_) in enumerate(BAD)],
+)
+
+
+@bad
+def test_rejects(name, replaced, error, text):
+    arguments = {**valid(name), **replaced}
+    op = getattr(torch.ops.moe, name)
+    got = checks.assert_rejects(error, (f"moe::{name}: expected {text}",), op, arguments)
+    assert ", got " in got
+
+    positional = positional_arguments(name, arguments)
+    with pytest.raises(error) as by_position:
+        op(*positional)
+    assert str(by_position.value) == got
+    with pytest.raises(error) as by_function:
+        getattr(moe_ops, name)(*positional)
+    assert str(by_function.value) == got
+
+
+def positional_arguments(name: str, arguments: dict[str, object]) -> list[object]:
+    return [arguments.get(a.name, a.default) for a in SCHEMAS[name].arguments]
+
+
+@bad
+def test_rejects_under_compile(name, replaced, error, text):
+    arguments = {**valid(name), **replaced}
+    op = getattr(torch.ops.moe, name)
+    compiled = torch.compile(lambda kwargs: op(**kwargs), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="moe::") as caught:
+        compiled(arguments)
+    assert f"moe::{name}: expected {text}" in str(caught.value)
+
+
+def test_rejects_with_grad_and_under_autocast():
+    arguments = valid("grouped_gemm")
+    arguments["weight"] = torch.randn(4, 10, 7, requires_grad=True)
+    text = r"moe::grouped_gemm: expected weight.shape\[2\] == input.shape\[1\] \(8\), got 7"
+    with pytest.raises(ValueError, match=text):
+        torch.ops.moe.grouped_gemm(**arguments)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=text):
+        torch.ops.moe.grouped_gemm(**arguments)
+
+
+def test_rejects_mixed_devices():
+    arguments = valid("grouped_gemm")
+    arguments["weight"] = arguments["weight"].to("meta")
+    text = r"^moe::grouped_gemm: expected weight.device == input.device \(cpu\), got meta$"
+    with pytest.raises(ValueError, match=text):
+        torch.ops.moe.grouped_gemm(**arguments)
+
+
+def test_fake_cuda_tensors():
+    """Devices that this machine lacks: mixed ones and fp64 are refused all the same."""
+    with FakeTensorMode():
+        rows = torch.empty(6, 8, device="cuda")
+        indices = torch.empty(12, dtype=I32, device="cuda")
+        assert torch.ops.moe.permute(rows, indices, 2).device.type == "cuda"
+        with pytest.raises(TypeError, match=r"input.dtype in .*float32.* on cuda, got float64"):
+            torch.ops.moe.permute(rows.double(), indices, 2)
+        with pytest.raises(ValueError, match=r"expected gather_indices.device == input.device"):
+            torch.ops.moe.permute(rows, torch.empty(12, dtype=I32), 2)
+
+
+@pytest.mark.parametrize("name", sorted(SCHEMAS))
+@hypothesis.given(data=st.data())
+@hypothesis.settings(max_examples=30)
+def test_rejects_every_wrong_rank_dtype_and_range(name, data):
+    """One argument of a valid call made wrong, whichever it is: the text names it."""
+    sample = data.draw(samples(SCHEMAS[name]))
+    arguments = dict(sample.arguments)
+    given_tensors = [a for a in sample.schema.tensors if arguments[a.name] is not None]
+    bounded = [a for a in sample.schema.scalars if a.minimum or a.maximum or a.choices]
+    wrong = data.draw(st.sampled_from([*given_tensors, *bounded]), "wrong argument")
+    value = arguments[wrong.name]
+    error: type[Exception] = ValueError
+    if wrong.is_tensor:
+        how = data.draw(st.sampled_from(["more dimensions", "fewer dimensions", "dtype"]), "how")
+        if how == "more dimensions":
+            arguments[wrong.name] = value.unsqueeze(0)
+        elif how == "fewer dimensions":
+            arguments[wrong.name] = value.new_zeros(value.shape[1:])
+        else:
+            arguments[wrong.name] = value.bool()
+            error = TypeError
+    elif wrong.choices:
+        arguments[wrong.name] = "no such choice"
+    else:
+        beyond = [-1, 0] if wrong.minimum else []
+        arguments[wrong.name] = data.draw(st.sampled_from([*beyond, *[99] * bool(wrong.maximum)]))
+    text = checks.assert_rejects(error, (f"moe::{name}: expected ",), sample.overload, arguments)
+    # A scalar may also be refused for what a tensor's shape then is not a multiple of.
+    assert wrong.name in text
+
+
+def sizes_agree(sample: Sample, arguments: dict[str, object]) -> bool:
+    """Whether any assignment of sizes to the dimension letters fits every shape: by trying all."""
+    schema = sample.schema
+    scalars = {a.name: arguments[a.name] for a in schema.arguments}
+    found = {size for a in schema.tensors if a.name and arguments[a.name] is not None
+             for size in arguments[a.name].shape}  # fmt: skip
+    divisors = {scalars[a.name] for a in schema.scalars if a.type == "SymInt"}
+    candidates = sorted(found | {size // divisor for size in found for divisor in divisors})
+    for values in itertools.product(candidates, repeat=len(schema.dims)):
+        letters = dict(zip(schema.dims, values, strict=True))
+        names = {**scalars, **letters}
+        if all(
+            tuple(expr.evaluate(names) for expr in a.shape) == tuple(arguments[a.name].shape)
+            for a in schema.tensors
+            if arguments[a.name] is not None
+        ):
+            bounds = [(a.name, a.minimum, a.maximum) for a in schema.scalars]
+            return all(
+                (low is None or scalars[name] >= low.evaluate(names))
+                and (high is None or scalars[name] <= high.evaluate(names))
+                for name, low, high in bounds
+            )
+    return False
+
+
+@pytest.mark.parametrize("name", sorted(SCHEMAS))
+@hypothesis.given(data=st.data())
+@hypothesis.settings(max_examples=50)
+def test_rejects_exactly_the_sizes_that_disagree(name, data):
+    """One axis of a valid call resized: refused if, and only if, no sizes fit all shapes."""
+    sample = data.draw(samples(SCHEMAS[name]))
+    arguments = dict(sample.arguments)
+    given_tensors = [a.name for a in sample.schema.tensors if arguments[a.name] is not None]
+    resized = data.draw(st.sampled_from(given_tensors), "resized")
+    shape = list(arguments[resized].shape)
+    axis = data.draw(st.sampled_from(range(len(shape))), "axis")
+    shape[axis] = max(0, shape[axis] + data.draw(st.sampled_from([-1, 1, 2]), "by"))
+    arguments[resized] = arguments[resized].new_zeros(shape)
+    if sizes_agree(sample, arguments):
+        on_meta = {
+            key: value.to("meta") if isinstance(value, torch.Tensor) else value
+            for key, value in arguments.items()
+        }
+        sample.overload(**on_meta)
+    else:
+        checks.assert_rejects(
+            ValueError, (f"moe::{name}: expected ", ", got "), sample.overload, arguments
+        )
+
+
+def test_no_check_reads_device_values():
+    """Ids out of range are dropped by definition, and corrupt indices are not errors."""
+    arguments = seeded_sample(SCHEMAS["grouped_gemm"], 0, T=3).arguments
+    arguments["token_counts"] = torch.full_like(arguments["token_counts"], 1000)
+    torch.ops.moe.grouped_gemm(**arguments)

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts that must not change unnoticed: the schemas, the ops of compiled graphs.
+
+EXPECTTEST_ACCEPT=1 rewrites them.
+"""
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+
+from moe_ops._core.library import SCHEMAS
+from tests.moe_block import BLOCKS, loss_and_gradients, make_tokens, make_weights
+
+expecttest = pytest.importorskip("expecttest", reason="the goldens are expecttest's")
+
+
+class TestSchemas(expecttest.TestCase):
+    """As the dispatcher has them."""
+
+    def test_every_op(self):
+        schemas = [str(getattr(torch.ops.moe, name).default._schema) for name in sorted(SCHEMAS)]
+        self.assertExpectedInline(
+            "\n".join(schemas),
+            """\
+moe::grouped_gemm(Tensor input, Tensor weight, Tensor token_counts, Tensor? gather_indices=None, Tensor? topk_weights=None, Tensor? bias=None, SymInt top_k=1, bool permute_x=False, bool permute_y=False, str? kernel_config=None) -> Tensor
+moe::grouped_gemm_dw(Tensor grad_output, Tensor input, Tensor token_counts, Tensor? gather_indices, Tensor? topk_weights, SymInt top_k, bool permute_x, bool permute_y, bool[2] needs, bool transposed, str? kernel_config=None) -> (Tensor grad_weight, Tensor grad_bias)
+moe::grouped_gemm_dx(Tensor grad_output, Tensor weight, Tensor token_counts, Tensor? gather_indices, Tensor? topk_weights, Tensor? input, Tensor? bias, SymInt top_k, bool permute_x, bool permute_y, bool[2] needs, str? kernel_config=None) -> (Tensor grad_input, Tensor grad_topk_weights)
+moe::permute(Tensor input, Tensor gather_indices, SymInt top_k, Tensor? scatter_indices=None) -> Tensor
+moe::routing_indices(Tensor topk_ids, SymInt num_experts) -> (Tensor token_counts, Tensor gather_indices, Tensor scatter_indices)
+moe::topk_routing(Tensor logits, SymInt top_k, Tensor? selection_bias=None, str score_function="softmax", bool score_before_topk=True, bool renormalize=False, SymInt num_groups=1, SymInt top_groups=1, str group_score="top2_sum", float scaling_factor=1.) -> (Tensor topk_weights, Tensor topk_ids)
+moe::topk_routing_backward(Tensor grad_topk_weights, Tensor logits, Tensor topk_ids, str score_function, bool score_before_topk, bool renormalize, float scaling_factor) -> Tensor
+moe::unpermute(Tensor input, Tensor gather_indices, Tensor? topk_weights=None, SymInt top_k=1, Tensor? scatter_indices=None) -> Tensor
+moe::unpermute_backward(Tensor grad_output, Tensor input, Tensor gather_indices, Tensor topk_weights, SymInt top_k, Tensor? scatter_indices, bool[2] needs) -> (Tensor grad_input, Tensor grad_topk_weights)""",
+        )
+
+
+def compiled_graphs(block) -> dict[str, list[str]]:
+    """The moe ops of the forward and the backward graph, with the shapes of what they return."""
+    found: dict[str, list[str]] = {}
+
+    def record(direction):
+        def compiler(module, example_inputs):
+            assert direction not in found, "a graph break"
+            found[direction] = [
+                f"{node.target}: {describe(node.meta['val'])}"
+                for node in module.graph.nodes
+                if str(node.target).startswith("moe.")
+            ]
+            return make_boxed_func(module)
+
+        return compiler
+
+    def describe(value):
+        if isinstance(value, (tuple, list)):
+            return ", ".join(describe(item) for item in value)
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+
+    backend = aot_autograd(fw_compiler=record("forward"), bw_compiler=record("backward"))
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    loss_and_gradients(compiled, make_tokens(3), make_weights())
+    return found
+
+
+def render(graphs: dict[str, list[str]]) -> str:
+    return "\n".join(line for name, ops in graphs.items() for line in (f"{name}:", *ops)) + "\n"
+
+
+class TestGraphs(expecttest.TestCase):
+    """What the compiled graphs of the blocks hold: EXPECTTEST_ACCEPT=1 rewrites the texts."""
+
+    def test_fused_block(self):
+        self.assertExpectedInline(
+            render(compiled_graphs(BLOCKS["fused"])),
+            """\
+forward:
+moe.topk_routing.default: float32[3, 2], int32[3, 2]
+moe.routing_indices.default: int32[4], int32[6], int32[6]
+moe.grouped_gemm.default: float32[6, 12]
+moe.grouped_gemm.default: float32[6, 8]
+backward:
+moe.grouped_gemm_dx.default: float32[6, 6], float32[3, 2]
+moe.grouped_gemm_dw.default: float32[4, 8, 6], float32[0]
+moe.grouped_gemm_dx.default: float32[3, 8], float32[0]
+moe.grouped_gemm_dw.default: float32[4, 12, 8], float32[0]
+moe.topk_routing_backward.default: float32[3, 4]
+""",
+        )
+
+    def test_unfused_block(self):
+        self.assertExpectedInline(
+            render(compiled_graphs(BLOCKS["unfused"])),
+            """\
+forward:
+moe.topk_routing.default: float32[3, 2], int32[3, 2]
+moe.routing_indices.default: int32[4], int32[6], int32[6]
+moe.permute.default: float32[6, 8]
+moe.grouped_gemm.default: float32[6, 12]
+moe.grouped_gemm.default: float32[6, 8]
+moe.unpermute.default: float32[3, 8]
+backward:
+moe.unpermute_backward.default: float32[6, 8], float32[3, 2]
+moe.grouped_gemm_dx.default: float32[6, 6], float32[0]
+moe.grouped_gemm_dw.default: float32[4, 8, 6], float32[0]
+moe.grouped_gemm_dx.default: float32[6, 8], float32[0]
+moe.grouped_gemm_dw.default: float32[4, 12, 8], float32[0]
+moe.unpermute.default: float32[3, 8]
+moe.topk_routing_backward.default: float32[3, 4]
+""",
+        )

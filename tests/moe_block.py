@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small MoE block made of the ops, for tests of compilation, export and checkpointing.
+
+T tokens, H hidden size, I intermediate size, E experts, K top_k.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import moe_ops
+
+
+@dataclass
+class Weights:
+    """The block's parameters, in Hugging Face's layout."""
+
+    router: Tensor  # (E, H)
+    gate_up_proj: Tensor  # (E, 2I, H)
+    down_proj: Tensor  # (E, H, I)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.router, self.gate_up_proj, self.down_proj
+
+
+def make_weights(
+    dtype: torch.dtype = torch.float32,
+    num_experts: int = 4,
+    hidden_size: int = 8,
+    intermediate_size: int = 6,
+) -> Weights:
+    generator = torch.Generator().manual_seed(0)
+
+    def parameter(*shape: int) -> Tensor:
+        values = torch.randn(shape, generator=generator, dtype=torch.float64) / shape[-1] ** 0.5
+        return values.to(dtype).requires_grad_()
+
+    return Weights(
+        parameter(num_experts, hidden_size),
+        parameter(num_experts, 2 * intermediate_size, hidden_size),
+        parameter(num_experts, hidden_size, intermediate_size),
+    )
+
+
+def make_tokens(
+    num_tokens: int, dtype: torch.dtype = torch.float32, hidden_size: int = 8
+) -> Tensor:
+    generator = torch.Generator().manual_seed(num_tokens)
+    values = torch.randn(num_tokens, hidden_size, generator=generator, dtype=torch.float64)
+    return values.to(dtype).requires_grad_()
+
+
+def fused_block(hidden: Tensor, weights: Weights, top_k: int = 2, ops: Any = moe_ops) -> Tensor:
+    """The permutations and the router weights happen inside the two grouped GEMMs.
+
+    `ops` is moe_ops, or the oracle for the reference.
+    """
+    topk_weights, topk_ids = ops.topk_routing(F.linear(hidden, weights.router), top_k)
+    counts, gather, _ = ops.routing_indices(topk_ids, weights.router.shape[0])
+    gate_up = ops.grouped_gemm(
+        hidden, weights.gate_up_proj, counts, gather, top_k=top_k, permute_x=True
+    )
+    gate, up = gate_up.chunk(2, dim=-1)
+    slots = ops.grouped_gemm(
+        F.silu(gate) * up,
+        weights.down_proj,
+        counts,
+        gather,
+        topk_weights,
+        top_k=top_k,
+        permute_y=True,
+    )
+    return slots.view(-1, top_k, slots.shape[1]).sum(1)
+
+
+def unfused_block(hidden: Tensor, weights: Weights, top_k: int = 2, ops: Any = moe_ops) -> Tensor:
+    """Every op of the package: permute, two plain grouped GEMMs, weighted unpermute."""
+    topk_weights, topk_ids = ops.topk_routing(F.linear(hidden, weights.router), top_k)
+    counts, gather, scatter = ops.routing_indices(topk_ids, weights.router.shape[0])
+    rows = ops.permute(hidden, gather, top_k, scatter)
+    gate, up = ops.grouped_gemm(rows, weights.gate_up_proj, counts).chunk(2, dim=-1)
+    rows = ops.grouped_gemm(F.silu(gate) * up, weights.down_proj, counts)
+    return ops.unpermute(rows, gather, topk_weights, top_k, scatter)
+
+
+BLOCKS = {"fused": fused_block, "unfused": unfused_block}
+
+
+def loss_and_gradients(block: Any, hidden: Tensor, weights: Weights) -> list[Tensor]:
+    """The block's output and the gradients of its input and parameters, for a fixed tangent."""
+    output = block(hidden, weights)
+    tangent = torch.linspace(-1, 1, output.numel(), dtype=torch.float64)
+    tangent = tangent.to(output.dtype).view(output.shape)
+    grads = torch.autograd.grad(output, [hidden, *weights.tensors()], tangent)
+    return [output, *grads]
