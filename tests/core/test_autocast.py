@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Autocast: GEMM operands go to the autocast dtype, everything else keeps its own."""
+
+import pytest
+import torch
+
+from moe_ops._core.library import SCHEMAS
+from tests import checks
+from tests.moe_block import BLOCKS, loss_and_gradients, make_tokens, make_weights
+from tests.strategies import PRESENT, Sample, seeded_sample
+
+moe = torch.ops.moe
+LOW = (torch.bfloat16, torch.float16)
+low_precision = pytest.mark.parametrize("dtype", LOW, ids=str)
+
+
+def gemm(dtype: torch.dtype = torch.float32) -> Sample:
+    return seeded_sample(
+        SCHEMAS["grouped_gemm"], 3, T=5, D=8, N=8, E=3, dtype=dtype, routing="uniform",
+        topk_weights=PRESENT, bias=PRESENT, gather_indices=PRESENT, layout="contiguous",
+    )  # fmt: skip
+
+
+@low_precision
+def test_grouped_gemm_casts_input_weight_and_bias_alone(dtype):
+    sample = gemm()
+    cast = {name: sample.arguments[name].to(dtype) for name in ("input", "weight", "bias")}
+    expected = sample(**cast)
+    rounded = sample(**cast, topk_weights=sample.arguments["topk_weights"].to(dtype))
+    with torch.autocast("cpu", dtype):
+        output = sample()
+        by_keyword = moe.grouped_gemm(**sample.arguments)
+    assert output.dtype == dtype
+    assert torch.equal(output, expected)
+    assert torch.equal(by_keyword, expected)
+    # The example tells a cast of topk_weights from none.
+    assert not torch.equal(rounded, expected)
+
+
+@low_precision
+def test_gradients_come_back_in_the_dtype_of_the_arguments(dtype):
+    sample = gemm()
+    arguments = sample.requiring_grad()
+    names = sample.differentiable()
+    with torch.autocast("cpu", dtype):
+        output = sample(**arguments)
+    grads = torch.autograd.grad(output, [arguments[n] for n in names], torch.ones_like(output))
+    expected = checks.oracle_gradients(sample, torch.ones_like(output))
+    for name, grad in zip(names, grads, strict=True):
+        assert grad.dtype == torch.float32
+        checks.assert_close(grad, expected[name], dtype=dtype, what=name)
+
+
+def test_mixed_operands_meet_in_the_autocast_dtype():
+    sample = gemm()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = sample(input=sample.arguments["input"].to(torch.bfloat16))
+    assert output.dtype == torch.bfloat16
+
+
+def test_fp64_is_left():
+    sample = gemm(torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = sample()
+    assert output.dtype == torch.float64
+    assert torch.equal(output, sample())
+
+
+def test_disabled_autocast_casts_nothing():
+    sample = gemm()
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", enabled=False):
+            inside = sample()
+        assert sample().dtype == torch.bfloat16
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, sample())
+
+
+@pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_topk_routing_stays_fp32(logits_dtype):
+    logits = torch.randn(9, 8).to(logits_dtype).requires_grad_()
+    expected, expected_ids = moe.topk_routing(logits, 2, renormalize=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        topk_weights, topk_ids = moe.topk_routing(logits, 2, renormalize=True)
+    assert topk_weights.dtype == torch.float32
+    assert torch.equal(topk_weights, expected)
+    assert torch.equal(topk_ids, expected_ids)
+
+
+@pytest.mark.parametrize("name", ["permute", "unpermute"])
+def test_row_movers_keep_their_dtype(name):
+    sample = seeded_sample(SCHEMAS[name], 0, T=5, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = sample()
+    assert output.dtype == torch.float32
+    assert torch.equal(output, sample())
+
+
+@pytest.mark.parametrize("name", sorted(BLOCKS))
+def test_compiled_equals_eager(name):
+    def block(hidden, weights):
+        with torch.autocast("cpu", torch.bfloat16):
+            return BLOCKS[name](hidden, weights)
+
+    hidden, weights = make_tokens(6), make_weights()
+    eager = loss_and_gradients(block, hidden, weights)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    got = loss_and_gradients(compiled, hidden, weights)
+    for position, (actual, want) in enumerate(zip(got, eager, strict=True)):
+        assert actual.dtype == want.dtype
+        checks.assert_close(
+            actual, want, dtype=torch.bfloat16, what=f"output or gradient {position}"
+        )
+
+
+def test_autocast_around_a_compiled_block():
+    hidden, weights = make_tokens(6), make_weights()
+    compiled = torch.compile(BLOCKS["fused"], fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = compiled(hidden, weights), BLOCKS["fused"](hidden, weights)
+    assert got.dtype == want.dtype == torch.bfloat16
+    checks.assert_close(got, want)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FLOP formulas under torch.utils.flop_counter, which is imported lazily."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+moe = torch.ops.moe
+
+
+def count(function) -> dict[str, int]:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    counted = counter.get_flop_counts().get("Global", {})
+    return {str(op): flops for op, flops in counted.items()}
+
+
+@pytest.mark.parametrize("permute_x", [False, True])
+@pytest.mark.parametrize("grads", [("input",), ("weight",), ("input", "weight")], ids=str)
+def test_forward_and_backward_of_grouped_gemm(permute_x, grads):
+    top_k, num_tokens, in_features, out_features = 2, 6, 8, 10
+    num_rows = num_tokens * top_k
+    leaves = {
+        "input": torch.randn(num_tokens if permute_x else num_rows, in_features),
+        "weight": torch.randn(3, out_features, in_features),
+    }
+    for name in grads:
+        leaves[name].requires_grad_()
+    gather_indices = torch.randperm(num_rows).int()
+    # One row is dropped; the formula counts it, for it may not read the counts.
+    counts = torch.tensor([4, 0, 7])
+    found = count(
+        lambda: (
+            moe.grouped_gemm(
+                *leaves.values(), counts, gather_indices, top_k=top_k, permute_x=permute_x
+            )
+            .sum()
+            .backward()
+        )
+    )
+    product = 2 * num_rows * in_features * out_features
+    backward_ops = {"input": "moe.grouped_gemm_dx", "weight": "moe.grouped_gemm_dw"}
+    expected = {"moe.grouped_gemm": product, **{backward_ops[name]: product for name in grads}}
+    assert found == expected
+
+
+def test_router_gradient_needs_the_same_product():
+    topk_weights = torch.randn(6, 1, requires_grad=True)
+    rows, weight, counts = torch.randn(6, 8), torch.randn(2, 10, 8), torch.tensor([3, 3])
+    found = count(
+        lambda: moe.grouped_gemm(rows, weight, counts, None, topk_weights).sum().backward()
+    )
+    assert found == {"moe.grouped_gemm": 960, "moe.grouped_gemm_dx": 960}
+
+
+def test_other_ops_count_nothing():
+    rows, indices = torch.randn(6, 8, requires_grad=True), torch.randperm(12).int()
+    assert count(lambda: moe.permute(rows, indices, 2).sum().backward()) == {}
+
+
+@pytest.mark.parametrize("first", ["moe_ops", "torch.utils.flop_counter"])
+def test_registered_whichever_is_imported_first(first):
+    script = f"""
+import torch, {first}, moe_ops
+import torch.utils.flop_counter as flop_counter
+with flop_counter.FlopCounterMode(display=False) as counter:
+    torch.ops.moe.grouped_gemm(torch.ones(4, 3), torch.ones(1, 5, 3), torch.tensor([4]))
+assert counter.get_total_flops() == 2 * 4 * 3 * 5, counter.get_total_flops()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Python functions of the package against the schemas of the ops beneath them."""
+
+import inspect
+
+import pytest
+import torch
+
+import moe_ops
+from moe_ops._core.library import SCHEMAS
+from tests import checks
+from tests.strategies import seeded_sample
+
+BACKWARD_OPS = {
+    "topk_routing_backward", "unpermute_backward", "grouped_gemm_dx", "grouped_gemm_dw",
+}  # fmt: skip
+PUBLIC = sorted(set(SCHEMAS) - BACKWARD_OPS)
+ANNOTATIONS = {
+    "Tensor": torch.Tensor,
+    "Optional[Tensor]": torch.Tensor | None,
+    "int": int,
+    "SymInt": int,
+    "bool": bool,
+    "float": float,
+    "str": str,
+    "Optional[str]": str | None,
+}
+public_functions = pytest.mark.parametrize("name", PUBLIC)
+
+
+def test_every_op_is_known():
+    assert set(SCHEMAS) == BACKWARD_OPS | set(PUBLIC)
+    assert set(moe_ops.__all__) == set(PUBLIC)
+
+
+@public_functions
+def test_signature_equals_the_schema(name):
+    function, schema = getattr(moe_ops, name), getattr(torch.ops.moe, name).default._schema
+    signature = inspect.signature(function, eval_str=True)
+    assert list(signature.parameters) == [argument.name for argument in schema.arguments]
+    for argument in schema.arguments:
+        parameter = signature.parameters[argument.name]
+        assert parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+        assert not argument.kwarg_only
+        default = argument.default_value if argument.has_default_value() else parameter.empty
+        assert parameter.default == default, argument.name
+        assert parameter.annotation == ANNOTATIONS[str(argument.type)], argument.name
+    several = tuple[(torch.Tensor,) * len(schema.returns)]
+    returned = torch.Tensor if len(schema.returns) == 1 else several
+    assert signature.return_annotation == returned
+
+
+@public_functions
+def test_is_the_same_op(name):
+    sample = seeded_sample(SCHEMAS[name], 0, T=5, dtype=torch.float32)
+    for got, want in zip(
+        checks.as_tuple(getattr(moe_ops, name)(**sample.arguments)),
+        checks.as_tuple(sample()),
+        strict=True,
+    ):
+        assert torch.equal(got, want)
+
+
+@public_functions
+def test_docstring(name):
+    text = inspect.getdoc(getattr(moe_ops, name))
+    assert text is not None
+    first, blank = text.splitlines()[:2]
+    assert first.endswith(".")
+    assert blank == ""
+    positions = [text.index(f"\n{title}:") for title in ("Args", "Returns", "Raises", "Source")]
+    assert positions == sorted(positions)
+    for letter, meaning in SCHEMAS[name].dims.items():
+        assert f"{letter} {meaning}" in text, "the legend of the letters"
+    args = text[positions[0] : positions[1]]
+    for argument in SCHEMAS[name].arguments:
+        assert f"    {argument.name} (" in args or f"    {argument.name}:" in args, argument.name
+        if argument.is_tensor:
+            line = next(row for row in args.splitlines() if row.strip().startswith(argument.name))
+            for expr in argument.shape:
+                assert expr.text in line, f"{argument.name}: its shape"
+    returns = text[positions[1] : positions[2]]
+    for output in SCHEMAS[name].outputs:
+        assert output.name in returns
+    assert "ValueError" in text
+    assert "TypeError" in text
+    assert "ifferentiable" in text
+    assert "eterminis" in text

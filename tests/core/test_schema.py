@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading op_schemas: what a file means, and that every mistake is told with file, key, reason."""
+
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import pytest
+import yaml
+
+from moe_ops._core import schema
+from moe_ops._core.schema import SchemaError, load, load_all
+
+GOOD = """
+op: scale
+since: "0.1"
+summary: Multiply rows.
+equation: output = input * factor
+schema: "(Tensor input, Tensor? row_ids=None, SymInt top_k=1, str mode='sum', bool flip=False) -> Tensor"
+dims: {T: num_tokens, H: hidden_size}
+let: {R: T * top_k}
+arguments:
+  input: {shape: [R, H], dtype: floating, grad: true, doc: Rows.}
+  row_ids: {shape: [R], dtype: index, values: permutation, doc: Order of the rows.}
+  top_k: {min: 1, max: H, doc: Slots per token.}
+  mode: {choices: [sum, max], doc: What to do.}
+  flip: {doc: Backwards.}
+where:
+  - {expect: not flip or row_ids is not None, because: flipping needs an order}
+outputs:
+  output: {shape: [T, H], dtype: input, doc: Rows.}
+flops: R * H
+source: made up for this test
+"""
+
+
+def document() -> Any:
+    return yaml.safe_load(GOOD)
+
+
+def read(mapping: Any) -> schema.OpSchema:
+    return load(yaml.safe_dump(mapping, sort_keys=False), "scale.yaml")
+
+
+def test_reads_what_the_file_says():
+    op = read(document())
+    assert (op.name, op.since, op.source) == ("scale", "0.1", "made up for this test")
+    assert [(a.name, a.type, a.is_optional) for a in op.arguments] == [
+        ("input", "Tensor", False),
+        ("row_ids", "Tensor?", True),
+        ("top_k", "SymInt", False),
+        ("mode", "str", False),
+        ("flip", "bool", False),
+    ]
+    assert op.argument("input").grad
+    assert not op.argument("input").has_default
+    assert op.argument("mode").default == "sum"
+    assert op.argument("mode").choices == ("sum", "max")
+    sizes = {"T": 3, "H": 5, "top_k": 2}
+    assert [e.evaluate(sizes) for e in op.argument("input").shape] == [6, 5]
+    assert [e.evaluate(sizes) for e in op.outputs[0].shape] == [3, 5]
+    assert op.flops.evaluate(sizes) == 30
+    # The rows bind T by division; nothing else binds it.
+    assert [(s.argument.name, s.axis, s.letter) for s in op.sizes if s.letter] == [
+        ("input", 0, "T"),
+        ("input", 1, "H"),
+    ]
+
+
+def changed(**paths):
+    """GOOD with the value at each dotted path replaced, or taken out where it is ... ."""
+    mapping = document()
+    for path, value in paths.items():
+        *parents, last = (int(key) if key.isdigit() else key for key in path.split("__"))
+        place = mapping
+        for parent in parents:
+            place = place[parent]
+        if value is ...:
+            del place[last]
+        else:
+            place[last] = value
+    return mapping
+
+
+SIGNATURE = document()["schema"]
+INPUT = document()["arguments"]["input"]
+# What is wrong, and the key and a piece of the reason that the error must say.
+MISTAKES = {
+    "no op": (changed(op=...), "op", "missing"),
+    "another op's file": (changed(op="other"), "op", "other.yaml"),
+    "no since": (changed(since=...), "since", "missing"),
+    "since a number": (changed(since=0.1), "since", "expected text, got 0.1"),
+    "no summary": (changed(summary=...), "summary", "missing"),
+    "empty summary": (changed(summary=" "), "summary", "expected text"),
+    "no schema": (changed(schema=...), "schema", "missing"),
+    "no source": (changed(source=...), "source", "missing"),
+    "no dims": (changed(dims=...), "dims", "missing"),
+    "no arguments": (changed(arguments=...), "arguments", "missing"),
+    "no outputs": (changed(outputs=...), "outputs", "missing"),
+    "unknown key": (changed(flop="R"), "(whole file).flop", "unknown key"),
+    "schema without return": (changed(schema="(Tensor input)"), "schema", "-> Tensor"),
+    "unknown type": (
+        changed(schema=SIGNATURE.replace("SymInt", "int")), "schema", "'int top_k=1'",
+    ),
+    "argument twice": (
+        changed(schema=SIGNATURE.replace("bool flip", "bool mode")), "schema", "'mode' stands twice",
+    ),
+    "default that is no literal": (
+        changed(schema=SIGNATURE.replace("=1", "=one")), "schema", "top_k",
+    ),
+    "default of the wrong type": (
+        changed(schema=SIGNATURE.replace("=1", "='one'")), "schema", "top_k",
+    ),
+    "required after default": (
+        changed(schema=SIGNATURE.replace("bool flip=False", "bool flip")), "schema", "flip",
+    ),
+    "no tensor first": (
+        changed(schema="(SymInt top_k=1) -> Tensor", arguments={"top_k": {"doc": "x"}},
+                where=[], let={}, dims={}, flops=..., outputs={"output": {}}),
+        "schema", "first argument",
+    ),
+    "dims no mapping": (changed(dims=["T"]), "dims", "mapping"),
+    "dimension named like an argument": (changed(dims__mode="modes"), "dims.mode", "no argument"),
+    "dimension without a name": (changed(dims__T="number of tokens"), "dims.T", "a name such as"),
+    "dimension that nothing has": (changed(dims__Z="zeros"), "dims.Z", "no required tensor"),
+    "let named like a dimension": (changed(let__T="H"), "let.T", "no argument or dimension"),
+    "let of an unknown letter": (changed(let__R="T * Q"), "let.R", "'Q'"),
+    "let that is no expression": (changed(let__R="T *"), "let.R", "not an expression"),
+    "let that calls": (changed(let__R="max(T, H)"), "let.R", "Call is not allowed"),
+    "argument missing": (changed(arguments__flip=...), "arguments", "in this order"),
+    "argument too many": (changed(arguments__more={"doc": "x"}), "arguments", "in this order"),
+    "argument no mapping": (changed(arguments__flip="x"), "arguments.flip", "mapping"),
+    "no doc": (changed(arguments__flip__doc=...), "arguments.flip.doc", "expected text"),
+    "no shape": (changed(arguments__input__shape=...), "arguments.input.shape", "missing"),
+    "no dtype": (changed(arguments__input__dtype=...), "arguments.input.dtype", "missing"),
+    "shape no list": (changed(arguments__input__shape="R"), "arguments.input.shape", "list"),
+    "shape of an unknown letter": (
+        changed(arguments__input__shape=["R", "Q"]), "arguments.input.shape[1]", "'Q'",
+    ),
+    "shape that reads a tensor": (
+        changed(arguments__input__shape=["R", "row_ids"]), "arguments.input.shape[1]", "is None",
+    ),
+    "shape that nothing solves": (
+        changed(arguments__input__shape=["R + 1", "H"]), "arguments.input.shape[0]", "no rule",
+    ),
+    "unknown dtype": (changed(arguments__input__dtype="float"), "arguments.input.dtype", "'float'"),
+    "dtype of a later argument": (
+        changed(arguments__input__dtype="row_ids"), "arguments.input.dtype", "'row_ids'",
+    ),
+    "unknown values": (
+        changed(arguments__row_ids__values="shuffled"), "arguments.row_ids.values", "'shuffled'",
+    ),
+    "inverse of nothing": (
+        changed(arguments__row_ids__values="inverse of order"), "arguments.row_ids.values", "order",
+    ),
+    "counts of an unknown letter": (
+        changed(arguments__row_ids__values="counts of Q"), "arguments.row_ids.values", "'Q'",
+    ),
+    "misspelt tensor key": (changed(arguments__input__type="x"), "arguments.input.type", "unknown"),
+    "tensor key of a scalar": (changed(arguments__flip__grad=True), "arguments.flip.grad", "unknown"),
+    "grad no flag": (changed(arguments__input__grad="yes!"), "arguments.input.grad", "true or false"),
+    "range of a bool": (changed(arguments__flip__min=0), "arguments.flip.min", "no range"),
+    "range of an unknown letter": (changed(arguments__top_k__max="Q"), "arguments.top_k.max", "'Q'"),
+    "choices of a number": (
+        changed(arguments__top_k__choices=["a"]), "arguments.top_k.choices", "no choices",
+    ),
+    "default not among the choices": (
+        changed(arguments__mode__choices=["max", "min"]), "arguments.mode.choices", "'sum'",
+    ),
+    "where no list": (changed(where={"expect": "flip"}), "where", "expected a list"),
+    "where without reason": (changed(where__0={"expect": "flip"}), "where[0].because", "text"),
+    "where without expectation": (changed(where__0={"because": "x"}), "where[0].expect", "missing"),
+    "where of an unknown name": (
+        changed(where__0={"expect": "flop", "because": "x"}), "where[0].expect", "'flop'",
+    ),
+    "output without doc": (changed(outputs__output__doc=...), "outputs.output.doc", "text"),
+    "output without shape": (changed(outputs__output__shape=...), "outputs.output.shape", "missing"),
+    "output of an unknown dtype": (
+        changed(outputs__output__dtype="floating"), "outputs.output.dtype", "'floating'",
+    ),
+    "two outputs for one Tensor": (
+        changed(outputs__more=document()["outputs"]["output"]), "outputs", "one Tensor",
+    ),
+    "misspelt output key": (changed(outputs__output__dtypes="x"), "outputs.output.dtypes", "unknown"),
+    "output condition of an unknown name": (
+        changed(outputs__output__if="needs[0]"), "outputs.output.if", "'needs'",
+    ),
+    "backward no list": (changed(backward="scale"), "backward", "list of names"),
+    "flops of an unknown letter": (changed(flops="R * Q"), "flops", "'Q'"),
+}  # fmt: skip
+
+
+def test_the_unchanged_file_is_good():
+    assert read(changed()).name == "scale"
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_is_told_with_file_key_and_reason(mistake):
+    mapping, key, reason = MISTAKES[mistake]
+    with pytest.raises(SchemaError) as caught:
+        read(mapping)
+    text = str(caught.value)
+    assert text.startswith(f"scale.yaml: {key}: "), text
+    assert reason in text.removeprefix(f"scale.yaml: {key}: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("op: [", "not valid YAML"),
+        ("", "mapping"),
+        ("- op", "mapping"),
+        ("1: 2", "names as keys"),
+        (GOOD + "op: scale\n", "'op' stands twice"),
+        (GOOD.replace("doc: Rows.", "doc: Rows., doc: Rows."), "'doc' stands twice"),
+    ],
+)
+def test_text_that_is_no_mapping(text, reason):
+    with pytest.raises(SchemaError, match=r"^scale\.yaml: ") as caught:
+        load(text, "scale.yaml")
+    assert reason in str(caught.value)
+
+
+def test_load_all_names_the_file_of_a_missing_backward_op(tmp_path):
+    mapping = changed(backward=["scale_backward"])
+    (tmp_path / "scale.yaml").write_text(yaml.safe_dump(mapping, sort_keys=False))
+    with pytest.raises(SchemaError, match=r"^scale\.yaml: backward: .*'scale_backward'"):
+        load_all(tmp_path)
+
+
+def test_needs_neither_torch_nor_the_package():
+    """setup.py loads the file by its path, where only PyYAML is."""
+    code = textwrap.dedent(f"""
+        import importlib.util, sys
+        sys.modules["torch"] = None
+        spec = importlib.util.spec_from_file_location("schema_alone", {schema.__file__!r})
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        assert not any(name.startswith("moe_ops") for name in sys.modules)
+        print(module.load({GOOD!r}, "scale.yaml").name)
+    """)
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "scale\n"
