@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 
 import moe_ops
@@ -96,3 +98,30 @@ def loss_and_gradients(block: Any, hidden: Tensor, weights: Weights) -> list[Ten
     tangent = tangent.to(output.dtype).view(output.shape)
     grads = torch.autograd.grad(output, [hidden, *weights.tensors()], tangent)
     return [output, *grads]
+
+
+def compiled_graphs(block: Any) -> dict[str, list[str]]:
+    """The moe ops of the forward and the backward graph, with the shapes of what they return."""
+    found: dict[str, list[str]] = {}
+
+    def record(direction: str) -> Any:
+        def compiler(module: torch.fx.GraphModule, example_inputs: Any) -> Any:
+            assert direction not in found, "a graph break"
+            found[direction] = [
+                f"{node.target}: {describe(node.meta['val'])}"
+                for node in module.graph.nodes
+                if str(node.target).startswith("moe.")
+            ]
+            return make_boxed_func(module)
+
+        return compiler
+
+    def describe(value: Any) -> str:
+        if isinstance(value, (tuple, list)):
+            return ", ".join(describe(item) for item in value)
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+
+    backend = aot_autograd(fw_compiler=record("forward"), bw_compiler=record("backward"))
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    loss_and_gradients(compiled, make_tokens(3), make_weights())
+    return found

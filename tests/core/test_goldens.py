@@ -6,11 +6,9 @@ EXPECTTEST_ACCEPT=1 rewrites them.
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
-from torch._dynamo.backends.common import aot_autograd
 
 from moe_ops._core.library import SCHEMAS
-from tests.moe_block import BLOCKS, loss_and_gradients, make_tokens, make_weights
+from tests.moe_block import BLOCKS, compiled_graphs
 
 expecttest = pytest.importorskip("expecttest", reason="the goldens are expecttest's")
 
@@ -33,33 +31,6 @@ moe::topk_routing_backward(Tensor grad_topk_weights, Tensor logits, Tensor topk_
 moe::unpermute(Tensor input, Tensor gather_indices, Tensor? topk_weights=None, SymInt top_k=1, Tensor? scatter_indices=None) -> Tensor
 moe::unpermute_backward(Tensor grad_output, Tensor input, Tensor gather_indices, Tensor topk_weights, SymInt top_k, Tensor? scatter_indices, bool[2] needs) -> (Tensor grad_input, Tensor grad_topk_weights)""",
         )
-
-
-def compiled_graphs(block) -> dict[str, list[str]]:
-    """The moe ops of the forward and the backward graph, with the shapes of what they return."""
-    found: dict[str, list[str]] = {}
-
-    def record(direction):
-        def compiler(module, example_inputs):
-            assert direction not in found, "a graph break"
-            found[direction] = [
-                f"{node.target}: {describe(node.meta['val'])}"
-                for node in module.graph.nodes
-                if str(node.target).startswith("moe.")
-            ]
-            return make_boxed_func(module)
-
-        return compiler
-
-    def describe(value):
-        if isinstance(value, (tuple, list)):
-            return ", ".join(describe(item) for item in value)
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-
-    backend = aot_autograd(fw_compiler=record("forward"), bw_compiler=record("backward"))
-    compiled = torch.compile(block, fullgraph=True, backend=backend)
-    loss_and_gradients(compiled, make_tokens(3), make_weights())
-    return found
 
 
 def render(graphs: dict[str, list[str]]) -> str:
