@@ -56,7 +56,7 @@ def coarser(*dtypes: torch.dtype) -> torch.dtype:
     return max(dtypes, key=RELATIVE_NORM.__getitem__)
 
 
-def as_tuple(outputs: Any) -> tuple[Tensor | None, ...]:
+def as_tuple(outputs: Any) -> tuple[Any, ...]:
     return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
 
 
@@ -100,15 +100,15 @@ def _scale(sample: Sample) -> Any:
 def _assert_topk_routing(arguments: dict[str, Any], topk_weights: Tensor, topk_ids: Tensor) -> None:
     logits, bias = oracle.to_fp64(arguments["logits"], arguments["selection_bias"])
     groups = [arguments[name] for name in ("num_groups", "top_groups", "group_score")]
-    scoring = [arguments[name] for name in ("score_function", "score_before_topk")]
+    function, before = arguments["score_function"], arguments["score_before_topk"]
     _, expected_ids = oracle.topk_routing(**arguments)
     for token, (got, want) in enumerate(zip(topk_ids.tolist(), expected_ids.tolist(), strict=True)):
-        keys = oracle.selection_keys(logits[token], bias, *scoring)
+        keys = oracle.selection_keys(logits[token], bias, function, before)
         gap = oracle.selection_gap(keys, arguments["top_k"], *groups)
         assert got == want or gap < DECIDED_GAP, f"token {token}: ids {got}, expected {want}"
         assert len(set(got)) == len(got), f"token {token}: ids {got} repeat"
     expected = oracle.routing_weights(
-        logits, topk_ids, *scoring, arguments["renormalize"], arguments["scaling_factor"]
+        logits, topk_ids, function, before, arguments["renormalize"], arguments["scaling_factor"]
     )
     assert_close(topk_weights, expected, what="topk_weights")
 

@@ -36,6 +36,12 @@ hypothesis.settings.load_profile(os.environ.get("MOE_OPS_HYPOTHESIS_PROFILE", "c
 
 
 @pytest.fixture(autouse=True)
+def _seeded():
+    """A test draws the same numbers alone, in any order, and in any worker."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def _fresh_compiler():
     """No test sees another one's compiled code or recompilation limits."""
     yield

@@ -280,7 +280,9 @@ class _Builder:
             return self.tensors[argument.dtype].dtype
         options = [getattr(torch, dtype) for dtype in DTYPES[argument.dtype]]
         preset = self.fixed.get("index_dtype" if argument.dtype == "index" else "dtype")
-        chosen: torch.dtype = preset if preset in options else self.choose(options)
+        if preset in options:
+            options = [preset]
+        chosen: torch.dtype = self.choose(options)
         return chosen
 
     def numbers(self, shape: tuple[int, ...]) -> Tensor:

@@ -3,9 +3,11 @@
 
 import itertools
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -193,8 +195,13 @@ def test_saves_nothing_that_the_needed_gradients_do_not_read():
         arguments = sample.requiring_grad()
         for other in sample.differentiable():
             arguments[other].requires_grad_(other == wanted)
-        saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, to=saved: to.append(t) or t, id):
+        saved: list[Tensor] = []
+
+        def keep(tensor: Tensor, saved: list[Tensor] = saved) -> Tensor:
+            saved.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             sample(**arguments)
         for name in unread:
             pointers = {tensor.data_ptr() for tensor in saved}
@@ -269,6 +276,6 @@ def test_compiled_autograd_equals_eager(name):
         tangent = torch.linspace(-1, 1, output.numel()).view(output.shape)
         torch.compile(lambda: output.backward(tangent), backend="aot_eager")()
     assert torch._dynamo.utils.counters["compiled_autograd"]["captures"] == 1
-    got = [output, hidden.grad, *(w.grad for w in weights.tensors())]
+    got: list[Any] = [output, hidden.grad, *(w.grad for w in weights.tensors())]
     for position, (actual, want) in enumerate(zip(got, expected, strict=True)):
         checks.assert_close(actual, want, what=f"output or gradient {position}")

@@ -2,6 +2,7 @@
 """Bad input: one text, naming op, argument, expectation and actual, wherever it is given."""
 
 import itertools
+from typing import Any
 
 import hypothesis
 import pytest
@@ -17,11 +18,11 @@ from tests.strategies import Sample, samples, seeded_sample
 F32, F64, BF16, I32 = torch.float32, torch.float64, torch.bfloat16, torch.int32
 
 
-def valid(name: str) -> dict[str, object]:
+def valid(name: str) -> dict[str, Any]:
     """A valid call: T = 6 tokens, K = 2, E = 4 experts, D = 8 in and N = 10 out features."""
     token_counts = torch.tensor([5, 0, 4, 3], dtype=I32)
     permutation = torch.randperm(12, generator=torch.Generator().manual_seed(0)).int()
-    calls = {
+    calls: dict[str, dict[str, Any]] = {
         "topk_routing": {"logits": torch.randn(6, 4), "top_k": 2},
         "routing_indices": {"topk_ids": torch.zeros(6, 2, dtype=I32), "num_experts": 4},
         "permute": {"input": torch.randn(6, 8), "gather_indices": permutation, "top_k": 2},
@@ -45,7 +46,7 @@ def valid(name: str) -> dict[str, object]:
 
 
 # (op, what replaces a valid argument, error, text after "moe::<op>: expected ")
-BAD = [
+BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     # rank
     ("topk_routing", {"logits": torch.randn(4)}, ValueError,
      "logits.dim() == 2 (num_tokens, experts_per_group * num_groups), got 1 (4,)"),
@@ -151,7 +152,7 @@ def test_rejects(name, replaced, error, text):
     assert str(by_function.value) == got
 
 
-def positional_arguments(name: str, arguments: dict[str, object]) -> list[object]:
+def positional_arguments(name: str, arguments: dict[str, Any]) -> list[Any]:
     return [arguments.get(a.name, a.default) for a in SCHEMAS[name].arguments]
 
 
@@ -226,7 +227,7 @@ def test_rejects_every_wrong_rank_dtype_and_range(name, data):
     assert wrong.name in text
 
 
-def sizes_agree(sample: Sample, arguments: dict[str, object]) -> bool:
+def sizes_agree(sample: Sample, arguments: dict[str, Any]) -> bool:
     """Whether any assignment of sizes to the dimension letters fits every shape: by trying all."""
     schema = sample.schema
     scalars = {a.name: arguments[a.name] for a in schema.arguments}

@@ -13,14 +13,11 @@ from tests.moe_block import BLOCKS, compiled_graphs
 expecttest = pytest.importorskip("expecttest", reason="the goldens are expecttest's")
 
 
-class TestSchemas(expecttest.TestCase):
-    """As the dispatcher has them."""
-
-    def test_every_op(self):
-        schemas = [str(getattr(torch.ops.moe, name).default._schema) for name in sorted(SCHEMAS)]
-        self.assertExpectedInline(
-            "\n".join(schemas),
-            """\
+def test_schemas_as_the_dispatcher_has_them():
+    schemas = [str(getattr(torch.ops.moe, name).default._schema) for name in sorted(SCHEMAS)]
+    expecttest.assert_expected_inline(
+        "\n".join(schemas),
+        """\
 moe::grouped_gemm(Tensor input, Tensor weight, Tensor token_counts, Tensor? gather_indices=None, Tensor? topk_weights=None, Tensor? bias=None, SymInt top_k=1, bool permute_x=False, bool permute_y=False, str? kernel_config=None) -> Tensor
 moe::grouped_gemm_dw(Tensor grad_output, Tensor input, Tensor token_counts, Tensor? gather_indices, Tensor? topk_weights, SymInt top_k, bool permute_x, bool permute_y, bool[2] needs, bool transposed, str? kernel_config=None) -> (Tensor grad_weight, Tensor grad_bias)
 moe::grouped_gemm_dx(Tensor grad_output, Tensor weight, Tensor token_counts, Tensor? gather_indices, Tensor? topk_weights, Tensor? input, Tensor? bias, SymInt top_k, bool permute_x, bool permute_y, bool[2] needs, str? kernel_config=None) -> (Tensor grad_input, Tensor grad_topk_weights)
@@ -30,20 +27,17 @@ moe::topk_routing(Tensor logits, SymInt top_k, Tensor? selection_bias=None, str 
 moe::topk_routing_backward(Tensor grad_topk_weights, Tensor logits, Tensor topk_ids, str score_function, bool score_before_topk, bool renormalize, float scaling_factor) -> Tensor
 moe::unpermute(Tensor input, Tensor gather_indices, Tensor? topk_weights=None, SymInt top_k=1, Tensor? scatter_indices=None) -> Tensor
 moe::unpermute_backward(Tensor grad_output, Tensor input, Tensor gather_indices, Tensor topk_weights, SymInt top_k, Tensor? scatter_indices, bool[2] needs) -> (Tensor grad_input, Tensor grad_topk_weights)""",
-        )
+    )
 
 
 def render(graphs: dict[str, list[str]]) -> str:
     return "\n".join(line for name, ops in graphs.items() for line in (f"{name}:", *ops)) + "\n"
 
 
-class TestGraphs(expecttest.TestCase):
-    """What the compiled graphs of the blocks hold: EXPECTTEST_ACCEPT=1 rewrites the texts."""
-
-    def test_fused_block(self):
-        self.assertExpectedInline(
-            render(compiled_graphs(BLOCKS["fused"])),
-            """\
+def test_graphs_of_the_fused_block():
+    expecttest.assert_expected_inline(
+        render(compiled_graphs(BLOCKS["fused"])),
+        """\
 forward:
 moe.topk_routing.default: float32[3, 2], int32[3, 2]
 moe.routing_indices.default: int32[4], int32[6], int32[6]
@@ -56,12 +50,13 @@ moe.grouped_gemm_dx.default: float32[3, 8], float32[0]
 moe.grouped_gemm_dw.default: float32[4, 12, 8], float32[0]
 moe.topk_routing_backward.default: float32[3, 4]
 """,
-        )
+    )
 
-    def test_unfused_block(self):
-        self.assertExpectedInline(
-            render(compiled_graphs(BLOCKS["unfused"])),
-            """\
+
+def test_graphs_of_the_unfused_block():
+    expecttest.assert_expected_inline(
+        render(compiled_graphs(BLOCKS["unfused"])),
+        """\
 forward:
 moe.topk_routing.default: float32[3, 2], int32[3, 2]
 moe.routing_indices.default: int32[4], int32[6], int32[6]
@@ -78,4 +73,4 @@ moe.grouped_gemm_dw.default: float32[4, 12, 8], float32[0]
 moe.unpermute.default: float32[3, 8]
 moe.topk_routing_backward.default: float32[3, 4]
 """,
-        )
+    )

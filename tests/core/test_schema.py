@@ -60,6 +60,7 @@ def test_reads_what_the_file_says():
     sizes = {"T": 3, "H": 5, "top_k": 2}
     assert [e.evaluate(sizes) for e in op.argument("input").shape] == [6, 5]
     assert [e.evaluate(sizes) for e in op.outputs[0].shape] == [3, 5]
+    assert op.flops is not None
     assert op.flops.evaluate(sizes) == 30
     # The rows bind T by division; nothing else binds it.
     assert [(s.argument.name, s.axis, s.letter) for s in op.sizes if s.letter] == [

@@ -4,6 +4,11 @@ without a line of test code, but for its oracle."""
 
 import dataclasses
 import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -98,3 +103,114 @@ def opcheck_samples(name: str) -> list[Sample]:
 def test_opcheck(name):
     for sample in opcheck_samples(name):
         opcheck(sample)
+
+
+INDEX_OPS = sorted(name for name, s in SCHEMAS.items() if any(a.values for a in s.tensors))
+index_schemas = pytest.mark.parametrize("name", INDEX_OPS)
+
+
+@index_schemas
+def test_index_dtypes_give_the_same(name):
+    for seed in range(20):
+        sample = seeded_sample(SCHEMAS[name], seed, index_dtype=torch.int32)
+        wide = {a.name: sample.arguments[a.name] for a in sample.schema.tensors if a.values}
+        wide = {name: value.long() for name, value in wide.items() if value is not None}
+        assert_same_bits(sample(), sample(**wide))
+
+
+@schemas
+def test_bitwise_repeatable(name):
+    for seed in range(20):
+        sample = seeded_sample(SCHEMAS[name], seed, T=9)
+        first = sample()
+        for _ in range(3):
+            assert_same_bits(sample(), first)
+
+
+def assert_same_bits(got, want):
+    for one, two in zip(checks.as_tuple(got), checks.as_tuple(want), strict=True):
+        assert one.dtype == two.dtype
+        assert one.stride() == two.stride()
+        assert torch.equal(one, two)
+
+
+@schemas
+def test_results_are_new_memory(name):
+    """No output shares memory with an argument or another output: what callers may write to."""
+    for seed, variant in enumerate(strategies.variants(SCHEMAS[name])):
+        sample = seeded_sample(SCHEMAS[name], seed, T=3, **variant)
+        tensors = [v for v in sample.arguments.values() if isinstance(v, Tensor)]
+        seen = {tensor.untyped_storage()._cdata for tensor in tensors}
+        for output in checks.as_tuple(sample()):
+            storage = output.untyped_storage()._cdata
+            assert storage not in seen, sample
+            seen.add(storage)
+
+
+def corruptions(sample: Sample) -> Iterator[dict[str, Tensor]]:
+    """The index arguments of a call with values that their contract excludes."""
+    names = [a.name for a in sample.schema.tensors if a.values]
+    given = {n: sample.arguments[n] for n in names if sample.arguments[n] is not None}
+    largest = {n: torch.iinfo(t.dtype).max for n, t in given.items()}
+    for fill in (
+        lambda n, t: torch.full_like(t, -7),
+        lambda n, t: torch.full_like(t, largest[n]),
+        lambda n, t: torch.full_like(t, -largest[n] - 1),
+        lambda n, t: torch.zeros_like(t),
+        lambda n, t: torch.full_like(t, max(t.numel() - 1, 0)),
+        lambda n, t: torch.arange(t.numel()).to(t.dtype).reshape(t.shape) * 1000 - 500,
+        lambda n, t: torch.where(torch.arange(t.numel()).reshape(t.shape) % 2 == 0, largest[n], -1)
+        .to(t.dtype),
+    ):  # fmt: skip
+        corrupted = {n: strategies.lay_out(fill(n, t), "sliced") for n, t in given.items()}
+        yield corrupted
+        for alone, value in corrupted.items():
+            yield {alone: value}
+
+
+def run_corrupt_calls(name: str) -> int:
+    """Every corruption of samples whose neighbouring memory is NaN: nothing raises, and what
+    comes out was neither read from there nor left unwritten."""
+    count = 0
+    for seed, variant in enumerate(strategies.variants(SCHEMAS[name])):
+        for index in INDEX:
+            sample = seeded_sample(
+                SCHEMAS[name], seed, **variant, T=3,
+                dtype=torch.float32, index_dtype=index, layout="sliced",
+            )  # fmt: skip
+            expected = [output.shape for output in checks.as_tuple(sample())]
+            for corrupted in corruptions(sample):
+                with checks.poisoned_memory():
+                    outputs = checks.as_tuple(sample(**corrupted))
+                assert [output.shape for output in outputs] == expected, sample
+                for output in outputs:
+                    if output.is_floating_point():
+                        assert output.isfinite().all(), (sample, corrupted)
+                    else:
+                        assert (output.abs() < 2**30).all(), (sample, corrupted)
+                count += 1
+    return count
+
+
+@index_schemas
+def test_corrupt_indices_stay_in_bounds(name):
+    assert run_corrupt_calls(name) > 0
+
+
+def test_corrupt_indices_do_not_crash_a_process():
+    """An access out of bounds may also kill the process: that must fail one test, not the run."""
+    script = f"""
+from tests.ops import test_every_op
+for name in {INDEX_OPS!r}:
+    test_every_op.run_corrupt_calls(name)
+print("done")
+"""
+    root = Path(__file__).parents[2]
+    # glibc then fills freed memory, so that what is read there after all is garbage.
+    environment = {**os.environ, "MALLOC_PERTURB_": "165", "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=root, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == "done\n"
