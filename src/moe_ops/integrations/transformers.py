@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run the experts of Hugging Face transformers on torch.ops.moe.*.
+
+After register(), `experts_implementation="moe_ops"` is one more choice beside transformers' own
+"eager", "batched_mm" and "grouped_mm". Routers, activations and everything around the experts stay
+the model's own code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import NoReturn, Protocol
+
+import torch
+from torch import Tensor
+
+from moe_ops import grouped_gemm, routing_indices, unpermute
+
+IMPLEMENTATION = "moe_ops"
+MINIMUM_VERSION = "5.17"
+
+
+def register() -> None:
+    """Make `experts_implementation="moe_ops"` known to transformers.
+
+    Call it once before a model is built or switched; calling it again changes nothing. It holds
+    for the process, for every model class that goes through transformers' experts interface, in
+    `from_pretrained`, `from_config` and `model.set_experts_implementation`. Each such class then
+    computes
+
+        rows          = hidden_states gathered in expert order
+        rows          = act(rows @ gate_up_proj.T + gate_up_proj_bias), act being the class's own
+        rows          = rows @ down_proj.T + down_proj_bias
+        hidden_states = sum over a token's slots of top_k_weights * rows
+
+    with moe::routing_indices, moe::grouped_gemm and moe::unpermute. Slots whose expert id is
+    outside [0, num_experts), as expert parallelism marks the experts of other ranks, are dropped:
+    their output, input gradient and router gradient are exactly zero.
+
+    Differentiable in hidden_states, top_k_weights and every parameter of the experts. The same
+    inputs give the same bits.
+
+    Raises:
+        ImportError: transformers is missing, older than 5.17, or has no experts interface.
+
+    Source: the experts interface of transformers, transformers/integrations/moe.py.
+    """
+    needs = f"moe_ops.integrations.transformers: expected transformers >= {MINIMUM_VERSION}"
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            f"{needs}, got none installed (pip install 'moe_ops[transformers]')"
+        ) from error
+    if torch.torch_version.TorchVersion(transformers.__version__) < MINIMUM_VERSION:
+        raise ImportError(f"{needs}, got {transformers.__version__}")
+    try:
+        from transformers.integrations.moe import ExpertsInterface
+    except ImportError as error:
+        raise ImportError(
+            f"{needs} with its experts interface, got {transformers.__version__} without: {error}"
+        ) from error
+    ExpertsInterface.register(IMPLEMENTATION, experts_forward)
+    # FP8 experts dispatch through an interface of their own. Unregistered there, the name would be
+    # accepted by the model and then called unknown in its first forward.
+    with contextlib.suppress(ImportError):
+        from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
+
+        FP8ExpertsInterface.register(IMPLEMENTATION, refuse_fp8_experts)
+
+
+class Experts(Protocol):
+    """What every experts module of transformers says of itself.
+
+    Beside these it has the parameters gate_up_proj or, without has_gate, up_proj, and down_proj;
+    with has_bias one called *_bias for each; with has_post_expert_norm the module post_expert_norm.
+    """
+
+    num_experts: int
+    has_gate: bool
+    has_bias: bool
+    is_transposed: bool
+    act_fn: Callable[[Tensor], Tensor]
+    _apply_gate: Callable[[Tensor], Tensor]
+    post_expert_norm: Callable[[Tensor], Tensor]
+
+
+def experts_forward(
+    self: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Forward of an experts module, as transformers calls the implementation it dispatches to.
+
+    Args:
+        self: the experts module; its num_experts, has_gate, has_bias, is_transposed, weights and
+            activation say what to compute.
+        hidden_states ((..., hidden_size), floating): rows in token order.
+        top_k_index ((..., top_k), int32 or int64): expert of each slot; ids outside
+            [0, num_experts) are dropped.
+        top_k_weights ((..., top_k), floating): router weight of each slot.
+
+    Returns:
+        hidden_states ((..., hidden_size), the dtype of hidden_states): the weighted sum of each
+            token's experts.
+
+    Differentiable in hidden_states, top_k_weights and the module's parameters. Deterministic.
+    """
+    top_k = top_k_index.shape[-1]
+    token_counts, gather_indices, scatter_indices = routing_indices(
+        top_k_index.reshape(-1, top_k), self.num_experts
+    )
+
+    up_name = "gate_up_proj" if self.has_gate else "up_proj"
+    up_weight, up_bias = _projection(self, up_name)
+    rows = grouped_gemm(
+        _in_dtype_of(up_weight, hidden_states.reshape(-1, hidden_states.shape[-1])),
+        up_weight,
+        token_counts,
+        gather_indices,
+        bias=up_bias,
+        top_k=top_k,
+        permute_x=True,
+    )
+    rows = self._apply_gate(rows) if self.has_gate else self.act_fn(rows)
+    down_weight, down_bias = _projection(self, "down_proj")
+    rows = grouped_gemm(_in_dtype_of(down_weight, rows), down_weight, token_counts, bias=down_bias)
+    if getattr(self, "has_post_expert_norm", False):
+        rows = self.post_expert_norm(rows)
+        # A norm may turn the zero rows of dropped slots into anything: a bias, or NaN without eps.
+        is_dropped = torch.arange(rows.shape[0], device=rows.device) >= token_counts.sum()
+        rows = rows.masked_fill(is_dropped[:, None], 0.0)
+    output = unpermute(
+        rows, gather_indices, top_k_weights.reshape(-1, top_k), top_k, scatter_indices
+    )
+    return output.reshape(hidden_states.shape).to(hidden_states.dtype)
+
+
+def refuse_fp8_experts(self: object, *args: object, **kwargs: object) -> NoReturn:
+    """Forward of fine-grained FP8 experts, which moe_ops does not have."""
+    raise NotImplementedError(
+        f'experts_implementation="{IMPLEMENTATION}" does not compute fine-grained FP8 experts '
+        f"({type(self).__name__}): load with FineGrainedFP8Config(dequantize=True), or choose "
+        'experts_implementation="grouped_mm"'
+    )
+
+
+def _projection(experts: Experts, name: str) -> tuple[Tensor, Tensor | None]:
+    """The weight called name as (num_experts, out_features, in_features), and its bias."""
+    weight = getattr(experts, name)
+    bias = _in_dtype_of(weight, getattr(experts, f"{name}_bias")) if experts.has_bias else None
+    return weight.transpose(1, 2) if experts.is_transposed else weight, bias
+
+
+def _in_dtype_of(weight: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor as the GEMM wants it: fp32 residual streams and biases meet bf16 weights.
+
+    Under autocast the op casts both; casting here first would bring bf16 rows to fp32 and back.
+    """
+    return tensor if torch.is_autocast_enabled(tensor.device.type) else tensor.to(weight.dtype)
