@@ -39,6 +39,11 @@ ACCUMULATOR = re.compile(r"accumulator\((\w+)\)")
 REQUIRED = object()
 
 _TYPES = ("Tensor", "Tensor?", "SymInt", "bool", "bool[2]", "float", "float?", "str", "str?")
+# What a default may be, by type without its question mark.
+_DEFAULTS: Mapping[str, tuple[type, ...]] = {
+    "Tensor": (), "SymInt": (int,), "bool": (bool,), "bool[2]": (list,), "float": (float,),
+    "str": (str,),
+}  # fmt: skip
 _NODES = (
     ast.Expression, ast.BinOp, ast.BoolOp, ast.UnaryOp, ast.Compare, ast.IfExp, ast.Name, ast.Load,
     ast.Constant, ast.Subscript, ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod, ast.And,
@@ -323,9 +328,11 @@ class _Reader:
             item = re.fullmatch(r"(?P<type>[\w\[\]?]+) (?P<name>\w+)(?:=(?P<default>.+))?", part)
             if item is None or item["type"] not in _TYPES:
                 self.fail("schema", f"cannot read {part!r}; types are {', '.join(_TYPES)}")
-            default = REQUIRED if item["default"] is None else ast.literal_eval(item["default"])
+            default = self.default(part, item["type"], item["default"])
             if any(item["name"] == name for name, _, _ in arguments):
                 self.fail("schema", f"argument {item['name']!r} stands twice")
+            if default is REQUIRED and arguments and arguments[-1][2] is not REQUIRED:
+                self.fail("schema", f"{item['name']!r} needs a default, as the argument before it")
             arguments.append((item["name"], item["type"], default))
         returns: list[str] = []
         for part in (match["returns"] or "").split(", "):
@@ -334,6 +341,18 @@ class _Reader:
                 self.fail("schema", f"cannot read the return {part!r}; expected 'Tensor name'")
             returns += [item[1]] if item else []
         return arguments, returns
+
+    def default(self, part: str, kind: str, text: str | None) -> Any:
+        if text is None:
+            return REQUIRED
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            self.fail("schema", f"the default of {part!r} is no literal")
+        allowed = _DEFAULTS[kind.removesuffix("?")]
+        if not (isinstance(value, allowed) or (value is None and kind.endswith("?"))):
+            self.fail("schema", f"the default of {part!r} is no {kind}")
+        return value
 
     def read_dims(self) -> None:
         for letter, meaning in self.mapping("dims", self.required("dims")).items():
@@ -496,7 +515,9 @@ class _Reader:
         for index, value in enumerate(entries):
             key = f"where[{index}]"
             entry = self.mapping(key, value, {"expect", "because"})
-            expect = self.expr(f"{key}.expect", entry.get("expect"))
+            if "expect" not in entry:
+                self.fail(f"{key}.expect", "the key is missing")
+            expect = self.expr(f"{key}.expect", entry["expect"])
             yield Where(expect, self.text(f"{key}.because", entry.get("because")))
 
     def read_sizes(self, arguments: tuple[Argument, ...]) -> Iterator[Size]:

@@ -30,7 +30,8 @@ def grouped_gemm(
     kernel_config: str | None = None,
 ) -> torch.Tensor:
     num_rows = input.shape[0] * top_k if permute_x else input.shape[0]
-    groups = _Groups(token_counts, num_rows, gather_indices, topk_weights, top_k)
+    accumulator = torch.promote_types(input.dtype, torch.float32)
+    groups = _Groups(token_counts, num_rows, gather_indices, topk_weights, top_k, accumulator)
     # The weight of a row is applied before the downcast, which needs the product in fp32.
     dtype = _product_dtype(input.dtype, exact=topk_weights is not None)
     output = input.new_empty(num_rows, weight.shape[1])
@@ -70,9 +71,9 @@ def grouped_gemm_dx(
     kernel_config: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_rows = grad_output.shape[0]
-    groups = _Groups(token_counts, num_rows, gather_indices, topk_weights, top_k)
+    accumulator = torch.promote_types(grad_output.dtype, torch.float32)
+    groups = _Groups(token_counts, num_rows, gather_indices, topk_weights, top_k, accumulator)
     dtype = _product_dtype(grad_output.dtype, exact=topk_weights is not None)
-    accumulator = torch.promote_types(dtype, torch.float32)
     grad_rows = grad_output.new_empty(num_rows if needs[0] else 0, weight.shape[2])
     dots = torch.zeros(num_rows if needs[1] else 0, dtype=accumulator, device=grad_output.device)
     if groups.tail < num_rows:
@@ -103,8 +104,10 @@ def grouped_gemm_dx(
         if gather_indices is not None:
             dots = dots.index_select(0, rows_of_slots(gather_indices, None))
         grad_topk_weights = dots.reshape(topk_weights.shape).to(topk_weights.dtype)
-    empty = grad_output.new_empty(0)
-    return grad_input if needs[0] else empty, grad_topk_weights if needs[1] else empty
+    return (
+        grad_input if needs[0] else grad_output.new_empty(0),
+        grad_topk_weights if needs[1] else grad_output.new_empty(0),
+    )
 
 
 def grouped_gemm_dw(
@@ -122,9 +125,9 @@ def grouped_gemm_dw(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_rows, out_features = grad_output.shape
     num_experts, in_features = token_counts.shape[0], input.shape[1]
-    groups = _Groups(token_counts, num_rows, gather_indices, topk_weights, top_k)
+    accumulator = torch.promote_types(grad_output.dtype, torch.float32)
+    groups = _Groups(token_counts, num_rows, gather_indices, topk_weights, top_k, accumulator)
     dtype = _product_dtype(grad_output.dtype, exact=topk_weights is not None)
-    accumulator = torch.promote_types(dtype, torch.float32)
     grad_weight, grad_bias = grad_output.new_empty(0), grad_output.new_empty(0)
     if needs[0]:
         sizes = (in_features, out_features) if transposed else (out_features, in_features)
@@ -163,6 +166,7 @@ class _Groups:
     gather_indices: torch.Tensor | None
     topk_weights: torch.Tensor | None
     top_k: int
+    accumulator: torch.dtype
 
     def __post_init__(self) -> None:
         # Clamped: corrupt counts give unspecified values, never an access out of bounds.
@@ -176,7 +180,7 @@ class _Groups:
             weights = self.topk_weights.reshape(-1, 1)
             if self.gather_indices is not None:
                 weights = weights.index_select(0, self.slots)
-            self._scale = weights.to(torch.promote_types(weights.dtype, torch.float32))
+            self._scale = weights.to(self.accumulator)
 
     def __iter__(self) -> Iterator[tuple[int, slice]]:
         start = 0

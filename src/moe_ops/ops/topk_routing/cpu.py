@@ -24,7 +24,7 @@ def topk_routing(
     group_score: str = "top2_sum",
     scaling_factor: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
     scores = _score(logits, score_function) if score_before_topk else logits
     choice = scores if selection_bias is None else scores + selection_bias
     if top_groups < num_groups:
