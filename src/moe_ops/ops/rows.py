@@ -43,18 +43,21 @@ def sum_slots(
     accumulator = torch.promote_types(rows.dtype, torch.float32)
     slots = rows_of_slots.reshape(num_tokens, top_k)
     weights = None if topk_weights is None else topk_weights.to(accumulator)
-    if rows.dtype == accumulator or weights is None:
-        # Gathers, multiplies and sums without storing the gathered rows; a bag of bf16 or fp16
-        # rows is summed in fp32, but its weights would be rounded.
+    if rows.dtype == accumulator:
+        # Gathers, multiplies and sums without storing the gathered rows. For bf16 and fp16 it
+        # rounds the weights, and the sum not to the nearest.
         return torch.nn.functional.embedding_bag(
             slots, rows.contiguous(), mode="sum", per_sample_weights=weights
         )
     output = rows.new_empty(num_tokens, rows.shape[1])
     for start in range(0, num_tokens, _CHUNK):
-        chunk = slots[start : start + _CHUNK]
-        gathered = rows.index_select(0, chunk.flatten()).view(*chunk.shape, -1).to(accumulator)
-        scale = weights[start : start + _CHUNK, None]
-        output[start : start + _CHUNK] = torch.bmm(scale, gathered).squeeze(1)
+        part = slice(start, start + _CHUNK)
+        gathered = rows.index_select(0, slots[part].flatten()).to(accumulator)
+        gathered = gathered.unflatten(0, (-1, top_k))
+        if weights is None:
+            output[part] = gathered.sum(1)
+        else:
+            output[part] = torch.bmm(weights[part, None], gathered).squeeze(1)
     return output
 
 
