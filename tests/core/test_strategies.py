@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The generator of the tests' arguments: that it draws what the other tests rely on."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from moe_ops._core.library import SCHEMAS
+from moe_ops._core.schema import DTYPES
+from tests import oracle, strategies
+from tests.strategies import seeded_sample, variants
+
+schemas = pytest.mark.parametrize("name", sorted(SCHEMAS))
+
+
+@schemas
+def test_draws_every_dtype_layout_size_and_routing(name):
+    schema = SCHEMAS[name]
+    seen: Counter[object] = Counter()
+    for seed in range(400):
+        sample = seeded_sample(schema, seed)
+        seen[sample.routing] += 1
+        for argument in schema.arguments:
+            value = sample.arguments[argument.name]
+            if isinstance(value, torch.Tensor):
+                seen[argument.name, value.dtype] += 1
+                seen[argument.name, sample.layouts[argument.name]] += 1
+                seen[argument.name, "empty"] += value.numel() == 0
+            else:
+                seen[argument.name, str(value)] += 1
+    for argument in schema.arguments:
+        if argument.is_tensor:
+            dtypes = DTYPES.get(argument.dtype, ())
+            expected = [getattr(torch, dtype) for dtype in dtypes]
+            expected += strategies.INDEX_LAYOUTS if argument.values else strategies.LAYOUTS
+            if argument.is_optional:
+                expected.append(str(None))
+        elif argument.type == "bool":
+            expected = ["False", "True"]
+        else:
+            expected = list(argument.choices)
+        for value in expected:
+            assert seen[argument.name, value] >= 5, f"{argument.name}: {value}"
+    first = schema.arguments[0].name
+    assert seen[first, "empty"] >= 5
+    kinds = " ".join(argument.values for argument in schema.tensors)
+    if kinds.strip() and "distinct" not in kinds:
+        for routing in oracle.ROUTINGS:
+            assert seen[routing] >= 5, routing
+
+
+@schemas
+def test_the_same_seed_draws_the_same(name):
+    one, two = (seeded_sample(SCHEMAS[name], 7) for _ in range(2))
+    assert repr(one) == repr(two)
+    for got, want in zip(one.arguments.values(), two.arguments.values(), strict=True):
+        if isinstance(got, torch.Tensor):
+            assert torch.equal(got, want)
+            assert got.stride() == want.stride()
+        else:
+            assert got == want
+
+
+@schemas
+def test_variants_are_drawn_as_asked(name):
+    for variant in variants(SCHEMAS[name]):
+        sample = seeded_sample(SCHEMAS[name], 0, **variant)
+        for argument, value in variant.items():
+            got = sample.arguments[argument]
+            assert (got is not None) if value is strategies.PRESENT else got == value
+
+
+def test_variants_of_grouped_gemm():
+    """Both permutations never; either only with gather_indices."""
+    found = list(variants(SCHEMAS["grouped_gemm"]))
+    # Without gather_indices 2 * 2 optional tensors; with them times 3 pairs of flags.
+    assert len(found) == 4 + 4 * 3
+
+
+@pytest.mark.parametrize("layout", strategies.LAYOUTS)
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5)], ids=str)
+def test_layouts(layout, shape):
+    content = torch.arange(1.0, 1 + torch.Size(shape).numel()).view(shape)
+    tensor = strategies.lay_out(content, layout)
+    assert tensor.shape == shape
+    assert tensor.is_contiguous() == (layout == "contiguous")
+    if layout == "expanded":
+        assert 0 in tensor.stride()
+    else:
+        assert torch.equal(tensor, content)
+    if layout == "sliced":
+        assert tensor.storage_offset() > 0
+        assert tensor._base is not None
+        assert tensor._base.isnan().sum() == tensor._base.numel() - content.numel()
