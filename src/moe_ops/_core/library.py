@@ -14,12 +14,14 @@ of its gradient in terms of other ops.
 
 from __future__ import annotations
 
+import importlib
 import importlib.resources
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.autograd import forward_ad
@@ -34,8 +36,11 @@ SCHEMAS: dict[str, OpSchema] = load_all(importlib.resources.files("moe_ops.op_sc
 OPS: dict[str, Op] = {}
 
 # Which implementations may serve a device, best first. "pytorch" is the CPU implementation, written
-# in PyTorch alone.
-IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {"cpu": ("pytorch",), "cuda": ("triton", "pytorch")}
+# in PyTorch alone. "triton" serves CPU tensors only in Triton's interpreter, for tests.
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
+    "cpu": ("pytorch", "triton"),
+    "cuda": ("triton", "pytorch"),
+}
 DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 ENVIRONMENT_VARIABLE = "MOE_OPS_IMPLEMENTATION"
 
@@ -62,7 +67,7 @@ class Op:
         self.name = name
         self.schema = SCHEMAS[name]
         self.generated = codegen.generate(self.schema)
-        self.implementations: dict[str, Callable[..., Tensors]] = {}
+        self.implementations: dict[str, Callable[..., Tensors] | str] = {}
         _library.define(
             name + self.schema.schema,
             tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
@@ -89,8 +94,11 @@ class Op:
     def _impl(self, kernel: Callable[..., Any], key: str, with_keyset: bool = False) -> None:
         _library.impl(self.name, kernel, key, with_keyset=with_keyset, allow_override=False)
 
-    def implement(self, name: str, function: Callable[..., Tensors]) -> None:
-        """Names `function` as the implementation `name` ("pytorch", "triton")."""
+    def implement(self, name: str, function: Callable[..., Tensors] | str) -> None:
+        """Names `function` as the implementation `name`, "pytorch" or "triton".
+
+        A string "module:function" is imported when the implementation is first called.
+        """
         self.implementations[name] = function
 
     def differentiate(
@@ -113,20 +121,40 @@ class Op:
     def choose(self, device_type: str) -> Choice:
         """Which implementation serves `device_type`; raises RuntimeError where none can."""
         candidates = IMPLEMENTATIONS[device_type]
-        if forced := os.environ.get(ENVIRONMENT_VARIABLE):
-            if forced in candidates and forced in self.implementations:
+        obstacles = {name: self._obstacle(name, device_type) for name in candidates}
+        forced = os.environ.get(ENVIRONMENT_VARIABLE)
+        if forced:
+            obstacle = obstacles.get(forced, f"{device_type} tensors have no such implementation")
+            if obstacle is None:
                 return Choice(forced, f"forced by {ENVIRONMENT_VARIABLE}")
-            have = [name for name in candidates if name in self.implementations]
             raise RuntimeError(
-                f"{NAMESPACE}::{self.name}: {ENVIRONMENT_VARIABLE}={forced} is not available on "
-                f"{device_type}; available: {', '.join(have) or 'none'}"
+                f"{NAMESPACE}::{self.name}: {ENVIRONMENT_VARIABLE}={forced}: {obstacle}"
             )
-        for name in candidates:
-            if name in self.implementations:
-                best = candidates[0]
-                reason = "the default" if name == best else f"this op has no {best} kernel"
-                return Choice(name, reason)
-        raise RuntimeError(f"{NAMESPACE}::{self.name}: no implementation for {device_type}")
+        best = candidates[0]
+        for name, obstacle in obstacles.items():
+            if obstacle is None:
+                return Choice(name, "the default" if name == best else f"{obstacles[best]}")
+        raise RuntimeError(f"{NAMESPACE}::{self.name}: {obstacles[best]}")
+
+    def _obstacle(self, name: str, device_type: str) -> str | None:
+        """Why the implementation cannot serve the device; None where it can."""
+        if name not in self.implementations:
+            return f"this op has no {name} implementation"
+        if name == "triton" and importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if name == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "triton serves CPU tensors only in its interpreter, TRITON_INTERPRET=1"
+        return None
+
+    def _load(self, name: str) -> Callable[..., Tensors]:
+        function = self.implementations[name]
+        if isinstance(function, str):
+            module, _, attribute = function.partition(":")
+            function = cast(
+                Callable[..., Tensors], getattr(importlib.import_module(module), attribute)
+            )
+            self.implementations[name] = function
+        return function
 
     @property
     def defaults(self) -> tuple[Any, ...]:
@@ -153,7 +181,7 @@ def _device_kernel(op: Op, device_type: str) -> Callable[..., Tensors]:
                     "%s::%s on %s: the %s implementation serves it (%s)",
                     NAMESPACE, op.name, device_type, choice.name, choice.reason,
                 )  # fmt: skip
-            implementation = op.implementations[choice.name]
+            implementation = op._load(choice.name)
         return implementation(*args)
 
     return kernel

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which implementation serves an op, how one is forced, and what `python -m moe_ops env` says."""
+
+import logging
+from typing import cast
+
+import pytest
+import torch
+
+from moe_ops import cli
+from moe_ops._core import library
+from moe_ops._core.library import ENVIRONMENT_VARIABLE, IMPLEMENTATIONS, OPS
+
+
+@pytest.fixture
+def scratch_op(monkeypatch):
+    """An Op whose implementations a test may choose; it is not registered with torch."""
+    op = object.__new__(library.Op)
+    op.name = "scratch"
+    op.implementations = {}
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    return op
+
+
+def test_every_op_has_a_cpu_implementation(monkeypatch):
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    assert {op.choose("cpu").name for op in OPS.values()} == {"pytorch"}
+
+
+def test_best_available_is_chosen_and_says_why(scratch_op):
+    scratch_op.implement("pytorch", torch.neg)
+    choice = scratch_op.choose("cuda")
+    assert choice == library.Choice("pytorch", "this op has no triton implementation")
+    scratch_op.implement("triton", torch.abs)
+    assert scratch_op.choose("cuda") == library.Choice("triton", "the default")
+    assert scratch_op.choose("cpu") == library.Choice("pytorch", "the default")
+
+
+def test_forced_implementation(scratch_op, monkeypatch):
+    scratch_op.implement("pytorch", torch.neg)
+    scratch_op.implement("triton", torch.abs)
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "pytorch")
+    assert scratch_op.choose("cuda").name == "pytorch"
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "triton")
+    with pytest.raises(RuntimeError, match=r"moe::scratch: .*=triton: .*TRITON_INTERPRET=1"):
+        scratch_op.choose("cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert scratch_op.choose("cpu").name == "triton"
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "cutlass")
+    with pytest.raises(RuntimeError, match="=cutlass: cpu tensors have no such implementation"):
+        scratch_op.choose("cpu")
+
+
+def test_without_triton(scratch_op, monkeypatch):
+    scratch_op.implement("triton", "a.module:never_imported")
+    monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="moe::scratch: triton is not installed"):
+        scratch_op.choose("cuda")
+    scratch_op.implement("pytorch", torch.neg)
+    assert scratch_op.choose("cuda") == library.Choice("pytorch", "triton is not installed")
+
+
+def test_named_implementation_is_imported_when_called(scratch_op):
+    scratch_op.implement("triton", "operator:neg")
+    assert scratch_op.implementations["triton"] == "operator:neg"
+    assert scratch_op._load("triton")(3) == -3
+
+
+def test_serving_with_less_than_the_best_is_logged_once(scratch_op, monkeypatch, caplog):
+    scratch_op.implement("pytorch", torch.neg)
+    scratch_op.generated = OPS["permute"].generated.__class__("", lambda x: None, None, None)
+    kernel = library._device_kernel(scratch_op, "cuda")
+    with caplog.at_level(logging.WARNING, logger="moe_ops"):
+        for _ in range(2):
+            assert torch.equal(cast(torch.Tensor, kernel(torch.ones(1))), -torch.ones(1))
+    (record,) = caplog.records
+    assert record.name == "moe_ops"
+    assert "moe::scratch on cuda: the pytorch implementation" in record.getMessage()
+
+
+def test_env_lists_every_op_with_its_reason(capsys, monkeypatch):
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    assert cli.main(["env"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, op in OPS.items():
+        (line,) = [line for line in lines if line.split()[:1] == [name]]
+        for device_type in IMPLEMENTATIONS:
+            choice = op.choose(device_type)
+            assert f"{choice.name} ({choice.reason})" in line
+    assert any(line.startswith("torch ") and torch.__version__ in line for line in lines)
+
+
+def test_env_tells_what_a_forced_implementation_lacks(capsys, monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "cutlass")
+    assert cli.main(["env"]) == 0
+    assert "cpu tensors have no such implementation" in capsys.readouterr().out
+
+
+def test_show_prints_the_generated_code(capsys):
+    assert cli.main(["show", "permute"]) == 0
+    shown = capsys.readouterr().out
+    assert OPS["permute"].generated.source.rstrip() in shown
+    assert "torch.ops.moe.permute" + OPS["permute"].schema.schema in shown
+
+
+def test_unknown_op_is_one_clear_line(capsys):
+    with pytest.raises(SystemExit) as error:
+        cli.main(["show", "nothing"])
+    assert error.value.code == 2
+    assert "invalid choice: 'nothing'" in capsys.readouterr().err
