@@ -9,6 +9,7 @@ import torch
 
 from moe_ops import cli
 from moe_ops._core import library
+from moe_ops._core.codegen import Functions
 from moe_ops._core.library import ENVIRONMENT_VARIABLE, IMPLEMENTATIONS, OPS
 
 
@@ -54,7 +55,7 @@ def test_forced_implementation(scratch_op, monkeypatch):
 
 def test_without_triton(scratch_op, monkeypatch):
     scratch_op.implement("triton", "a.module:never_imported")
-    monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="moe::scratch: triton is not installed"):
         scratch_op.choose("cuda")
     scratch_op.implement("pytorch", torch.neg)
@@ -69,7 +70,7 @@ def test_named_implementation_is_imported_when_called(scratch_op):
 
 def test_serving_with_less_than_the_best_is_logged_once(scratch_op, monkeypatch, caplog):
     scratch_op.implement("pytorch", torch.neg)
-    scratch_op.generated = OPS["permute"].generated.__class__("", lambda x: None, None, None)
+    scratch_op.generated = Functions("", check=lambda x: None, fake=torch.neg, flops=None)
     kernel = library._device_kernel(scratch_op, "cuda")
     with caplog.at_level(logging.WARNING, logger="moe_ops"):
         for _ in range(2):
