@@ -96,7 +96,10 @@ def loss_and_gradients(block: Any, hidden: Tensor, weights: Weights) -> list[Ten
     output = block(hidden, weights)
     tangent = torch.linspace(-1, 1, output.numel(), dtype=torch.float64)
     tangent = tangent.to(output.dtype).view(output.shape)
-    grads = torch.autograd.grad(output, [hidden, *weights.tensors()], tangent)
+    # Without tokens the oracle's output does not depend on every weight: a zero gradient then.
+    grads = torch.autograd.grad(
+        output, [hidden, *weights.tensors()], tangent, allow_unused=True, materialize_grads=True
+    )
     return [output, *grads]
 
 

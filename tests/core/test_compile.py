@@ -24,6 +24,15 @@ def test_inductor_equals_eager(name, dtype):
         checks.assert_close(got, want, what=f"output or gradient {position}")
 
 
+@pytest.mark.parametrize("num_tokens", [0, 1])
+def test_inductor_with_hardly_any_token(num_tokens):
+    hidden, weights = make_tokens(num_tokens), make_weights()
+    eager = loss_and_gradients(BLOCKS["fused"], hidden, weights)
+    compiled = loss_and_gradients(torch.compile(BLOCKS["fused"], fullgraph=True), hidden, weights)
+    for got, want in zip(compiled, eager, strict=True):
+        checks.assert_close(got, want)
+
+
 @blocks
 def test_compiled_equals_the_oracle(name):
     hidden, weights = make_tokens(9), make_weights()
