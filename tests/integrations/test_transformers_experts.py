@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import nn
 
-from tests.tolerances import RELATIVE_NORM, relative_error
+from tests.integrations.comparison import TOLERANCE, relative_error
 
 NUM_TOKENS, TOP_K, NUM_EXPERTS = 24, 3, 6
 DECORATED = re.compile(r"^@use_experts_implementation(?:\([^)]*\))?\nclass (\w+)", re.MULTILINE)
@@ -110,7 +110,7 @@ def run(experts, implementation, hidden_states, top_k_index, top_k_weights, auto
     return {"output": output.detach(), **dict(zip(wanted, gradients, strict=True))}
 
 
-def assert_close(actual, expected, tolerance=RELATIVE_NORM[torch.float32]):
+def assert_close(actual, expected, tolerance=TOLERANCE[torch.float32]):
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         assert actual[name].shape == value.shape, name
@@ -273,7 +273,7 @@ def test_experts_in_bfloat16_under_float32_hidden_states(module_name, class_name
     assert dtypes["output"] == dtypes["hidden_states"] == dtypes["top_k_weights"] == torch.float32
     assert dtypes["down_proj"] == torch.bfloat16
     for name, value in run(experts.float(), "eager", *inputs).items():
-        assert relative_error(actual[name], value) <= RELATIVE_NORM[torch.bfloat16], name
+        assert relative_error(actual[name], value) <= TOLERANCE[torch.bfloat16], name
 
 
 @over_variants
@@ -285,7 +285,7 @@ def test_autocast(module_name, class_name):
     expected = run(experts, "eager", hidden_states, top_k_index, top_k_weights)
     for name, value in expected.items():
         assert actual[name].dtype == torch.float32, name
-        assert relative_error(actual[name], value) <= RELATIVE_NORM[torch.bfloat16], name
+        assert relative_error(actual[name], value) <= TOLERANCE[torch.bfloat16], name
         if name.endswith("_proj"):
             assert relative_error(actual[name], value) > 1e-4, f"{name} was not computed in bf16"
 
@@ -303,7 +303,7 @@ def test_compiled_under_autocast(module_name, class_name):
         actual = run(compiled, "moe_ops", hidden_states, top_k_index, top_k_weights, autocast)
         for name, value in actual.items():
             error = relative_error(value, expected[name.removeprefix("_orig_mod.")])
-            assert error <= RELATIVE_NORM[dtype], name
+            assert error <= TOLERANCE[dtype], name
             assert autocast == (error > 1e-4) or name.endswith(("_bias", "weights")), name
 
 
@@ -317,7 +317,7 @@ def test_biases_in_another_dtype():
     actual = run(experts, "moe_ops", *inputs)
     assert actual["down_proj_bias"].dtype == torch.float32
     for name, value in expected.items():
-        assert relative_error(actual[name], value) <= RELATIVE_NORM[torch.bfloat16], name
+        assert relative_error(actual[name], value) <= TOLERANCE[torch.bfloat16], name
 
 
 def test_frozen_experts_and_router():
@@ -365,6 +365,6 @@ def test_post_expert_norm(eps):
         output = output.index_add(0, token, rows * top_k_weights[token, slot, None])
     tangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
     (gradient,) = torch.autograd.grad(output, hidden_states, tangent)
-    tolerance = RELATIVE_NORM[torch.float32]
+    tolerance = TOLERANCE[torch.float32]
     assert relative_error(actual["output"], output) <= tolerance
     assert relative_error(actual["hidden_states"], gradient) <= tolerance

@@ -3,6 +3,7 @@
 
 import copy
 import os
+import statistics
 from collections import Counter
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
+from tests.integrations.comparison import TOLERANCE, relative_error
 from tests.integrations.tiny_models import (
     MODELS,
     draw_batch,
@@ -18,7 +20,6 @@ from tests.integrations.tiny_models import (
     routings,
     run_step,
 )
-from tests.tolerances import RELATIVE_NORM, relative_error
 
 DTYPES = [torch.float32, torch.bfloat16]
 # Inductor spends about 20 s on one of these models, nearly all of it in the C++ compiler. Every
@@ -62,14 +63,20 @@ def errors(actual, expected):
 
 def assert_matches(actual, expected):
     for name, error in errors(actual, expected).items():
-        assert error <= RELATIVE_NORM[torch.float32], f"{name}: relative error {error:.2e}"
+        assert error <= TOLERANCE[torch.float32], f"{name}: relative error {error:.2e}"
 
 
 def assert_as_close(actual, eager, expected):
-    """No further from the fp32 model than eager is, but for half of it: roundings differ in luck."""
+    """Hardly further from the fp32 model than eager is.
+
+    Half is allowed for luck in rounding, and to the gradients where eager was lucky, some of which
+    have four elements, what the middle one of all tensors is allowed.
+    """
     eager_errors = errors(eager, expected)
+    middle = statistics.median(eager_errors.values())
     for name, error in errors(actual, expected).items():
-        assert error <= 1.5 * eager_errors[name], f"{name}: {error:.2e} to {eager_errors[name]:.2e}"
+        allowed = 1.5 * max(eager_errors[name], middle)
+        assert error <= allowed, f"{name}: {error:.2e} to eager's {eager_errors[name]:.2e}"
 
 
 @over_models

@@ -13,6 +13,7 @@ from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface
 
 from moe_ops.integrations.transformers import experts_forward, register
+from tests.integrations.comparison import TOLERANCE, relative_error
 from tests.integrations.tiny_models import (
     MODELS,
     draw_batch,
@@ -20,7 +21,6 @@ from tests.integrations.tiny_models import (
     make_model,
     run_step,
 )
-from tests.tolerances import RELATIVE_NORM, relative_error
 
 
 def test_register_adds_the_name(monkeypatch):
@@ -99,7 +99,7 @@ def test_from_pretrained(name, tmp_path):
     assert find_experts(loaded)[0].config._experts_implementation == "moe_ops"
     expected, _ = run_step(model, input_ids)
     actual, _ = run_step(loaded, input_ids)
-    assert relative_error(actual, expected) <= RELATIVE_NORM[torch.float32]
+    assert relative_error(actual, expected) <= TOLERANCE[torch.float32]
 
     loaded.save_pretrained(tmp_path)
     assert "moe_ops" not in (tmp_path / "config.json").read_text(encoding="utf-8")
