@@ -62,19 +62,14 @@ def selection_keys(
     return keys
 
 
-def score_groups(keys: list[float], num_groups: int, group_score: str) -> list[float]:
-    """The score of each group of neighbouring experts."""
+def group_leaders(keys: list[float], num_groups: int, group_score: str) -> list[list[float]]:
+    """The keys that each group of neighbouring experts is judged by, highest first."""
     group_size = len(keys) // num_groups
-    group_scores = []
-    for group in range(num_groups):
-        members = sorted(keys[group * group_size : (group + 1) * group_size], reverse=True)
-        if group_score == "max":
-            group_scores.append(members[0])
-        elif group_score == "top2_sum":
-            group_scores.append(sum(members[:2]))
-        else:
-            raise ValueError(f"unknown group_score {group_score!r}")
-    return group_scores
+    num_leaders = {"max": 1, "top2_sum": 2}[group_score]
+    return [
+        sorted(keys[group * group_size : (group + 1) * group_size], reverse=True)[:num_leaders]
+        for group in range(num_groups)
+    ]
 
 
 def select_experts(
@@ -82,7 +77,8 @@ def select_experts(
 ) -> list[int]:
     """The ids of one token's experts, highest key first, from the best groups alone."""
     group_size = len(keys) // num_groups
-    best_groups = highest(score_groups(keys, num_groups, group_score), top_groups)
+    group_scores = [sum(leaders) for leaders in group_leaders(keys, num_groups, group_score)]
+    best_groups = highest(group_scores, top_groups)
     allowed = [
         key if expert // group_size in best_groups else float("-inf")
         for expert, key in enumerate(keys)
@@ -93,19 +89,23 @@ def select_experts(
 def selection_gap(
     keys: list[float], top_k: int, num_groups: int, top_groups: int, group_score: str
 ) -> float:
-    """The smallest difference between unequal values that one token's selection rests on.
+    """The smallest difference that one token's selection rests on.
 
     An implementation in lower precision must agree on the ids where this is well above its
-    rounding. Equal values are no gap: their order is decided by id.
+    rounding. Equal keys are no gap, for their order is decided by id; groups of equal scores are
+    none if the same keys make the score, for another sum may round to another side.
     """
     group_size = len(keys) // num_groups
-    group_scores = score_groups(keys, num_groups, group_score)
-    best_groups = highest(group_scores, top_groups)
+    leaders = group_leaders(keys, num_groups, group_score)
+    best_groups = highest([sum(values) for values in leaders], top_groups)
     allowed = [key for expert, key in enumerate(keys) if expert // group_size in best_groups]
     gaps = [math.inf]
-    for values, chosen in ((group_scores, top_groups), (allowed, top_k)):
-        ordered = sorted(values, reverse=True)[: chosen + 1]
-        gaps += [high - low for high, low in itertools.pairwise(ordered) if high != low]
+    if top_groups < num_groups:
+        last = sorted(leaders, key=sum)[-top_groups]
+        gaps += [abs(sum(values) - sum(last)) for values in leaders if values != last]
+    for first, second in itertools.pairwise(sorted(allowed, reverse=True)[: top_k + 1]):
+        if first != second:
+            gaps.append(first - second)
     return min(gaps)
 
 

@@ -162,3 +162,21 @@ def test_routing_gradient_by_hand():
     )
     expected = torch.tensor([[3 / 16, -3 / 16]], dtype=torch.float64)
     torch.testing.assert_close(grads["logits"], expected)
+
+
+def test_selection_gap_by_hand():
+    def gap(keys, top_k, *groups):
+        return oracle.selection_gap(keys, top_k, *groups)
+
+    # Ordered 8, 5, 5, 1: the choice of two rests on 8 - 5, the order of the fives on nothing.
+    assert gap([5.0, 8.0, 1.0, 5.0], 1, 1, 1, "max") == 3.0
+    assert gap([5.0, 8.0, 1.0, 5.0], 2, 1, 1, "max") == 3.0
+    assert gap([5.0, 5.0], 1, 1, 1, "max") == math.inf
+    # Groups (8, 1) and (6, 2): 9 - 8 by their sums, 8 - 6 by their best.
+    assert gap([8.0, 1.0, 2.0, 6.0], 1, 2, 1, "top2_sum") == 1.0
+    assert gap([8.0, 1.0, 2.0, 6.0], 1, 2, 1, "max") == 2.0
+    # Equal sums: decided by id if of the same keys, by rounding if not.
+    assert gap([8.0, 1.0, 1.0, 8.0], 1, 2, 1, "top2_sum") == 7.0
+    assert gap([8.0, 1.0, 2.0, 7.0], 1, 2, 1, "top2_sum") == 0.0
+    # All groups are chosen: nothing rests on their scores.
+    assert gap([8.0, 1.0, 2.0, 7.0], 1, 2, 2, "top2_sum") == 1.0

@@ -152,6 +152,27 @@ def test_rounds_once(dtype, permute_x, permute_y, weighted, biased):
     assert differs.double().mean() < 0.02
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("permute_y", [False, True])
+def test_weighted_gradients_round_once(dtype, permute_y):
+    """The router weight is multiplied in fp32 on the way back, too. (The gradient of the weight
+    may round that product, which is an operand of its GEMM.)"""
+    sample = gemm("uniform", dtype, False, permute_y, T=60, D=40, N=40)
+    sample.arguments["topk_weights"] = torch.rand(60, 2) + 0.1
+    arguments = sample.requiring_grad()
+    output = sample(**arguments)
+    tangent = torch.randn_like(output)
+    names = ["input", "bias", "topk_weights"]
+    found = torch.autograd.grad(output, [arguments[n] for n in names], tangent)
+    expected = checks.oracle_gradients(sample, tangent)
+    for name, grad in zip(names[:2], found[:2], strict=True):
+        differs = grad != expected[name].to(dtype)
+        assert differs.double().mean() < 0.02, name
+    # Not rounded to the dtype of the rows at all.
+    assert found[2].dtype == torch.float32
+    checks.assert_close(found[2], expected["topk_weights"])
+
+
 @permutations
 def test_equals_the_unfused_composition(permute_x, permute_y):
     sample = gemm("dropped", torch.float64, permute_x, permute_y)
