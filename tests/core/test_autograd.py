@@ -23,15 +23,20 @@ blocks = pytest.mark.parametrize("name", sorted(BLOCKS))
 
 
 class CountCalls(TorchDispatchMode):
-    """Counts the calls of each moe op that reach a device kernel."""
+    """Counts the calls of each moe op that reach a device kernel, and keeps their `needs`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[str] = Counter()
+        self.needs: dict[str, list[bool]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "moe":
-            self.calls[func.name().removeprefix("moe::")] += 1
+            name = func.name().removeprefix("moe::")
+            self.calls[name] += 1
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                if argument.name == "needs":
+                    self.needs[name] = list(value)
         return func(*args, **(kwargs or {}))
 
 
@@ -171,22 +176,34 @@ def test_gradients_not_needed_are_none(name):
             assert (arguments[other].grad is not None) == (other == wanted)
 
 
-def test_backward_ops_not_needed_are_not_called():
-    sample = every_argument("grouped_gemm")
-    called_for = {
-        "input": {"grouped_gemm_dx": 1},
-        "topk_weights": {"grouped_gemm_dx": 1},
-        "weight": {"grouped_gemm_dw": 1},
-        "bias": {"grouped_gemm_dw": 1},
-    }
-    for wanted, expected in called_for.items():
-        arguments = sample.requiring_grad()
-        for other in called_for:
-            arguments[other].requires_grad_(other == wanted)
-        output = sample(**arguments)
-        with CountCalls() as counted:
-            output.sum().backward()
-        assert counted.calls == expected, wanted
+@pytest.mark.parametrize(
+    ("name", "wanted", "expected"),
+    [
+        ("grouped_gemm", ["input"], {"grouped_gemm_dx": [True, False]}),
+        ("grouped_gemm", ["topk_weights"], {"grouped_gemm_dx": [False, True]}),
+        ("grouped_gemm", ["weight"], {"grouped_gemm_dw": [True, False]}),
+        ("grouped_gemm", ["bias"], {"grouped_gemm_dw": [False, True]}),
+        (
+            "grouped_gemm",
+            ["input", "weight", "topk_weights", "bias"],
+            {"grouped_gemm_dx": [True, True], "grouped_gemm_dw": [True, True]},
+        ),
+        ("unpermute", ["input"], {"unpermute_backward": [True, False]}),
+        ("unpermute", ["topk_weights"], {"unpermute_backward": [False, True]}),
+        ("unpermute", ["input", "topk_weights"], {"unpermute_backward": [True, True]}),
+    ],
+    ids=str,
+)
+def test_backward_computes_what_is_needed_alone(name, wanted, expected):
+    sample = every_argument(name)
+    arguments = sample.requiring_grad()
+    for argument in sample.differentiable():
+        arguments[argument].requires_grad_(argument in wanted)
+    output = sample(**arguments)
+    with CountCalls() as counted:
+        output.sum().backward()
+    assert counted.needs == expected
+    assert counted.calls == dict.fromkeys(expected, 1)
 
 
 def test_saves_nothing_that_the_needed_gradients_do_not_read():

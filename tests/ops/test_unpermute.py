@@ -15,10 +15,10 @@ moe = torch.ops.moe
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("top_k", [1, 2, 8])
 def test_sums_in_fp32_and_rounds_once(top_k, dtype, weighted):
-    rows = torch.randn(64 * top_k, 40).to(dtype)
-    gather = torch.randperm(64 * top_k)
+    rows = torch.randn(200 * top_k, 40).to(dtype)
+    gather = torch.randperm(200 * top_k)
     # Weights in fp32 that bf16 and fp16 cannot hold.
-    topk_weights = torch.rand(64, top_k) + 0.1 if weighted else None
+    topk_weights = torch.rand(200, top_k) + 0.1 if weighted else None
     expected = oracle.unpermute(rows, gather, topk_weights, top_k)
     output = moe.unpermute(rows, gather, topk_weights, top_k)
     assert (output != expected.to(dtype)).double().mean() < 0.02
