@@ -47,7 +47,8 @@ def _show(name: str) -> Iterable[str]:
 def _env() -> Iterable[str]:
     yield f"moe_ops       {moe_ops.__version__}  ({Path(moe_ops.__file__).parent})"
     yield f"python        {platform.python_version()}  ({platform.platform()})"
-    for package in ("torch", "triton", "transformers"):
+    yield f"torch         {torch.__version__}"
+    for package in ("triton", "transformers"):
         yield f"{package:<13} {_version(package)}"
     yield ""
     yield "devices"
