@@ -27,6 +27,9 @@ WORKERS ?= 2
 TEST_ENV := OMP_NUM_THREADS=1 TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 TORCHINDUCTOR_COMPILE_THREADS=1
 PYTEST = $(TEST_ENV) $(1) -m pytest -n $(WORKERS) --dist worksteal
 
+# The GPU suite compiles kernels most of the time: its workers are there for the compiler.
+GPU_WORKERS ?= 14
+
 DEMO_MODULES := torch>=2.11 transformers>=5.17 yaml matplotlib tqdm
 TEST_MODULES := torch>=2.11 transformers>=5.17 yaml pytest xdist hypothesis numpy
 
@@ -93,9 +96,22 @@ demo: $(DEMO_ENV) ## Train a small Qwen3-MoE on real text, compiled, and show wh
 	@$(PY) examples/train_qwen3_moe.py $(ARGS)
 
 ##@ Check
-.PHONY: test test-transformers-newest lint format types imports docs docs-check ci
+.PHONY: test test-interpreter test-gpu gpu-report-check test-transformers-newest lint format types imports docs docs-check ci
 test: $(DEV_ENV) ## Run the whole CPU test suite
 	$(call PYTEST,$(PY)) $(ARGS)
+
+# Both variables must be there before the first import of Triton.
+test-interpreter: $(DEV_ENV) ## Run the Triton kernels in Triton's interpreter, without a GPU
+	TRITON_INTERPRET=1 MOE_OPS_IMPLEMENTATION=triton $(call PYTEST,$(PY)) tests/interpreter $(ARGS)
+
+# A complete run writes the report, to MOE_OPS_GPU_REPORT where that is set.
+test-gpu: $(DEV_ENV) ## Run the GPU suite and write its report; needs a CUDA GPU
+	MOE_OPS_GPU_REPORT="$${MOE_OPS_GPU_REPORT:-tests/gpu/report.json}" $(TEST_ENV) \
+	  $(PY) -m pytest tests/gpu -n $(GPU_WORKERS) --dist worksteal --durations=10 \
+	  -o faulthandler_timeout=240 $(ARGS)
+
+gpu-report-check: $(DEV_ENV) ## Fail if the committed GPU report is not of the tree's kernels
+	@$(PY) -m tests.gpu.report
 
 test-transformers-newest: $(VENV_NEWEST)/.transformers-$(TRANSFORMERS_NEWEST_VERSION) ## Run tests/integrations with the newest transformers
 	$(call PYTEST,$(VENV_NEWEST)/bin/python) tests/integrations $(ARGS)
@@ -122,7 +138,7 @@ docs-check: $(DEV_ENV) ## Fail if docs/ops/*.md is not what the op schemas say
 	  diff -ru docs/ops "$$pages" || { echo "docs/ops is not what op_schemas/ says: run 'make docs'"; exit 1; }
 
 # The suite comes last so that its summary is the last thing on the screen.
-ci: lint types imports docs-check test-transformers-newest test ## Run everything that CI runs
+ci: lint types imports docs-check test-interpreter test-transformers-newest test ## Run everything that CI runs
 
 ##@ Environments
 .PHONY: env clean distclean demo-env dev-env

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls ops with corrupt counts and indices on CUDA: `python -m tests.gpu.corrupt_calls OP...`.
+
+A program of its own, since an access out of bounds ends the process that makes it, and since
+compute-sanitizer watches a whole process. "oob" in place of an op is one that does go out of
+bounds, to see that the watcher would tell.
+"""
+
+import sys
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from moe_ops._core.library import SCHEMAS
+from tests.gpu.on_device import DEVICE, move_sample, some_variants
+from tests.ops.test_every_op import corruptions
+from tests.strategies import PRESENT, Sample, seeded_sample
+
+INDEX = (torch.int32, torch.int64)
+# What one run under the sanitizer can hold, at its slowness.
+VARIANTS = 5
+
+
+@triton.jit
+def _store_out_of_bounds_kernel(pointer, offset):
+    tl.store(pointer + offset, 1.0)
+
+
+def run(name: str) -> int:
+    """Every corruption of a few samples of the op; returns how many calls that were."""
+    count = 0
+    for sample in _samples(name):
+        for corrupted in corruptions(sample):
+            arguments = {**sample.arguments, **corrupted}
+            move_sample(Sample(sample.schema, arguments, sample.layouts))()
+            # An error is reported at the call that it belongs to.
+            torch.cuda.synchronize()
+            count += 1
+    return count
+
+
+def _samples(name: str) -> list[Sample]:
+    schema = SCHEMAS[name]
+    small = {"T": 3, "D": 17, "N": 8, "H": 17, "E": 4, "num_experts": 4, "top_k": 2}
+    # Rows that descriptors can read, and enough of them for the kernels that do.
+    large = {"T": 80, "D": 64, "N": 64, "H": 64, "E": 4, "num_experts": 4, "top_k": 2}
+    all_given = {a.name: PRESENT for a in schema.tensors if a.is_optional}
+    permutations: list[dict[str, Any]] = [{}]
+    if "permute_x" in {a.name for a in schema.arguments}:
+        pairs = ((False, False), (True, False), (False, True))
+        permutations = [{"permute_x": x, "permute_y": y} for x, y in pairs]
+    fixed = [
+        {**small, **variant, "dtype": torch.float32, "index_dtype": INDEX[seed % 2]}
+        for seed, variant in enumerate(some_variants(name, VARIANTS))
+    ] + [
+        {**large, **all_given, **flags, "dtype": torch.bfloat16, "layout": "contiguous"}
+        for flags in permutations
+    ]
+    return [seeded_sample(schema, seed, **settings) for seed, settings in enumerate(fixed)]
+
+
+def main(names: list[str]) -> None:
+    for name in names:
+        if name == "oob":
+            _store_out_of_bounds_kernel[(1,)](torch.zeros(1, device=DEVICE), 1 << 20)
+            torch.cuda.synchronize()
+        else:
+            print(name, run(name))
+    print("done")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Corrupt counts and indices give unspecified values, never an access out of bounds."""
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.gpu.on_device import ALL
+from tests.gpu.test_every_op import INDEX_OPS
+
+pytestmark = pytest.mark.gpu
+
+ROOT = Path(__file__).resolve().parents[2]
+# Each tensor in an allocation of its own, so that what lies next to it is no other tensor.
+ENVIRONMENT = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
+FOUND = 86
+
+
+def call(names: list[str], *wrapper: str) -> subprocess.CompletedProcess[str]:
+    command = [*wrapper, sys.executable, "-m", "tests.gpu.corrupt_calls", *names]
+    return subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=400
+    )
+
+
+@functools.cache
+def sanitizer() -> list[str]:
+    """The command line of compute-sanitizer; skips the test where it does not work."""
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        pytest.skip("compute-sanitizer is not on PATH")
+    command = [program, "--tool", "memcheck", "--error-exitcode", str(FOUND)]
+    done = call(["oob"], *command)
+    output = done.stdout + done.stderr
+    if done.returncode != FOUND or "Invalid __global__ write" not in output:
+        pytest.skip(f"compute-sanitizer does not work on this machine: {_reason(output)}")
+    return command
+
+
+def _reason(output: str) -> str:
+    errors = [line.strip("= \n") for line in output.splitlines() if "rror" in line]
+    return errors[0] if errors else f"it said {output[-200:]!r}"
+
+
+@pytest.mark.parametrize("name", INDEX_OPS)
+def test_does_not_end_the_process(name):
+    done = call([name])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.endswith("done\n")
+
+
+@pytest.mark.parametrize("name", INDEX_OPS)
+def test_compute_sanitizer_finds_nothing(name):
+    done = call([name], *sanitizer())
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert "done\n" in done.stdout
+    assert "ERROR SUMMARY: 0 errors" in done.stdout + done.stderr
+
+
+def test_every_op_with_indices_is_called():
+    assert set(ALL) - set(INDEX_OPS) == {"topk_routing"}

@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""grouped_gemm and its gradients at sizes of several tiles, ragged and even, against fp64.
+
+T tokens, K top_k, R = T * K rows, E experts, N out_features, D in_features.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import checks, oracle
+from tests.gpu import reference
+from tests.gpu.on_device import DEVICE, DTYPES
+from tests.tolerances import RELATIVE_NORM
+
+pytestmark = pytest.mark.gpu
+
+moe = torch.ops.moe
+
+# T, K, E, N, D: many rows an expert, then few. Widths that blocks divide, that descriptors can read
+# but no block divides (704, 96, 2880), and that no descriptor can read (odd, or not 16 bytes).
+SHAPES = {
+    "even": (1000, 2, 4, 512, 256),
+    "gptoss": (700, 4, 8, 2880, 96),
+    "gptoss-down": (700, 2, 4, 96, 2880),
+    "moonlight": (900, 3, 6, 704, 160),
+    "odd": (801, 2, 5, 129, 257),
+    "odd-n": (600, 2, 3, 100, 64),
+    "odd-d": (600, 2, 3, 64, 100),
+    "one-expert": (300, 1, 1, 200, 136),
+    "decode": (6, 4, 32, 256, 512),
+    "decode-odd": (3, 2, 8, 67, 131),
+    "narrow": (700, 2, 4, 1, 1),
+}
+MODES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "plain-weights-bias": {"weights": True, "bias": True},
+    "permute_x": {"permute_x": True},
+    "permute_x-weights-bias": {"permute_x": True, "weights": True, "bias": True},
+    "permute_y-weights": {"permute_y": True, "weights": True},
+    "permute_y-weights-bias": {"permute_y": True, "weights": True, "bias": True},
+}
+LAYOUTS = ("contiguous", "transposed", "padded", "expert-last")
+ROUTINGS = ("uniform", "dropped", "hot_and_empty", "zipf")
+
+
+@dataclass
+class Problem:
+    """Arguments of one call, what its gradient is taken for, and which rows nothing may read."""
+
+    arguments: dict[str, Any]
+    differentiable: list[str]
+    grad_output: Tensor
+
+    def leaves(self) -> dict[str, Tensor]:
+        return {name: self.arguments[name].requires_grad_() for name in self.differentiable}
+
+    def run(self) -> tuple[Tensor, dict[str, Tensor]]:
+        leaves = self.leaves()
+        with checks.poisoned_memory():
+            output = moe.grouped_gemm(**{**self.arguments, **leaves})
+            found = torch.autograd.grad(output, list(leaves.values()), self.grad_output)
+        return output.detach(), dict(zip(leaves, found, strict=True))
+
+    def expected(self) -> tuple[Tensor, dict[str, Tensor]]:
+        output = reference.grouped_gemm(**self.arguments).detach()
+        call = (self.arguments, self.differentiable, self.grad_output)
+        return output, oracle.gradients(reference.grouped_gemm, *call)
+
+
+def problem(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    routing: str = "uniform",
+    layout: str = "contiguous",
+    index_dtype: torch.dtype = torch.int32,
+    permute_x: bool = False,
+    permute_y: bool = False,
+    weights: bool = False,
+    bias: bool = False,
+    poison: bool = True,
+) -> Problem:
+    num_tokens, top_k, num_experts, out_features, in_features = shape
+    num_rows = num_tokens * top_k
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def randn(*sizes: int, as_dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(sizes, generator=generator, device=DEVICE).to(as_dtype)
+
+    ids = reference.route(routing, num_tokens, num_experts, top_k, DEVICE)
+    counts, gather, _ = reference.routing_indices(ids, num_experts)
+    dropped_rows = torch.arange(num_rows, device=DEVICE) >= counts.sum()
+    dropped_slots = torch.zeros_like(dropped_rows)
+    dropped_slots[gather[dropped_rows].long()] = True
+
+    rows = randn(num_tokens if permute_x else num_rows, in_features)
+    grad_output = randn(num_rows, out_features)
+    topk_weights = torch.rand(num_tokens, top_k, generator=generator, device=DEVICE) + 0.1
+    if poison:
+        unread = dropped_slots.view(-1, top_k).all(1) if permute_x else dropped_rows
+        rows[unread] = float("nan")
+        grad_output[dropped_slots if permute_y else dropped_rows] = float("nan")
+        topk_weights[dropped_slots.view(-1, top_k)] = float("nan")
+    arguments = {
+        "input": rows,
+        "weight": lay_out(randn(num_experts, out_features, in_features), layout),
+        "token_counts": counts.to(index_dtype),
+        "gather_indices": gather.to(index_dtype),
+        "topk_weights": topk_weights if weights else None,
+        "bias": randn(num_experts, out_features) if bias else None,
+        "top_k": top_k,
+        "permute_x": permute_x,
+        "permute_y": permute_y,
+    }
+    names = ("input", "weight", "topk_weights", "bias")
+    return Problem(arguments, [n for n in names if arguments[n] is not None], grad_output)
+
+
+def lay_out(weight: Tensor, layout: str) -> Tensor:
+    """The same weight (E, N, D) stored as (E, D, N), with room between rows, or as (N, D, E)."""
+    if layout == "transposed":
+        return weight.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "padded":
+        num_experts, out_features, in_features = weight.shape
+        room = weight.new_full((num_experts, out_features + 3, in_features + 8), float("nan"))
+        return room[:, :out_features, :in_features].copy_(weight)
+    if layout == "expert-last":
+        return weight.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    return weight
+
+
+def assert_rows_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> None:
+    """Every row (last dimension) by itself, so that one wrong row of many shows."""
+    assert actual.shape == expected.shape, what
+    error = (actual.double() - expected).norm(dim=-1)
+    # Rows that nearly cancel are as exact as their neighbours, not as their own small norm.
+    norms = expected.norm(dim=-1)
+    present = norms[norms > 0]
+    typical = present.mean() if present.numel() else norms.sum()
+    limit = RELATIVE_NORM[dtype] * torch.maximum(norms, torch.where(norms > 0, typical, norms))
+    wrong = ~(error <= limit)
+    assert not wrong.any(), (
+        f"{what}: {int(wrong.sum())} of {wrong.numel()} rows are wrong, the first at "
+        f"{wrong.nonzero()[0].tolist()}: ||error|| {error[wrong][0]:.3g}, "
+        f"allowed {limit[wrong][0]:.3g}"
+    )
+
+
+def check(problem: Problem, dtype: torch.dtype | None = None) -> None:
+    output, gradients = problem.run()
+    want, want_gradients = problem.expected()
+    dtype = dtype or output.dtype
+    assert_rows_close(output, want, dtype, "output")
+    for name, expected in want_gradients.items():
+        got = gradients[name]
+        assert got.dtype == problem.arguments[name].dtype
+        if name == "topk_weights":
+            # Each is a sum over a row that may cancel.
+            checks.assert_close(got, expected, dtype=dtype, what=name)
+            assert ((expected != 0) | (got == 0)).all(), "a dropped slot's router gradient"
+        else:
+            assert_rows_close(got, expected, dtype, f"gradient of {name}")
+
+
+CASES = [
+    pytest.param(shape, mode, dtype, i, id=f"{shape}-{mode}-{str(dtype).removeprefix('torch.')}")
+    for i, (shape, mode, dtype) in enumerate(
+        (shape, mode, dtype) for shape in SHAPES for mode in MODES for dtype in DTYPES
+    )
+]
+
+
+@pytest.mark.parametrize(("shape", "mode", "dtype", "seed"), CASES)
+def test_sizes_and_flags(shape, mode, dtype, seed):
+    check(
+        problem(
+            SHAPES[shape],
+            dtype,
+            # 11 x 6 x 3 cases: strides that share no factor with these meet every pair.
+            routing=ROUTINGS[seed // 5 % 4],
+            layout=LAYOUTS[seed // 7 % 4],
+            index_dtype=(torch.int32, torch.int64)[seed // 3 % 2],
+            **MODES[mode],
+        )
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", ["permute_x", "permute_y-weights-bias"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides_of_the_weight(layout, mode, dtype):
+    check(problem(SHAPES["even"], dtype, layout=layout, **MODES[mode]))
+
+
+@pytest.mark.parametrize("stored", ["(E, N, D)", "(E, D, N)"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weight_gradient_has_the_strides_of_the_weight(stored, dtype):
+    layout = "contiguous" if stored == "(E, N, D)" else "transposed"
+    given = problem(SHAPES["even"], dtype, layout=layout)
+    _, gradients = given.run()
+    assert gradients["weight"].stride() == given.arguments["weight"].stride()
+
+
+@pytest.mark.parametrize("routing", reference.ROUTINGS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", ["even", "odd", "decode"])
+def test_routings(shape, mode, routing):
+    check(problem(SHAPES[shape], torch.bfloat16, routing=routing, **MODES[mode]))
+
+
+@pytest.mark.parametrize("stored", ["contiguous", "transposed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_empty_experts_have_exactly_zero_gradients(stored, dtype):
+    """The first, the last and neighbours in between."""
+    given = problem((400, 2, 8, 256, 192), dtype, layout=stored, bias=True, poison=False)
+    given.arguments["token_counts"] = torch.tensor(
+        [0, 300, 0, 0, 1, 499, 0, 0], dtype=torch.int32, device=DEVICE
+    )
+    check(given)
+    _, gradients = given.run()
+    empty = given.arguments["token_counts"] == 0
+    assert (gradients["weight"][empty] == 0).all()
+    assert (gradients["bias"][empty] == 0).all()
+
+
+@pytest.mark.parametrize("rows", ["transposed", "padded", "odd-offset", "expanded"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides_of_the_rows(rows, dtype):
+    """Those that descriptors cannot read, and some that they can."""
+
+    def strided(tensor: Tensor) -> Tensor:
+        if rows == "transposed":
+            return tensor.t().contiguous().t()
+        if rows == "expanded":
+            return tensor[:1].clone().expand_as(tensor)
+        start = 8 if rows == "padded" else 1
+        room = tensor.new_full((tensor.shape[0], tensor.shape[1] + 16), float("nan"))
+        return room[:, start : start + tensor.shape[1]].copy_(tensor)
+
+    given = problem(SHAPES["even"], dtype, poison=False, weights=True)
+    given.arguments["input"] = strided(given.arguments["input"])
+    given.grad_output = strided(given.grad_output)
+    check(given)
+
+
+@pytest.mark.parametrize("shape", ["even", "odd", "decode"])
+@pytest.mark.parametrize("mode", MODES)
+def test_tf32(shape, mode):
+    """TF32 keeps as many digits as fp16."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        check(problem(SHAPES[shape], torch.float32, **MODES[mode]), dtype=torch.float16)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+PRECISION_SETTINGS = {
+    "nothing": "",
+    "highest": 'torch.set_float32_matmul_precision("highest")',
+    "high": 'torch.set_float32_matmul_precision("high")',
+    "allow_tf32": "torch.backends.cuda.matmul.allow_tf32 = True",
+    "matmul": 'torch.backends.cuda.matmul.fp32_precision = "tf32"',
+    "everywhere": 'torch.backends.fp32_precision = "tf32"',
+}
+MEASURE_PRECISION = """
+import json, torch, moe_ops
+{setting}
+torch.manual_seed(0)
+x, w = torch.randn(512, 256, device="cuda"), torch.randn(1, 256, 256, device="cuda")
+counts = torch.tensor([512], device="cuda")
+exact = x.double() @ w[0].double().T
+grad = torch.randn(512, 256, device="cuda")
+x.requires_grad_(); w.requires_grad_()
+y = moe_ops.grouped_gemm(x, w, counts)
+dx, dw = torch.autograd.grad(y, (x, w), grad)
+pairs = {{
+    "torch": (x @ w[0].T, exact),
+    "forward": (y, exact),
+    "dx": (dx, grad.double() @ w[0].double()),
+    "dw": (dw[0], grad.double().T @ x.double()),
+}}
+errors = {{n: float((a.double() - e).norm() / e.norm()) for n, (a, e) in pairs.items()}}
+print(json.dumps(errors))
+"""
+
+
+@pytest.mark.parametrize("setting", PRECISION_SETTINGS)
+def test_fp32_products_are_as_torch_is_told(setting):
+    """However torch is told: in a fresh process, since mixing its two interfaces raises."""
+    script = MEASURE_PRECISION.format(setting=PRECISION_SETTINGS[setting])
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    errors = json.loads(done.stdout)
+    tf32 = errors.pop("torch") > 1e-5
+    assert tf32 == (setting not in {"nothing", "highest"})
+    for name, error in errors.items():
+        assert (1e-5 < error < 2e-3) if tf32 else error < 1e-5, (setting, name, error)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", ["even", "odd", "decode"])
+def test_rounds_once(shape, mode, dtype):
+    """Products, bias and weight in fp32, then one rounding: rounding in between would move about
+    every fourth element by one unit in the last place. Sums in another order move a few."""
+    given = problem(SHAPES[shape], dtype, **MODES[mode])
+    output, _ = given.run()
+    want, _ = given.expected()
+    assert (output != want.to(dtype)).double().mean() < 0.05
+
+
+def test_gradients_that_are_not_needed_change_nothing():
+    """Of every subset of the arguments, the same bits as when all are needed."""
+    given = problem(SHAPES["even"], torch.bfloat16, permute_y=True, weights=True, bias=True)
+    _, everything = given.run()
+    for chosen in (["input"], ["weight"], ["topk_weights"], ["bias"], ["input", "bias"]):
+        arguments = {
+            name: value.detach() if isinstance(value, Tensor) else value
+            for name, value in given.arguments.items()
+        }
+        leaves = [arguments[name].requires_grad_() for name in chosen]
+        output = moe.grouped_gemm(**arguments)
+        found = torch.autograd.grad(output, leaves, given.grad_output)
+        for name, gradient in zip(chosen, found, strict=True):
+            assert torch.equal(gradient, everything[name]), (chosen, name)
+
+
+def test_autocast_multiplies_in_its_dtype():
+    given = problem(SHAPES["even"], torch.float32, bias=True, poison=False)
+    arguments = given.arguments
+    with torch.autocast("cuda", torch.bfloat16):
+        output = moe.grouped_gemm(**arguments)
+    casts = {name: arguments[name].bfloat16() for name in ("input", "weight", "bias")}
+    assert output.dtype == torch.bfloat16
+    assert torch.equal(output, moe.grouped_gemm(**{**arguments, **casts}))
+
+
+def test_forced_pytorch_implementation_gives_the_same(tmp_path):
+    """MOE_OPS_IMPLEMENTATION=pytorch on CUDA tensors: the slow way, for who looks for a bug."""
+    file = tmp_path / "outputs.pt"
+    script = f"""
+import torch
+from tests.gpu.test_grouped_gemm import MODES, SHAPES, problem
+outputs = [
+    problem(SHAPES["odd"], torch.float32, poison=False, **mode).run() for mode in MODES.values()
+]
+torch.save(outputs, {str(file)!r})
+"""
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "MOE_OPS_IMPLEMENTATION": "pytorch", "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    outputs = torch.load(file)
+    for (output, gradients), mode in zip(outputs, MODES.values(), strict=True):
+        want, want_gradients = problem(SHAPES["odd"], torch.float32, poison=False, **mode).run()
+        checks.assert_close(output, want)
+        for name, gradient in want_gradients.items():
+            checks.assert_close(gradients[name], gradient, what=name)
