@@ -12,6 +12,7 @@ from moe_ops.ops.permute import cpu
 
 _op = Op("permute")
 _op.implement("pytorch", cpu.permute)
+_op.implement("triton", "moe_ops.ops.permute.launch:permute")
 
 
 def _save(ctx: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:

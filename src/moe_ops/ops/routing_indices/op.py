@@ -10,6 +10,7 @@ from moe_ops.ops.routing_indices import cpu
 
 _op = Op("routing_indices")
 _op.implement("pytorch", cpu.routing_indices)
+_op.implement("triton", "moe_ops.ops.routing_indices.launch:routing_indices")
 
 
 @documented

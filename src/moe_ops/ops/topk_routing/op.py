@@ -12,9 +12,11 @@ from moe_ops.ops.topk_routing import cpu
 
 _op = Op("topk_routing")
 _op.implement("pytorch", cpu.topk_routing)
+_op.implement("triton", "moe_ops.ops.topk_routing.launch:topk_routing")
 
 _backward_op = Op("topk_routing_backward")
 _backward_op.implement("pytorch", cpu.topk_routing_backward)
+_backward_op.implement("triton", "moe_ops.ops.topk_routing.launch:topk_routing_backward")
 
 
 def _save(ctx: Any, args: tuple[Any, ...], outputs: tuple[torch.Tensor, torch.Tensor]) -> None:

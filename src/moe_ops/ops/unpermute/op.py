@@ -12,9 +12,11 @@ from moe_ops.ops.unpermute import cpu
 
 _op = Op("unpermute")
 _op.implement("pytorch", cpu.unpermute)
+_op.implement("triton", "moe_ops.ops.unpermute.launch:unpermute")
 
 _backward_op = Op("unpermute_backward")
 _backward_op.implement("pytorch", cpu.unpermute_backward)
+_backward_op.implement("triton", "moe_ops.ops.unpermute.launch:unpermute_backward")
 
 
 def _save(ctx: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:

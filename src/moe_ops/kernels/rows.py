@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels that move rows, shared by permute, unpermute and grouped_gemm.
+
+T num_tokens, K top_k, H hidden_size, R = T * K routed rows; slot = token * K + k.
+
+A row index out of range gives its row the width 0: nothing is read or written there.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def invert_permutation_kernel(indices_ptr, inverse_ptr, num_rows, BLOCK: tl.constexpr):
+    """Writes inverse[indices[i]] = i; an index out of range is skipped.
+
+    Grid (cdiv(num_rows, BLOCK),).
+    """
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(indices_ptr + i, mask=i < num_rows, other=-1).to(tl.int64)
+    tl.store(inverse_ptr + row, i, mask=(row >= 0) & (row < num_rows))
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def copy_rows_kernel(
+    input_ptr, rows_ptr, output_ptr, stride_t, stride_h, num_rows, hidden_size, top_k,
+    BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Copies each token's row to its top_k rows: output[rows[t * top_k + k]] = input[t].
+
+    Grid (num_tokens, cdiv(hidden_size, BLOCK_H)). One program reads its part of a row once.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    mask = h < hidden_size
+    x = tl.load(input_ptr + token * stride_t + h.to(tl.int64) * stride_h, mask=mask)
+    for k in range(top_k):
+        row = tl.load(rows_ptr + token * top_k + k).to(tl.int64)
+        width = tl.where((row >= 0) & (row < num_rows), hidden_size, 0)
+        tl.store(output_ptr + row * hidden_size + h, x, mask=h < width)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def sum_rows_kernel(
+    input_ptr, rows_ptr, weights_ptr, output_ptr,
+    stride_r, stride_h, stride_wt, stride_wk, num_rows, hidden_size,
+    TOP_K: tl.constexpr, BLOCK_H: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """Sums each token's rows: output[t] = sum_k weights[t, k] * input[rows[t * TOP_K + k]].
+
+    Grid (num_tokens, cdiv(hidden_size, BLOCK_H)). Summed in fp32, in the order of k.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    mask = h < hidden_size
+    total = tl.zeros((BLOCK_H,), tl.float32)
+    for k in tl.static_range(TOP_K):
+        row = tl.load(rows_ptr + token * TOP_K + k).to(tl.int64)
+        width = tl.where((row >= 0) & (row < num_rows), hidden_size, 0)
+        x = tl.load(
+            input_ptr + row * stride_r + h.to(tl.int64) * stride_h, mask=h < width, other=0
+        ).to(tl.float32)
+        if HAS_WEIGHTS:
+            x *= tl.load(weights_ptr + token * stride_wt + k * stride_wk).to(tl.float32)
+        total += x
+    tl.store(output_ptr + token * hidden_size + h, total.to(output_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def gather_rows_kernel(
+    input_ptr, gather_ptr, weights_ptr, output_ptr,
+    stride_r, stride_h, stride_wt, stride_wk, num_rows, hidden_size, divisor, top_k,
+    HAS_GATHER: tl.constexpr, MOVES: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Copies rows into expert order: output[i] = weights[slot] * input[slot // divisor].
+
+    slot = gather[i], or i without; without MOVES the rows are in expert order already and
+    input[i] is read. Grid (num_rows, cdiv(hidden_size, BLOCK_H)).
+    """
+    i = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    slot = i
+    if HAS_GATHER:
+        slot = tl.load(gather_ptr + i).to(tl.int64)
+    is_slot = (slot >= 0) & (slot < num_rows)
+    slot = tl.where(is_slot, slot, 0)
+    row = i
+    if MOVES:
+        row = slot // divisor
+    width = tl.where(is_slot, hidden_size, 0)
+    x = tl.load(input_ptr + row * stride_r + h.to(tl.int64) * stride_h, mask=h < width, other=0)
+    if HAS_WEIGHTS:
+        weight = tl.load(weights_ptr + (slot // top_k) * stride_wt + (slot % top_k) * stride_wk)
+        x = (x.to(tl.float32) * weight.to(tl.float32)).to(output_ptr.dtype.element_ty)
+    tl.store(output_ptr + i * hidden_size + h, x, mask=h < hidden_size)

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tile schedule of a grouped GEMM: which rows of which expert each tile covers.
+
+Made on the device from token_counts, so that nothing is read on the host. E experts, R rows.
+A schedule is int32 (3 * max_tiles + 1,): expert, first row and end row of each tile, in expert
+order, then the number of tiles. max_tiles = cdiv(R, BLOCK_M) + E is enough for any counts.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def expert_rows(counts_ptr, num_rows, num_experts, EXPERTS: tl.constexpr):
+    """First row and end row of every expert, clamped so that no row is past num_rows."""
+    experts = tl.arange(0, EXPERTS)
+    counts = tl.load(counts_ptr + experts, mask=experts < num_experts, other=0).to(tl.int64)
+    counts = tl.minimum(tl.maximum(counts, 0), num_rows)
+    ends = tl.cumsum(counts, 0)
+    starts = tl.minimum(ends - counts, num_rows).to(tl.int32)
+    return starts, tl.minimum(ends, num_rows).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["num_rows", "max_tiles"])
+def tile_schedule_kernel(
+    counts_ptr, tiles_ptr, output_ptr, rows_ptr, num_rows, num_experts, max_tiles, width,
+    BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_W: tl.constexpr,
+    ZERO_TAIL: tl.constexpr, SCATTER: tl.constexpr,
+):  # fmt: skip
+    """Writes the schedule; with ZERO_TAIL also zeros the rows of output past the last expert's.
+
+    Grid (num_experts,). Program e writes the tiles of expert e, program 0 also their number. All
+    programs share the rows to zero.
+    """
+    pid = tl.program_id(0)
+    experts = tl.arange(0, EXPERTS)
+    starts, ends = expert_rows(counts_ptr, num_rows, num_experts, EXPERTS)
+    tiles = (ends - starts + BLOCK_M - 1) // BLOCK_M
+    start = tl.sum(tl.where(experts == pid, starts, 0))
+    end = tl.sum(tl.where(experts == pid, ends, 0))
+    first_tile = tl.sum(tl.where(experts < pid, tiles, 0))
+    num_tiles = tl.sum(tl.where(experts == pid, tiles, 0))
+    for i in range(num_tiles):
+        tl.store(tiles_ptr + first_tile + i, pid)
+        tl.store(tiles_ptr + max_tiles + first_tile + i, start + i * BLOCK_M)
+        tl.store(tiles_ptr + 2 * max_tiles + first_tile + i, end)
+    if pid == 0:
+        tl.store(tiles_ptr + 3 * max_tiles, tl.sum(tiles))
+    if ZERO_TAIL:
+        for row in range(tl.max(ends, 0) + pid, num_rows, tl.num_programs(0)):
+            target = tl.cast(row, tl.int64)
+            if SCATTER:
+                target = tl.load(rows_ptr + row).to(tl.int64)
+            limit = tl.where((target >= 0) & (target < num_rows), width, 0)
+            for first in range(0, width, BLOCK_W):
+                w = first + tl.arange(0, BLOCK_W)
+                zero = tl.zeros((BLOCK_W,), output_ptr.dtype.element_ty)
+                tl.store(output_ptr + target * width + w, zero, mask=w < limit)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def expert_offsets_kernel(
+    counts_ptr, offsets_ptr, num_rows, num_experts, EXPERTS: tl.constexpr
+):  # fmt: skip
+    """Writes offsets (2, E), int32: first row and end row of every expert. Grid (1,)."""
+    experts = tl.arange(0, EXPERTS)
+    starts, ends = expert_rows(counts_ptr, num_rows, num_experts, EXPERTS)
+    tl.store(offsets_ptr + experts, starts, mask=experts < num_experts)
+    tl.store(offsets_ptr + num_experts + experts, ends, mask=experts < num_experts)

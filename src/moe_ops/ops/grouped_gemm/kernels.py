@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels of grouped_gemm, its dX and its dW.
+
+In GEMM letters: each expert e multiplies its rows, y (M, N) = x (M, K) @ b[e] (K, N). Forward: M
+rows, N out_features, K in_features, b[e] = weight[e].T. dX: N in_features, K out_features, b[e] =
+weight[e], so it is the same kernel with other strides. dW contracts over the rows: (N, D) per
+expert.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _tile_of(t, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Tile (m, n) of position t: GROUP_M row tiles share their weight columns in the L2 cache."""
+    width = GROUP_M * tiles_n
+    first_m = (t // width) * GROUP_M
+    size_m = tl.minimum(tiles_m - first_m, GROUP_M)
+    return first_m + (t % width) % size_m, (t % width) // size_m
+
+
+@triton.jit
+def _load_x(
+    desc, pointers, row, k0, in_rows, in_k, TMA: tl.constexpr, EVEN_K: tl.constexpr
+):  # fmt: skip
+    """The next (BLOCK_M, BLOCK_K) of x; zeros past K, anything past the rows of a descriptor."""
+    if TMA:
+        x = desc.load([row, k0])
+    elif EVEN_K:
+        x = tl.load(pointers, mask=in_rows[:, None], other=0)
+    else:
+        x = tl.load(pointers, mask=in_rows[:, None] & in_k[None, :], other=0)
+    return x
+
+
+@triton.jit
+def _load_b(
+    desc, pointers, e, n0, k0, in_cols, in_k,
+    TMA: tl.constexpr, IS_NK: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The next (BLOCK_K, BLOCK_N) of b[e]; zeros past K and N."""
+    if TMA and IS_NK:
+        b = desc.load([e, n0, k0]).reshape(BLOCK_N, BLOCK_K).T
+    elif TMA:
+        b = desc.load([e, k0, n0]).reshape(BLOCK_K, BLOCK_N)
+    elif EVEN_K:
+        b = tl.load(pointers, mask=in_cols[None, :], other=0)
+    else:
+        b = tl.load(pointers, mask=in_k[:, None] & in_cols[None, :], other=0)
+    return b
+
+
+@triton.jit(do_not_specialize=["max_tiles", "num_rows"])
+def _grouped_gemm_kernel(
+    x_ptr, x_desc, b_ptr, b_desc, bias_ptr, scale_ptr, gather_ptr, y_ptr, other_ptr, dots_ptr,
+    tiles_ptr, max_tiles, num_rows, N, K, top_k, x_divisor, other_divisor,
+    stride_xm, stride_xk, stride_be, stride_bk, stride_bn, stride_bias_e, stride_bias_n,
+    stride_st, stride_sk, stride_om, stride_on,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA_X: tl.constexpr, TMA_B: tl.constexpr, B_IS_NK: tl.constexpr, EVEN_K: tl.constexpr,
+    GATHER_X: tl.constexpr, SCATTER_Y: tl.constexpr, HAS_GATHER: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, STORE_Y: tl.constexpr,
+    HAS_DOTS: tl.constexpr, GATHER_OTHER: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """y[row] = scale * (x[row] @ b[e] + bias[e]), tile by tile.
+
+    Grid (any,), persistent: a program walks the tiles pid, pid + grid size, ... With
+    HAS_DOTS it also writes dots[n_tile, row] = sum over its columns of (x[row] @ b[e]) * other[row].
+    Writes the rows of the schedule's tiles alone.
+    """
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_m = tl.load(tiles_ptr + 3 * max_tiles)
+    for t in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
+        tile_m, tile_n = _tile_of(t, tiles_m, tiles_n, GROUP_M)
+        e = tl.load(tiles_ptr + tile_m)
+        first = tl.load(tiles_ptr + max_tiles + tile_m)
+        end = tl.load(tiles_ptr + 2 * max_tiles + tile_m)
+        rows = first + tl.arange(0, BLOCK_M)
+        cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        in_rows = rows < end
+        in_cols = cols < N
+        k = tl.arange(0, BLOCK_K)
+        # Dead code where a descriptor loads instead.
+        source = rows
+        in_source = in_rows
+        if GATHER_X:
+            source = tl.load(gather_ptr + rows, mask=in_rows, other=-1)
+            in_source = in_rows & (source >= 0) & (source < num_rows)
+            source //= x_divisor
+        x_pointers = (
+            x_ptr + source[:, None].to(tl.int64) * stride_xm + k[None, :].to(tl.int64) * stride_xk
+        )
+        b_pointers = (
+            b_ptr
+            + e.to(tl.int64) * stride_be
+            + k[:, None].to(tl.int64) * stride_bk
+            + cols[None, :].to(tl.int64) * stride_bn
+        )
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k0 in range(0, K, BLOCK_K):
+            x = _load_x(x_desc, x_pointers, first, k0, in_source, k0 + k < K, TMA_X, EVEN_K)
+            b = _load_b(
+                b_desc, b_pointers, e, tile_n * BLOCK_N, k0, in_cols, k0 + k < K,
+                TMA_B, B_IS_NK, EVEN_K, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            acc = tl.dot(x, b, acc, input_precision=PRECISION)
+            x_pointers += tl.cast(stride_xk, tl.int64) * BLOCK_K
+            b_pointers += tl.cast(stride_bk, tl.int64) * BLOCK_K
+        # Loaded here and not above: the registers of the loop are all taken.
+        slots = rows
+        if HAS_GATHER:
+            slots = tl.load(gather_ptr + rows, mask=in_rows, other=-1)
+        in_slots = in_rows & (slots >= 0) & (slots < num_rows)
+        if HAS_DOTS:
+            other_rows = rows
+            if GATHER_OTHER:
+                other_rows = slots // other_divisor
+            other_pointers = (
+                other_ptr
+                + other_rows[:, None].to(tl.int64) * stride_om
+                + cols[None, :].to(tl.int64) * stride_on
+            )
+            in_tile = in_slots[:, None] & in_cols[None, :]
+            other = tl.load(other_pointers, mask=in_tile, other=0).to(tl.float32)
+            dots = tl.sum(acc * other, 1)
+            tl.store(dots_ptr + tile_n.to(tl.int64) * num_rows + slots, dots, mask=in_slots)
+        if STORE_Y:
+            if HAS_BIAS:
+                bias_pointers = (
+                    bias_ptr + e.to(tl.int64) * stride_bias_e + cols.to(tl.int64) * stride_bias_n
+                )
+                acc += tl.load(bias_pointers, mask=in_cols, other=0).to(tl.float32)[None, :]
+            if HAS_SCALE:
+                scale_pointers = (
+                    scale_ptr
+                    + (slots // top_k).to(tl.int64) * stride_st
+                    + (slots % top_k).to(tl.int64) * stride_sk
+                )
+                acc *= tl.load(scale_pointers, mask=in_slots, other=0).to(tl.float32)[:, None]
+            y = acc.to(y_ptr.dtype.element_ty)
+            target = rows
+            in_target = in_rows
+            if SCATTER_Y:
+                target = slots
+                in_target = in_slots
+            y_pointers = y_ptr + target[:, None].to(tl.int64) * N + cols[None, :]
+            tl.store(y_pointers, y, mask=in_target[:, None] & in_cols[None, :])
+
+
+@triton.jit
+def _grouped_gemm_bwd_dw_kernel(
+    g_ptr, x_ptr, dw_ptr, dw_desc, offsets_ptr, num_experts, N, D,
+    stride_gm, stride_gn, stride_xm, stride_xd,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """dw[e] (N, D) = sum over the rows m of expert e of outer(g[m], x[m]); zeros without rows.
+
+    Grid (any,), persistent. Rows past an expert's end are zero-filled: by the hardware
+    with TMA, whose descriptors end at that row, by masks without. Writes all of dw.
+    """
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_d = tl.cdiv(D, BLOCK_D)
+    for t in tl.range(
+        tl.program_id(0), num_experts * tiles_n * tiles_d, tl.num_programs(0), flatten=FLATTEN
+    ):
+        e = t // (tiles_n * tiles_d)
+        tile_n, tile_d = _tile_of(t % (tiles_n * tiles_d), tiles_n, tiles_d, GROUP)
+        start = tl.load(offsets_ptr + e)
+        end = tl.load(offsets_ptr + num_experts + e)
+        n0 = tile_n * BLOCK_N
+        d0 = tile_d * BLOCK_D
+        n = n0 + tl.arange(0, BLOCK_N)
+        d = d0 + tl.arange(0, BLOCK_D)
+        acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        if TMA:
+            g_desc = tl.make_tensor_descriptor(
+                g_ptr, shape=[end, N], strides=[stride_gm, 1], block_shape=[BLOCK_M, BLOCK_N]
+            )
+            x_desc = tl.make_tensor_descriptor(
+                x_ptr, shape=[end, D], strides=[stride_xm, 1], block_shape=[BLOCK_M, BLOCK_D]
+            )
+        for m0 in tl.range(start, end, BLOCK_M):
+            if TMA:
+                g = g_desc.load([m0, n0])
+                x = x_desc.load([m0, d0])
+            else:
+                m = m0 + tl.arange(0, BLOCK_M)
+                g_pointers = (
+                    g_ptr
+                    + m[:, None].to(tl.int64) * stride_gm
+                    + n[None, :].to(tl.int64) * stride_gn
+                )
+                x_pointers = (
+                    x_ptr
+                    + m[:, None].to(tl.int64) * stride_xm
+                    + d[None, :].to(tl.int64) * stride_xd
+                )
+                g = tl.load(g_pointers, mask=(m < end)[:, None] & (n < N)[None, :], other=0)
+                x = tl.load(x_pointers, mask=(m < end)[:, None] & (d < D)[None, :], other=0)
+            acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION)
+        dw = acc.to(dw_ptr.dtype.element_ty)
+        if TMA:
+            dw_desc.store([e, n0, d0], dw.reshape(1, BLOCK_N, BLOCK_D))
+        else:
+            pointers = dw_ptr + e.to(tl.int64) * N * D + n[:, None].to(tl.int64) * D + d[None, :]
+            tl.store(pointers, dw, mask=(n < N)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _grouped_gemm_bwd_dbias_kernel(
+    g_ptr, dbias_ptr, offsets_ptr, num_experts, N, stride_gm, stride_gn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dbias[e, n] = sum over the rows m of expert e of g[m, n], in fp32; zeros without rows.
+
+    Grid (num_experts, cdiv(N, BLOCK_N)).
+    """
+    e = tl.program_id(0)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start = tl.load(offsets_ptr + e)
+    end = tl.load(offsets_ptr + num_experts + e)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for m0 in range(start, end, BLOCK_M):
+        m = m0 + tl.arange(0, BLOCK_M)
+        pointers = g_ptr + m[:, None].to(tl.int64) * stride_gm + n[None, :].to(tl.int64) * stride_gn
+        g = tl.load(pointers, mask=(m < end)[:, None] & (n < N)[None, :], other=0)
+        acc += g.to(tl.float32)
+    dbias = tl.sum(acc, 0).to(dbias_ptr.dtype.element_ty)
+    tl.store(dbias_ptr + e.to(tl.int64) * N + n, dbias, mask=n < N)
+
+
+@triton.jit(do_not_specialize=["max_tiles", "num_rows"])
+def _grouped_gemm_bwd_bias_dots_kernel(
+    g_ptr, gather_ptr, bias_ptr, dots_ptr, tiles_ptr, max_tiles, num_rows, N,
+    stride_gm, stride_gn, stride_bias_e, stride_bias_n,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_GATHER: tl.constexpr,
+    GATHER_G: tl.constexpr,
+):  # fmt: skip
+    """dots[slot] = <g[row], bias[e]> of each row: what the bias adds to the router gradient.
+
+    Grid (max_tiles,): one tile of the schedule each.
+    """
+    tile = tl.program_id(0)
+    if tile < tl.load(tiles_ptr + 3 * max_tiles):
+        e = tl.load(tiles_ptr + tile).to(tl.int64)
+        rows = tl.load(tiles_ptr + max_tiles + tile) + tl.arange(0, BLOCK_M)
+        in_rows = rows < tl.load(tiles_ptr + 2 * max_tiles + tile)
+        slots = rows
+        if HAS_GATHER:
+            slots = tl.load(gather_ptr + rows, mask=in_rows, other=-1)
+        in_slots = in_rows & (slots >= 0) & (slots < num_rows)
+        source = rows
+        if GATHER_G:
+            source = slots
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for n0 in range(0, N, BLOCK_N):
+            n = n0 + tl.arange(0, BLOCK_N)
+            bias = tl.load(
+                bias_ptr + e * stride_bias_e + n.to(tl.int64) * stride_bias_n, mask=n < N, other=0
+            )
+            pointers = (
+                g_ptr
+                + source[:, None].to(tl.int64) * stride_gm
+                + n[None, :].to(tl.int64) * stride_gn
+            )
+            g = tl.load(pointers, mask=in_slots[:, None] & (n < N)[None, :], other=0)
+            acc += g.to(tl.float32) * bias.to(tl.float32)[None, :]
+        tl.store(dots_ptr + slots, tl.sum(acc, 1), mask=in_slots)

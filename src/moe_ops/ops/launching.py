@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the launch.py of several ops share: the device, and the kernels that move rows."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from contextlib import AbstractContextManager
+
+import torch
+import triton
+
+from moe_ops.kernels.rows import (
+    copy_rows_kernel,
+    gather_rows_kernel,
+    invert_permutation_kernel,
+    sum_rows_kernel,
+)
+
+
+def launch_on(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Makes the tensor's device the current one; Triton launches on the current device."""
+    device = tensor.device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+@functools.cache
+def num_sms(device: torch.device) -> int:
+    """Streaming multiprocessors of the device; a few for a CPU, where Triton is interpreted."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """(major, minor) of a CUDA device, (0, 0) of a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def refuse_bf16(tensor: torch.Tensor) -> None:
+    """Raises NotImplementedError where a product of bf16 would be wrong or is not to be had."""
+    if tensor.dtype != torch.bfloat16:
+        return
+    if compute_capability(tensor.device) == (0, 0):
+        raise NotImplementedError(
+            "moe_ops: bf16 in Triton's interpreter: its tl.dot gives wrong values; use fp16 or fp32"
+        )
+    if compute_capability(tensor.device) < (8, 0):
+        name = torch.cuda.get_device_name(tensor.device)
+        raise NotImplementedError(
+            f"moe_ops: bf16 on {name}: products of bf16 need compute capability 8.0; use fp16"
+        )
+
+
+def inverse_permutation(indices: torch.Tensor) -> torch.Tensor:
+    """The inverse of a permutation (R,), int32: inverse[indices[i]] = i."""
+    num_rows = indices.shape[0]
+    inverse = torch.empty(num_rows, dtype=torch.int32, device=indices.device)
+    if num_rows > 0:
+        block = 1024
+        with launch_on(indices):
+            invert_permutation_kernel[(triton.cdiv(num_rows, block),)](
+                indices.contiguous(), inverse, num_rows, BLOCK=block
+            )
+    return inverse
+
+
+def copy_rows(input: torch.Tensor, rows: torch.Tensor, top_k: int) -> torch.Tensor:
+    """output[rows[t * top_k + k]] = input[t]: (T, H) -> (T * top_k, H)."""
+    num_tokens, hidden_size = input.shape
+    output = input.new_empty(num_tokens * top_k, hidden_size)
+    if output.numel() == 0:
+        return output
+    block_h = min(2048, triton.next_power_of_2(hidden_size))
+    with launch_on(input):
+        copy_rows_kernel[(num_tokens, triton.cdiv(hidden_size, block_h))](
+            input, rows.contiguous(), output, *input.stride(), output.shape[0], hidden_size, top_k,
+            BLOCK_H=block_h,
+        )  # fmt: skip
+    return output
+
+
+def sum_rows(
+    input: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor | None, top_k: int
+) -> torch.Tensor:
+    """output[t] = sum_k weights[t, k] * input[rows[t * top_k + k]]: (T * top_k, H) -> (T, H)."""
+    num_rows, hidden_size = input.shape
+    output = input.new_empty(num_rows // top_k, hidden_size)
+    if output.numel() == 0:
+        return output
+    block_h = min(1024, triton.next_power_of_2(hidden_size))
+    with launch_on(input):
+        sum_rows_kernel[(output.shape[0], triton.cdiv(hidden_size, block_h))](
+            input, rows.contiguous(), weights, output,
+            *input.stride(), *(weights.stride() if weights is not None else (0, 0)),
+            num_rows, hidden_size,
+            TOP_K=top_k, BLOCK_H=block_h, HAS_WEIGHTS=weights is not None,
+        )  # fmt: skip
+    return output
+
+
+def gather_rows(
+    input: torch.Tensor,
+    gather_indices: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    top_k: int,
+    divisor: int = 0,
+) -> torch.Tensor:
+    """output[i] = weights[slot] * input[slot // divisor], slot = gather_indices[i] or i.
+
+    With divisor 0 the rows stay where they are: output[i] = weights[slot] * input[i].
+    """
+    hidden_size = input.shape[1]
+    num_rows = input.shape[0] * max(divisor, 1)
+    output = input.new_empty(num_rows, hidden_size)
+    if output.numel() == 0:
+        return output
+    block_h = min(2048, triton.next_power_of_2(hidden_size))
+    with launch_on(input):
+        gather_rows_kernel[(num_rows, triton.cdiv(hidden_size, block_h))](
+            input, None if gather_indices is None else gather_indices.contiguous(), weights, output,
+            *input.stride(), *(weights.stride() if weights is not None else (0, 0)),
+            num_rows, hidden_size, max(divisor, 1), top_k,
+            HAS_GATHER=gather_indices is not None, MOVES=divisor > 0,
+            HAS_WEIGHTS=weights is not None, BLOCK_H=block_h,
+        )  # fmt: skip
+    return output

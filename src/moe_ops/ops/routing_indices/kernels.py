@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels of routing_indices: a stable counting sort in two passes over chunks of slots.
+
+R slots, E experts. The first pass counts each chunk's slots per expert; the second adds up the
+counts before its chunk and places the chunk's slots. Dropped slots follow all kept ones, in order.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _load_experts(ids_ptr, stride_t, stride_k, slots, num_slots, top_k, num_experts):
+    """The expert of each slot, -1 where it is dropped or past the end."""
+    token = (slots // top_k).to(tl.int64)
+    k = (slots % top_k).to(tl.int64)
+    ids = tl.load(ids_ptr + token * stride_t + k * stride_k, mask=slots < num_slots, other=-1)
+    return tl.where((ids >= 0) & (ids < num_experts), ids, -1).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_blocks"])
+def _routing_indices_count_kernel(
+    ids_ptr, counts_ptr, stride_t, stride_k, num_slots, top_k, num_experts, num_blocks,
+    BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """Counts one chunk: writes the row counts_ptr[chunk, :EXPERTS], all of it.
+
+    Grid (num_chunks,); a chunk is num_blocks * BLOCK slots.
+    """
+    chunk = tl.program_id(0)
+    experts = tl.arange(0, EXPERTS)
+    counts = tl.zeros((EXPERTS,), tl.int32)
+    for block in range(num_blocks):
+        slots = (chunk * num_blocks + block) * BLOCK + tl.arange(0, BLOCK)
+        of_slot = _load_experts(ids_ptr, stride_t, stride_k, slots, num_slots, top_k, num_experts)
+        counts += tl.sum((of_slot[:, None] == experts[None, :]).to(tl.int32), 0)
+    tl.store(counts_ptr + chunk * EXPERTS + experts, counts)
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_blocks", "num_chunks"])
+def _routing_indices_place_kernel(
+    ids_ptr, counts_ptr, token_counts_ptr, gather_ptr, scatter_ptr,
+    stride_t, stride_k, num_slots, top_k, num_experts, num_blocks, num_chunks,
+    BLOCK: tl.constexpr, EXPERTS: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Places the slots of one chunk in gather_ptr and scatter_ptr; chunk 0 writes token_counts.
+
+    Grid (num_chunks,). Reads all of counts_ptr, which the first pass wrote.
+    """
+    chunk = tl.program_id(0)
+    experts = tl.arange(0, EXPERTS)
+    before = tl.zeros((EXPERTS,), tl.int32)
+    total = tl.zeros((EXPERTS,), tl.int32)
+    for first in range(0, num_chunks, CHUNKS):
+        chunks = first + tl.arange(0, CHUNKS)
+        counts = tl.load(
+            counts_ptr + chunks[:, None] * EXPERTS + experts[None, :],
+            mask=(chunks < num_chunks)[:, None], other=0,
+        )  # fmt: skip
+        before += tl.sum(tl.where((chunks < chunk)[:, None], counts, 0), 0)
+        total += tl.sum(counts, 0)
+    if chunk == 0:
+        tl.store(token_counts_ptr + experts, total, mask=experts < num_experts)
+    next_row = tl.cumsum(total, 0) - total + before
+    num_kept = tl.sum(total, 0)
+    kept_before = tl.sum(before, 0)
+    for block in range(num_blocks):
+        slots = (chunk * num_blocks + block) * BLOCK + tl.arange(0, BLOCK)
+        of_slot = _load_experts(ids_ptr, stride_t, stride_k, slots, num_slots, top_k, num_experts)
+        mine = (of_slot[:, None] == experts[None, :]).to(tl.int32)
+        kept_rows = tl.sum(mine * (tl.cumsum(mine, 0) - 1 + next_row[None, :]), 1)
+        is_kept = (of_slot >= 0).to(tl.int32)
+        dropped_rows = num_kept + slots - (kept_before + tl.cumsum(is_kept, 0))
+        rows = tl.where(of_slot >= 0, kept_rows, dropped_rows)
+        valid = slots < num_slots
+        tl.store(scatter_ptr + slots, rows, mask=valid)
+        tl.store(gather_ptr + rows, slots, mask=valid)
+        next_row += tl.sum(mine, 0)
+        kept_before += tl.sum(is_kept, 0)

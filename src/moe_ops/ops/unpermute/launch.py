@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""unpermute and its backward in Triton."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from moe_ops.ops.launching import inverse_permutation, launch_on, sum_rows
+from moe_ops.ops.unpermute.kernels import _unpermute_bwd_kernel
+
+
+def unpermute(
+    input: torch.Tensor,
+    gather_indices: torch.Tensor,
+    topk_weights: torch.Tensor | None = None,
+    top_k: int = 1,
+    scatter_indices: torch.Tensor | None = None,
+) -> torch.Tensor:
+    rows = inverse_permutation(gather_indices) if scatter_indices is None else scatter_indices
+    return sum_rows(input, rows, topk_weights, top_k)
+
+
+def unpermute_backward(
+    grad_output: torch.Tensor,
+    input: torch.Tensor,
+    gather_indices: torch.Tensor,
+    topk_weights: torch.Tensor,
+    top_k: int,
+    scatter_indices: torch.Tensor | None,
+    needs: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    num_rows, hidden_size = input.shape
+    grad_input = grad_output.new_empty((num_rows, hidden_size) if needs[0] else 0)
+    grad_topk_weights = grad_output.new_empty(0)
+    if needs[1]:
+        grad_topk_weights = topk_weights.new_empty(topk_weights.shape)
+    if num_rows == 0 or not any(needs):
+        return grad_input, grad_topk_weights
+    rows = inverse_permutation(gather_indices) if scatter_indices is None else scatter_indices
+    with launch_on(input):
+        _unpermute_bwd_kernel[(num_rows,)](
+            grad_output, input, rows.contiguous(), topk_weights, grad_input, grad_topk_weights,
+            *grad_output.stride(), *input.stride(), *topk_weights.stride(),
+            num_rows, hidden_size, top_k,
+            BLOCK_H=min(2048, triton.next_power_of_2(max(hidden_size, 1))),
+            NEEDS_INPUT=needs[0], NEEDS_WEIGHTS=needs[1],
+        )  # fmt: skip
+    return grad_input, grad_topk_weights
