@@ -20,6 +20,7 @@ import functools
 import math
 import os
 import shlex
+import shutil
 import signal
 import statistics
 import sys
@@ -294,7 +295,7 @@ def train(
             tokens_per_second = tokens.numel() / statistics.median(step_seconds)
             bar.set_postfix_str(
                 f"loss {run.train_losses[-1]:.3f}, {tokens_per_second:,.0f} tokens/s, "
-                f"max/mean expert load {imbalance(expert_loads):.2f}",
+                f"max/mean load {imbalance(expert_loads):.2f}",
                 refresh=False,
             )
             bar.update()
@@ -340,12 +341,14 @@ def describe(run: Run, settings: Settings, text: Text, compiler: Compiler) -> No
         f"model     Qwen3-MoE: {settings.num_layers} layers of {settings.num_experts} experts, "
         f"top-{settings.top_k}; {num_parameters:,} parameters, {num_active:,} active per token\n"
         f"training  {settings.steps} steps of {settings.batch_size} x {settings.context} bytes, "
-        f"{dtype} on {settings.device}, torch.compile(fullgraph=True) with {compiler.name}"
+        f"{dtype} on {settings.device}, torch.compile(fullgraph=True) with {compiler.name}\n"
+        "load      max/mean: tokens of a layer's busiest expert over its experts' mean, "
+        "1.00 is perfect"
     )
     if compiler.problem:
-        print(f"          {compiler.problem}; aot_eager does without, only slower")
+        print(f"compiler  {compiler.problem}; aot_eager does without, only slower")
     if run.step:
-        print(f"          resuming after step {run.step}")
+        print(f"resuming  after step {run.step}")
     sys.stdout.flush()
 
 
@@ -500,13 +503,15 @@ def restore(run: Run, checkpoint: dict[str, Any], text: Text) -> None:
 
 def progress_bar(run: Run, settings: Settings) -> tqdm[NoReturn]:
     """One that redraws itself on a terminal, and adds a line now and then to a log."""
-    interval = 0.5 if sys.stderr.isatty() else 15
+    columns, lines = shutil.get_terminal_size()
     return tqdm(
         total=settings.steps,
         initial=run.step,
-        unit="step",
-        mininterval=interval,
-        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 15,
+        # All of it fits into 80 columns.
+        bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+        ncols=columns,
+        nrows=lines,
     )
 
 

@@ -120,7 +120,7 @@ def test_beats_bigram(run_demo, no_compiler, tmp_path):
     assert ops_in_report(done.out, "forward") == [FORWARD_OPS]
     assert ops_in_report(done.out, "backward") == [BACKWARD_OPS]
     assert "\ndef read_config(path):" in done.out
-    for part in ("200/200", "loss ", "tokens/s", "max/mean expert load"):
+    for part in ("200/200", "loss ", "tokens/s", "max/mean load"):
         assert part in done.err
     png = (tmp_path / "a/b/loss.png").read_bytes()
     assert png.startswith(b"\x89PNG")
@@ -213,7 +213,7 @@ def test_resumed_run_equals_uninterrupted(run_demo, demo, no_compiler, monkeypat
     assert load(tmp_path / "parts")["step"] == 6
     monkeypatch.setattr(demo, "training_batch", training_batch)
     resumed = run_demo("--resume", tmp_path / "parts" / "checkpoint.pt")
-    assert "resuming after step 6" in resumed.out
+    assert "resuming  after step 6" in resumed.out
 
     whole, parts = load(tmp_path / "whole"), load(tmp_path / "parts")
     assert len(whole["train_losses"]) == 16
