@@ -138,7 +138,7 @@ docs-check: $(DEV_ENV) ## Fail if docs/ops/*.md is not what the op schemas say
 	  diff -ru docs/ops "$$pages" || { echo "docs/ops is not what op_schemas/ says: run 'make docs'"; exit 1; }
 
 # The suite comes last so that its summary is the last thing on the screen.
-ci: lint types imports docs-check test-interpreter test-transformers-newest test ## Run everything that CI runs
+ci: lint types imports docs-check gpu-report-check test-interpreter test-transformers-newest test ## Run everything that CI runs
 
 ##@ Environments
 .PHONY: env clean distclean demo-env dev-env

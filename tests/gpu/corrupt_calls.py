@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 
 from moe_ops._core.library import SCHEMAS
-from tests.gpu.on_device import DEVICE, move_sample, some_variants
-from tests.ops.test_every_op import corruptions
+from tests.gpu.on_device import DEVICE, corrupt_indices, move_sample, some_variants
 from tests.strategies import PRESENT, Sample, seeded_sample
 
 INDEX = (torch.int32, torch.int64)
@@ -32,7 +31,7 @@ def run(name: str) -> int:
     """Every corruption of a few samples of the op; returns how many calls that were."""
     count = 0
     for sample in _samples(name):
-        for corrupted in corruptions(sample):
+        for corrupted in corrupt_indices(sample):
             arguments = {**sample.arguments, **corrupted}
             move_sample(Sample(sample.schema, arguments, sample.layouts))()
             # An error is reported at the call that it belongs to.

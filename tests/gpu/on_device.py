@@ -18,6 +18,7 @@ from torch import Tensor
 from moe_ops._core.library import SCHEMAS
 from moe_ops._core.schema import OpSchema
 from tests import checks, strategies
+from tests.ops.test_every_op import corruptions
 from tests.strategies import Sample, seeded_sample
 
 DEVICE = torch.device("cuda", 0)
@@ -96,6 +97,16 @@ def shapes(sample: Sample) -> list[Any]:
         (value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else value
         for value in sample.arguments.values()
     ]
+
+
+def corrupt_indices(sample: Sample) -> Iterator[dict[str, Tensor]]:
+    """Index arguments with values that their contract excludes, the nearest to it included."""
+    yield from corruptions(sample)
+    for a in sample.schema.tensors:
+        given = sample.arguments[a.name]
+        if a.values and given is not None:
+            for value in (-1, given.numel(), given.numel() - 1):
+                yield {a.name: torch.full_like(given, value)}
 
 
 def assert_same_bits(got: Any, want: Any, what: Any = "") -> None:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from tests import checks
 from tests.gpu import reference
+from tests.gpu.gemm_problem import assert_rows_close
 from tests.gpu.on_device import DEVICE, assert_same_bits, memory_slot
-from tests.gpu.test_grouped_gemm import assert_rows_close
 from tests.tolerances import RELATIVE_NORM
 
 pytestmark = pytest.mark.gpu

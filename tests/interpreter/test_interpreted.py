@@ -4,37 +4,126 @@
 Run by `make test-interpreter`, which sets TRITON_INTERPRET=1 before anything imports Triton.
 """
 
-import os
+import itertools
 
 import pytest
 import torch
 
 from moe_ops._core.library import OPS, SCHEMAS
 from tests import checks, strategies
-from tests.strategies import seeded_sample
-
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1",
-    reason="Triton compiles for a GPU unless TRITON_INTERPRET=1 is set before its import",
+from tests.gpu.on_device import (
+    ALL,
+    DIFFERENTIABLE,
+    assert_same_bits,
+    differentiable_output,
+    mix_dtypes,
+    some_variants,
+    tangents,
 )
+from tests.interpreter.interpreted import pytestmark  # noqa: F401
+from tests.ops.test_every_op import FAST_OPCHECKS, INDEX_OPS, opcheck
+from tests.strategies import Sample, seeded_sample
 
 # bf16 products are wrong in the interpreter, fp64 is the CPU implementation's alone.
 DTYPES = (torch.float32, torch.float16)
-CASES = [
-    pytest.param(name, seed, variant, id=f"{name}-{seed}")
-    for name, schema in sorted(SCHEMAS.items())
-    for seed, variant in enumerate(strategies.variants(schema))
-]
+GEMMS = [name for name in ALL if name.startswith("grouped_gemm")]
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+schemas = pytest.mark.parametrize("name", ALL)
+
+
+def variants(names):
+    return pytest.mark.parametrize(
+        ("name", "seed", "variant"),
+        [
+            pytest.param(name, seed, variant, id=f"{name}-{seed}")
+            for name in names
+            for seed, variant in enumerate(strategies.variants(SCHEMAS[name]))
+        ],
+    )
 
 
 def test_every_op_is_served_by_triton():
     assert {op.choose("cpu").name for op in OPS.values()} == {"triton"}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("name", "seed", "variant"), CASES)
-def test_matches_reference(name, seed, variant, dtype):
-    sample = seeded_sample(SCHEMAS[name], seed, dtype=dtype, **variant)
+def check_forward(sample: Sample) -> None:
     with checks.poisoned_memory():
         outputs = sample()
     checks.assert_matches_oracle(sample, outputs)
+
+
+def check_gradients(sample: Sample, seed: int) -> None:
+    names = sample.differentiable()
+    arguments = sample.requiring_grad()
+    output = differentiable_output(sample(**arguments))
+    (tangent,) = tangents(output, seed, strategies.LAYOUTS[seed % 4])
+    with checks.poisoned_memory():
+        found = torch.autograd.grad(output, [arguments[n] for n in names], tangent)
+    expected = checks.oracle_gradients(sample, tangent)
+    scales = checks.gradient_scales(sample, tangent)
+    for argument, got in zip(names, found, strict=True):
+        what = f"{sample}: gradient of {argument}"
+        dtype = checks.coarser(got.dtype, output.dtype)
+        checks.assert_close(got, expected[argument], dtype=dtype, scale=scales[argument], what=what)
+
+
+@variants(ALL)
+@dtypes
+def test_matches_reference(name, seed, variant, dtype):
+    sample = seeded_sample(SCHEMAS[name], seed, dtype=dtype, **variant)
+    # Router weights in fp32 on rows in fp16; bf16 is nothing for the interpreter.
+    check_forward(mix_dtypes(sample, 1) if seed % 2 else sample)
+
+
+@variants(DIFFERENTIABLE)
+@dtypes
+def test_gradients_match_reference(name, seed, variant, dtype):
+    check_gradients(seeded_sample(SCHEMAS[name], seed + 100, dtype=dtype, **variant), seed)
+
+
+@schemas
+def test_no_tokens(name):
+    for seed, dtype in enumerate(DTYPES):
+        sample = seeded_sample(SCHEMAS[name], seed, T=0, dtype=dtype)
+        check_forward(sample)
+        if name in DIFFERENTIABLE:
+            check_gradients(sample, seed)
+
+
+@schemas
+def test_layouts_and_index_dtypes(name):
+    index_dtypes = (torch.int32, torch.int64)
+    for seed, (layout, index) in enumerate(itertools.product(strategies.LAYOUTS, index_dtypes)):
+        fixed = {"layout": layout, "index_dtype": index, "dtype": DTYPES[seed % 2], "T": 5}
+        check_forward(seeded_sample(SCHEMAS[name], seed, **fixed))
+
+
+@pytest.mark.parametrize("name", INDEX_OPS)
+def test_index_dtypes_give_the_same(name):
+    for seed in range(6):
+        sample = seeded_sample(SCHEMAS[name], seed, index_dtype=torch.int32, dtype=DTYPES[seed % 2])
+        wide = {a.name: sample.arguments[a.name] for a in sample.schema.tensors if a.values}
+        wide = {n: value.long() for n, value in wide.items() if value is not None}
+        assert_same_bits(sample(**wide), sample(), sample)
+
+
+@schemas
+def test_opcheck(name):
+    """That outputs have the strides of the fakes, and share memory with nothing."""
+    for seed, variant in enumerate(some_variants(name, at_most=6)):
+        fixed = {**variant, "dtype": DTYPES[seed % 2], "layout": strategies.LAYOUTS[seed % 4]}
+        opcheck(seeded_sample(SCHEMAS[name], seed, **fixed), FAST_OPCHECKS)
+
+
+@pytest.mark.parametrize("name", GEMMS)
+def test_bf16_products_are_refused_with_the_reason(name):
+    for seed in range(5):
+        needs = {"needs": [True, True]} if "needs" in dict(_scalars(name)) else {}
+        sample = seeded_sample(SCHEMAS[name], seed, dtype=torch.bfloat16, **needs)
+        with pytest.raises(NotImplementedError, match="bf16 in Triton's interpreter"):
+            sample()
+
+
+def _scalars(name):
+    return [(a.name, a) for a in SCHEMAS[name].scalars]

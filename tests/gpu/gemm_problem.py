@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A call of grouped_gemm with its gradients at any size, and what fp64 says of it.
+
+T tokens, K top_k, R = T * K rows, E experts, N out_features, D in_features.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests import checks, oracle
+from tests.gpu import reference
+from tests.gpu.on_device import DEVICE
+from tests.tolerances import RELATIVE_NORM
+
+moe = torch.ops.moe
+
+MODES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "plain-weights-bias": {"weights": True, "bias": True},
+    "permute_x": {"permute_x": True},
+    "permute_x-weights-bias": {"permute_x": True, "weights": True, "bias": True},
+    "permute_y-weights": {"permute_y": True, "weights": True},
+    "permute_y-weights-bias": {"permute_y": True, "weights": True, "bias": True},
+}
+
+
+@dataclass
+class Problem:
+    """Arguments of one call, what its gradient is taken for, and which rows nothing may read."""
+
+    arguments: dict[str, Any]
+    differentiable: list[str]
+    grad_output: Tensor
+
+    def leaves(self) -> dict[str, Tensor]:
+        return {name: self.arguments[name].requires_grad_() for name in self.differentiable}
+
+    def run(self) -> tuple[Tensor, dict[str, Tensor]]:
+        leaves = self.leaves()
+        with checks.poisoned_memory():
+            output = moe.grouped_gemm(**{**self.arguments, **leaves})
+            found = torch.autograd.grad(output, list(leaves.values()), self.grad_output)
+        return output.detach(), dict(zip(leaves, found, strict=True))
+
+    def expected(self) -> tuple[Tensor, dict[str, Tensor]]:
+        output = reference.grouped_gemm(**self.arguments).detach()
+        call = (self.arguments, self.differentiable, self.grad_output)
+        return output, oracle.gradients(reference.grouped_gemm, *call)
+
+
+def problem(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    routing: str = "uniform",
+    layout: str = "contiguous",
+    index_dtype: torch.dtype = torch.int32,
+    permute_x: bool = False,
+    permute_y: bool = False,
+    weights: bool = False,
+    bias: bool = False,
+    poison: bool = True,
+    device: torch.device = DEVICE,
+) -> Problem:
+    """Poisoned with NaN, unless told not to, are the rows of no expert, which nothing may read."""
+    num_tokens, top_k, num_experts, out_features, in_features = shape
+    num_rows = num_tokens * top_k
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*sizes: int, as_dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(sizes, generator=generator, device=device).to(as_dtype)
+
+    ids = reference.route(routing, num_tokens, num_experts, top_k, device)
+    counts, gather, _ = reference.routing_indices(ids, num_experts)
+    dropped_rows = torch.arange(num_rows, device=device) >= counts.sum()
+    dropped_slots = torch.zeros_like(dropped_rows)
+    dropped_slots[gather[dropped_rows].long()] = True
+
+    rows = randn(num_tokens if permute_x else num_rows, in_features)
+    grad_output = randn(num_rows, out_features)
+    topk_weights = torch.rand(num_tokens, top_k, generator=generator, device=device) + 0.1
+    if poison:
+        unread = dropped_slots.view(-1, top_k).all(1) if permute_x else dropped_rows
+        rows[unread] = float("nan")
+        grad_output[dropped_slots if permute_y else dropped_rows] = float("nan")
+        topk_weights[dropped_slots.view(-1, top_k)] = float("nan")
+    arguments = {
+        "input": rows,
+        "weight": lay_out(randn(num_experts, out_features, in_features), layout),
+        "token_counts": counts.to(index_dtype),
+        "gather_indices": gather.to(index_dtype),
+        "topk_weights": topk_weights if weights else None,
+        "bias": randn(num_experts, out_features) if bias else None,
+        "top_k": top_k,
+        "permute_x": permute_x,
+        "permute_y": permute_y,
+    }
+    names = ("input", "weight", "topk_weights", "bias")
+    return Problem(arguments, [n for n in names if arguments[n] is not None], grad_output)
+
+
+def lay_out(weight: Tensor, layout: str) -> Tensor:
+    """The same weight (E, N, D) stored as (E, D, N), with room between rows, or as (N, D, E)."""
+    if layout == "transposed":
+        return weight.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "padded":
+        num_experts, out_features, in_features = weight.shape
+        room = weight.new_full((num_experts, out_features + 3, in_features + 8), float("nan"))
+        return room[:, :out_features, :in_features].copy_(weight)
+    if layout == "expert-last":
+        return weight.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    return weight
+
+
+def assert_rows_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> None:
+    """Every row (last dimension) by itself, so that one wrong row of many shows."""
+    assert actual.shape == expected.shape, what
+    error = (actual.double() - expected).norm(dim=-1)
+    # Rows that nearly cancel are as exact as their neighbours, not as their own small norm.
+    norms = expected.norm(dim=-1)
+    present = norms[norms > 0]
+    typical = present.mean() if present.numel() else norms.sum()
+    limit = RELATIVE_NORM[dtype] * torch.maximum(norms, torch.where(norms > 0, typical, norms))
+    wrong = ~(error <= limit)
+    assert not wrong.any(), (
+        f"{what}: {int(wrong.sum())} of {wrong.numel()} rows are wrong, the first at "
+        f"{wrong.nonzero()[0].tolist()}: ||error|| {error[wrong][0]:.3g}, "
+        f"allowed {limit[wrong][0]:.3g}"
+    )
+
+
+def check(problem: Problem, dtype: torch.dtype | None = None) -> None:
+    output, gradients = problem.run()
+    want, want_gradients = problem.expected()
+    dtype = dtype or output.dtype
+    assert_rows_close(output, want, dtype, "output")
+    for name, expected in want_gradients.items():
+        got = gradients[name]
+        assert got.dtype == problem.arguments[name].dtype
+        if name == "topk_weights":
+            # Each is a sum over a row that may cancel.
+            checks.assert_close(got, expected, dtype=dtype, what=name)
+            assert ((expected != 0) | (got == 0)).all(), "a dropped slot's router gradient"
+        else:
+            assert_rows_close(got, expected, dtype, f"gradient of {name}")

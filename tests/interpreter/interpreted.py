@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests in Triton's interpreter share."""
+
+import os
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1",
+    reason="Triton compiles for a GPU unless TRITON_INTERPRET=1 is set before its import",
+)
