@@ -4,13 +4,17 @@
 M rows, N out_features, D in_features, E experts, R = T * K routed rows in expert order.
 
 Reading token_counts costs nothing on a CPU. Rows are gathered expert by expert, so that they are
-in the cache when they are multiplied. Where experts have few rows a product takes microseconds, so
-the loops take views from split and unbind, which make those of all experts in one call.
+in the cache when they are multiplied. docs/performance.md has the measurements behind the choices.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
 import torch
+from torch.nn import functional
 
 from moe_ops.ops.rows import rows_of_slots, sum_slots, tokens_of_rows
 
@@ -28,35 +32,34 @@ def grouped_gemm(
     kernel_config: str | None = None,
 ) -> torch.Tensor:
     num_rows = input.shape[0] * top_k if permute_x else input.shape[0]
-    groups = _Groups(input.dtype, token_counts, num_rows, gather_indices, topk_weights, top_k)
-    dtype = groups.product_dtype
+    # The weight of a row is applied before the downcast, which needs the product in fp32.
+    dtype = _product_dtype(input.dtype, exact=topk_weights is not None)
+    routing = _Routing(gather_indices, topk_weights, top_k, num_rows, dtype)
+    sources = routing.tokens if permute_x else None
+    plain = topk_weights is None and bias is None and not permute_y
+    if plain and _are_small(num_rows, weight.shape, dtype, _LARGE, input, weight):
+        x = input if sources is None else input.index_select(0, sources)
+        return _grouped_mm(x, weight.mT, token_counts)
+
+    groups = _Groups(token_counts, num_rows)
     output = input.new_empty(num_rows, weight.shape[1])
-    if permute_y or groups.tail:
+    if permute_y:
         output.zero_()
-    biases = [None] * len(groups.sizes) if bias is None else bias.to(dtype).unbind(0)
-    for size, source, target, scale, matrix, row in zip(
-        groups.sizes,
-        groups.split(groups.tokens if permute_x else input),
-        groups.split(groups.slots if permute_y else output),
-        groups.scales,
-        weight.transpose(1, 2).unbind(0),
-        biases,
-        strict=True,
-    ):
-        if size == 0:
-            continue
-        x = input.index_select(0, source) if permute_x else source
-        out = target if dtype == output.dtype and not permute_y else None
-        if row is None:
-            y = torch.mm(_cast(x, dtype), _cast(matrix, dtype), out=out)
-        else:
-            y = torch.addmm(row, _cast(x, dtype), _cast(matrix, dtype), out=out)
-        if scale is not None:
-            y.mul_(scale)
+    in_place = not permute_y and dtype == output.dtype
+    input, matrices = _dense(input), _dense(weight).mT.unbind(0)
+    for e, rows, block, own in groups:
+        x = input[block] if sources is None else input.index_select(0, sources[block])
+        # What a block has after the expert's rows, the next expert's product overwrites.
+        out = output[block] if in_place and own.start == 0 else None
+        y = _product(x, matrices[e], None if bias is None else bias[e], out, dtype)
+        if topk_weights is not None:
+            y[own].mul_(routing.scale[rows])
         if permute_y:
-            output.index_copy_(0, target, y.to(output.dtype))
-        elif out is None:
-            target.copy_(y)
+            output.index_copy_(0, routing.slots[rows], y[own].to(output.dtype))
+        elif y is not out:
+            output[rows] = y[own]
+    if not permute_y:
+        output[groups.tail :].zero_()
     return output
 
 
@@ -74,53 +77,52 @@ def grouped_gemm_dx(
     needs: list[bool],
     kernel_config: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    grad_input, grad_topk_weights = grad_output.new_empty(0), grad_output.new_empty(0)
-    if not any(needs):
-        return grad_input, grad_topk_weights
     num_rows = grad_output.shape[0]
-    dtype = grad_output.dtype
-    groups = _Groups(dtype, token_counts, num_rows, gather_indices, topk_weights, top_k)
-    product, accumulator = groups.product_dtype, groups.accumulator
-    grad_rows = grad_output.new_empty(num_rows, weight.shape[2])
-    if groups.tail:
-        grad_rows.zero_()
-    dots = torch.zeros(num_rows, dtype=accumulator, device=grad_output.device)
-    for e, (size, source, target, scale, matrix, dot) in enumerate(
-        zip(
-            groups.sizes,
-            groups.split(groups.slots if permute_y else grad_output),
-            groups.split(grad_rows),
-            groups.scales,
-            weight.unbind(0),
-            groups.split(dots),
-            strict=True,
-        )
-    ):
-        if size == 0:
-            continue
-        dy = _cast(grad_output.index_select(0, source) if permute_y else source, product)
-        dx = torch.mm(dy, _cast(matrix, product), out=target if product == dtype else None)
-        if needs[1]:
-            rows = groups.rows(e)
-            assert input is not None  # a `where` of the schema
-            x = input.index_select(0, groups.tokens[rows]) if permute_x else input[rows]
-            dot.copy_(torch.linalg.vecdot(dx.to(accumulator), x.to(accumulator)))
-            if bias is not None:
-                dot.add_(dy.to(accumulator) @ bias[e].to(accumulator))
-        if scale is not None:
-            dx.mul_(scale)
-        if product != dtype:
-            target.copy_(dx)
+    dtype = _product_dtype(grad_output.dtype, exact=topk_weights is not None)
+    accumulator = torch.promote_types(dtype, torch.float32)
+    routing = _Routing(gather_indices, topk_weights, top_k, num_rows, dtype)
+    sources = routing.slots if permute_y else None
+    plain = topk_weights is None and not permute_x and needs[0]
+    if plain and _are_small(num_rows, weight.shape, dtype, _LARGE, grad_output, weight):
+        dy = grad_output if sources is None else grad_output.index_select(0, sources)
+        return _grouped_mm(dy, weight, token_counts), grad_output.new_empty(0)
 
-    if needs[0]:
-        grad_input = grad_rows
-        if permute_x and gather_indices is not None:
-            grad_input = sum_slots(grad_rows, rows_of_slots(gather_indices, None), None, top_k)
-    if needs[1] and topk_weights is not None:
+    groups = _Groups(token_counts, num_rows)
+    grad_rows = grad_output.new_empty(num_rows if needs[0] else 0, weight.shape[2])
+    dots = torch.zeros(num_rows if needs[1] else 0, dtype=accumulator, device=grad_output.device)
+    in_place = needs[0] and dtype == grad_rows.dtype
+    grad_output, matrices = _dense(grad_output), _dense(weight).unbind(0)
+    for e, rows, block, own in groups if any(needs) else ():
+        dy = grad_output[block] if sources is None else grad_output.index_select(0, sources[block])
+        # What a block has after the expert's rows, the next expert's product overwrites.
+        out = grad_rows[block] if in_place and own.start == 0 else None
+        dx = _product(dy, matrices[e], None, out, dtype)
+        if needs[1]:
+            assert input is not None  # the schema's `where` says so
+            x = input.index_select(0, routing.tokens[rows]) if permute_x else input[rows]
+            dot = torch.linalg.vecdot(dx[own].to(accumulator), x.to(accumulator))
+            if bias is not None:
+                dot += dy[own].to(accumulator) @ bias[e].to(accumulator)
+            dots[rows] = dot
+        if topk_weights is not None and needs[0]:
+            dx[own].mul_(routing.scale[rows])
+        if needs[0] and dx is not out:
+            grad_rows[rows] = dx[own]
+    grad_rows[groups.tail :].zero_()
+
+    grad_input, grad_topk_weights = grad_rows, dots
+    if needs[0] and permute_x:
+        assert gather_indices is not None
+        grad_input = sum_slots(grad_rows, rows_of_slots(gather_indices, None), None, top_k)
+    if needs[1]:
+        assert topk_weights is not None
         if gather_indices is not None:
             dots = dots.index_select(0, rows_of_slots(gather_indices, None))
         grad_topk_weights = dots.reshape(topk_weights.shape).to(topk_weights.dtype)
-    return grad_input, grad_topk_weights
+    return (
+        grad_input if needs[0] else grad_output.new_empty(0),
+        grad_topk_weights if needs[1] else grad_output.new_empty(0),
+    )
 
 
 def grouped_gemm_dw(
@@ -136,89 +138,177 @@ def grouped_gemm_dw(
     transposed: bool,
     kernel_config: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    grad_weight, grad_bias = grad_output.new_empty(0), grad_output.new_empty(0)
-    if not any(needs):
-        return grad_weight, grad_bias
     num_rows, out_features = grad_output.shape
     num_experts, in_features = token_counts.shape[0], input.shape[1]
-    dtype = grad_output.dtype
-    groups = _Groups(dtype, token_counts, num_rows, gather_indices, topk_weights, top_k)
-    product = groups.product_dtype
-    sizes = (in_features, out_features) if transposed else (out_features, in_features)
-    stored = grad_output.new_empty(num_experts if needs[0] else 0, *sizes)
+    dtype = _product_dtype(grad_output.dtype, exact=topk_weights is not None)
+    accumulator = torch.promote_types(dtype, torch.float32)
+    routing = _Routing(gather_indices, topk_weights, top_k, num_rows, dtype)
+    plain = topk_weights is None and not permute_y and needs == [True, False]
+    shape = (num_experts, out_features, in_features)
+    if plain and _are_small(num_rows, shape, dtype, _LARGE_DW, grad_output, input):
+        x = input.index_select(0, routing.tokens) if permute_x else input
+        left, right = (x, grad_output) if transposed else (grad_output, x)
+        ends = token_counts.cumsum(0, dtype=torch.int32)
+        stored = functional.grouped_mm(left.t(), right, offs=ends)
+        return stored.mT if transposed else stored, grad_output.new_empty(0)
+
+    groups = _Groups(token_counts, num_rows)
+    grad_weight, grad_bias = grad_output.new_empty(0), grad_output.new_empty(0)
     if needs[0]:
-        grad_weight = stored.transpose(1, 2) if transposed else stored
+        sizes = (in_features, out_features) if transposed else (out_features, in_features)
+        stored = grad_output.new_empty(num_experts, *sizes)
+        grad_weight = stored.mT if transposed else stored
+        matrices = stored.unbind(0)
+        for e in groups.without_rows():
+            matrices[e].zero_()
     if needs[1]:
         grad_bias = grad_output.new_zeros(num_experts, out_features)
-    targets = stored.unbind(0) if needs[0] else [stored] * num_experts
-    for e, (size, dy_source, x_source, scale, target) in enumerate(
-        zip(
-            groups.sizes,
-            groups.split(groups.slots if permute_y else grad_output),
-            groups.split(groups.tokens if permute_x else input),
-            groups.scales,
-            targets,
-            strict=True,
-        )
-    ):
-        if size == 0:
-            target.zero_()
-            continue
-        dy = _cast(grad_output.index_select(0, dy_source) if permute_y else dy_source, product)
-        if scale is not None:
-            dy = dy * scale
-        if needs[0]:
-            x = _cast(input.index_select(0, x_source) if permute_x else x_source, product)
-            left, right = (x.t(), dy) if transposed else (dy.t(), x)
-            if product == dtype:
-                torch.mm(left, right, out=target)
-            else:
-                target.copy_(torch.mm(left, right))
+
+    grad_output, input = _dense(grad_output), _dense(input)
+    for e, rows, block, _ in groups if any(needs) else ():
+        dy = grad_output.index_select(0, routing.slots[rows]) if permute_y else grad_output[rows]
+        if topk_weights is not None:
+            dy = dy * routing.scale[rows]
         if needs[1]:
-            grad_bias[e] = dy.sum(0, dtype=groups.accumulator)
+            grad_bias[e] = dy.sum(0, dtype=accumulator)
+        if needs[0]:
+            x = input.index_select(0, routing.tokens[rows]) if permute_x else input[rows]
+            if missing := block.stop - block.start - len(x):
+                # Here a neighbour's rows would be summed too.
+                dy, x = (functional.pad(t, (0, 0, 0, missing)) for t in (dy, x))
+            left, right = (x.t(), dy) if transposed else (dy.t(), x)
+            out = matrices[e] if dtype == stored.dtype else None
+            product = _product(left, right, None, out, dtype)
+            if product is not out:
+                matrices[e].copy_(product)
     return grad_weight, grad_bias
 
 
+# The mean multiplications per expert from which a product is worth choosing with care, in Python.
+_LARGE = {torch.float32: 2**23, torch.bfloat16: 2**26, torch.float16: 2**26}
+_LARGE_DW = {torch.float32: 2**25, torch.bfloat16: 2**28, torch.float16: 2**28}
+
+
+def _are_small(
+    num_rows: int,
+    weight_shape: Sequence[int],
+    dtype: torch.dtype,
+    large: dict[torch.dtype, int],
+    *operands: torch.Tensor,
+) -> bool:
+    """Whether functional.grouped_mm, whose loop over the experts is in C++, is faster and applies.
+
+    It wants whole 16 bytes from a row to the next.
+    """
+    num_experts, out_features, in_features = weight_shape
+    return (
+        num_rows * out_features * in_features < num_experts * large.get(dtype, 0)
+        and operands[0].dtype == dtype
+        and operands[0].is_cpu
+        and out_features % 8 == in_features % 8 == 0
+        and all(_pitch(operand) % 8 == 0 < _pitch(operand) for operand in operands)
+    )
+
+
+def _grouped_mm(
+    rows: torch.Tensor, matrices: torch.Tensor, token_counts: torch.Tensor
+) -> torch.Tensor:
+    """functional.grouped_mm, which loops over the experts in C++, with zeros in the tail."""
+    ends = token_counts.cumsum(0, dtype=torch.int32)
+    output = functional.grouped_mm(rows, matrices, offs=ends)
+    tail = int(ends[-1])
+    if tail < output.shape[0]:
+        output[tail:].zero_()
+    return output
+
+
 class _Groups:
-    """How the routed rows are divided among the experts, and what belongs to each row."""
+    """The rows of each expert.
+
+    Iterates over (e, rows, block, own) of the experts that have rows. oneDNN compiles a product for
+    each shape it meets, 0.3 ms each, and every step has other counts; so it is given the rows of
+    `block`, which are the expert's and a few of its neighbours', in one of few sizes. block[own]
+    are the expert's.
+    """
+
+    def __init__(self, token_counts: torch.Tensor, num_rows: int) -> None:
+        # Clamped: corrupt counts give unspecified values, never an access out of bounds.
+        ends = token_counts.clamp(0, num_rows).cumsum(0).clamp_(max=num_rows)
+        self.num_rows = num_rows
+        self.ends: list[int] = ends.tolist()
+        self.tail = self.ends[-1] if self.ends else 0
+
+    def __iter__(self) -> Iterator[tuple[int, slice, slice, slice]]:
+        start = 0
+        for e, end in enumerate(self.ends):
+            if start < end:
+                size = min(_few_sizes(end - start), self.num_rows)
+                first = min(start, self.num_rows - size)
+                block, own = slice(first, first + size), slice(start - first, end - first)
+                yield e, slice(start, end), block, own
+            start = end
+
+    def without_rows(self) -> list[int]:
+        starts = [0, *self.ends]
+        return [e for e, (start, end) in enumerate(pairwise(starts)) if start == end]
+
+
+def _few_sizes(count: int) -> int:
+    """`count`, rounded up by less than a sixteenth."""
+    step = 1 << max(count.bit_length() - 5, 0)
+    return -(-count // step) * step
+
+
+class _Routing:
+    """What belongs to a row in expert order: its slot, its token, its weight."""
 
     def __init__(
         self,
-        dtype: torch.dtype,
-        token_counts: torch.Tensor,
-        num_rows: int,
         gather_indices: torch.Tensor | None,
         topk_weights: torch.Tensor | None,
         top_k: int,
+        num_rows: int,
+        dtype: torch.dtype,
     ) -> None:
-        self.accumulator = torch.promote_types(dtype, torch.float32)
-        # The weight of a row is applied before the downcast, which needs its product in fp32.
-        self.product_dtype = _product_dtype(dtype, exact=topk_weights is not None)
-        # Clamped: corrupt counts give unspecified values, never an access out of bounds.
-        ends = token_counts.clamp(0, num_rows).long().cumsum(0).clamp_(max=num_rows).tolist()
-        self.starts: list[int] = [0, *ends]
-        self.sizes = [end - start for start, end in zip(self.starts, ends, strict=False)]
-        self.tail = num_rows - self.starts[-1]
         if gather_indices is not None:
             self.slots = gather_indices.clamp(0, max(num_rows - 1, 0)).long()
             self.tokens = tokens_of_rows(gather_indices, top_k)
-        self.scales: tuple[torch.Tensor | None, ...] = (None,) * len(self.sizes)
         if topk_weights is not None:
             weights = topk_weights.reshape(-1, 1)
             if gather_indices is not None:
                 weights = weights.index_select(0, self.slots)
-            self.scales = self.split(weights.to(self.accumulator))
-
-    def rows(self, expert: int) -> slice:
-        return slice(self.starts[expert], self.starts[expert + 1])
-
-    def split(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The views of `rows` (R, ...) that belong to each expert."""
-        return rows.split([*self.sizes, self.tail])[:-1]
+            self.scale = weights.to(dtype)
 
 
-def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+def _pitch(tensor: torch.Tensor) -> int:
+    """Elements from a row to the next, or from a column to the next; 0 if neither is dense."""
+    rows, columns = tensor.stride()[-2:]
+    if columns == 1 and rows >= tensor.shape[-1]:
+        return rows
+    return columns if rows == 1 and columns >= tensor.shape[-2] else 0
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if _pitch(tensor) else tensor.contiguous()
+
+
+def _product(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """left @ right + bias in `dtype`; `out` may be used to store it, and is then what is returned."""
+    if not left.dtype == right.dtype == dtype:
+        left, right = left.to(dtype), right.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    large = left.shape[0] * right.numel() >= 2**21
+    if dtype == torch.float32 and large and left.is_cpu and _prefers_onednn():
+        return torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], "")
+    if bias is None:
+        return torch.mm(left, right, out=out)
+    return torch.addmm(bias, left, right, out=out)
 
 
 def _product_dtype(dtype: torch.dtype, *, exact: bool) -> torch.dtype:
@@ -229,8 +319,23 @@ def _product_dtype(dtype: torch.dtype, *, exact: bool) -> torch.dtype:
     """
     if dtype in (torch.float32, torch.float64):
         return dtype
-    native = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return torch.float32 if exact or not native[dtype]() else dtype
+    return dtype if not exact and _is_native(dtype) else torch.float32
+
+
+@functools.cache
+def _is_native(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+@functools.cache
+def _prefers_onednn() -> bool:
+    """Whether oneDNN's fp32 product is to be used in place of torch.mm, which is MKL's on x86.
+
+    MKL uses AVX-512 on Intel's CPUs alone; oneDNN is twice as fast on others that have it.
+    """
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return torch.backends.mkldnn.is_available() and has_avx512

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""moe_ops on a CPU, against torch._grouped_mm and against transformers' experts.
+
+    python -m benchmarks.cpu gemm       grouped_gemm, dX and dW  vs  torch._grouped_mm
+    python -m benchmarks.cpu experts    transformers' Qwen3MoeExperts: "moe_ops"  vs  "grouped_mm"
+
+Each writes benchmarks/results/cpu_<what>.json, from which `python -m benchmarks.report` makes the
+tables of docs/performance.md. Run from the root of the repository.
+
+E num_experts, H hidden_size, I intermediate_size, K top_k, T num_tokens, R = T * K routed rows;
+N and D, the out_features and in_features of a projection.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import moe_ops
+from benchmarks import timing
+from benchmarks.timing import OURS, PEER
+
+RESULTS = Path(__file__).parent / "results"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NUM_EXPERTS = (8, 16, 32, 64)
+HIDDEN_SIZES = (256, 512, 1024)
+ROUTINGS = ("uniform", "skewed")
+
+# Without these, glibc gives the memory of every larger tensor back to the kernel, which fills it
+# with zeros page by page the next time; whom that hits is chance, and it can take longer than the
+# products.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+
+Case = dict[str, Any]
+Run = Callable[..., Any]
+
+
+def popularity(routing: str, num_experts: int) -> Tensor:
+    """How often each expert is chosen: all alike, or by Zipf's law, in random order."""
+    return (
+        1.0 / (1 + torch.randperm(num_experts)) if routing == "skewed" else torch.ones(num_experts)
+    )
+
+
+# The grouped GEMM
+
+
+def gemm_cases(args: argparse.Namespace) -> Iterator[Case]:
+    for dtype, num_experts, hidden_size, num_rows, projection, routing, counts in itertools.product(
+        args.dtypes,
+        args.num_experts,
+        args.hidden_sizes,
+        args.rows,
+        ("up", "down"),
+        ROUTINGS,
+        ("same", "new"),
+    ):
+        intermediate_size = hidden_size // 2
+        up = projection == "up"
+        yield {
+            "dtype": dtype,
+            "E": num_experts,
+            "N": 2 * intermediate_size if up else hidden_size,
+            "D": hidden_size if up else intermediate_size,
+            "R": num_rows,
+            "routing": routing,
+            # Whether every turn has a routing of its own, as every step of a training has.
+            "counts": counts,
+        }
+
+
+def run_gemm(case: Case, repeats: int) -> Iterator[Case]:
+    dtype = DTYPES[case["dtype"]]
+    num_experts, num_rows = case["E"], case["R"]
+    x = torch.randn(num_rows, case["D"]).to(dtype)
+    weight = torch.randn(num_experts, case["N"], case["D"]).to(dtype)
+    dy = torch.randn(num_rows, case["N"]).to(dtype)
+    expected = popularity(case["routing"], num_experts)
+    routings = []
+    # New ones differ between the two: who came second would find a compiled product.
+    for _ in range(2 * repeats if case["counts"] == "new" else 1):
+        ids = torch.multinomial(expected, num_rows, replacement=True)
+        counts = ids.bincount(minlength=num_experts).int()
+        routings.append((counts, counts.cumsum(0, dtype=torch.int32)))
+
+    dx_op = torch.ops.moe.grouped_gemm_dx.default
+    dw_op = torch.ops.moe.grouped_gemm_dw.default
+    none = (None, None)  # gather_indices, topk_weights
+    ours: dict[str, Run] = {
+        "forward": lambda counts: moe_ops.grouped_gemm(x, weight, counts),
+        "dX": lambda counts: dx_op(
+            dy, weight, counts, *none, None, None, 1, False, False, [True, False]
+        )[0],
+        "dW": lambda counts: dw_op(dy, x, counts, *none, 1, False, False, [True, False], False)[0],
+    }
+    peer: dict[str, Run] = {
+        "forward": lambda ends: torch._grouped_mm(x, weight.transpose(1, 2), ends),
+        "dX": lambda ends: torch._grouped_mm(dy, weight, ends),
+        "dW": lambda ends: torch._grouped_mm(dy.t(), x, ends),
+    }
+    for name, run in ours.items():
+        counts, ends = routings[0]
+        reference = _gemm_reference(name, x.double(), weight, dy.double(), ends.tolist())
+        worst = {
+            OURS: timing.worst_error([run(counts)], [reference]),
+            PEER: timing.worst_error([peer[name](ends)], [reference]),
+        }
+
+        def turn_ours(turn: int, run: Run = run) -> object:
+            return run(routings[2 * turn % len(routings)][0])
+
+        def turn_peer(turn: int, run: Run = peer[name]) -> object:
+            return run(routings[(2 * turn + 1) % len(routings)][1])
+
+        record = timing.compare({OURS: turn_ours, PEER: turn_peer}, worst, dtype, repeats)
+        yield {**case, "pass": name, **record}
+
+
+def _gemm_reference(name: str, x: Tensor, weight: Tensor, dy: Tensor, ends: list[int]) -> Tensor:
+    groups = list(zip([0, *ends], ends, range(len(ends)), strict=False))
+    if name == "dW":
+        return torch.stack([dy[start:end].t() @ x[start:end] for start, end, _ in groups])
+    left, right = (x, weight.transpose(1, 2)) if name == "forward" else (dy, weight)
+    return torch.cat([left[start:end] @ right[e].double() for start, end, e in groups])
+
+
+# transformers' experts
+
+
+def experts_cases(args: argparse.Namespace) -> Iterator[Case]:
+    for mode, dtype, num_experts, hidden_size, num_rows, routing in itertools.product(
+        args.modes, args.dtypes, args.num_experts, args.hidden_sizes, args.rows, ROUTINGS
+    ):
+        top_k = 2 if num_experts == 8 else 4
+        yield {
+            "mode": mode,
+            "dtype": dtype,
+            "E": num_experts,
+            "H": hidden_size,
+            "I": hidden_size // 2,
+            "K": top_k,
+            "T": num_rows // top_k,
+            "routing": routing,
+        }
+
+
+def run_experts(case: Case, repeats: int) -> Iterator[Case]:
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    import moe_ops.integrations.transformers as integration
+
+    integration.register()
+    dtype = DTYPES[case["dtype"]]
+    config = Qwen3MoeConfig(
+        hidden_size=case["H"],
+        moe_intermediate_size=case["I"],
+        num_experts=case["E"],
+        num_experts_per_tok=case["K"],
+    )
+    experts = Qwen3MoeExperts(config)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    experts = experts.to(dtype)
+    hidden_states = torch.randn(case["T"], case["H"]).to(dtype).requires_grad_()
+    grad_output = torch.randn(case["T"], case["H"]).to(dtype)
+    expected = popularity(case["routing"], case["E"]).expand(case["T"], -1)
+    routings = []
+    for _ in range(2 * repeats):
+        ids = torch.multinomial(expected, case["K"])
+        weights = torch.randn(case["T"], case["K"]).softmax(1).to(dtype).requires_grad_()
+        routings.append((ids, weights))
+
+    def forward(module: nn.Module, i: int) -> tuple[Tensor, ...]:
+        return (module(hidden_states, *routings[i]),)
+
+    def forward_backward(module: nn.Module, i: int) -> tuple[Tensor, ...]:
+        ids, weights = routings[i]
+        output = module(hidden_states, ids, weights)
+        leaves = (hidden_states, weights, *experts.parameters())
+        return (output.detach(), *torch.autograd.grad(output, leaves, grad_output))
+
+    modules: dict[str, nn.Module] = {
+        OURS: _Experts(experts, "moe_ops"),
+        PEER: _Experts(experts, "grouped_mm"),
+    }
+    if case["mode"] == "compiled":
+        torch._dynamo.reset()
+        for module in modules.values():
+            module.compile(fullgraph=True)
+    references = _experts_reference(experts, hidden_states, *routings[0], grad_output)
+    for name, run in (("forward", forward), ("forward+backward", forward_backward)):
+        with torch.set_grad_enabled(run is forward_backward):
+            worst = {
+                contender: timing.worst_error(found := run(module, 0), references[: len(found)])
+                for contender, module in modules.items()
+            }
+
+            def turn_ours(turn: int, run: Run = run) -> object:
+                return run(modules[OURS], 2 * turn)
+
+            def turn_peer(turn: int, run: Run = run) -> object:
+                return run(modules[PEER], 2 * turn + 1)
+
+            record = timing.compare({OURS: turn_ours, PEER: turn_peer}, worst, dtype, repeats)
+        yield {**case, "pass": name, **record}
+
+
+class _Experts(nn.Module):
+    """One experts module run by the implementation named here; several share its weights."""
+
+    def __init__(self, experts: Any, implementation: str) -> None:
+        super().__init__()
+        # Not a submodule: a copy of the object, whose configuration is its own.
+        config = copy.copy(experts.config)
+        config._experts_implementation = implementation
+        self.experts = copy.copy(experts)
+        self.experts.config = config
+
+    def forward(self, *args: Tensor) -> Tensor:
+        output: Tensor = self.experts(*args)
+        return output
+
+
+def _experts_reference(
+    experts: nn.Module, hidden_states: Tensor, ids: Tensor, weights: Tensor, grad_output: Tensor
+) -> list[Tensor]:
+    """Output and gradients of transformers' own loop over the experts, in fp64."""
+    module = _Experts(copy.deepcopy(experts).double(), "eager")
+    leaves = [t.detach().double().requires_grad_() for t in (hidden_states, weights)]
+    output = module(leaves[0], ids, leaves[1])
+    leaves += module.parameters()
+    return [output.detach(), *torch.autograd.grad(output, leaves, grad_output.double())]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=("gemm", "experts"))
+    parser.add_argument("--repeats", type=int, default=60)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rows", type=int, nargs="+", default=(1024, 4096))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=tuple(DTYPES))
+    parser.add_argument("--num-experts", type=int, nargs="+", default=NUM_EXPERTS)
+    parser.add_argument("--hidden-sizes", type=int, nargs="+", default=HIDDEN_SIZES)
+    parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=("eager",))
+    parser.add_argument("--default-malloc", action="store_true", help="do not keep freed memory")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/cpu_<what>.json")
+    args = parser.parse_args()
+    if not args.default_malloc and not KEEP_MEMORY.items() <= os.environ.items():
+        # glibc reads them once, when the process starts.
+        command = [sys.executable, "-m", "benchmarks.cpu", *sys.argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, **KEEP_MEMORY})
+
+    env = timing.environment(args.threads)
+    env["malloc"] = "glibc's default" if args.default_malloc else "freed memory is kept"
+    torch.manual_seed(0)
+    cases, run = {
+        "gemm": (gemm_cases, run_gemm),
+        "experts": (experts_cases, run_experts),
+    }[args.what]
+    todo = list(cases(args))
+    records = []
+    for i, case in enumerate(todo):
+        for record in run(case, args.repeats):
+            records.append(record)
+            shown = record.get("ratio", f"wrong: {record['errors']}")
+            print(f"{i + 1}/{len(todo)}", *case.values(), record["pass"], shown, flush=True)
+    output = args.output or RESULTS / f"cpu_{args.what}.json"
+    timing.write(output, env, records)
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Timing two implementations side by side, on a machine that does other things too.
+
+Everything is compared inside one process, taking turns: whatever slows the machine down slows
+both. A comparison is the ratio peer / ours of each turn, and its quartiles; the quartiles of the
+times themselves are kept beside it. Nothing is timed whose result was not found right first.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.tolerances import RELATIVE_NORM, relative_error
+
+OURS, PEER = "moe_ops", "peer"
+
+# Called with the number of the turn; what is not to be timed was prepared before.
+Contender = Callable[[int], Any]
+
+
+def environment(threads: int) -> dict[str, Any]:
+    """What a reader needs to judge the numbers. Sets the number of threads."""
+    torch.set_num_threads(threads)
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "cpu": _cpu_name(),
+        "cpus": os.cpu_count(),
+        "threads": threads,
+        "load_before": round(os.getloadavg()[0], 1),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_name() -> str:
+    """The model, and the instructions that decide how fast a bf16 product is."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor() or platform.machine()
+    lines = (line.partition(":") for line in info.read_text().splitlines())
+    fields = {key.strip(): value.strip() for key, _, value in lines}
+    flags = fields.get("flags", "").split()
+    shown = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    return f"{fields.get('model name', platform.machine())} ({', '.join(shown)})"
+
+
+def worst_error(results: Sequence[Tensor], references: Sequence[Tensor]) -> float:
+    """The largest ||result - reference|| / ||reference||, against references in fp64."""
+    return max(map(relative_error, results, references))
+
+
+def compare(
+    contenders: dict[str, Contender],
+    worst_errors: dict[str, float],
+    dtype: torch.dtype,
+    repeats: int,
+) -> dict[str, Any]:
+    """Times `contenders`, OURS and PEER, in turns; the record that is written to the results.
+
+    Where a result is wrong there is no ratio, and `wrong` names whose it is.
+    """
+    record: dict[str, Any] = {
+        "errors": {name: float(f"{e:.2e}") for name, e in worst_errors.items()}
+    }
+    # A NaN is not within the tolerance.
+    wrong = [name for name, error in worst_errors.items() if not error <= RELATIVE_NORM[dtype]]
+    if wrong:
+        return {**record, "wrong": wrong}
+    milliseconds = _take_turns(contenders, repeats)
+    turns = zip(milliseconds[PEER], milliseconds[OURS], strict=True)
+    return {
+        **record,
+        "milliseconds": {name: _quartiles(times) for name, times in milliseconds.items()},
+        "ratio": _quartiles([peer / ours for peer, ours in turns]),
+    }
+
+
+def _take_turns(contenders: dict[str, Contender], repeats: int) -> dict[str, list[float]]:
+    names = list(contenders)
+    milliseconds: dict[str, list[float]] = {name: [] for name in names}
+    for warmup in range(2):
+        for name in names:
+            contenders[name](warmup)
+    for turn in range(repeats):
+        # Each goes first every other turn: the first one finds colder caches.
+        for name in names if turn % 2 else reversed(names):
+            contender = contenders[name]
+            start = time.perf_counter_ns()
+            contender(turn)
+            milliseconds[name].append((time.perf_counter_ns() - start) / 1e6)
+    return milliseconds
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    return [float(f"{q:.4g}") for q in statistics.quantiles(values, n=4, method="inclusive")]
+
+
+def write(path: Path, env: dict[str, Any], cases: list[dict[str, Any]]) -> None:
+    """One case a line, so that a diff of two runs can be read."""
+    env = {**env, "load_after": round(os.getloadavg()[0], 1)}
+    lines = ",\n".join(json.dumps(case) for case in cases)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{{"environment": {json.dumps(env)},\n"cases": [\n{lines}\n]}}\n')
