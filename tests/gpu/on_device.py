@@ -26,6 +26,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ALL = sorted(SCHEMAS)
 DIFFERENTIABLE = sorted(name for name, s in SCHEMAS.items() if any(a.grad for a in s.tensors))
 
+# The dimensions of rows, by op: hidden_size, in_features, out_features.
+WIDTHS = [(name, letter) for name in ALL for letter in SCHEMAS[name].dims if letter in "HDN"]
+
 # Several tiles of every kernel, sizes that descriptors can read: 16-byte rows.
 MEDIUM: Mapping[str, Any] = {
     "T": 300, "E": 8, "G": 4, "K": 4, "D": 192, "N": 320, "H": 320,

@@ -16,6 +16,7 @@ from tests.gpu.on_device import (
     DEVICE,
     DIFFERENTIABLE,
     DTYPES,
+    WIDTHS,
     alike,
     assert_same_bits,
     differentiable_output,
@@ -141,6 +142,13 @@ def test_no_tokens(name):
         check_forward(sample)
         if name in DIFFERENTIABLE:
             check_gradients(sample, seed, "contiguous")
+
+
+@pytest.mark.parametrize(("name", "width"), WIDTHS)
+def test_widths_of_zero(name, width):
+    for seed, variant in enumerate(some_variants(name)):
+        fixed = {**variant, width: 0, "T": 3, "dtype": DTYPES[seed % 3]}
+        check_forward(seeded_sample(SCHEMAS[name], seed, **fixed))
 
 
 def opcheck(sample: Sample) -> None:

@@ -123,6 +123,23 @@ def test_strides_of_the_rows(rows, dtype):
     check(given)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("out_features", "in_features"), [(100, 100), (128, 100), (100, 128)])
+def test_ragged_rows_in_wider_ones(out_features, in_features, dtype):
+    """Rows of 200 bytes every 208: descriptors can read them, but not write a gradient so."""
+
+    def pad(rows: Tensor) -> Tensor:
+        width = rows.shape[-1] // 8 * 8 + 16
+        room = rows.new_full((*rows.shape[:-1], width), float("nan"))
+        return room[..., : rows.shape[-1]].copy_(rows)
+
+    given = problem((900, 1, 3, out_features, in_features), dtype)
+    for name in ("input", "weight"):
+        given.arguments[name] = pad(given.arguments[name])
+    given.grad_output = pad(given.grad_output)
+    check(given)
+
+
 @pytest.mark.parametrize("shape", ["even", "odd", "decode"])
 @pytest.mark.parametrize("mode", MODES)
 def test_tf32(shape, mode):

@@ -20,32 +20,31 @@ def test_pointers(mode, dtype):
     check(problem(SHAPE, dtype, routing="dropped", device=CPU, **MODES[mode]))
 
 
+@pytest.fixture
+def hopper(monkeypatch):
+    """The launcher takes the CPU for a Hopper GPU; counts the descriptors that it makes."""
+    launch = pytest.importorskip("moe_ops.ops.grouped_gemm.launch")
+    made = []
+
+    class Counted(launch.TensorDescriptor):  # type: ignore[name-defined]
+        @staticmethod
+        def from_tensor(*args, **kwargs):
+            made.append(args)
+            return launch_descriptor(*args, **kwargs)
+
+    launch_descriptor = launch.TensorDescriptor.from_tensor
+    monkeypatch.setattr(launch, "compute_capability", lambda device: (9, 0))
+    monkeypatch.setattr(launch, "TensorDescriptor", Counted)
+    return made
+
+
 @modes
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-def test_descriptors(mode, layout, monkeypatch):
-    """What runs on Hopper, where descriptors can read the tensors."""
-    launch = pytest.importorskip("moe_ops.ops.grouped_gemm.launch")
-    used = []
-
-    def has_tma(*tensors: torch.Tensor) -> bool:
-        used.append(all(_is_readable(tensor) for tensor in tensors))
-        return used[-1]
-
-    monkeypatch.setattr(launch, "_has_tma", has_tma)
-    given = problem(
-        SHAPE, torch.float16, routing="dropped", layout=layout, device=CPU, **MODES[mode]
-    )
-    check(given)
-    assert any(used)
-
-
-def _is_readable(tensor: torch.Tensor) -> bool:
-    strides = [stride * tensor.element_size() for stride in tensor.stride()[:-1]]
-    return (
-        tensor.data_ptr() % 16 == 0
-        and tensor.stride(-1) == 1
-        and all(stride > 0 and stride % 16 == 0 for stride in strides)
-    )
+def test_descriptors(mode, layout, hopper):
+    flags = MODES[mode]
+    check(problem(SHAPE, torch.float16, routing="dropped", layout=layout, device=CPU, **flags))
+    # The weight in forward and dX, and the rows of both where they are read in order.
+    assert len(hopper) >= 2
 
 
 @modes
