@@ -148,7 +148,7 @@ def grouped_gemm_dw(
     if plain and _are_small(num_rows, shape, dtype, _LARGE_DW, grad_output, input):
         x = input.index_select(0, routing.tokens) if permute_x else input
         left, right = (x, grad_output) if transposed else (grad_output, x)
-        ends = token_counts.cumsum(0, dtype=torch.int32)
+        ends = _expert_ends(token_counts, num_rows).int()
         stored = functional.grouped_mm(left.t(), right, offs=ends)
         return stored.mT if transposed else stored, grad_output.new_empty(0)
 
@@ -214,12 +214,20 @@ def _grouped_mm(
     rows: torch.Tensor, matrices: torch.Tensor, token_counts: torch.Tensor
 ) -> torch.Tensor:
     """functional.grouped_mm, which loops over the experts in C++, with zeros in the tail."""
-    ends = token_counts.cumsum(0, dtype=torch.int32)
+    ends = _expert_ends(token_counts, rows.shape[0]).int()
     output = functional.grouped_mm(rows, matrices, offs=ends)
     tail = int(ends[-1])
     if tail < output.shape[0]:
         output[tail:].zero_()
     return output
+
+
+def _expert_ends(token_counts: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """The end row of each expert, int64.
+
+    Clamped: corrupt counts give unspecified values, never an access out of bounds.
+    """
+    return token_counts.clamp(0, num_rows).cumsum(0).clamp_(max=num_rows)
 
 
 class _Groups:
@@ -232,10 +240,8 @@ class _Groups:
     """
 
     def __init__(self, token_counts: torch.Tensor, num_rows: int) -> None:
-        # Clamped: corrupt counts give unspecified values, never an access out of bounds.
-        ends = token_counts.clamp(0, num_rows).cumsum(0).clamp_(max=num_rows)
         self.num_rows = num_rows
-        self.ends: list[int] = ends.tolist()
+        self.ends: list[int] = _expert_ends(token_counts, num_rows).tolist()
         self.tail = self.ends[-1] if self.ends else 0
 
     def __iter__(self) -> Iterator[tuple[int, slice, slice, slice]]:
