@@ -14,6 +14,7 @@ from tests import checks, strategies
 from tests.gpu.on_device import (
     ALL,
     DIFFERENTIABLE,
+    WIDTHS,
     assert_same_bits,
     differentiable_output,
     mix_dtypes,
@@ -26,6 +27,7 @@ from tests.strategies import Sample, seeded_sample
 
 # bf16 products are wrong in the interpreter, fp64 is the CPU implementation's alone.
 DTYPES = (torch.float32, torch.float16)
+FP32 = {"dtype": torch.float32}
 GEMMS = [name for name in ALL if name.startswith("grouped_gemm")]
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -89,6 +91,12 @@ def test_no_tokens(name):
         check_forward(sample)
         if name in DIFFERENTIABLE:
             check_gradients(sample, seed)
+
+
+@pytest.mark.parametrize(("name", "width"), WIDTHS)
+def test_widths_of_zero(name, width):
+    for seed, variant in enumerate(some_variants(name)):
+        check_forward(seeded_sample(SCHEMAS[name], seed, **{**variant, width: 0, "T": 3, **FP32}))
 
 
 @schemas

@@ -47,6 +47,22 @@ def test_descriptors(mode, layout, hopper):
     assert len(hopper) >= 2
 
 
+def pad(rows: torch.Tensor, width: int) -> torch.Tensor:
+    """The same rows, `width` elements from one to the next."""
+    room = rows.new_full((*rows.shape[:-1], width), float("nan"))
+    return room[..., : rows.shape[-1]].copy_(rows)
+
+
+def test_descriptors_of_padded_rows(hopper):
+    """Rows of 200 bytes every 208: descriptors can read them, but not write a gradient so."""
+    given = problem((150, 1, 2, 100, 100), torch.float16, device=CPU)
+    for name in ("input", "weight"):
+        given.arguments[name] = pad(given.arguments[name], 104)
+    given.grad_output = pad(given.grad_output, 104)
+    check(given)
+    assert len(hopper) >= 2
+
+
 @modes
 def test_few_rows(mode):
     check(problem(DECODE, torch.float16, routing="uniform", device=CPU, **MODES[mode]))

@@ -29,7 +29,7 @@ def tile_schedule_kernel(
 ):  # fmt: skip
     """Writes the schedule; with ZERO_TAIL also zeros the rows of output past the last expert's.
 
-    Grid (num_experts,). Program e writes the tiles of expert e, program 0 also their number. All
+    Grid (num_experts or more,). Program e writes the tiles of expert e, program 0 also their number. All
     programs share the rows to zero.
     """
     pid = tl.program_id(0)

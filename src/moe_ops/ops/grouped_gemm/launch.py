@@ -181,7 +181,7 @@ def _grad_weight(
     sizes = (num_experts, left.shape[1], right.shape[1])
     stored = g.new_zeros(sizes) if num_rows == 0 else g.new_empty(sizes)
     if num_rows > 0 and stored.numel() > 0:
-        config = _dw_config(left, right)
+        config = _dw_config(left, right, stored)
         tiles_n = triton.cdiv(left.shape[1], config.block_n)
         tiles = num_experts * tiles_n * triton.cdiv(right.shape[1], config.block_k)
         programs = min(num_sms(g.device), tiles)
@@ -213,10 +213,10 @@ def _sum_neighbours(rows: torch.Tensor, top_k: int) -> torch.Tensor:
     return sum_rows(rows, slots, None, top_k)
 
 
-def _dw_config(left: torch.Tensor, right: torch.Tensor) -> GemmConfig:
+def _dw_config(left: torch.Tensor, right: torch.Tensor, stored: torch.Tensor) -> GemmConfig:
     if left.dtype == torch.float32 or compute_capability(left.device) < (8, 0):
         return GemmConfig(32, 64, 64, num_warps=4, num_stages=3)
-    if _has_tma(left, right):
+    if _has_tma(left, right, stored):
         return GemmConfig(64, 128, 256, num_warps=8, num_stages=3, tma=True, group_m=4)
     return GemmConfig(32, 128, 128, num_warps=8, num_stages=3)
 
@@ -279,7 +279,7 @@ class _Gemm:
         self.b_is_nk = b.stride(1) == 1
         self.described = b.transpose(1, 2) if self.b_is_nk else b
         read_by_tma = [self.described] if x_divisor else [self.described, x]
-        has_tma = self.k > 0 and num_rows > 0 and _has_tma(*read_by_tma)
+        has_tma = min(self.k, self.n, num_rows) > 0 and _has_tma(*read_by_tma)
         rows_per_expert = num_rows / max(self.num_experts, 1)
         self.config = _config(x, rows_per_expert, has_tma, has_dots)
         self.tiles_n = triton.cdiv(self.n, self.config.block_n)
@@ -305,7 +305,7 @@ class _Gemm:
 
         With `other`, also dots[column tile, slot] = <x[row] @ b[e], other[row]> of these columns.
         """
-        if self.num_rows == 0 or self.num_experts == 0 or self.n == 0:
+        if self.num_rows == 0 or self.num_experts == 0:
             if y is not None:
                 y.zero_()
             return
@@ -320,12 +320,15 @@ class _Gemm:
             block = block if self.b_is_nk else block[::-1]
             b_desc = TensorDescriptor.from_tensor(self.described, [1, *block])
         with launch_on(self.x):
-            tile_schedule_kernel[(self.num_experts,)](
+            # More programs than experts: all of them share the rows to zero.
+            tile_schedule_kernel[(max(self.num_experts, num_sms(self.x.device)),)](
                 self.token_counts, self.tiles, y, self.gather,
                 self.num_rows, self.num_experts, self.max_tiles, self.n,
                 BLOCK_M=config.block_m, EXPERTS=triton.next_power_of_2(self.num_experts),
                 BLOCK_W=1024, ZERO_TAIL=y is not None, SCATTER=scatter_y,
             )  # fmt: skip
+            if programs == 0:
+                return
             _grouped_gemm_kernel[(programs,)](
                 self.x, x_desc, self.b, b_desc, bias, self.scale, self.gather, y, other, dots,
                 self.tiles, self.max_tiles, self.num_rows, self.n, self.k, self.top_k,
@@ -345,7 +348,7 @@ class _Gemm:
 
     def launch_bias_dots(self, bias: torch.Tensor, dots: torch.Tensor) -> None:
         """Writes dots[slot] = <x[row], bias[e]>, on the schedule that `launch` made."""
-        if self.num_rows == 0 or self.num_experts == 0 or self.n == 0:
+        if self.num_rows == 0 or self.num_experts == 0:
             return
         with launch_on(self.x):
             _grouped_gemm_bwd_bias_dots_kernel[(self.max_tiles,)](
