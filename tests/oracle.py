@@ -79,11 +79,8 @@ def select_experts(
     group_size = len(keys) // num_groups
     group_scores = [sum(leaders) for leaders in group_leaders(keys, num_groups, group_score)]
     best_groups = highest(group_scores, top_groups)
-    allowed = [
-        key if expert // group_size in best_groups else float("-inf")
-        for expert, key in enumerate(keys)
-    ]
-    return highest(allowed, top_k)
+    allowed = [expert for expert in range(len(keys)) if expert // group_size in best_groups]
+    return [allowed[place] for place in highest([keys[e] for e in allowed], top_k)]
 
 
 def selection_gap(

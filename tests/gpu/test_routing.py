@@ -9,7 +9,8 @@ import itertools
 import pytest
 import torch
 
-from tests import checks, oracle
+import moe_ops
+from tests import checks, masked_routing, oracle
 from tests.gpu import reference
 from tests.gpu.on_device import DEVICE, DTYPES, assert_same_bits
 
@@ -255,3 +256,12 @@ def test_unpermute_is_bitwise_what_a_sum_in_slot_order_is():
     for choice in range(8):
         total += slots[:, choice]
     assert_same_bits(moe.unpermute(rows, gather, None, 8), total)
+
+
+@pytest.mark.parametrize("case", masked_routing.CASES)
+def test_masked_experts(case):
+    logits, top_k, bias, flags, expected = masked_routing.CASES[case]
+    logits = torch.tensor([logits], device="cuda")
+    bias = None if bias is None else torch.tensor(bias, device="cuda")
+    _, topk_ids = moe_ops.topk_routing(logits, top_k, bias, *flags)
+    assert topk_ids.tolist() == [expected]

@@ -9,8 +9,9 @@ import itertools
 import pytest
 import torch
 
+import moe_ops
 from moe_ops._core.library import OPS, SCHEMAS
-from tests import checks, strategies
+from tests import checks, masked_routing, strategies
 from tests.gpu.on_device import (
     ALL,
     DIFFERENTIABLE,
@@ -135,3 +136,12 @@ def test_bf16_products_are_refused_with_the_reason(name):
 
 def _scalars(name):
     return [(a.name, a) for a in SCHEMAS[name].scalars]
+
+
+@pytest.mark.parametrize("case", masked_routing.CASES)
+def test_masked_experts(case):
+    logits, top_k, bias, flags, expected = masked_routing.CASES[case]
+    logits = torch.tensor([logits])
+    bias = None if bias is None else torch.tensor(bias)
+    _, topk_ids = moe_ops.topk_routing(logits, top_k, bias, *flags)
+    assert topk_ids.tolist() == [expected]

@@ -6,7 +6,8 @@ import itertools
 import pytest
 import torch
 
-from tests import checks, oracle
+import moe_ops
+from tests import checks, masked_routing, oracle
 
 moe = torch.ops.moe
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -133,3 +134,12 @@ def test_deepseek_v3_router_of_transformers():
     torch.testing.assert_close(
         topk_weights.gather(1, order.indices), expected.gather(1, expected_order.indices)
     )
+
+
+@pytest.mark.parametrize("case", masked_routing.CASES)
+def test_masked_experts(case):
+    logits, top_k, bias, flags, expected = masked_routing.CASES[case]
+    logits = torch.tensor([logits])
+    bias = None if bias is None else torch.tensor(bias)
+    _, topk_ids = moe_ops.topk_routing(logits, top_k, bias, *flags)
+    assert topk_ids.tolist() == [expected]

@@ -35,7 +35,7 @@ from moe_ops._core.schema import (
 _GLOBALS: dict[str, Any] = {
     "_check_with": torch._check_with,
     "_dtype_name": lambda dtype: str(dtype).removeprefix("torch."),
-    **{f"_{group}": frozenset(getattr(torch, d) for d in names) for group, names in DTYPES.items()},
+    **{f"_group_{g}": frozenset(getattr(torch, d) for d in names) for g, names in DTYPES.items()},
     **{f"_{name}": getattr(torch, name) for name in ("float32", "float64", "int32")},
 }
 
@@ -164,7 +164,7 @@ class _Body:
             return [f"if {name}.dtype != {wanted}:", f"    raise TypeError({message})"]
         got = f"{{_dtype_name({name}.dtype)}}"
         message = self.message(f"{name}.dtype in ({', '.join(DTYPES[group])})", got)
-        lines = [f"if {name}.dtype not in _{group}:", f"    raise TypeError({message})"]
+        lines = [f"if {name}.dtype not in _group_{group}:", f"    raise TypeError({message})"]
         if group == "floating":
             narrower = ", ".join(d for d in DTYPES[group] if d != "float64")
             message = self.message(

@@ -36,8 +36,8 @@ def _order(x):
 @triton.jit
 def _exclude_groups(
     choice, order, is_expert,
-    NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP2_SUM: tl.constexpr,
-    BLOCK_T: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+    NUM_GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_GROUPS: tl.constexpr,
+    TOP2_SUM: tl.constexpr, BLOCK_T: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """`order` with _LOWEST at the experts outside each token's TOP_GROUPS best groups."""
     values = tl.reshape(tl.where(is_expert, choice, float("-inf")), (BLOCK_T, GROUPS, SIZE))
@@ -47,8 +47,8 @@ def _exclude_groups(
         member = tl.arange(0, SIZE)
         rest = tl.where(member[None, None, :] == first[:, :, None], float("-inf"), values)
         second = tl.max(rest, 2)
-        # A group of one expert has no second.
-        best += tl.where(second == float("-inf"), 0.0, second)
+        if GROUP_SIZE > 1:
+            best += second
     group = tl.arange(0, GROUPS)
     keys = tl.where((group < NUM_GROUPS)[None, :], _order(best), _LOWEST)
     is_chosen = tl.zeros((BLOCK_T, GROUPS), tl.int32)
@@ -93,7 +93,16 @@ def _topk_routing_fwd_kernel(
     order = tl.where(is_expert, _order(choice), _LOWEST)
     if TOP_GROUPS < NUM_GROUPS:
         order = _exclude_groups(
-            choice, order, is_expert, NUM_GROUPS, TOP_GROUPS, TOP2_SUM, BLOCK_T, GROUPS, SIZE
+            choice,
+            order,
+            is_expert,
+            NUM_GROUPS,
+            GROUP_SIZE,
+            TOP_GROUPS,
+            TOP2_SUM,
+            BLOCK_T,
+            GROUPS,
+            SIZE,
         )
     slot = tl.arange(0, SLOTS)
     ids = tl.zeros((BLOCK_T, SLOTS), tl.int32)

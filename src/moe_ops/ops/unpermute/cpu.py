@@ -28,15 +28,24 @@ def unpermute_backward(
     needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     accumulator = torch.promote_types(grad_output.dtype, torch.float32)
-    grad_input, grad_topk_weights = grad_output.new_empty(0), grad_output.new_empty(0)
+    num_rows = gather_indices.shape[0]
     tokens = tokens_of_rows(gather_indices, top_k)
-    grad_rows = grad_output.index_select(0, tokens).to(accumulator)
-    if needs[1]:
-        dots = torch.linalg.vecdot(grad_rows, input.to(accumulator))
-        by_slot = dots.index_select(0, rows_of_slots(gather_indices, scatter_indices))
-        grad_topk_weights = by_slot.reshape(topk_weights.shape).to(topk_weights.dtype)
-    if needs[0]:
-        slots = gather_indices.clamp(0, max(gather_indices.shape[0] - 1, 0))
-        scale = topk_weights.reshape(-1).index_select(0, slots).to(accumulator)
-        grad_input = grad_rows.mul_(scale[:, None]).to(grad_output.dtype)
-    return grad_input, grad_topk_weights
+    slots = gather_indices.clamp(0, max(num_rows - 1, 0))
+    scale = topk_weights.reshape(-1, 1).index_select(0, slots).to(accumulator)
+    grad_input = grad_output.new_empty(input.shape if needs[0] else 0)
+    dots = grad_output.new_empty(num_rows if needs[1] else 0, dtype=accumulator)
+    for start in range(0, num_rows, _CHUNK):
+        part = slice(start, start + _CHUNK)
+        grad_rows = grad_output.index_select(0, tokens[part]).to(accumulator)
+        if needs[0]:
+            torch.mul(grad_rows, scale[part], out=grad_input[part])
+        if needs[1]:
+            dots[part] = torch.linalg.vecdot(grad_rows, input[part].to(accumulator))
+    if not needs[1]:
+        return grad_input, grad_output.new_empty(0)
+    by_slot = dots.index_select(0, rows_of_slots(gather_indices, scatter_indices))
+    return grad_input, by_slot.reshape(topk_weights.shape).to(topk_weights.dtype)
+
+
+# Rows whose gathered fp32 copy stays in the cache; one of all rows would be new memory each time.
+_CHUNK = 512
