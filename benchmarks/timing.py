@@ -3,7 +3,9 @@
 
 Everything is compared inside one process, taking turns: whatever slows the machine down slows
 both. A comparison is the ratio peer / ours of each turn, and its quartiles; the quartiles of the
-times themselves are kept beside it. Nothing is timed whose result was not found right first.
+times themselves are kept beside it, and how many CPUs other processes used meanwhile: two threads
+that wait for each other lose far more than the share that is taken from them. Nothing is timed
+whose result was not found right first.
 """
 
 from __future__ import annotations
@@ -37,7 +39,6 @@ def environment(threads: int) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cpus": os.cpu_count(),
         "threads": threads,
-        "load_before": round(os.getloadavg()[0], 1),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
@@ -77,10 +78,12 @@ def compare(
     wrong = [name for name, error in worst_errors.items() if not error <= RELATIVE_NORM[dtype]]
     if wrong:
         return {**record, "wrong": wrong}
+    others = OtherProcesses()
     milliseconds = _take_turns(contenders, repeats)
     turns = zip(milliseconds[PEER], milliseconds[OURS], strict=True)
     return {
         **record,
+        "others": others.cpus(),
         "milliseconds": {name: _quartiles(times) for name, times in milliseconds.items()},
         "ratio": _quartiles([peer / ours for peer, ours in turns]),
     }
@@ -102,13 +105,47 @@ def _take_turns(contenders: dict[str, Contender], repeats: int) -> dict[str, lis
     return milliseconds
 
 
+class OtherProcesses:
+    """How many CPUs they used on average since this object was made; 0 where /proc is missing."""
+
+    def __init__(self) -> None:
+        self.start = self._read()
+
+    def cpus(self) -> float:
+        (wall, busy, own), (wall_0, busy_0, own_0) = self._read(), self.start
+        # The kernel counts in hundredths of a second.
+        return max(0.0, round((busy - busy_0 - own + own_0) / max(wall - wall_0, 0.01), 2))
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        stat = Path("/proc/stat")
+        own = time.process_time()
+        if not stat.exists():
+            return time.perf_counter(), own, own
+        fields = [int(field) for field in stat.read_text().split("\n", 1)[0].split()[1:9]]
+        idle = fields[3] + fields[4]
+        return time.perf_counter(), (sum(fields) - idle) / os.sysconf("SC_CLK_TCK"), own
+
+
+def others_now() -> float:
+    """How many CPUs other processes use, from a look of a fifth of a second."""
+    others = OtherProcesses()
+    time.sleep(0.2)
+    return others.cpus()
+
+
 def _quartiles(values: list[float]) -> list[float]:
     return [float(f"{q:.4g}") for q in statistics.quantiles(values, n=4, method="inclusive")]
 
 
-def write(path: Path, env: dict[str, Any], cases: list[dict[str, Any]]) -> None:
-    """One case a line, so that a diff of two runs can be read."""
-    env = {**env, "load_after": round(os.getloadavg()[0], 1)}
-    lines = ",\n".join(json.dumps(case) for case in cases)
+def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The environment and the records of a file of results."""
+    content = json.loads(path.read_text())
+    return content["environment"], content["cases"]
+
+
+def write(path: Path, env: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    """One record a line, so that a diff of two runs can be read."""
+    lines = ",\n".join(json.dumps(record) for record in records)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'{{"environment": {json.dumps(env)},\n"cases": [\n{lines}\n]}}\n')

@@ -261,7 +261,8 @@ def test_unpermute_is_bitwise_what_a_sum_in_slot_order_is():
 @pytest.mark.parametrize("case", masked_routing.CASES)
 def test_masked_experts(case):
     logits, top_k, bias, flags, expected = masked_routing.CASES[case]
-    logits = torch.tensor([logits], device="cuda")
-    bias = None if bias is None else torch.tensor(bias, device="cuda")
-    _, topk_ids = moe_ops.topk_routing(logits, top_k, bias, *flags)
+    selection_bias = None if bias is None else torch.tensor(bias, device="cuda")
+    _, topk_ids = moe_ops.topk_routing(
+        torch.tensor([logits], device="cuda"), top_k, selection_bias, *flags
+    )
     assert topk_ids.tolist() == [expected]

@@ -139,7 +139,6 @@ def test_deepseek_v3_router_of_transformers():
 @pytest.mark.parametrize("case", masked_routing.CASES)
 def test_masked_experts(case):
     logits, top_k, bias, flags, expected = masked_routing.CASES[case]
-    logits = torch.tensor([logits])
-    bias = None if bias is None else torch.tensor(bias)
-    _, topk_ids = moe_ops.topk_routing(logits, top_k, bias, *flags)
+    selection_bias = None if bias is None else torch.tensor(bias)
+    _, topk_ids = moe_ops.topk_routing(torch.tensor([logits]), top_k, selection_bias, *flags)
     assert topk_ids.tolist() == [expected]

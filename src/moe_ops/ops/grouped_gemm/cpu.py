@@ -10,8 +10,11 @@ in the cache when they are multiplied. docs/performance.md has the measurements 
 from __future__ import annotations
 
 import functools
+import math
+import platform
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch.nn import functional
@@ -148,7 +151,7 @@ def grouped_gemm_dw(
     if plain and _are_small(num_rows, shape, dtype, _LARGE_DW, grad_output, input):
         x = input.index_select(0, routing.tokens) if permute_x else input
         left, right = (x, grad_output) if transposed else (grad_output, x)
-        ends = _expert_ends(token_counts, num_rows).int()
+        ends = _expert_ends(token_counts, num_rows)
         stored = functional.grouped_mm(left.t(), right, offs=ends)
         return stored.mT if transposed else stored, grad_output.new_empty(0)
 
@@ -201,12 +204,15 @@ def _are_small(
     It wants whole 16 bytes from a row to the next.
     """
     num_experts, out_features, in_features = weight_shape
+    limit: float = large.get(dtype, 0)
+    if dtype == torch.float32 and not _prefers_onednn():
+        limit = math.inf  # there is nothing to choose
     return (
-        num_rows * out_features * in_features < num_experts * large.get(dtype, 0)
+        num_rows * out_features * in_features < num_experts * limit
         and operands[0].dtype == dtype
         and operands[0].is_cpu
         and out_features % 8 == in_features % 8 == 0
-        and all(_pitch(operand) % 8 == 0 < _pitch(operand) for operand in operands)
+        and all((pitch := _pitch(operand)) > 0 and pitch % 8 == 0 for operand in operands)
     )
 
 
@@ -214,7 +220,7 @@ def _grouped_mm(
     rows: torch.Tensor, matrices: torch.Tensor, token_counts: torch.Tensor
 ) -> torch.Tensor:
     """functional.grouped_mm, which loops over the experts in C++, with zeros in the tail."""
-    ends = _expert_ends(token_counts, rows.shape[0]).int()
+    ends = _expert_ends(token_counts, rows.shape[0])
     output = functional.grouped_mm(rows, matrices, offs=ends)
     tail = int(ends[-1])
     if tail < output.shape[0]:
@@ -223,11 +229,12 @@ def _grouped_mm(
 
 
 def _expert_ends(token_counts: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """The end row of each expert, int64.
+    """The end row of each expert, int32.
 
     Clamped: corrupt counts give unspecified values, never an access out of bounds.
     """
-    return token_counts.clamp(0, num_rows).cumsum(0).clamp_(max=num_rows)
+    ends = token_counts.clamp(0, num_rows).cumsum(0, dtype=torch.int32)
+    return ends.clamp_(0, num_rows)
 
 
 class _Groups:
@@ -343,5 +350,13 @@ def _prefers_onednn() -> bool:
 
     MKL uses AVX-512 on Intel's CPUs alone; oneDNN is twice as fast on others that have it.
     """
-    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return torch.backends.mkldnn.is_available() and has_avx512
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or _is_intel():
+        return False
+    return torch.backends.mkldnn.is_available()
+
+
+def _is_intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return "Intel" in platform.processor()
