@@ -204,7 +204,7 @@ def test_rejects_every_wrong_rank_dtype_and_range(name, data):
     sample = data.draw(samples(SCHEMAS[name]))
     arguments = dict(sample.arguments)
     given_tensors = [a for a in sample.schema.tensors if arguments[a.name] is not None]
-    bounded = [a for a in sample.schema.scalars if a.minimum or a.maximum or a.choices]
+    bounded = [a for a in sample.schema.scalars if a.minimum or a.maximum or a.choices or a.format]
     wrong = data.draw(st.sampled_from([*given_tensors, *bounded]), "wrong argument")
     value = arguments[wrong.name]
     error: type[Exception] = ValueError
@@ -219,6 +219,8 @@ def test_rejects_every_wrong_rank_dtype_and_range(name, data):
             error = TypeError
     elif wrong.choices:
         arguments[wrong.name] = "no such choice"
+    elif wrong.format:
+        arguments[wrong.name] = data.draw(st.sampled_from(["", "{", "[]", '{"forward": {"a": 1}}']))
     else:
         beyond = [-1, 0] if wrong.minimum else []
         arguments[wrong.name] = data.draw(st.sampled_from([*beyond, *[99] * bool(wrong.maximum)]))

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """grouped_gemm at sizes of more than one tile, by pointers and by descriptors, against fp64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from moe_ops.configs.choose import Device
 from tests.gpu.gemm_problem import MODES, check, problem
 from tests.interpreter.interpreted import pytestmark  # noqa: F401
 
@@ -22,19 +25,22 @@ def test_pointers(mode, dtype):
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """The launcher takes the CPU for a Hopper GPU; counts the descriptors that it makes."""
+    """The launcher takes the CPU for a Hopper GPU; lists the descriptors that it makes."""
     launch = pytest.importorskip("moe_ops.ops.grouped_gemm.launch")
-    made = []
+    made: list[str] = []
 
-    class Counted(launch.TensorDescriptor):  # type: ignore[name-defined]
-        @staticmethod
-        def from_tensor(*args, **kwargs):
-            made.append(args)
-            return launch_descriptor(*args, **kwargs)
+    def listed(name, make):
+        def make_and_list(*args):
+            made.append(name)
+            return make(*args)
 
-    launch_descriptor = launch.TensorDescriptor.from_tensor
-    monkeypatch.setattr(launch, "compute_capability", lambda device: (9, 0))
-    monkeypatch.setattr(launch, "TensorDescriptor", Counted)
+        return make_and_list
+
+    plain = listed("plain", launch.TensorDescriptor.from_tensor)
+    monkeypatch.setattr(launch, "TensorDescriptor", SimpleNamespace(from_tensor=plain))
+    ragged = listed("ragged", launch.create_ragged_descriptor)
+    monkeypatch.setattr(launch, "create_ragged_descriptor", ragged)
+    monkeypatch.setattr(launch, "device_of", lambda device: Device("H", (9, 0), 232448, 4))
     return made
 
 

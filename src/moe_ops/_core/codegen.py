@@ -31,9 +31,12 @@ from moe_ops._core.schema import (
     Size,
     solve,
 )
+from moe_ops.configs.kernel_config import why_not_kernel_config
 
 _GLOBALS: dict[str, Any] = {
     "_check_with": torch._check_with,
+    # By format of a string argument: why a string is not of it, or None.
+    "_why_not_kernel_config": why_not_kernel_config,
     "_dtype_name": lambda dtype: str(dtype).removeprefix("torch."),
     **{f"_group_{g}": frozenset(getattr(torch, d) for d in names) for g, names in DTYPES.items()},
     **{f"_{name}": getattr(torch, name) for name in ("float32", "float64", "int32")},
@@ -221,6 +224,13 @@ class _Body:
             allowed = (None, *argument.choices) if argument.is_optional else argument.choices
             message = self.message(f"{name} in {allowed}", f"{{{name}!r}}")
             lines += [f"if {name} not in {allowed}:", f"    raise ValueError({message})"]
+        if argument.format:
+            made_by = f"the string that moe_ops.{argument.format}() makes"
+            message = self.message(f"{name} to be {made_by}", f"{{{name}!r}} ({{_why}})")
+            lines += [
+                f"if {name} is not None and (_why := _why_not_{argument.format}({name})):",
+                f"    raise ValueError({message})",
+            ]
         return lines
 
     def where(self, expect: Expr, because: str) -> list[str]:

@@ -175,7 +175,7 @@ def _said(output: Output) -> str:
 def _errors(schema: OpSchema) -> Iterator[tuple[str, str, str]]:
     yield "TypeError", "", f"A dtype other than those above; fp64 only on {FLOAT64_DEVICES[0]}."
     yield "ValueError", "", "A rank or a size that disagrees with the shapes above; mixed devices."
-    limited = [a.name for a in schema.scalars if a.minimum or a.maximum or a.choices]
+    limited = [a.name for a in schema.scalars if a.minimum or a.maximum or a.choices or a.format]
     if limited:
         yield "ValueError", "", f"A value out of range or unknown: {', '.join(limited)}."
     for where in schema.where:

@@ -35,6 +35,8 @@ VALUES = re.compile(
     r"permutation|inverse of (?P<inverse>\w+)|counts of (?P<counts>\w+)"
     r"|(?:distinct )?ids below (?P<ids>\w+)"
 )
+# What a string argument may have to be; codegen.py has the question that belongs to each.
+FORMATS = ("kernel_config",)
 ACCUMULATOR = re.compile(r"accumulator\((\w+)\)")
 REQUIRED = object()
 
@@ -95,6 +97,7 @@ class Argument:
     minimum: Expr | None = None
     maximum: Expr | None = None
     choices: tuple[str, ...] = ()
+    format: str = ""
 
     @property
     def is_tensor(self) -> bool:
@@ -252,7 +255,7 @@ class _Reader:
         "outputs", "backward", "flops", "notes", "source",
     }  # fmt: skip
     TENSOR_KEYS = {"shape", "dtype", "values", "grad", "autocast", "doc"}
-    SCALAR_KEYS = {"min", "max", "choices", "doc"}
+    SCALAR_KEYS = {"min", "max", "choices", "format", "doc"}
     OUTPUT_KEYS = {"shape", "dtype", "if", "column_major", "doc"}
 
     def __init__(self, text: str, file: str) -> None:
@@ -458,11 +461,15 @@ class _Reader:
             self.fail(f"{key}.choices", f"a {argument.type} has no choices")
         if choices and isinstance(argument.default, str) and argument.default not in choices:
             self.fail(f"{key}.choices", f"the default {argument.default!r} is not among them")
+        text_format = entry.get("format", "")
+        if "format" in entry and (text_format not in FORMATS or argument.type != "str?"):
+            self.fail(f"{key}.format", f"expected one of {', '.join(FORMATS)}, of a str?")
         return Argument(
             argument.name,
             argument.type,
             argument.default,
             argument.doc,
+            format=text_format,
             minimum=bounds.get("min"),
             maximum=bounds.get("max"),
             choices=choices,

@@ -9,6 +9,9 @@ expert.
 
 import triton
 import triton.language as tl
+from triton.tools.ragged_tma import load_ragged, to_ragged_indices
+
+from moe_ops.kernels.schedule import expert_rows, find_tile, tiles_before, zero_tail
 
 
 @triton.jit
@@ -52,95 +55,88 @@ def _load_b(
     return b
 
 
-@triton.jit(do_not_specialize=["max_tiles", "num_rows"])
-def _grouped_gemm_kernel(
-    x_ptr, x_desc, b_ptr, b_desc, bias_ptr, scale_ptr, gather_ptr, y_ptr, other_ptr, dots_ptr,
-    tiles_ptr, max_tiles, num_rows, N, K, top_k, x_divisor, other_divisor,
+@triton.jit
+def _grouped_gemm_tile(
+    x_ptr, x_desc, b_ptr, b_desc, bias_ptr, scale_ptr, gather_ptr, y_ptr, y_desc,
+    other_ptr, dots_ptr, e, first, end, tile_n, num_rows, N, K, top_k, x_divisor, other_divisor,
     stride_xm, stride_xk, stride_be, stride_bk, stride_bn, stride_bias_e, stride_bias_n,
     stride_st, stride_sk, stride_om, stride_on,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TMA_X: tl.constexpr, TMA_B: tl.constexpr, B_IS_NK: tl.constexpr, EVEN_K: tl.constexpr,
-    GATHER_X: tl.constexpr, SCATTER_Y: tl.constexpr, HAS_GATHER: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, STORE_Y: tl.constexpr,
-    HAS_DOTS: tl.constexpr, GATHER_OTHER: tl.constexpr, FLATTEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    TMA_X: tl.constexpr, TMA_B: tl.constexpr, TMA_Y: tl.constexpr, B_IS_NK: tl.constexpr,
+    EVEN_K: tl.constexpr, GATHER_X: tl.constexpr, SCATTER_Y: tl.constexpr,
+    HAS_GATHER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
+    STORE_Y: tl.constexpr, HAS_DOTS: tl.constexpr, GATHER_OTHER: tl.constexpr,
 ):  # fmt: skip
-    """y[row] = scale * (x[row] @ b[e] + bias[e]), tile by tile.
-
-    Grid (any,), persistent: a program walks the tiles pid, pid + grid size, ... With
-    HAS_DOTS it also writes dots[n_tile, row] = sum over its columns of (x[row] @ b[e]) * other[row].
-    Writes the rows of the schedule's tiles alone.
-    """
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    tiles_m = tl.load(tiles_ptr + 3 * max_tiles)
-    for t in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
-        tile_m, tile_n = _tile_of(t, tiles_m, tiles_n, GROUP_M)
-        e = tl.load(tiles_ptr + tile_m)
-        first = tl.load(tiles_ptr + max_tiles + tile_m)
-        end = tl.load(tiles_ptr + 2 * max_tiles + tile_m)
-        rows = first + tl.arange(0, BLOCK_M)
-        cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        in_rows = rows < end
-        in_cols = cols < N
-        k = tl.arange(0, BLOCK_K)
-        # Dead code where a descriptor loads instead.
-        source = rows
-        in_source = in_rows
-        if GATHER_X:
-            source = tl.load(gather_ptr + rows, mask=in_rows, other=-1)
-            in_source = in_rows & (source >= 0) & (source < num_rows)
-            source //= x_divisor
-        x_pointers = (
-            x_ptr + source[:, None].to(tl.int64) * stride_xm + k[None, :].to(tl.int64) * stride_xk
+    """One tile of _grouped_gemm_kernel: up to BLOCK_M rows from `first`, columns of tile_n."""
+    rows = first + tl.arange(0, BLOCK_M)
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_rows = rows < end
+    in_cols = cols < N
+    k = tl.arange(0, BLOCK_K)
+    # Dead code where a descriptor loads instead.
+    source = rows
+    in_source = in_rows
+    if GATHER_X:
+        source = tl.load(gather_ptr + rows, mask=in_rows, other=-1)
+        in_source = in_rows & (source >= 0) & (source < num_rows)
+        source //= x_divisor
+    x_pointers = (
+        x_ptr + source[:, None].to(tl.int64) * stride_xm + k[None, :].to(tl.int64) * stride_xk
+    )
+    b_pointers = (
+        b_ptr
+        + e.to(tl.int64) * stride_be
+        + k[:, None].to(tl.int64) * stride_bk
+        + cols[None, :].to(tl.int64) * stride_bn
+    )
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if HAS_BIAS:
+        # Not after the loop: there the registers are all taken.
+        bias_pointers = (
+            bias_ptr + e.to(tl.int64) * stride_bias_e + cols.to(tl.int64) * stride_bias_n
         )
-        b_pointers = (
-            b_ptr
-            + e.to(tl.int64) * stride_be
-            + k[:, None].to(tl.int64) * stride_bk
-            + cols[None, :].to(tl.int64) * stride_bn
+        acc += tl.load(bias_pointers, mask=in_cols, other=0).to(tl.float32)[None, :]
+    for k0 in range(0, K, BLOCK_K):
+        x = _load_x(x_desc, x_pointers, first, k0, in_source, k0 + k < K, TMA_X, EVEN_K)
+        b = _load_b(
+            b_desc, b_pointers, e, tile_n * BLOCK_N, k0, in_cols, k0 + k < K,
+            TMA_B, B_IS_NK, EVEN_K, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        acc = tl.dot(x, b, acc, input_precision=PRECISION)
+        x_pointers += tl.cast(stride_xk, tl.int64) * BLOCK_K
+        b_pointers += tl.cast(stride_bk, tl.int64) * BLOCK_K
+    # Loaded here and not above: the registers of the loop are all taken.
+    slots = rows
+    if HAS_GATHER:
+        slots = tl.load(gather_ptr + rows, mask=in_rows, other=-1)
+    in_slots = in_rows & (slots >= 0) & (slots < num_rows)
+    if HAS_DOTS:
+        other_rows = rows
+        if GATHER_OTHER:
+            other_rows = slots // other_divisor
+        other_pointers = (
+            other_ptr
+            + other_rows[:, None].to(tl.int64) * stride_om
+            + cols[None, :].to(tl.int64) * stride_on
         )
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k0 in range(0, K, BLOCK_K):
-            x = _load_x(x_desc, x_pointers, first, k0, in_source, k0 + k < K, TMA_X, EVEN_K)
-            b = _load_b(
-                b_desc, b_pointers, e, tile_n * BLOCK_N, k0, in_cols, k0 + k < K,
-                TMA_B, B_IS_NK, EVEN_K, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
-            acc = tl.dot(x, b, acc, input_precision=PRECISION)
-            x_pointers += tl.cast(stride_xk, tl.int64) * BLOCK_K
-            b_pointers += tl.cast(stride_bk, tl.int64) * BLOCK_K
-        # Loaded here and not above: the registers of the loop are all taken.
-        slots = rows
-        if HAS_GATHER:
-            slots = tl.load(gather_ptr + rows, mask=in_rows, other=-1)
-        in_slots = in_rows & (slots >= 0) & (slots < num_rows)
-        if HAS_DOTS:
-            other_rows = rows
-            if GATHER_OTHER:
-                other_rows = slots // other_divisor
-            other_pointers = (
-                other_ptr
-                + other_rows[:, None].to(tl.int64) * stride_om
-                + cols[None, :].to(tl.int64) * stride_on
+        in_tile = in_slots[:, None] & in_cols[None, :]
+        other = tl.load(other_pointers, mask=in_tile, other=0).to(tl.float32)
+        dots = tl.sum(acc * other, 1)
+        tl.store(dots_ptr + tile_n.to(tl.int64) * num_rows + slots, dots, mask=in_slots)
+    if STORE_Y:
+        if HAS_SCALE:
+            scale_pointers = (
+                scale_ptr
+                + (slots // top_k).to(tl.int64) * stride_st
+                + (slots % top_k).to(tl.int64) * stride_sk
             )
-            in_tile = in_slots[:, None] & in_cols[None, :]
-            other = tl.load(other_pointers, mask=in_tile, other=0).to(tl.float32)
-            dots = tl.sum(acc * other, 1)
-            tl.store(dots_ptr + tile_n.to(tl.int64) * num_rows + slots, dots, mask=in_slots)
-        if STORE_Y:
-            if HAS_BIAS:
-                bias_pointers = (
-                    bias_ptr + e.to(tl.int64) * stride_bias_e + cols.to(tl.int64) * stride_bias_n
-                )
-                acc += tl.load(bias_pointers, mask=in_cols, other=0).to(tl.float32)[None, :]
-            if HAS_SCALE:
-                scale_pointers = (
-                    scale_ptr
-                    + (slots // top_k).to(tl.int64) * stride_st
-                    + (slots % top_k).to(tl.int64) * stride_sk
-                )
-                acc *= tl.load(scale_pointers, mask=in_slots, other=0).to(tl.float32)[:, None]
-            y = acc.to(y_ptr.dtype.element_ty)
+            acc *= tl.load(scale_pointers, mask=in_slots, other=0).to(tl.float32)[:, None]
+        y = acc.to(y_ptr.dtype.element_ty)
+        if TMA_Y:
+            # store_ragged of triton.tools, which its interpreter does not take.
+            i0, i1, row = to_ragged_indices(first, end - first, 0)
+            y_desc.store([i0, i1, row, tile_n * BLOCK_N], y.reshape(1, 1, BLOCK_M, BLOCK_N))
+        else:
             target = rows
             in_target = in_rows
             if SCATTER_Y:
@@ -150,24 +146,93 @@ def _grouped_gemm_kernel(
             tl.store(y_pointers, y, mask=in_target[:, None] & in_cols[None, :])
 
 
+@triton.jit(do_not_specialize=["max_tiles", "num_rows"])
+def _grouped_gemm_kernel(
+    x_ptr, x_desc, x_tail_desc, b_ptr, b_desc, bias_ptr, scale_ptr, gather_ptr,
+    y_ptr, y_desc, y_tail_desc, other_ptr, dots_ptr, counts_ptr, tiles_ptr,
+    max_tiles, num_rows, num_experts, N, K, top_k, x_divisor, other_divisor,
+    stride_xm, stride_xk, stride_be, stride_bk, stride_bn, stride_bias_e, stride_bias_n,
+    stride_st, stride_sk, stride_om, stride_on,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA_X: tl.constexpr, TMA_B: tl.constexpr, TMA_Y: tl.constexpr, B_IS_NK: tl.constexpr,
+    EVEN_K: tl.constexpr, GATHER_X: tl.constexpr, SCATTER_Y: tl.constexpr,
+    HAS_GATHER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
+    STORE_Y: tl.constexpr, HAS_DOTS: tl.constexpr, GATHER_OTHER: tl.constexpr,
+    FINDS_TILES: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_W: tl.constexpr,
+    TAIL_TILES: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """y[row] = scale * (x[row] @ b[e] + bias[e]), tile by tile.
+
+    Grid (any,), persistent: a program walks the tiles pid, pid + grid size, ... With
+    HAS_DOTS it also writes dots[n_tile, row] = sum over its columns of (x[row] @ b[e]) * other[row].
+    Writes the rows of the schedule's tiles alone; with FINDS_TILES there is no schedule, and the
+    rows of no expert are zeroed here too. With TAIL_TILES an expert's last rows, where they fit,
+    are computed in a tile of half the height.
+    """
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    if FINDS_TILES:
+        starts, ends = expert_rows(counts_ptr, num_rows, num_experts, EXPERTS)
+        tiles, upto = tiles_before(starts, ends, BLOCK_M)
+        tiles_m = tl.sum(tiles)
+        if STORE_Y:
+            zero_tail(y_ptr, gather_ptr, tl.max(ends, 0), num_rows, N, SCATTER_Y, BLOCK_W)
+    else:
+        tiles_m = tl.load(tiles_ptr + 3 * max_tiles)
+    for t in tl.range(
+        tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0),
+        flatten=FLATTEN,
+    ):  # fmt: skip
+        tile_m, tile_n = _tile_of(t, tiles_m, tiles_n, GROUP_M)
+        if FINDS_TILES:
+            e, first, end = find_tile(tile_m, starts, ends, tiles, upto, BLOCK_M, EXPERTS)
+        else:
+            e = tl.load(tiles_ptr + tile_m)
+            first = tl.load(tiles_ptr + max_tiles + tile_m)
+            end = tl.load(tiles_ptr + 2 * max_tiles + tile_m)
+        if TAIL_TILES and end - first <= BLOCK_M // 2:
+            _grouped_gemm_tile(
+                x_ptr, x_tail_desc, b_ptr, b_desc, bias_ptr, scale_ptr, gather_ptr,
+                y_ptr, y_tail_desc, other_ptr, dots_ptr, e, first, end, tile_n,
+                num_rows, N, K, top_k, x_divisor, other_divisor,
+                stride_xm, stride_xk, stride_be, stride_bk, stride_bn, stride_bias_e, stride_bias_n,
+                stride_st, stride_sk, stride_om, stride_on,
+                BLOCK_M // 2, BLOCK_N, BLOCK_K, PRECISION, TMA_X, TMA_B, TMA_Y, B_IS_NK, EVEN_K,
+                GATHER_X, SCATTER_Y, HAS_GATHER, HAS_BIAS, HAS_SCALE, STORE_Y, HAS_DOTS,
+                GATHER_OTHER,
+            )  # fmt: skip
+        else:
+            _grouped_gemm_tile(
+                x_ptr, x_desc, b_ptr, b_desc, bias_ptr, scale_ptr, gather_ptr,
+                y_ptr, y_desc, other_ptr, dots_ptr, e, first, end, tile_n,
+                num_rows, N, K, top_k, x_divisor, other_divisor,
+                stride_xm, stride_xk, stride_be, stride_bk, stride_bn, stride_bias_e, stride_bias_n,
+                stride_st, stride_sk, stride_om, stride_on,
+                BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, TMA_X, TMA_B, TMA_Y, B_IS_NK, EVEN_K,
+                GATHER_X, SCATTER_Y, HAS_GATHER, HAS_BIAS, HAS_SCALE, STORE_Y, HAS_DOTS,
+                GATHER_OTHER,
+            )  # fmt: skip
+
+
 @triton.jit
 def _grouped_gemm_bwd_dw_kernel(
-    g_ptr, x_ptr, dw_ptr, dw_desc, offsets_ptr, num_experts, N, D,
+    g_ptr, g_desc, x_ptr, x_desc, dw_ptr, dw_desc, offsets_ptr, num_experts, N, D,
     stride_gm, stride_gn, stride_xm, stride_xd,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, TMA_G: tl.constexpr, TMA_X: tl.constexpr, TMA_DW: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """dw[e] (N, D) = sum over the rows m of expert e of outer(g[m], x[m]); zeros without rows.
 
-    Grid (any,), persistent. Rows past an expert's end are zero-filled: by the hardware
-    with TMA, whose descriptors end at that row, by masks without. Writes all of dw.
+    Grid (any,), persistent. Rows past an expert's end are zero-filled: by the hardware where a
+    ragged descriptor loads, by masks elsewhere. Writes all of dw.
     """
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_d = tl.cdiv(D, BLOCK_D)
     for t in tl.range(
-        tl.program_id(0), num_experts * tiles_n * tiles_d, tl.num_programs(0), flatten=FLATTEN
-    ):
+        tl.program_id(0), num_experts * tiles_n * tiles_d, tl.num_programs(0),
+        flatten=FLATTEN,
+    ):  # fmt: skip
         e = t // (tiles_n * tiles_d)
         tile_n, tile_d = _tile_of(t % (tiles_n * tiles_d), tiles_n, tiles_d, GROUP)
         start = tl.load(offsets_ptr + e)
@@ -177,34 +242,29 @@ def _grouped_gemm_bwd_dw_kernel(
         n = n0 + tl.arange(0, BLOCK_N)
         d = d0 + tl.arange(0, BLOCK_D)
         acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-        if TMA:
-            g_desc = tl.make_tensor_descriptor(
-                g_ptr, shape=[end, N], strides=[stride_gm, 1], block_shape=[BLOCK_M, BLOCK_N]
-            )
-            x_desc = tl.make_tensor_descriptor(
-                x_ptr, shape=[end, D], strides=[stride_xm, 1], block_shape=[BLOCK_M, BLOCK_D]
-            )
-        for m0 in tl.range(start, end, BLOCK_M):
-            if TMA:
-                g = g_desc.load([m0, n0])
-                x = x_desc.load([m0, d0])
+        for m0 in tl.range(0, end - start, BLOCK_M):
+            m = start + m0 + tl.arange(0, BLOCK_M)
+            if TMA_G:
+                g = load_ragged(g_desc, start, end - start, [m0, n0])
             else:
-                m = m0 + tl.arange(0, BLOCK_M)
                 g_pointers = (
                     g_ptr
                     + m[:, None].to(tl.int64) * stride_gm
                     + n[None, :].to(tl.int64) * stride_gn
                 )
+                g = tl.load(g_pointers, mask=(m < end)[:, None] & (n < N)[None, :], other=0)
+            if TMA_X:
+                x = load_ragged(x_desc, start, end - start, [m0, d0])
+            else:
                 x_pointers = (
                     x_ptr
                     + m[:, None].to(tl.int64) * stride_xm
                     + d[None, :].to(tl.int64) * stride_xd
                 )
-                g = tl.load(g_pointers, mask=(m < end)[:, None] & (n < N)[None, :], other=0)
                 x = tl.load(x_pointers, mask=(m < end)[:, None] & (d < D)[None, :], other=0)
             acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION)
         dw = acc.to(dw_ptr.dtype.element_ty)
-        if TMA:
+        if TMA_DW:
             dw_desc.store([e, n0, d0], dw.reshape(1, BLOCK_N, BLOCK_D))
         else:
             pointers = dw_ptr + e.to(tl.int64) * N * D + n[:, None].to(tl.int64) * D + d[None, :]

@@ -7,11 +7,20 @@ In GEMM letters, as kernels.py: y (M, N) = x (M, K) @ b[e] (K, N) for the rows o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NoReturn, cast
 
 import torch
-import triton
+from triton.runtime.errors import OutOfResources
+from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from moe_ops.configs.choose import Problem, choose, device_of, rows_bucket
+from moe_ops.configs.kernel_config import (
+    KernelConfig,
+    KernelConfigBackward_dW,
+    KernelConfigBackward_dX,
+    KernelConfigForward,
+)
 from moe_ops.kernels.schedule import expert_offsets_kernel, tile_schedule_kernel
 from moe_ops.ops.grouped_gemm.kernels import (
     _grouped_gemm_bwd_bias_dots_kernel,
@@ -20,31 +29,39 @@ from moe_ops.ops.grouped_gemm.kernels import (
     _grouped_gemm_kernel,
 )
 from moe_ops.ops.launching import (
-    compute_capability,
+    cdiv,
     gather_rows,
     launch_on,
-    num_sms,
+    next_power_of_2,
     refuse_bf16,
     sum_rows,
 )
 
+# Row tiles of at most so many rows find their place themselves: a schedule is one launch more.
+_FINDS_TILES_ROWS = 32
+
 
 @dataclass(frozen=True)
-class GemmConfig:
-    """Block sizes of one launch; for dW block_m is the contracted one."""
+class _Tiling:
+    """A forward's or a dX's configuration in the kernel's letters: y (M, N) = x (M, K) @ b (K, N)."""
 
+    config: KernelConfig
     block_m: int
     block_n: int
     block_k: int
-    num_warps: int
-    num_stages: int
-    tma: bool = False
-    group_m: int = 8
+    tail_tiles: bool
+    tma_x: bool
+    tma_b: bool
 
-    @property
-    def flatten(self) -> bool:
-        """Whether the persistent loop and the loop over K become one, to overlap epilogues."""
-        return self.tma
+    @staticmethod
+    def of(config: KernelConfig) -> _Tiling:
+        m, n, k = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
+        if isinstance(config, KernelConfigBackward_dX):
+            x, w = config.use_tma_load_dy, config.use_tma_load_w
+            return _Tiling(config, m, k, n, config.tail_tiles, x, w)
+        config = cast(KernelConfigForward, config)
+        x, w = config.use_tma_load_x, config.use_tma_load_w
+        return _Tiling(config, m, n, k, config.tail_tiles, x, w)
 
 
 def grouped_gemm(
@@ -62,6 +79,7 @@ def grouped_gemm(
     num_rows = input.shape[0] * top_k if permute_x else input.shape[0]
     output = input.new_empty(num_rows, weight.shape[1])
     gemm = _Gemm(
+        "forward",
         x=input,
         b=weight.transpose(1, 2),
         token_counts=token_counts,
@@ -70,8 +88,11 @@ def grouped_gemm(
         x_divisor=top_k if permute_x else 0,
         scale=topk_weights,
         top_k=top_k,
+        scatter_y=permute_y,
+        has_bias=bias is not None,
+        kernel_config=kernel_config,
     )
-    gemm.launch(output, bias=bias, scatter_y=permute_y)
+    gemm.launch(output, bias=bias)
     return output
 
 
@@ -94,6 +115,7 @@ def grouped_gemm_dx(
     if not any(needs):
         return grad_input, grad_topk_weights
     gemm = _Gemm(
+        "backward_dX",
         x=grad_output,
         b=weight,
         token_counts=token_counts,
@@ -102,12 +124,14 @@ def grouped_gemm_dx(
         x_divisor=1 if permute_y else 0,
         scale=topk_weights,
         top_k=top_k,
+        scatter_y=permute_x,
         has_dots=needs[1],
+        kernel_config=kernel_config,
     )
     grad_rows = grad_output.new_empty(num_rows, weight.shape[2]) if needs[0] else None
     dots = gemm.new_dots(bias is not None) if needs[1] else None
     other = None if dots is None else input
-    gemm.launch(grad_rows, scatter_y=permute_x, other=other, gather_other=permute_x, dots=dots)
+    gemm.launch(grad_rows, other=other, gather_other=permute_x, dots=dots)
     if grad_rows is not None:
         # In slot order, a token's rows are neighbours.
         grad_input = _sum_neighbours(grad_rows, top_k) if permute_x else grad_rows
@@ -145,13 +169,13 @@ def grouped_gemm_dw(
     if needs[0]:
         if permute_x:
             x = gather_rows(input, gather_indices, None, top_k, top_k)
-        grad_weight = _grad_weight(g, x, offsets, transposed)
+        grad_weight = _grad_weight(g, x, offsets, transposed, kernel_config)
     if needs[1]:
         grad_bias = g.new_empty(num_experts, out_features)
         if grad_bias.numel() > 0:
             block_n = 128
             with launch_on(g):
-                _grouped_gemm_bwd_dbias_kernel[(num_experts, triton.cdiv(out_features, block_n))](
+                _grouped_gemm_bwd_dbias_kernel[(num_experts, cdiv(out_features, block_n))](
                     g, grad_bias, offsets, num_experts, out_features, *g.stride(),
                     BLOCK_M=32, BLOCK_N=block_n,
                 )  # fmt: skip
@@ -166,13 +190,17 @@ def _expert_offsets(token_counts: torch.Tensor, num_rows: int) -> torch.Tensor:
         with launch_on(token_counts):
             expert_offsets_kernel[(1,)](
                 token_counts.contiguous(), offsets, num_rows, num_experts,
-                EXPERTS=triton.next_power_of_2(num_experts),
+                EXPERTS=next_power_of_2(num_experts),
             )  # fmt: skip
     return offsets
 
 
 def _grad_weight(
-    g: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, transposed: bool
+    g: torch.Tensor,
+    x: torch.Tensor,
+    offsets: torch.Tensor,
+    transposed: bool,
+    kernel_config: str | None,
 ) -> torch.Tensor:
     """sum_i outer(g[i], x[i]) of each expert's rows, (E, N, D), stored (E, D, N) if transposed."""
     refuse_bf16(g)
@@ -181,30 +209,39 @@ def _grad_weight(
     sizes = (num_experts, left.shape[1], right.shape[1])
     stored = g.new_zeros(sizes) if num_rows == 0 else g.new_empty(sizes)
     if num_rows > 0 and stored.numel() > 0:
-        config = _dw_config(left, right, stored)
-        tiles_n = triton.cdiv(left.shape[1], config.block_n)
-        tiles = num_experts * tiles_n * triton.cdiv(right.shape[1], config.block_k)
-        programs = min(num_sms(g.device), tiles)
-        stored_desc = None
-        if config.tma:
-            block = [1, config.block_n, config.block_k]
-            stored_desc = TensorDescriptor.from_tensor(stored, block)
-            # Seen by this thread alone: autograd's backward thread would miss a global one.
-            triton.set_allocator(_allocate)
-        with launch_on(g):
-            _grouped_gemm_bwd_dw_kernel[(programs,)](
-                left, right, stored, stored_desc, offsets, *sizes,
-                *left.stride(), *right.stride(),
-                BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=config.block_k,
-                GROUP=config.group_m,
-                PRECISION=_precision(g.dtype), TMA=config.tma, FLATTEN=config.flatten,
-                num_warps=config.num_warps, num_stages=config.num_stages,
-            )  # fmt: skip
+        problem = Problem(
+            "backward_dW", _name(g.dtype), num_experts, g.shape[1], x.shape[1],
+            rows_bucket(num_rows, num_experts), ("transposed",) if transposed else (),
+        )  # fmt: skip
+        device = device_of(g.device)
+        config = cast(KernelConfigBackward_dW, choose(problem, device, kernel_config))
+        block_m, block_left, block_right = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
+        tma_left, tma_right = config.use_tma_load_dy, config.use_tma_load_x
+        if transposed:
+            block_left, block_right = block_right, block_left
+            tma_left, tma_right = tma_right, tma_left
+        tma_left = tma_left and _has_tma(left)
+        tma_right = tma_right and _has_tma(right)
+        tma_stored = config.use_tma_store and _has_tma(stored)
+        tiles_left = cdiv(left.shape[1], block_left)
+        tiles = num_experts * tiles_left * cdiv(right.shape[1], block_right)
+        block = [1, block_left, block_right]
+        programs = min(device.num_sms * config.programs_per_sm, tiles)
+        try:
+            with launch_on(g):
+                _grouped_gemm_bwd_dw_kernel[(programs,)](
+                    left, create_ragged_descriptor(left, [block_m, block_left]) if tma_left else None,
+                    right, create_ragged_descriptor(right, [block_m, block_right]) if tma_right else None,
+                    stored, TensorDescriptor.from_tensor(stored, block) if tma_stored else None,
+                    offsets, *sizes, *left.stride(), *right.stride(),
+                    BLOCK_M=block_m, BLOCK_N=block_left, BLOCK_D=block_right, GROUP=config.group_m,
+                    PRECISION=_precision(g.dtype), TMA_G=tma_left, TMA_X=tma_right, TMA_DW=tma_stored,
+                    FLATTEN=config.flatten,
+                    num_warps=config.num_warps, num_stages=config.num_stages,
+                )  # fmt: skip
+        except OutOfResources as error:
+            _refuse_too_large(error, kernel_config)
     return stored.transpose(1, 2) if transposed else stored
-
-
-def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-    return torch.empty(size, device="cuda", dtype=torch.int8)
 
 
 def _sum_neighbours(rows: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -213,36 +250,27 @@ def _sum_neighbours(rows: torch.Tensor, top_k: int) -> torch.Tensor:
     return sum_rows(rows, slots, None, top_k)
 
 
-def _dw_config(left: torch.Tensor, right: torch.Tensor, stored: torch.Tensor) -> GemmConfig:
-    if left.dtype == torch.float32 or compute_capability(left.device) < (8, 0):
-        return GemmConfig(32, 64, 64, num_warps=4, num_stages=3)
-    if _has_tma(left, right, stored):
-        return GemmConfig(64, 128, 256, num_warps=8, num_stages=3, tma=True, group_m=4)
-    return GemmConfig(32, 128, 128, num_warps=8, num_stages=3)
-
-
-def _config(x: torch.Tensor, rows_per_expert: float, has_tma: bool, has_dots: bool) -> GemmConfig:
-    if x.dtype == torch.float32 or compute_capability(x.device) < (8, 0):
-        return GemmConfig(64, 64, 32, num_warps=4, num_stages=3)
-    if rows_per_expert <= 32:
-        # Decoding: a few rows an expert, bound by reading the weights.
-        return GemmConfig(16, 128, 128, num_warps=4, num_stages=4)
-    if has_tma and has_dots:
-        # The rows that x @ b is multiplied with take the registers of a wider tile.
-        return GemmConfig(128, 128, 64, num_warps=8, num_stages=4, tma=True)
-    if has_tma:
-        return GemmConfig(128, 256, 64, num_warps=8, num_stages=3, tma=True)
-    return GemmConfig(128, 128, 32, num_warps=8, num_stages=3)
-
-
-def _has_tma(*tensors: torch.Tensor) -> bool:
-    """Whether descriptors can read these: Hopper or newer, 16-byte addresses and strides."""
-    return compute_capability(tensors[0].device) >= (9, 0) and all(
-        t.data_ptr() % 16 == 0
-        and t.stride(-1) == 1
-        and all(s > 0 and s * t.element_size() % 16 == 0 for s in t.stride()[:-1])
-        for t in tensors
+def _has_tma(tensor: torch.Tensor) -> bool:
+    """Whether a descriptor can read it: Hopper or newer, 16-byte address and strides."""
+    *outer, inner = tensor.stride()
+    size = tensor.element_size()
+    return (
+        device_of(tensor.device).has_tma
+        and inner == 1
+        and tensor.data_ptr() % 16 == 0
+        and all(stride > 0 and stride * size % 16 == 0 for stride in outer)
     )
+
+
+def _refuse_too_large(error: OutOfResources, kernel_config: str | None) -> NoReturn:
+    """A configuration that the caller gave and that does not fit the GPU is the caller's error."""
+    if kernel_config is None:
+        raise error
+    raise ValueError(f"moe_ops: kernel_config does not fit this GPU: {error}") from error
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -257,6 +285,8 @@ class _Gemm:
 
     def __init__(
         self,
+        kind: str,
+        *,
         x: torch.Tensor,
         b: torch.Tensor,
         token_counts: torch.Tensor,
@@ -265,7 +295,10 @@ class _Gemm:
         x_divisor: int,
         scale: torch.Tensor | None,
         top_k: int,
+        scatter_y: bool,
+        has_bias: bool = False,
         has_dots: bool = False,
+        kernel_config: str | None,
     ) -> None:
         refuse_bf16(x)
         self.x, self.b = x, b
@@ -275,16 +308,34 @@ class _Gemm:
         self.x_divisor = x_divisor
         self.scale = scale
         self.top_k = top_k
+        self.scatter_y = scatter_y
+        self.kernel_config = kernel_config
         self.num_experts, self.k, self.n = b.shape
         self.b_is_nk = b.stride(1) == 1
-        self.described = b.transpose(1, 2) if self.b_is_nk else b
-        read_by_tma = [self.described] if x_divisor else [self.described, x]
-        has_tma = min(self.k, self.n, num_rows) > 0 and _has_tma(*read_by_tma)
-        rows_per_expert = num_rows / max(self.num_experts, 1)
-        self.config = _config(x, rows_per_expert, has_tma, has_dots)
-        self.tiles_n = triton.cdiv(self.n, self.config.block_n)
-        self.max_tiles = triton.cdiv(num_rows, self.config.block_m) + self.num_experts
-        self.tiles = torch.empty(3 * self.max_tiles + 1, dtype=torch.int32, device=x.device)
+        self.device = device_of(x.device)
+        is_forward = kind == "forward"
+        out_features, in_features = (self.n, self.k) if is_forward else (self.k, self.n)
+        flags = {
+            "gather": x_divisor > 0,
+            "scatter": scatter_y,
+            "scale": scale is not None,
+            "bias": has_bias,
+            "dots": has_dots,
+            "transposed": self.b_is_nk != is_forward,
+        }
+        rows = rows_bucket(num_rows, self.num_experts)
+        problem = Problem(
+            kind, _name(x.dtype), self.num_experts, out_features, in_features, rows,
+            tuple(flag for flag, is_set in flags.items() if is_set),
+        )  # fmt: skip
+        self.tiling = _Tiling.of(choose(problem, self.device, kernel_config))
+        block_m = self.tiling.block_m
+        self.tiles_n = cdiv(self.n, self.tiling.block_n)
+        self.max_tiles = cdiv(num_rows, block_m) + self.num_experts
+        self.finds_tiles = block_m <= _FINDS_TILES_ROWS and not has_dots
+        self.tiles = None
+        if not self.finds_tiles:
+            self.tiles = torch.empty(3 * self.max_tiles + 1, dtype=torch.int32, device=x.device)
 
     def new_dots(self, has_bias: bool) -> torch.Tensor:
         """Where the router gradient is summed up: a row per column tile, one more for the bias."""
@@ -296,7 +347,6 @@ class _Gemm:
         y: torch.Tensor | None,
         *,
         bias: torch.Tensor | None = None,
-        scatter_y: bool = False,
         other: torch.Tensor | None = None,
         gather_other: bool = False,
         dots: torch.Tensor | None = None,
@@ -309,42 +359,61 @@ class _Gemm:
             if y is not None:
                 y.zero_()
             return
-        config = self.config
-        programs = min(num_sms(self.x.device), self.max_tiles * self.tiles_n)
-        tma_x = config.tma and not self.x_divisor
-        x_desc = b_desc = None
-        if tma_x:
-            x_desc = TensorDescriptor.from_tensor(self.x, [config.block_m, config.block_k])
-        if config.tma:
-            block = [config.block_n, config.block_k]
+        tiling, config = self.tiling, self.tiling.config
+        experts = next_power_of_2(self.num_experts)
+        try:
+            with launch_on(self.x):
+                if not self.finds_tiles:
+                    # More programs than experts: all of them share the rows to zero.
+                    tile_schedule_kernel[(max(self.num_experts, self.device.num_sms),)](
+                        self.token_counts, self.tiles, y, self.gather,
+                        self.num_rows, self.num_experts, self.max_tiles, self.n,
+                        BLOCK_M=tiling.block_m, EXPERTS=experts, BLOCK_W=1024,
+                        ZERO_TAIL=y is not None, SCATTER=self.scatter_y,
+                    )  # fmt: skip
+                x_desc, b_desc, y_desc = self._descriptors(y, tiling.block_m)
+                x_tail_desc = y_tail_desc = None
+                if tiling.tail_tiles:
+                    x_tail_desc, _, y_tail_desc = self._descriptors(y, tiling.block_m // 2)
+                programs = self.device.num_sms * config.programs_per_sm
+                programs = min(programs, max(self.max_tiles * self.tiles_n, 1))
+                _grouped_gemm_kernel[(programs,)](
+                    self.x, x_desc, x_tail_desc, self.b, b_desc, bias, self.scale, self.gather,
+                    y, y_desc, y_tail_desc, other, dots, self.token_counts, self.tiles,
+                    self.max_tiles, self.num_rows, self.num_experts, self.n, self.k, self.top_k,
+                    max(self.x_divisor, 1), self.top_k if gather_other else 1,
+                    *self.x.stride(), *self.b.stride(), *_strides(bias), *_strides(self.scale),
+                    *_strides(other),
+                    BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k,
+                    GROUP_M=config.group_m, PRECISION=_precision(self.x.dtype),
+                    TMA_X=x_desc is not None, TMA_B=b_desc is not None, TMA_Y=y_desc is not None,
+                    B_IS_NK=self.b_is_nk, EVEN_K=self.k % tiling.block_k == 0,
+                    GATHER_X=self.x_divisor > 0, SCATTER_Y=self.scatter_y,
+                    HAS_GATHER=self.gather is not None, HAS_BIAS=bias is not None,
+                    HAS_SCALE=self.scale is not None, STORE_Y=y is not None,
+                    HAS_DOTS=dots is not None, GATHER_OTHER=gather_other,
+                    FINDS_TILES=self.finds_tiles, EXPERTS=experts if self.finds_tiles else 1,
+                    BLOCK_W=1024, TAIL_TILES=tiling.tail_tiles, FLATTEN=config.flatten,
+                    num_warps=config.num_warps, num_stages=config.num_stages,
+                )  # fmt: skip
+        except OutOfResources as error:
+            _refuse_too_large(error, self.kernel_config)
+
+    def _descriptors(self, y: torch.Tensor | None, block_m: int) -> list[TensorDescriptor | None]:
+        """Of x, b and y, for tiles of block_m rows; None where pointers serve."""
+        tiling = self.tiling
+        x_desc = b_desc = y_desc = None
+        if self.k > 0 and tiling.tma_x and not self.x_divisor and _has_tma(self.x):
+            x_desc = TensorDescriptor.from_tensor(self.x, [block_m, tiling.block_k])
+        described = self.b.transpose(1, 2) if self.b_is_nk else self.b
+        if self.k > 0 and self.n > 0 and tiling.tma_b and _has_tma(described):
+            block = (tiling.block_n, tiling.block_k)
             block = block if self.b_is_nk else block[::-1]
-            b_desc = TensorDescriptor.from_tensor(self.described, [1, *block])
-        with launch_on(self.x):
-            # More programs than experts: all of them share the rows to zero.
-            tile_schedule_kernel[(max(self.num_experts, num_sms(self.x.device)),)](
-                self.token_counts, self.tiles, y, self.gather,
-                self.num_rows, self.num_experts, self.max_tiles, self.n,
-                BLOCK_M=config.block_m, EXPERTS=triton.next_power_of_2(self.num_experts),
-                BLOCK_W=1024, ZERO_TAIL=y is not None, SCATTER=scatter_y,
-            )  # fmt: skip
-            if programs == 0:
-                return
-            _grouped_gemm_kernel[(programs,)](
-                self.x, x_desc, self.b, b_desc, bias, self.scale, self.gather, y, other, dots,
-                self.tiles, self.max_tiles, self.num_rows, self.n, self.k, self.top_k,
-                max(self.x_divisor, 1), self.top_k if gather_other else 1,
-                *self.x.stride(), *self.b.stride(), *_strides(bias), *_strides(self.scale),
-                *_strides(other),
-                BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-                GROUP_M=config.group_m, PRECISION=_precision(self.x.dtype),
-                TMA_X=tma_x, TMA_B=config.tma, B_IS_NK=self.b_is_nk,
-                EVEN_K=self.k % config.block_k == 0, GATHER_X=self.x_divisor > 0,
-                SCATTER_Y=scatter_y, HAS_GATHER=self.gather is not None,
-                HAS_BIAS=bias is not None, HAS_SCALE=self.scale is not None,
-                STORE_Y=y is not None, HAS_DOTS=dots is not None, GATHER_OTHER=gather_other,
-                FLATTEN=config.flatten,
-                num_warps=config.num_warps, num_stages=config.num_stages,
-            )  # fmt: skip
+            b_desc = TensorDescriptor.from_tensor(described, [1, *block])
+        if y is not None and self.n > 0 and tiling.config.use_tma_store and not self.scatter_y:
+            # Ends at the expert's last row, wherever that is.
+            y_desc = create_ragged_descriptor(y, [block_m, tiling.block_n]) if _has_tma(y) else None
+        return [x_desc, b_desc, y_desc]
 
     def launch_bias_dots(self, bias: torch.Tensor, dots: torch.Tensor) -> None:
         """Writes dots[slot] = <x[row], bias[e]>, on the schedule that `launch` made."""
@@ -354,7 +423,7 @@ class _Gemm:
             _grouped_gemm_bwd_bias_dots_kernel[(self.max_tiles,)](
                 self.x, self.gather, bias, dots, self.tiles, self.max_tiles, self.num_rows, self.k,
                 *self.x.stride(), *bias.stride(),
-                BLOCK_M=self.config.block_m, BLOCK_N=64, HAS_GATHER=self.gather is not None,
+                BLOCK_M=self.tiling.block_m, BLOCK_N=64, HAS_GATHER=self.gather is not None,
                 GATHER_G=self.x_divisor > 0,
             )  # fmt: skip
 

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which configuration a launch gets.
+
+In this order: what the caller gave as kernel_config; what was tuned on this machine (cache.py); what
+is shipped for this GPU (tables/); what the heuristics here compute from the problem, the GPU's
+shared memory and its number of SMs.
+
+M rows, N columns and K contracted elements of one expert's product; in dW the contracted are rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from importlib import resources
+from typing import Any
+
+import torch
+
+from moe_ops.configs import cache
+from moe_ops.configs.kernel_config import (
+    KernelConfig,
+    KernelConfigBackward_dW,
+    KernelConfigBackward_dX,
+    KernelConfigForward,
+    parse,
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a configuration depends on, without the exact number of rows.
+
+    Attributes:
+        kind: a key of PASSES.
+        dtype: such as "bfloat16".
+        num_experts, out_features, in_features: E, N, D of the op.
+        rows: the mean number of rows per expert, rounded up to a power of two.
+        flags: what else the kernel does, of "gather" (rows of x are gathered), "scatter" (rows of
+            the output are scattered), "scale" (they are multiplied by topk_weights), "bias", "dots"
+            (the router gradient), "transposed" (the weight is a transposed view), in this order.
+    """
+
+    kind: str
+    dtype: str
+    num_experts: int
+    out_features: int
+    in_features: int
+    rows: int
+    flags: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The problem as one string: the key of tables and caches."""
+        sizes = f"E{self.num_experts} N{self.out_features} D{self.in_features} rows{self.rows}"
+        return " ".join([self.kind, self.dtype, sizes, *self.flags])
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the heuristics know of a GPU; a CPU, where Triton is interpreted, has capability 0.0."""
+
+    name: str
+    capability: tuple[int, int]
+    shared_memory: int
+    num_sms: int
+
+    @property
+    def has_tma(self) -> bool:
+        """Whether it has a tensor memory accelerator, which loads what descriptors describe."""
+        return self.capability >= (9, 0)
+
+
+@functools.cache
+def device_of(device: torch.device) -> Device:
+    """The facts of a torch device."""
+    if device.type != "cuda":
+        return Device("cpu", (0, 0), 1 << 20, 4)
+    properties = torch.cuda.get_device_properties(device)
+    return Device(
+        properties.name,
+        (properties.major, properties.minor),
+        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        properties.multi_processor_count,
+    )
+
+
+def rows_bucket(num_rows: int, num_experts: int) -> int:
+    """The mean number of rows per expert, rounded up to a power of two; at least 1."""
+    mean = -(-num_rows // max(num_experts, 1))
+    return 1 << max(mean - 1, 0).bit_length()
+
+
+def choose(problem: Problem, device: Device, kernel_config: str | None) -> KernelConfig:
+    """The configuration of one launch."""
+    if kernel_config is not None:
+        given = parse(kernel_config).get(problem.kind)
+        if given is not None:
+            return given
+    return _chosen(problem, device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _chosen(problem: Problem, device: Device) -> KernelConfig:
+    tuned = cache.lookup(device.name, problem.key)
+    return tuned or shipped(device.name).get(problem.key) or heuristic(problem, device)
+
+
+cache.on_change.append(_chosen.cache_clear)
+
+
+def forget() -> None:
+    """Makes the next launches choose anew, and read the disk cache anew."""
+    cache.forget()
+
+
+@functools.cache
+def shipped(device_name: str) -> dict[str, KernelConfig]:
+    """The table that comes with the package for this GPU, by Problem.key; empty without one."""
+    file = resources.files("moe_ops.configs") / "tables" / f"{cache.table_name(device_name)}.json"
+    if not file.is_file():
+        return {}
+    return cache.parse_table(file.read_text(encoding="utf-8"))
+
+
+def heuristic(problem: Problem, device: Device) -> KernelConfig:
+    """A configuration that fits the GPU's shared memory and compiles without tuning."""
+    if problem.kind == "backward_dW":
+        return fitting(_heuristic_dw(problem, device), problem, device)
+    return fitting(_heuristic_gemm(problem, device), problem, device)
+
+
+def _heuristic_gemm(problem: Problem, device: Device) -> KernelConfig:
+    """Forward and dX are one kernel: m, n, k are its tile, whatever the pass calls its sides."""
+    # Triton vectorises what is a multiple of 16; other pointers take the registers of a tile.
+    is_even = problem.out_features % 16 == 0 and problem.in_features % 16 == 0
+    has_tma = device.has_tma and is_even
+    has_dots = "dots" in problem.flags
+    stages, per_sm, store = 3, 1, False
+    if problem.dtype == "float32":
+        m, n, k, warps, has_tma = 64, 64, 32, 4, False
+    elif device.capability < (8, 0):
+        m, n, k, warps, has_tma = 64, 64, 16, 8, False
+    elif problem.rows <= 32:
+        # Decoding: a few rows an expert, bound by reading the weights. Descriptors gain nothing
+        # there and cost host time.
+        m, n, per_sm = (16, 64, 4) if problem.rows <= 8 else (32, 128, 2)
+        k, warps, has_tma = 128, 4, False
+    elif has_tma and has_dots:
+        # The rows that x @ b is multiplied with take the registers of a wider tile.
+        m, n, k, warps, stages = 128, 128, 64, 8, 4
+    elif has_tma and problem.rows <= 64:
+        m, n, k, warps, stages, store = 64, 256, 64, 4, 4, True
+    elif has_tma:
+        m, n, k, warps, store = 128, 256, 64, 8, True
+    else:
+        m, n, k, warps = 128, 128 if is_even else 64, 32, 8
+    common: dict[str, Any] = {
+        "BLOCK_M": m, "num_warps": warps, "num_stages": stages, "group_m": 16 if has_tma else 8,
+        "programs_per_sm": per_sm, "use_tma_store": store, "use_tma_load_w": has_tma,
+        # Flattened, the dots spill on Blackwell.
+        "flatten": has_tma and not (has_dots and device.capability >= (10, 0)),
+    }  # fmt: skip
+    if problem.kind == "forward":
+        return KernelConfigForward(BLOCK_N=n, BLOCK_K=k, use_tma_load_x=has_tma, **common)
+    return KernelConfigBackward_dX(BLOCK_K=n, BLOCK_N=k, use_tma_load_dy=has_tma, **common)
+
+
+def _heuristic_dw(problem: Problem, device: Device) -> KernelConfigBackward_dW:
+    if problem.dtype == "float32" or device.capability < (8, 0):
+        m = 32 if problem.dtype == "float32" else 16
+        return KernelConfigBackward_dW(
+            BLOCK_M=m, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3, flatten=False
+        )
+    if not device.has_tma:
+        return KernelConfigBackward_dW(
+            BLOCK_M=32, BLOCK_N=128, BLOCK_K=128, num_warps=8, num_stages=3, flatten=False
+        )
+    # Two programs an SM: one stores its tile while the other multiplies. With many rows that does
+    # not pay for the narrower tile.
+    is_long = problem.rows >= 2048
+    return KernelConfigBackward_dW(
+        BLOCK_M=32,
+        BLOCK_N=128,
+        BLOCK_K=256 if is_long else 128,
+        num_warps=8 if is_long else 4,
+        num_stages=5 if is_long else 4,
+        group_m=2 if is_long else 4,
+        programs_per_sm=1 if is_long else 2,
+        use_tma_load_dy=True,
+        use_tma_load_x=True,
+        use_tma_store=True,
+    )
+
+
+def shared_memory(config: KernelConfig, dtype: str) -> int:
+    """Bytes of shared memory that a launch needs, an estimate."""
+    size = {"float32": 4}.get(dtype, 2)
+    m, n, k = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
+    if isinstance(config, KernelConfigForward):
+        operands, output = (m + n) * k, m * n
+    elif isinstance(config, KernelConfigBackward_dX):
+        operands, output = (m + k) * n, m * k
+    else:
+        operands, output = (n + k) * m, n * k
+    stored = output * size if config.use_tma_store else 0
+    return operands * size * config.num_stages + stored + 1024
+
+
+def fitting(config: KernelConfig, problem: Problem, device: Device) -> KernelConfig:
+    """The same with fewer stages, then with smaller blocks, until it fits the shared memory."""
+    while shared_memory(config, problem.dtype) > device.shared_memory:
+        if config.num_stages > 2:
+            config = replace(config, num_stages=config.num_stages - 1)
+            continue
+        widest = max(("BLOCK_K", "BLOCK_N", "BLOCK_M"), key=lambda name: getattr(config, name))
+        if getattr(config, widest) == 16:
+            break
+        config = replace(config, **{widest: getattr(config, widest) // 2})
+    return config
