@@ -20,8 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from moe_ops.configs.choose import Device
-from moe_ops.ops import launching
-from moe_ops.ops.grouped_gemm import launch
+from moe_ops.ops import gemm_launching, launching
 
 # By the name of the architecture; shared memory is what one block may have.
 GPUS = {
@@ -73,7 +72,7 @@ def compiling_for(device: Device) -> Iterator[list[Resources]]:
     with (
         mock.patch.object(triton.runtime.driver, "_active", _Driver(device.capability)),
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(launch, "device_of", return_value=device),
+        mock.patch.object(gemm_launching, "device_of", return_value=device),
         mock.patch.object(launching, "compute_capability", return_value=device.capability),
     ):
         yield found

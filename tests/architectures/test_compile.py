@@ -25,7 +25,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles kernels, which TRITON_INTERPRET=1 interprets", allow_module_level=True)
 pytest.importorskip("triton", exc_type=ImportError)
 
-from moe_ops.ops.grouped_gemm import launch as gemm
+from moe_ops.ops import gemm_launching
 from tests.architectures import calls
 from tests.architectures.calls import SIZES, Call, Sizes
 from tests.architectures.compiled import GPUS, Resources, compiling_for
@@ -139,7 +139,7 @@ def test_sizes(gpu, size):
 def test_fp32(gpu, precision, monkeypatch):
     if precision == "tf32" and gpu == "sm_75":
         pytest.skip("no tf32 before compute capability 8.0")
-    monkeypatch.setattr(gemm, "_precision", lambda dtype: precision)
+    monkeypatch.setattr(gemm_launching, "_precision", lambda dtype: precision)
     named = calls.grouped_gemm(SIZES["training"], F32, **MODES["permute_y-weights-bias"])
     check(GPUS[gpu], named, stack_limit(gpu))
     used = "tf32" in compile_all(GPUS[gpu], [named["forward"]])[-1].ptx

@@ -28,7 +28,7 @@ modes = pytest.mark.parametrize("mode", ["plain", *EVERY_FLAG])
 @pytest.fixture
 def made(monkeypatch):
     """The launcher takes the CPU for a Hopper GPU; lists the descriptors that it makes."""
-    launch = pytest.importorskip("moe_ops.ops.grouped_gemm.launch")
+    launch = pytest.importorskip("moe_ops.ops.gemm_launching")
     listed: list[tuple[str, int]] = []
 
     class Listed(launch.TensorDescriptor):  # type: ignore[name-defined]

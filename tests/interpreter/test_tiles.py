@@ -26,7 +26,7 @@ def test_pointers(mode, dtype):
 @pytest.fixture
 def hopper(monkeypatch):
     """The launcher takes the CPU for a Hopper GPU; lists the descriptors that it makes."""
-    launch = pytest.importorskip("moe_ops.ops.grouped_gemm.launch")
+    launch = pytest.importorskip("moe_ops.ops.gemm_launching")
     made: list[str] = []
 
     def listed(name, make):

@@ -2,8 +2,9 @@
 """The tile schedule of a grouped GEMM: which rows of which expert each tile covers.
 
 Made on the device from token_counts, so that nothing is read on the host. E experts, R rows.
-A schedule is int32 (3 * max_tiles + 1,): expert, first row and end row of each tile, in expert
-order, then the number of tiles. max_tiles = cdiv(R, BLOCK_M) + E is enough for any counts.
+A schedule is int32 (3 * max_tiles + 2,): expert, first row and end row of each tile, in expert
+order, then the number of tiles, and the number of rows that belong to an expert. max_tiles =
+cdiv(R, BLOCK_M) + E is enough for any counts.
 
 A GEMM of few rows finds its tiles by itself (find_tile), which saves it a launch.
 """
@@ -80,6 +81,7 @@ def tile_schedule_kernel(
         tl.store(tiles_ptr + 2 * max_tiles + first_tile + i, end)
     if pid == 0:
         tl.store(tiles_ptr + 3 * max_tiles, tl.sum(tiles))
+        tl.store(tiles_ptr + 3 * max_tiles + 1, tl.max(ends, 0))
     if ZERO_TAIL:
         zero_tail(output_ptr, rows_ptr, tl.max(ends, 0), num_rows, width, SCATTER, BLOCK_W)
 

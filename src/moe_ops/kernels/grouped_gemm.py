@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels of grouped_gemm, its dX and its dW.
+"""Grouped GEMMs: the products of grouped_gemm, its dX and its dW, and of fused_experts.
 
 In GEMM letters: each expert e multiplies its rows, y (M, N) = x (M, K) @ b[e] (K, N). Forward: M
 rows, N out_features, K in_features, b[e] = weight[e].T. dX: N in_features, K out_features, b[e] =
 weight[e], so it is the same kernel with other strides. dW contracts over the rows: (N, D) per
 expert.
+
+A kernel walks tiles (tile_of), gets its rows from the schedule, multiplies (multiply), and has its
+own way with the result.
 """
 
 import triton
@@ -15,7 +18,7 @@ from moe_ops.kernels.schedule import expert_rows, find_tile, tiles_before, zero_
 
 
 @triton.jit
-def _tile_of(t, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+def tile_of(t, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     """Tile (m, n) of position t: GROUP_M row tiles share their weight columns in the L2 cache."""
     width = GROUP_M * tiles_n
     first_m = (t // width) * GROUP_M
@@ -24,7 +27,7 @@ def _tile_of(t, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _load_x(
+def load_x(
     desc, pointers, row, k0, in_rows, in_k, TMA: tl.constexpr, EVEN_K: tl.constexpr
 ):  # fmt: skip
     """The next (BLOCK_M, BLOCK_K) of x; zeros past K, anything past the rows of a descriptor."""
@@ -38,13 +41,20 @@ def _load_x(
 
 
 @triton.jit
-def _load_b(
+def load_b(
     desc, pointers, e, n0, k0, in_cols, in_k,
-    TMA: tl.constexpr, IS_NK: tl.constexpr, EVEN_K: tl.constexpr,
+    TMA: tl.constexpr, IS_NK: tl.constexpr, HALVES: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The next (BLOCK_K, BLOCK_N) of b[e]; zeros past K and N."""
-    if TMA and IS_NK:
+    """The next (BLOCK_K, BLOCK_N) of b[e]; zeros past K and N.
+
+    With HALVES, half of the columns begin at n0 of the first half of N, half at n0 of the second.
+    """
+    if TMA and HALVES and IS_NK:
+        b = desc.load([e, 0, n0, k0]).reshape(BLOCK_N, BLOCK_K).T
+    elif TMA and HALVES:
+        b = desc.load([e, k0, 0, n0]).reshape(BLOCK_K, BLOCK_N)
+    elif TMA and IS_NK:
         b = desc.load([e, n0, k0]).reshape(BLOCK_N, BLOCK_K).T
     elif TMA:
         b = desc.load([e, k0, n0]).reshape(BLOCK_K, BLOCK_N)
@@ -56,30 +66,20 @@ def _load_b(
 
 
 @triton.jit
-def _grouped_gemm_tile(
-    x_ptr, x_desc, b_ptr, b_desc, bias_ptr, scale_ptr, gather_ptr, y_ptr, y_desc,
-    other_ptr, dots_ptr, e, first, end, tile_n, num_rows, N, K, top_k, x_divisor, other_divisor,
+def multiply(
+    x_ptr, x_desc, b_ptr, b_desc, bias_ptr, source, in_source, first, e, cols, in_cols, n0, K,
     stride_xm, stride_xk, stride_be, stride_bk, stride_bn, stride_bias_e, stride_bias_n,
-    stride_st, stride_sk, stride_om, stride_on,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    TMA_X: tl.constexpr, TMA_B: tl.constexpr, TMA_Y: tl.constexpr, B_IS_NK: tl.constexpr,
-    EVEN_K: tl.constexpr, GATHER_X: tl.constexpr, SCATTER_Y: tl.constexpr,
-    HAS_GATHER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
-    STORE_Y: tl.constexpr, HAS_DOTS: tl.constexpr, GATHER_OTHER: tl.constexpr,
+    TMA_X: tl.constexpr, TMA_B: tl.constexpr, B_IS_NK: tl.constexpr, HALVES: tl.constexpr,
+    EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of _grouped_gemm_kernel: up to BLOCK_M rows from `first`, columns of tile_n."""
-    rows = first + tl.arange(0, BLOCK_M)
-    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_rows = rows < end
-    in_cols = cols < N
+    """x[source] @ b[e][:, cols] + bias[e, cols] in fp32, (BLOCK_M, BLOCK_N).
+
+    Descriptors load BLOCK_M rows from `first`, and columns from n0 as load_b says; pointers load
+    `source` and `cols`.
+    """
     k = tl.arange(0, BLOCK_K)
     # Dead code where a descriptor loads instead.
-    source = rows
-    in_source = in_rows
-    if GATHER_X:
-        source = tl.load(gather_ptr + rows, mask=in_rows, other=-1)
-        in_source = in_rows & (source >= 0) & (source < num_rows)
-        source //= x_divisor
     x_pointers = (
         x_ptr + source[:, None].to(tl.int64) * stride_xm + k[None, :].to(tl.int64) * stride_xk
     )
@@ -97,14 +97,55 @@ def _grouped_gemm_tile(
         )
         acc += tl.load(bias_pointers, mask=in_cols, other=0).to(tl.float32)[None, :]
     for k0 in range(0, K, BLOCK_K):
-        x = _load_x(x_desc, x_pointers, first, k0, in_source, k0 + k < K, TMA_X, EVEN_K)
-        b = _load_b(
-            b_desc, b_pointers, e, tile_n * BLOCK_N, k0, in_cols, k0 + k < K,
-            TMA_B, B_IS_NK, EVEN_K, BLOCK_N, BLOCK_K,
+        x = load_x(x_desc, x_pointers, first, k0, in_source, k0 + k < K, TMA_X, EVEN_K)
+        b = load_b(
+            b_desc, b_pointers, e, n0, k0, in_cols, k0 + k < K,
+            TMA_B, B_IS_NK, HALVES, EVEN_K, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         acc = tl.dot(x, b, acc, input_precision=PRECISION)
         x_pointers += tl.cast(stride_xk, tl.int64) * BLOCK_K
         b_pointers += tl.cast(stride_bk, tl.int64) * BLOCK_K
+    return acc
+
+
+@triton.jit
+def source_rows(
+    gather_ptr, rows, in_rows, num_rows, divisor, GATHER: tl.constexpr
+):  # fmt: skip
+    """Which row of x each row multiplies, and whether there is one."""
+    source = rows
+    in_source = in_rows
+    if GATHER:
+        source = tl.load(gather_ptr + rows, mask=in_rows, other=-1)
+        in_source = in_rows & (source >= 0) & (source < num_rows)
+        source //= divisor
+    return source, in_source
+
+
+@triton.jit
+def grouped_gemm_tile(
+    x_ptr, x_desc, b_ptr, b_desc, bias_ptr, scale_ptr, gather_ptr, y_ptr, y_desc,
+    other_ptr, dots_ptr, e, first, end, tile_n, num_rows, N, K, top_k, x_divisor, other_divisor,
+    stride_xm, stride_xk, stride_be, stride_bk, stride_bn, stride_bias_e, stride_bias_n,
+    stride_st, stride_sk, stride_om, stride_on,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    TMA_X: tl.constexpr, TMA_B: tl.constexpr, TMA_Y: tl.constexpr, B_IS_NK: tl.constexpr,
+    EVEN_K: tl.constexpr, GATHER_X: tl.constexpr, SCATTER_Y: tl.constexpr,
+    HAS_GATHER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
+    STORE_Y: tl.constexpr, HAS_DOTS: tl.constexpr, GATHER_OTHER: tl.constexpr,
+):  # fmt: skip
+    """One tile of grouped_gemm_kernel: up to BLOCK_M rows from `first`, columns of tile_n."""
+    rows = first + tl.arange(0, BLOCK_M)
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_rows = rows < end
+    in_cols = cols < N
+    source, in_source = source_rows(gather_ptr, rows, in_rows, num_rows, x_divisor, GATHER_X)
+    acc = multiply(
+        x_ptr, x_desc, b_ptr, b_desc, bias_ptr, source, in_source, first, e, cols, in_cols,
+        tile_n * BLOCK_N, K,
+        stride_xm, stride_xk, stride_be, stride_bk, stride_bn, stride_bias_e, stride_bias_n,
+        BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, TMA_X, TMA_B, B_IS_NK, False, EVEN_K, HAS_BIAS,
+    )  # fmt: skip
     # Loaded here and not above: the registers of the loop are all taken.
     slots = rows
     if HAS_GATHER:
@@ -147,7 +188,7 @@ def _grouped_gemm_tile(
 
 
 @triton.jit(do_not_specialize=["max_tiles", "num_rows"])
-def _grouped_gemm_kernel(
+def grouped_gemm_kernel(
     x_ptr, x_desc, x_tail_desc, b_ptr, b_desc, bias_ptr, scale_ptr, gather_ptr,
     y_ptr, y_desc, y_tail_desc, other_ptr, dots_ptr, counts_ptr, tiles_ptr,
     max_tiles, num_rows, num_experts, N, K, top_k, x_divisor, other_divisor,
@@ -183,7 +224,7 @@ def _grouped_gemm_kernel(
         tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0),
         flatten=FLATTEN,
     ):  # fmt: skip
-        tile_m, tile_n = _tile_of(t, tiles_m, tiles_n, GROUP_M)
+        tile_m, tile_n = tile_of(t, tiles_m, tiles_n, GROUP_M)
         if FINDS_TILES:
             e, first, end = find_tile(tile_m, starts, ends, tiles, upto, BLOCK_M, EXPERTS)
         else:
@@ -191,7 +232,7 @@ def _grouped_gemm_kernel(
             first = tl.load(tiles_ptr + max_tiles + tile_m)
             end = tl.load(tiles_ptr + 2 * max_tiles + tile_m)
         if TAIL_TILES and end - first <= BLOCK_M // 2:
-            _grouped_gemm_tile(
+            grouped_gemm_tile(
                 x_ptr, x_tail_desc, b_ptr, b_desc, bias_ptr, scale_ptr, gather_ptr,
                 y_ptr, y_tail_desc, other_ptr, dots_ptr, e, first, end, tile_n,
                 num_rows, N, K, top_k, x_divisor, other_divisor,
@@ -202,7 +243,7 @@ def _grouped_gemm_kernel(
                 GATHER_OTHER,
             )  # fmt: skip
         else:
-            _grouped_gemm_tile(
+            grouped_gemm_tile(
                 x_ptr, x_desc, b_ptr, b_desc, bias_ptr, scale_ptr, gather_ptr,
                 y_ptr, y_desc, other_ptr, dots_ptr, e, first, end, tile_n,
                 num_rows, N, K, top_k, x_divisor, other_divisor,
@@ -215,7 +256,7 @@ def _grouped_gemm_kernel(
 
 
 @triton.jit
-def _grouped_gemm_bwd_dw_kernel(
+def grouped_gemm_bwd_dw_kernel(
     g_ptr, g_desc, x_ptr, x_desc, dw_ptr, dw_desc, offsets_ptr, num_experts, N, D,
     stride_gm, stride_gn, stride_xm, stride_xd,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
@@ -234,7 +275,7 @@ def _grouped_gemm_bwd_dw_kernel(
         flatten=FLATTEN,
     ):  # fmt: skip
         e = t // (tiles_n * tiles_d)
-        tile_n, tile_d = _tile_of(t % (tiles_n * tiles_d), tiles_n, tiles_d, GROUP)
+        tile_n, tile_d = tile_of(t % (tiles_n * tiles_d), tiles_n, tiles_d, GROUP)
         start = tl.load(offsets_ptr + e)
         end = tl.load(offsets_ptr + num_experts + e)
         n0 = tile_n * BLOCK_N
@@ -271,14 +312,15 @@ def _grouped_gemm_bwd_dw_kernel(
             tl.store(pointers, dw, mask=(n < N)[:, None] & (d < D)[None, :])
 
 
-@triton.jit
-def _grouped_gemm_bwd_dbias_kernel(
-    g_ptr, dbias_ptr, offsets_ptr, num_experts, N, stride_gm, stride_gn,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+@triton.jit(do_not_specialize=["num_rows"])
+def grouped_gemm_bwd_dbias_kernel(
+    g_ptr, dbias_ptr, offsets_ptr, scale_ptr, gather_ptr, num_rows, num_experts, N, top_k,
+    stride_gm, stride_gn, stride_st, stride_sk,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_GATHER: tl.constexpr,
 ):  # fmt: skip
     """dbias[e, n] = sum over the rows m of expert e of g[m, n], in fp32; zeros without rows.
 
-    Grid (num_experts, cdiv(N, BLOCK_N)).
+    With HAS_SCALE each row counts scale[slot] times. Grid (num_experts, cdiv(N, BLOCK_N)).
     """
     e = tl.program_id(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -287,15 +329,27 @@ def _grouped_gemm_bwd_dbias_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for m0 in range(start, end, BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
+        in_rows = m < end
         pointers = g_ptr + m[:, None].to(tl.int64) * stride_gm + n[None, :].to(tl.int64) * stride_gn
-        g = tl.load(pointers, mask=(m < end)[:, None] & (n < N)[None, :], other=0)
-        acc += g.to(tl.float32)
+        g = tl.load(pointers, mask=in_rows[:, None] & (n < N)[None, :], other=0).to(tl.float32)
+        if HAS_SCALE:
+            slots = m
+            if HAS_GATHER:
+                slots = tl.load(gather_ptr + m, mask=in_rows, other=-1)
+            in_slots = in_rows & (slots >= 0) & (slots < num_rows)
+            scale_pointers = (
+                scale_ptr
+                + (slots // top_k).to(tl.int64) * stride_st
+                + (slots % top_k).to(tl.int64) * stride_sk
+            )
+            g *= tl.load(scale_pointers, mask=in_slots, other=0).to(tl.float32)[:, None]
+        acc += g
     dbias = tl.sum(acc, 0).to(dbias_ptr.dtype.element_ty)
     tl.store(dbias_ptr + e.to(tl.int64) * N + n, dbias, mask=n < N)
 
 
 @triton.jit(do_not_specialize=["max_tiles", "num_rows"])
-def _grouped_gemm_bwd_bias_dots_kernel(
+def grouped_gemm_bwd_bias_dots_kernel(
     g_ptr, gather_ptr, bias_ptr, dots_ptr, tiles_ptr, max_tiles, num_rows, N,
     stride_gm, stride_gn, stride_bias_e, stride_bias_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_GATHER: tl.constexpr,
