@@ -350,7 +350,7 @@ def grouped_gemm_bwd_dbias_kernel(
 
 @triton.jit(do_not_specialize=["max_tiles", "num_rows"])
 def grouped_gemm_bwd_bias_dots_kernel(
-    g_ptr, gather_ptr, bias_ptr, dots_ptr, tiles_ptr, max_tiles, num_rows, N,
+    g_ptr, gather_ptr, bias_ptr, dots_ptr, tiles_ptr, max_tiles, num_rows, N, g_divisor,
     stride_gm, stride_gn, stride_bias_e, stride_bias_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_GATHER: tl.constexpr,
     GATHER_G: tl.constexpr,
@@ -370,7 +370,7 @@ def grouped_gemm_bwd_bias_dots_kernel(
         in_slots = in_rows & (slots >= 0) & (slots < num_rows)
         source = rows
         if GATHER_G:
-            source = slots
+            source = slots // g_divisor
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for n0 in range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)

@@ -104,6 +104,7 @@ class GroupedGemm:
     Args:
         kind: whose configuration it takes, "forward" or "backward_dX".
         x_divisor: x has rows of tokens, gathered from gather // x_divisor; 0: rows in expert order.
+        needs_schedule: what comes after it reads its tile schedule.
         flags: what else the configuration depends on.
     """
 
@@ -122,6 +123,7 @@ class GroupedGemm:
         scatter_y: bool = False,
         has_bias: bool = False,
         has_dots: bool = False,
+        needs_schedule: bool = False,
         flags: tuple[str, ...] = (),
         kernel_config: str | None = None,
     ) -> None:
@@ -155,7 +157,8 @@ class GroupedGemm:
         )  # fmt: skip
         self.tiling = _Tiling.of(choose(problem, self.device, kernel_config))
         self.tiles_n = cdiv(self.n, self.tiling.block_n)
-        self.finds_tiles = self.tiling.block_m <= _FINDS_TILES_ROWS and not has_dots
+        few_rows = self.tiling.block_m <= _FINDS_TILES_ROWS
+        self.finds_tiles = few_rows and not has_dots and not needs_schedule
         self.schedule: TileSchedule | None = None
 
     @property
@@ -163,11 +166,25 @@ class GroupedGemm:
         """Whether there is no row that an expert could have."""
         return self.num_rows == 0 or self.num_experts == 0
 
-    def new_schedule(self) -> TileSchedule | None:
-        """The schedule of its tiles, not launched yet; None where the kernel finds them itself."""
+    def make_schedule(
+        self,
+        zeroed: torch.Tensor | None = None,
+        scatter: torch.Tensor | None = None,
+        shared: TileSchedule | None = None,
+    ) -> None:
+        """Makes the schedule of its tiles, or takes the shared one where that has the same.
+
+        A kernel that finds its tiles itself needs none. `zeroed` and `scatter` are those of
+        TileSchedule.launch, which a shared one does not heed.
+        """
         if self.finds_tiles:
-            return None
-        return TileSchedule(self.token_counts, self.num_rows, self.tiling.block_m)
+            return
+        block_m = self.tiling.block_m
+        if shared is not None and shared.block_m == block_m:
+            self.schedule = shared
+            return
+        self.schedule = TileSchedule(self.token_counts, self.num_rows, block_m)
+        self.schedule.launch(zeroed, scatter)
 
     def new_dots(self, has_bias: bool) -> torch.Tensor:
         """Where the router gradient is summed up: a row per column tile, one more for the bias."""
@@ -182,24 +199,23 @@ class GroupedGemm:
         other: torch.Tensor | None = None,
         gather_other: bool = False,
         dots: torch.Tensor | None = None,
-        schedule: TileSchedule | None = None,
+        zeros_tail: bool = True,
+        shared: TileSchedule | None = None,
     ) -> None:
         """Writes y[row] = scale * (x[row] @ b[e] + bias[e]).
 
         With `other`, also dots[column tile, slot] = <x[row] @ b[e], other[row]> of these columns.
-        The rows of no expert are zeroed, unless a launched `schedule` of another GEMM with these
-        tiles is given.
+        Without `zeros_tail` the rows of no expert are left as they are, and a `shared` schedule of
+        another GEMM over the same rows may serve.
         """
         if self.is_empty:
             if y is not None:
                 y.zero_()
             return
         tiling = self.tiling
-        if schedule is None or schedule.block_m != tiling.block_m:
-            schedule = self.new_schedule()
-            if schedule is not None:
-                schedule.launch(y, self.gather if self.scatter_y else None)
-        self.schedule = schedule
+        self.make_schedule(
+            y if zeros_tail else None, self.gather if self.scatter_y else None, shared
+        )
         with self.launching():
             x_desc, b_desc = self.describe_operands(tiling.block_m)
             y_desc = self._describe_output(y, tiling.block_m)
@@ -303,7 +319,7 @@ class GroupedGemm:
         with launch_on(self.x):
             grouped_gemm_bwd_bias_dots_kernel[(max_tiles,)](
                 self.x, self.gather, bias, dots, self.schedule.tiles, max_tiles, self.num_rows,
-                self.k, *self.x.stride(), *bias.stride(),
+                self.k, max(self.x_divisor, 1), *self.x.stride(), *bias.stride(),
                 BLOCK_M=self.schedule.block_m, BLOCK_N=64, HAS_GATHER=self.gather is not None,
                 GATHER_G=self.x_divisor > 0,
             )  # fmt: skip

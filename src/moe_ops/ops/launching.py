@@ -93,9 +93,16 @@ def copy_rows(input: torch.Tensor, rows: torch.Tensor, top_k: int) -> torch.Tens
 
 
 def sum_rows(
-    input: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor | None, top_k: int
+    input: torch.Tensor,
+    rows: torch.Tensor,
+    weights: torch.Tensor | None,
+    top_k: int,
+    used_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """output[t] = sum_k weights[t, k] * input[rows[t * top_k + k]]: (T * top_k, H) -> (T, H)."""
+    """output[t] = sum_k weights[t, k] * input[rows[t * top_k + k]]: (T * top_k, H) -> (T, H).
+
+    Rows from used_rows[0] on count as zeros, where it is given.
+    """
     num_rows, hidden_size = input.shape
     output = input.new_empty(num_rows // top_k, hidden_size)
     if output.numel() == 0:
@@ -103,10 +110,11 @@ def sum_rows(
     block_h = min(1024, next_power_of_2(hidden_size))
     with launch_on(input):
         sum_rows_kernel[(output.shape[0], cdiv(hidden_size, block_h))](
-            input, rows.contiguous(), weights, output,
+            input, rows.contiguous(), weights, used_rows, output,
             *input.stride(), *(weights.stride() if weights is not None else (0, 0)),
             num_rows, hidden_size,
             TOP_K=top_k, BLOCK_H=block_h, HAS_WEIGHTS=weights is not None,
+            HAS_USED=used_rows is not None,
         )  # fmt: skip
     return output
 
