@@ -7,6 +7,9 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import shutil
+import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,9 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 
 import moe_ops
-from moe_ops._core import library
-from moe_ops.configs import cache
-from moe_ops.configs.choose import shipped
+from moe_ops._core import library, reference
+from moe_ops.configs import cache, choose
 
 if TYPE_CHECKING:
     from moe_ops.tuning import Experts
@@ -35,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "show", help="what an op's schema says, and the code generated from it"
     )
     show.add_argument("op", choices=sorted(library.OPS), metavar="OP", help="such as grouped_gemm")
-    show.set_defaults(run=lambda options: _show(options.op))
+    show.add_argument("--no-code", action="store_true", help="the definition and reference alone")
+    show.set_defaults(run=lambda options: _fitted(_show(options.op, not options.no_code)))
     _add_tune(commands)
     options = parser.parse_args(arguments)
     lines: Iterable[str] = options.run(options)
@@ -43,12 +46,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _show(name: str) -> Iterable[str]:
+def _show(name: str, with_code: bool) -> Iterable[str]:
     op = library.OPS[name]
-    yield f"# torch.ops.moe.{name}{op.schema.schema}"
-    yield f"# op_schemas/{op.schema.file}"
+    yield f"=== Definition (op_schemas/{op.schema.file}, since {op.schema.since})"
+    yield f"torch.ops.moe.{name}{op.schema.schema}"
     yield ""
-    yield op.generated.source.rstrip()
+    yield "=== Reference"
+    yield from reference.docstring(op.schema).splitlines()
+    if with_code:
+        flops = "" if op.generated.flops is None else "; flops for torch.utils.flop_counter"
+        yield ""
+        yield f"=== Code (check before each call; fake for FakeTensors and meta tensors{flops})"
+        yield from op.generated.source.rstrip().splitlines()
+
+
+def _fitted(lines: Iterable[str]) -> Iterable[str]:
+    """Lines broken at the width of the terminal; as they are where something else reads them."""
+    if not sys.stdout.isatty():
+        yield from lines
+        return
+    width = shutil.get_terminal_size().columns
+    for line in lines:
+        indent = line[: len(line) - len(line.lstrip())]
+        yield from textwrap.wrap(
+            line,
+            width,
+            subsequent_indent=indent + 8 * " ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        ) or [""]
 
 
 _TUNED_SIZES = ("hidden_size", "intermediate_size", "num_experts", "top_k")
@@ -103,7 +129,6 @@ def _add_tune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def _tune(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Iterable[str]:
     from moe_ops import tuning
-    from moe_ops.configs import cache, choose
 
     given = [size for size in _TUNED_SIZES if getattr(options, size) is not None]
     if options.config is None and len(given) < len(_TUNED_SIZES):
@@ -218,14 +243,22 @@ def _cuda() -> Iterable[str]:
 def _configurations() -> Iterable[str]:
     """How many are shipped and tuned for each kind of GPU; what is neither is computed."""
     for name in sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}):
-        file = cache.path_of(name)
-        tuned = len(cache.parse_table(file.read_text(encoding="utf-8"))) if file.is_file() else 0
-        yield f"{name}: {len(shipped(name))} shipped, {tuned} tuned"
+        yield f"{name}: {len(choose.shipped(name))} shipped, {_tuned(cache.path_of(name))}"
     read = "" if cache.is_enabled() else "  (not read: MOE_OPS_AUTOTUNE=0)"
     yield f"tuned in    {cache.directory()}{read}"
 
 
+def _tuned(file: Path) -> str:
+    try:
+        return f"{len(cache.parse_table(file.read_text(encoding='utf-8')))} tuned"
+    except FileNotFoundError:
+        return "0 tuned"
+    except (OSError, ValueError) as error:
+        return f"none tuned, since {file} cannot be read: {error}"
+
+
 def _table() -> Iterable[str]:
+    """A line for each op: which implementation serves each type of device, and why."""
     rows = [("op", *library.IMPLEMENTATIONS)]
     for name, op in sorted(library.OPS.items()):
         rows.append((name, *(_choice(op, device_type) for device_type in library.IMPLEMENTATIONS)))

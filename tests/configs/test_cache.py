@@ -161,8 +161,9 @@ def test_many_writers_and_a_reader(folder):
         '{"configs": {"": {}}}', '{"configs": {"sideways x": {}}}',
         '{"configs": {"forward x": {"BLOCK_M": 17}}}', '{"configs": {"forward x": {"color": 1}}}',
         '{"configs": {"forward x": {"BLOCK_M": "64"}}}', b"\xff\xfe",
+        "[" * 100_000,
     ],
-    ids=repr,
+    ids=lambda text: repr(text)[:40],
 )  # fmt: skip
 def test_corrupt_file_is_empty(text, caplog):
     path = cache.path_of(GPU)
@@ -176,6 +177,26 @@ def test_corrupt_file_is_empty(text, caplog):
     cache.store(GPU, {PROBLEM.key: CONFIG})
     cache.forget()
     assert cache.lookup(GPU, PROBLEM.key) == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "not JSON: Expecting value"),
+        ("[]", 'expected a JSON object with an object "configs"'),
+        ('{"configs": null}', 'expected a JSON object with an object "configs"'),
+        ('{"configs": {"": {}}}', "expected keys that begin with one of"),
+        ('{"configs": {"forward x": null}}', "'forward x': expected forward to be a JSON object"),
+        ('{"configs": {"forward x": {"BLOCK_M": 17}}}', "'forward x': KernelConfigForward: exp"),
+        ('{"configs": {"forward x": {"BLOCK_M": "64"}}}', "BLOCK_M of type int, got '64'"),
+        ('{"configs": {"forward x": {}, "forward x": {}}}', "the key 'forward x' stands twice"),
+        ('{"configs": ' + "[" * 100_000, "expected JSON nested at most 8 deep"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_parse_table_says_what_is_wrong(text, reason):
+    with pytest.raises(ValueError, match=reason):
+        cache.parse_table(text)
 
 
 def test_unwritable_folder(tmp_path, monkeypatch, caplog):

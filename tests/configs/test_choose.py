@@ -3,6 +3,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from importlib import resources
 
 import pytest
@@ -117,10 +118,18 @@ def test_heuristics_fit(device):
     for problem in problems():
         config = heuristic(problem, device)
         assert type(config) is PASSES[problem.kind]
-        assert shared_memory(config, problem.dtype) <= device.shared_memory, problem
+        assert shared_memory(config, problem, device) <= device.shared_memory, problem
         assert config.num_stages >= 2, problem
         descriptors = [value for name, value in config.to_dict().items() if "use_tma" in name]
         assert device.has_tma or not any(descriptors), problem
+
+
+@pytest.mark.parametrize("name", ["99 KiB, sm_89", "164 KiB, sm_80", "227 KiB, sm_90"])
+def test_an_sm_holds_both_programs_of_few_rows(name):
+    problem, device = replace(PROBLEM, rows=32), DEVICES[name]
+    config = heuristic(problem, device)
+    assert config.programs_per_sm == 2
+    assert 2 * shared_memory(config, problem, device) <= device.shared_memory
 
 
 def test_descriptors_are_used_where_there_are_some():
@@ -141,6 +150,6 @@ def test_fitting_ends_and_only_shrinks(kind, memory):
         for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_stages"):
             assert getattr(config, name) <= getattr(given_config, name)
         smallest = (config.BLOCK_M, config.BLOCK_N, config.BLOCK_K) == (16, 16, 16)
-        assert smallest or shared_memory(config, dtype) <= memory
-        if shared_memory(given_config, dtype) <= memory:
+        assert smallest or shared_memory(config, problem, device) <= memory
+        if shared_memory(given_config, problem, device) <= memory:
             assert config == given_config

@@ -2,6 +2,7 @@
 """The configurations, their form as one string, and the way of that string into the ops."""
 
 import json
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -142,18 +143,45 @@ WRONG = {
     "[]": "expected a JSON object with keys of",
     "3": "expected a JSON object with keys of",
     '{"dX": {}}': "expected a JSON object with keys of",
-    '{"forward": 3}': "int",
-    '{"forward": null}': "NoneType",
+    '{"forward": 3}': "expected forward to be a JSON object of fields, got 3",
+    '{"forward": null}': "expected forward to be a JSON object of fields, got null",
+    '{"backward_dW": ["BLOCK_M"]}': 'to be a JSON object of fields, got ["BLOCK_M"]',
+    '{"forward": {"num_stages": null}}': "expected num_stages of type int, got None",
+    '{"forward": {}, "forward": {}}': "the key 'forward' stands twice",
+    '{"forward": {"BLOCK_M": 32, "BLOCK_M": 64}}': "the key 'BLOCK_M' stands twice",
+    '{"forward": {"BLOCK_M": 32, "BLOCK_SIZE_M": 32}}': "BLOCK_M is given twice",
+    '{"forward": {"group_m": 1%s}}' % ("0" * 5000): "at most 19 digits, got one of 5001",
+    # Where Python's own limit is met depends on who calls.
+    "[" * 100_000: "expected JSON nested at most 8 deep, got more",
+    '{"forward": ' * 900: "expected JSON nested at most 8 deep, got more",
     '{"forward": {"BLOCK_M": 24}}': "KernelConfigForward: expected BLOCK_M to be a power of two",
     '{"backward_dW": {"a": 1}}': "KernelConfigBackward_dW: unknown field 'a'",
 }  # fmt: skip
-wrong = pytest.mark.parametrize(("text", "reason"), WRONG.items())
+wrong = pytest.mark.parametrize(
+    ("text", "reason"), WRONG.items(), ids=[text[:40] for text in WRONG]
+)
 
 
 @wrong
 def test_refuses_a_string_with_the_reason(text, reason):
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(ValueError, match=re.escape(reason)):
         parse(text)
+
+
+def test_brackets_in_a_string_do_not_nest():
+    """Escaped quotes do not end a string; a string that nothing ends is not JSON."""
+    name = "[" * 20 + '"' + "{" * 20
+    with pytest.raises(ValueError, match="unknown field"):
+        parse(json.dumps({"forward": {name: 1}}))
+    with pytest.raises(ValueError, match="not JSON"):
+        parse('{"' + "[" * 20)
+    assert parse(" {\n} ") == {}
+
+
+@pytest.mark.parametrize("values", [None, 3, [("BLOCK_M", 64)]])
+def test_from_dict_refuses_what_is_no_dict(values):
+    with pytest.raises(TypeError, match="KernelConfigForward: expected a dict of fields, got"):
+        KernelConfigForward.from_dict(values)
 
 
 def call(requires_grad: bool = False) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def test_valid_fitting_and_different(device):
         assert len(set(found)) == len(found)
         for config in found:
             assert type(config) is PASSES[problem.kind]
-            assert shared_memory(config, problem.dtype) <= device.shared_memory
+            assert shared_memory(config, problem, device) <= device.shared_memory
             # The constructor checks it; so the string that the op gets is valid too.
             text = kernel_config(**cast(dict[str, Any], {problem.kind: config}))
             assert parse(text) == {problem.kind: config}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m moe_ops tune`."""
+"""`python -m moe_ops tune`, what `show` prints, and `env` of what was tuned."""
 
 import json
 import sys
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moe_ops import cli, tuning
+from moe_ops._core import library
 from moe_ops.configs import cache
 from moe_ops.tuning import Experts
 
@@ -159,3 +160,48 @@ def test_rejects_more_experts_a_token_than_there_are(capsys):
 @pytest.mark.parametrize("option", ["--top-k=0", "--num-tokens=0"])
 def test_rejects_sizes_below_one(option, capsys):
     assert failure(capsys, *SIZES, option).endswith("expected sizes of 1 or more, got 0")
+
+
+@pytest.mark.parametrize("op", sorted(library.OPS))
+def test_show_begins_with_the_definition_and_the_reference(op, capsys):
+    assert cli.main(["show", op]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    schema = library.OPS[op].schema
+    assert lines[:2] == [
+        f"=== Definition (op_schemas/{op}.yaml, since {schema.since})",
+        f"torch.ops.moe.{op}{schema.schema}",
+    ]
+    code = next(n for n, line in enumerate(lines) if line.startswith("=== Code"))
+    between = lines[lines.index("=== Reference") + 1 : code]
+    assert [argument.name for argument in schema.arguments] == [
+        line.split()[0]
+        for line in between[between.index("Args:") : between.index("Returns:")]
+        if line.startswith("    ") and not line.startswith("        ")
+    ]
+    assert lines[code + 1 :] == library.OPS[op].generated.source.rstrip().splitlines()
+    assert cli.main(["show", op, "--no-code"]) == 0
+    assert capsys.readouterr().out.splitlines() == lines[: code - 1]
+
+
+@pytest.mark.parametrize("op", sorted(library.OPS))
+def test_show_fits_a_terminal(op, capsys, monkeypatch):
+    """Nothing is wider than the terminal, and nothing but spaces is added or lost."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "100")
+    assert cli.main(["show", op]) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 100
+    assert shown.split() == "\n".join(cli._show(op, with_code=True)).split()
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000])
+def test_env_says_that_a_table_cannot_be_read(text, monkeypatch, tmp_path):
+    monkeypatch.setenv("MOE_OPS_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+    assert next(iter(cli._configurations())) == "Some GPU: 0 shipped, 0 tuned"
+    file = cache.path_of("Some GPU")
+    file.parent.mkdir()
+    file.write_text(text)
+    found = next(iter(cli._configurations()))
+    assert found.startswith(f"Some GPU: 0 shipped, none tuned, since {file} cannot be read: ")

@@ -20,10 +20,11 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from moe_ops.configs.kernel_config import PASSES, KernelConfig
+from moe_ops.configs.kernel_config import PASSES, KernelConfig, read_fields, read_json
 
 logger = logging.getLogger("moe_ops")
 
@@ -130,11 +131,22 @@ def parse_table(text: str) -> dict[str, KernelConfig]:
     Raises:
         ValueError: it is not a table.
     """
+    content = read_json(text)
+    configs = content.get("configs") if isinstance(content, dict) else None
+    if not isinstance(configs, dict):
+        raise ValueError('not a table: expected a JSON object with an object "configs"')
+    return {key: _read_config(key, values) for key, values in configs.items()}
+
+
+def _read_config(key: str, values: Any) -> KernelConfig:
+    kind = key.partition(" ")[0]
+    if kind not in PASSES:
+        expected = f"keys that begin with one of {tuple(PASSES)}"
+        raise ValueError(f"not a table: expected {expected}, got {key!r}")
     try:
-        configs = json.loads(text)["configs"]
-        return {key: PASSES[key.split()[0]].from_dict(fields) for key, fields in configs.items()}
-    except (TypeError, LookupError, AttributeError) as error:
-        raise ValueError(f"not a table of configurations: {error!r}") from error
+        return read_fields(kind, values)
+    except ValueError as error:
+        raise ValueError(f"not a table: {key!r}: {error}") from None
 
 
 def _announce() -> None:

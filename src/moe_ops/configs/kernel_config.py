@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
-# What the seed of this project and most Triton kernels call them.
+# What many Triton kernels call the sides of a tile.
 _ALIASES = {f"BLOCK_SIZE_{letter}": f"BLOCK_{letter}" for letter in "MNK"}
 
 C = TypeVar("C", bound="KernelConfig")
@@ -87,12 +88,17 @@ class KernelConfig:
 
     @classmethod
     def from_dict(cls: type[C], values: dict[str, Any]) -> C:
-        """The configuration of a dict of fields; BLOCK_SIZE_M, _N, _K are taken as aliases.
+        """The configuration of a dict of fields; what is missing has its default.
+
+        BLOCK_SIZE_M, BLOCK_SIZE_N, BLOCK_SIZE_K may stand for BLOCK_M, BLOCK_N, BLOCK_K.
 
         Raises:
             ValueError: an unknown field, a field given twice, or a value out of range.
-            TypeError: a value of another type.
+            TypeError: a value of another type, or no dict.
         """
+        if not isinstance(values, dict):
+            got = f"{values!r} ({type(values).__name__})"
+            raise TypeError(f"{cls.__name__}: expected a dict of fields, got {got}")
         named: dict[str, Any] = {}
         known = {field.name for field in fields(cls)}
         for given, value in values.items():
@@ -218,13 +224,63 @@ def parse(text: str) -> dict[str, KernelConfig]:
     Raises:
         ValueError: it is not what `kernel_config()` makes, with the reason.
     """
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error}") from None
+    content = read_json(text)
     if not isinstance(content, dict) or not content.keys() <= PASSES.keys():
         raise ValueError(f"expected a JSON object with keys of {tuple(PASSES)}")
+    return {name: read_fields(name, values) for name, values in content.items()}
+
+
+def read_fields(name: str, values: Any) -> KernelConfig:
+    """The configuration of one pass, a key of PASSES, from the JSON object of its fields.
+
+    Raises:
+        ValueError: it is no such object, with the reason.
+    """
+    if not isinstance(values, dict):
+        got = json.dumps(values)
+        raise ValueError(f"expected {name} to be a JSON object of fields, got {got}")
     try:
-        return {name: PASSES[name].from_dict(values) for name, values in content.items()}
-    except (TypeError, AttributeError) as error:
+        return PASSES[name].from_dict(values)
+    except TypeError as error:
         raise ValueError(str(error)) from None
+
+
+# A table has objects in objects in an object. Python's own limit depends on who calls.
+_MAX_NESTING = 8
+# Past 64 bits nothing is a size; Python's own limit is on the digits that it converts.
+_MAX_DIGITS = 19
+_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[\]{}]', re.DOTALL)
+
+
+def read_json(text: str) -> Any:
+    """What the JSON says; unlike json.loads, it takes no key that stands twice in an object.
+
+    Raises:
+        ValueError: it is not JSON, a key stands twice, an integer has more than 19 digits, or
+            lists and objects are nested more than 8 deep; with the reason.
+    """
+    nesting = 0
+    for token in _STRING_OR_BRACKET.findall(text):
+        nesting += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token, 0)
+        if nesting > _MAX_NESTING:
+            raise ValueError(f"expected JSON nested at most {_MAX_NESTING} deep, got more")
+    try:
+        return json.loads(text, object_pairs_hook=_without_repeats, parse_int=_short_integer)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"the key {key!r} stands twice")
+        content[key] = value
+    return content
+
+
+def _short_integer(digits: str) -> int:
+    count = len(digits.removeprefix("-"))
+    if count > _MAX_DIGITS:
+        raise ValueError(f"expected integers of at most {_MAX_DIGITS} digits, got one of {count}")
+    return int(digits)

@@ -37,12 +37,13 @@ _POINTER_TILES = (
     (256, 128, 32, 8, 3), (128, 64, 64, 4, 3), (64, 128, 64, 4, 3), (64, 128, 32, 4, 4),
     (64, 256, 32, 8, 3), (64, 64, 64, 4, 3), (64, 64, 32, 4, 4), (128, 128, 64, 8, 2),
 )  # fmt: skip
+# Without the rows: (columns, contracted elements, num_warps, num_stages).
 _FEW_ROWS_TILES = (
     (64, 128, 4, 4), (64, 128, 4, 3), (64, 128, 4, 5), (32, 128, 4, 4), (32, 256, 4, 3),
     (64, 256, 4, 3), (64, 256, 8, 3), (64, 64, 4, 5), (128, 64, 4, 4), (128, 128, 4, 3),
     (128, 128, 8, 3), (128, 128, 8, 4),
 )  # fmt: skip
-# Products without tensor cores: more registers a number, no pipeline to fill.
+# Products without tensor cores, of all three passes: more registers a number, no pipeline to fill.
 _PLAIN_TILES = (
     (64, 64, 32, 4, 3), (64, 64, 32, 4, 2), (64, 64, 16, 4, 4), (128, 64, 32, 4, 3),
     (64, 128, 32, 4, 3), (128, 64, 32, 8, 3), (64, 128, 32, 8, 3), (128, 128, 32, 8, 2),
@@ -79,7 +80,7 @@ def candidates(problem: Problem, device: Device) -> list[KernelConfig]:
     tried = _of_dw if problem.kind == "backward_dW" else _of_gemm
     found = [heuristic(problem, device)]
     found += (fitting(config, problem, device) for config in tried(problem, device))
-    fits = (c for c in found if shared_memory(c, problem.dtype) <= device.shared_memory)
+    fits = (c for c in found if shared_memory(c, problem, device) <= device.shared_memory)
     return list(islice(dict.fromkeys(fits), MAX_CANDIDATES))
 
 
@@ -88,7 +89,7 @@ def _has_tensor_cores(problem: Problem, device: Device) -> bool:
 
 
 def _has_tma(problem: Problem, device: Device) -> bool:
-    """Whether descriptors can read the operands: rows of whole 16 bytes."""
+    """Whether descriptors can read the operands: a GPU that has them, rows of whole 16 bytes."""
     size = {"float32": 4}.get(problem.dtype, 2)
     widths = (problem.out_features, problem.in_features)
     return device.has_tma and all(width * size % 16 == 0 for width in widths)
@@ -113,7 +114,7 @@ def _of_gemm(problem: Problem, device: Device) -> Iterator[KernelConfig]:
         base = [_gemm(problem, tile, tma=True) for tile in _TMA_TILES]
     else:
         base = [_gemm(problem, tile) for tile in _POINTER_TILES]
-    # An expert of few rows wastes the larger part of a high tile.
+    # An expert of few rows wastes the larger part of a high tile: those come last.
     base.sort(key=lambda config: problem.rows <= 64 < config.BLOCK_M)
     yield from base
     for config in base[:2]:
