@@ -22,6 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU_MARKERS = ("<!-- tables: begin -->", "<!-- tables: end -->")
 CUDA_MARKERS = ("<!-- cuda tables: begin -->", "<!-- cuda tables: end -->")
 PASSES = ("forward", "dX", "dW")
+# What a result's environment says of its part and not of the run.
+PART_FACTS = ("part", "grouped_mm", "present", "absent")
+MEMORY = ("kept", "output", "peak", "gradients")
 
 Record = dict[str, Any]
 Result = dict[str, Any]
@@ -80,6 +83,8 @@ def cuda_tables(results: Path, images: Path | None) -> Iterator[str]:
             if (facts := _facts(result["environment"])) != told:
                 yield f"{facts}\n"
             told = facts
+            if about := _part_facts(result["environment"]):
+                yield f"{about}\n"
             image = None if images is None else images / f"{device}_{part}.png"
             if image is not None and image.exists():
                 yield f"![{PLOTS[part][0]}](images/{image.name})\n"
@@ -231,11 +236,122 @@ def _dispatch(cases: list[Record]) -> Iterator[str]:
 
 def _first_call(cases: list[Record]) -> Iterator[str]:
     yield "Seconds of forward and backward of grouped_gemm in a fresh process.\n"
-    rows = [
+    yield from _table("shape|Triton cache|first call|second call", _first_calls(cases))
+
+
+def _first_calls(cases: list[Record]) -> list[list[object]]:
+    return [
         [case["shape"], case["triton_cache"], case["seconds"]["first"], case["seconds"]["second"]]
         for case in cases
     ]
-    yield from _table("shape|Triton cache|first call|second call", rows)
+
+
+def _experts(cases: list[Record]) -> Iterator[str]:
+    yield (
+        "The whole expert block. Times of transformers' grouped_mm over ours, eager, compiled for "
+        "these sizes, and compiled for any number of tokens; the aim of the second; ours over the "
+        "floor (products at the dense ceiling, sums over slots at the copy ceiling); the same with "
+        "uniform routing in the same turns; what recompute costs us.\n"
+    )
+    header = "shape|routing|pass|ms|TFLOP/s|eager|compiled|aim|dynamic|floor|of uniform|recompute"
+    rows = [
+        [
+            *(case[key] for key in ("shape", "routing", "pass")),
+            _milliseconds(case, "moe_ops"),
+            _number(case["tflops"].get("moe_ops"), ".0f"),
+            *(_ratio_of_some(case, name) for name in ("eager", "compiled")),
+            _number(case.get("aim"), ".2f"),
+            _ratio_of_some(case, "compiled, dynamic"),
+            _number(case.get("of_floor"), ".2f"),
+            *(_ratio_of_some(case, name) for name in ("of uniform", "recompute")),
+        ]
+        for case in cases
+    ]
+    yield from _table(header, rows)
+    yield (
+        "MiB of memory beside the inputs: kept for backward, without the output; the output; the "
+        "most at once in forward and backward, and the gradients in it.\n"
+    )
+    yield from _table("shape|routing|implementation|kept|output|peak|gradients", _memory(cases))
+
+
+def _ratio_of_some(case: Record, name: str) -> str:
+    """Not every record has it: what was not compared is not wrong."""
+    compared = name in case["errors"] or name in case["ratio"]
+    return _ratio(case, name) if compared else "-"
+
+
+def _memory(cases: list[Record]) -> Iterator[list[object]]:
+    for case in cases:
+        for who, mib in case.get("mib", {}).items():
+            amounts = (_number(mib.get(what), ".0f") for what in MEMORY)
+            yield [case["shape"], case["routing"], who, *amounts]
+
+
+def _experts_kernels(cases: list[Record]) -> Iterator[str]:
+    yield (
+        "A forward and backward, kernel by kernel in the order of the launches: ms, the share of the "
+        "whole, and of a product the time over its floor at the dense ceiling.\n"
+    )
+    shapes = list(dict.fromkeys(case["shape"] for case in cases))
+    cells = {(case["kernel"], case["nth"], case["shape"]): _kernel(case) for case in cases}
+    launches = _in_order(
+        [(case["kernel"], case["nth"]) for case in cases if case["shape"] == shape]
+        for shape in shapes
+    )
+    rows = [
+        [f"{kernel} {nth}", *(cells.get((kernel, nth, shape), "-") for shape in shapes)]
+        for kernel, nth in launches
+    ]
+    yield from _table("|".join(["kernel", *shapes]), rows)
+
+
+def _kernel(case: Record) -> str:
+    of_floor = f", {case['of_floor']:.2f}x" if "of_floor" in case else ""
+    return f"{case['milliseconds']:.3f} ({case['share']:.0%}{of_floor})"
+
+
+def _in_order(sequences: Iterable[list[tuple[str, int]]]) -> list[tuple[str, int]]:
+    """All items once; one that the first sequence lacks comes after the one that it follows."""
+    merged: list[tuple[str, int]] = []
+    for sequence in sequences:
+        place = 0
+        for item in sequence:
+            if item in merged:
+                place = merged.index(item) + 1
+            else:
+                merged.insert(place, item)
+                place += 1
+    return merged
+
+
+def _experts_first_call(cases: list[Record]) -> Iterator[str]:
+    yield "Seconds of forward and backward of fused_experts in a fresh process.\n"
+    yield from _table("shape|Triton cache|first call|second call", _first_calls(cases))
+
+
+def _experts_peers(cases: list[Record]) -> Iterator[str]:
+    yield (
+        "Other libraries' blocks, each beside ours in a process of its own: their time over ours, "
+        "the MiB that they and we keep and take at most, the seconds of their first call.\n"
+    )
+    rows = []
+    for case in cases:
+        peer = case["peer"]
+        amounts = [case.get("mib", {}).get(who, {}) for who in (peer, "moe_ops")]
+        rows.append(
+            [
+                *(case[key] for key in ("shape", "peer", "pass")),
+                *(_milliseconds(case, who) for who in (peer, "moe_ops")),
+                _ratio(case, peer),
+                *(
+                    " / ".join(_number(mib.get(what), ".0f") for mib in amounts)
+                    for what in ("kept", "peak")
+                ),
+                case["first_call_seconds"],
+            ]
+        )
+    yield from _table("shape|peer|pass|theirs, ms|ours, ms|ratio|kept|peak|first call", rows)
 
 
 TABLES: dict[str, Callable[[list[Record]], Iterator[str]]] = {
@@ -246,11 +362,24 @@ TABLES: dict[str, Callable[[list[Record]], Iterator[str]]] = {
     "decode": _decode,
     "dispatch": _dispatch,
     "first-call": _first_call,
+    "experts": _experts,
+    "experts-kernels": _experts_kernels,
+    "experts-first-call": _experts_first_call,
+    "experts-peers": _experts_peers,
 }
 
 
 def _facts(environment: dict[str, Any]) -> str:
-    shown = {key: value for key, value in environment.items() if key != "part"}
+    return _listed({key: what for key, what in environment.items() if key not in PART_FACTS})
+
+
+def _part_facts(environment: dict[str, Any]) -> str:
+    """Empty where there is nothing to say."""
+    return _listed({key: environment[key] for key in PART_FACTS[1:] if environment.get(key)})
+
+
+def _listed(facts: dict[str, Any]) -> str:
+    shown = dict(facts)
     if "kernel_sha256" in shown:
         shown["kernel_sha256"] = shown["kernel_sha256"][:12]
     for key, value in shown.items():
@@ -286,6 +415,10 @@ def _ratio(case: Record, name: str) -> str:
 
 def _microseconds(case: Record, name: str) -> str:
     return _number(case["milliseconds"].get(name, (None,) * 3)[1], ".1f", times=1000)
+
+
+def _milliseconds(case: Record, name: str) -> str:
+    return _number(case["milliseconds"].get(name, (None,) * 3)[1], ".2f")
 
 
 def _number(value: float | None, form: str, less: float = 0, times: float = 1) -> str:
@@ -327,6 +460,23 @@ def _plot_rows(cases: list[Record], plt: Any) -> Any:
     return figure
 
 
+def _plot_experts(cases: list[Record], plt: Any) -> Any:
+    """transformers' compiled grouped_mm's time over ours, and the eager one's."""
+    uniform = [case for case in cases if case["routing"] == "uniform"]
+    figure, panels = plt.subplots(2, figsize=(9, 6), sharex=True, layout="constrained")
+    for axes, peer in zip(panels, ("compiled", "eager"), strict=True):
+        heights = {
+            (case["shape"], case["pass"]): _median_ratio(case, peer)
+            for case in uniform
+            if peer in case["errors"]
+        }
+        _bars(axes, heights, ("forward", "forward+backward"))
+        axes.set_ylabel("grouped_mm / ours")
+        axes.set_title(f"transformers' grouped_mm, {peer}: above 1 ours is faster", fontsize=10)
+    _legend(figure, panels[0])
+    return figure
+
+
 def _legend(figure: Any, axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
@@ -352,6 +502,7 @@ def _bars(axes: Any, heights: dict[tuple[str, str], float | None], series: Seque
 PLOTS: dict[str, tuple[str, Callable[[list[Record], Any], Any]]] = {
     "gemm": ("grouped_gemm against torch._grouped_mm by shape", _plot_gemm),
     "rows": ("bandwidth of the ops that move rows by shape", _plot_rows),
+    "experts": ("the expert block against transformers' grouped_mm by shape", _plot_experts),
 }
 
 

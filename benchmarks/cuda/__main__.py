@@ -12,18 +12,20 @@ root of the repository. `TRITON_INTERPRET=1 MOE_OPS_IMPLEMENTATION=triton python
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
+import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import suite
-from benchmarks.cuda import decode, dispatch, first_call, gemm, routing, rows
+from benchmarks.cuda import decode, dispatch, experts, first_call, gemm, peers, routing, rows
 from benchmarks.cuda.timing import (
     OURS,
     Bench,
@@ -40,6 +42,7 @@ from benchmarks.timing import write
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 logger = logging.getLogger("moe_ops.benchmarks")
 
+PEERS = "experts-peers"
 PARTS: dict[str, Callable[[Bench, list[Shape]], Iterator[Case]]] = {
     "gemm": gemm.cases,
     "rows": rows.cases,
@@ -47,6 +50,16 @@ PARTS: dict[str, Callable[[Bench, list[Shape]], Iterator[Case]]] = {
     "decode": decode.cases,
     "dispatch": dispatch.cases,
     "first-call": first_call.cases,
+    "experts": experts.cases,
+    "experts-kernels": experts.kernels_cases,
+    "experts-first-call": experts.first_call_cases,
+    # Last, since it takes what time there is.
+    PEERS: functools.partial(peers.cases, until=math.inf),
+}
+# What a part's results say of the part.
+FACTS: dict[str, Callable[[], Mapping[str, object]]] = {
+    "experts": experts.grouped_mm_facts,
+    PEERS: peers.facts,
 }
 
 
@@ -71,15 +84,21 @@ def run_part(cases: Iterable[Case], until: float) -> tuple[list[Record], dict[st
     return records, {name: what for name, what in missing.items() if what}
 
 
+_TOLD = (
+    "op", "routing", "pass", "kernel", "share", "triton_cache", "tbs", "of_floor", "of_bare_op",
+    "seconds", "mib",
+)  # fmt: skip
+
+
 def _shown(record: Record) -> Iterator[object]:
-    for key in ("op", "pass", "triton_cache", "tbs", "of_floor", "of_bare_op", "seconds"):
+    for key in _TOLD:
         if key in record:
             yield record[key]
     if OURS in record.get("tflops", {}):
         yield f"{record['tflops'][OURS]:.0f} TF/s"
     yield {name: median for name, (_, median, _) in record.get("ratio", {}).items()}
     if "wrong" in record:
-        yield f"WRONG: {record['wrong']}: {record['errors']}"
+        yield f"WRONG: {record['wrong']}: {record['errors']} {record.get('failed', '')}"
 
 
 def _parse() -> argparse.Namespace:
@@ -126,6 +145,9 @@ def main() -> int:
     if device.type == "cuda" and args.compilers and "gemm" in args.only:
         print("compiling", flush=True)
         gemm.compile_ahead(bench, shapes, args.compilers)
+    if device.type == "cuda" and args.compilers and "experts" in args.only:
+        print("compiling the experts", flush=True)
+        experts.compile_ahead(bench, shapes, args.compilers)
     warm_up_seconds = 2.0 if device.type == "cuda" else 0.0
     bench.warm_up(warm_up_seconds)
     bench.ceilings = ceilings(bench)
@@ -133,7 +155,8 @@ def main() -> int:
     print(json.dumps(facts), flush=True)
 
     name, complete = device_name(device), True
-    for part, cases_of in PARTS.items():
+    parts = PARTS | {PEERS: functools.partial(peers.cases, until=until)}
+    for part, cases_of in parts.items():
         if part not in args.only:
             continue
         print(part, flush=True)
@@ -141,8 +164,9 @@ def main() -> int:
         records, missing = run_part(cases_of(bench, shapes), until)
         complete &= not missing and not any("wrong" in record for record in records)
         file = args.results / f"{name}_{part.replace('-', '_')}.json"
-        write(file, {**facts, "part": part, **missing}, records)
-        print(f"wrote {file}", *(f"{what}: {which}" for what, which in missing.items()), flush=True)
+        told = {**(FACTS[part]() if part in FACTS else {}), **missing}
+        write(file, {**facts, "part": part, **told}, records)
+        print(f"wrote {file}", *(f"{what}: {which}" for what, which in told.items()), flush=True)
 
     bench.warm_up(warm_up_seconds)
     measured = {"start": bench.ceilings, "end": ceilings(bench)}

@@ -13,8 +13,10 @@ import torch
 
 pytest.importorskip("triton")
 
+import moe_ops
 from benchmarks import suite
-from benchmarks.cuda.__main__ import PARTS, run_part
+from benchmarks.cuda.__main__ import PARTS, PEERS, run_part
+from benchmarks.cuda.experts import EAGER, RECOMPUTE
 from benchmarks.cuda.gemm import OURS_PERMUTED, PASSES, Gemm, few_experts
 from benchmarks.cuda.timing import (
     OURS,
@@ -28,6 +30,8 @@ from benchmarks.cuda.timing import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
+# Run apart, on the CPU implementation: interpreted, whole blocks take minutes.
+EXPERTS = [part for part in PARTS if part.startswith("experts")]
 CEILINGS = {"dense_tflops": 800.0, "copy_tbs": 4.0, "read_tbs": 4.0}
 
 
@@ -35,13 +39,11 @@ def bench():
     return Bench(torch.device("cpu"), tiny=True, seconds=0.0, least_turns=2, ceilings=CEILINGS)
 
 
-def run_tiny(results, *options):
-    environ = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "MOE_OPS_IMPLEMENTATION": "triton",
-        "OMP_NUM_THREADS": "1",
-    }
+INTERPRETER = {"TRITON_INTERPRET": "1", "MOE_OPS_IMPLEMENTATION": "triton"}
+
+
+def run_tiny(results, *options, environ=INTERPRETER):
+    environ = {**os.environ, **environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benchmarks.cuda", "--device", "cpu", "--tiny"]
     return subprocess.run(
         [*command, "--results", str(results), *options],
@@ -54,21 +56,27 @@ def run_tiny(results, *options):
     )
 
 
-@pytest.mark.slow
-def test_whole_flow(tmp_path):
-    done = run_tiny(tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+def read_results(folder, parts):
+    """Of the parts and the ceilings, complete and right."""
     found = {}
-    for part in ("ceilings", *PARTS):
-        file = tmp_path / f"interpreter_{part.replace('-', '_')}.json"
+    for part in ("ceilings", *parts):
+        file = folder / f"interpreter_{part.replace('-', '_')}.json"
         found[part] = json.loads(file.read_text())
         environment = found[part]["environment"]
         assert environment["part"] == part
         assert len(environment["kernel_sha256"]) == 64
         assert environment["ceilings"]["copy_tbs"] > 0
         assert not {"failed", "left out, no time"} & set(environment)
-    cases = {part: result["cases"] for part, result in found.items()}
-    assert not [c for part in cases.values() for c in part if "wrong" in c]
+    assert not [c for result in found.values() for c in result["cases"] if "wrong" in c]
+    return found
+
+
+@pytest.mark.slow
+def test_whole_flow(tmp_path):
+    parts = [part for part in PARTS if part not in EXPERTS]
+    done = run_tiny(tmp_path, "--only", ",".join(parts))
+    assert done.returncode == 0, done.stdout + done.stderr
+    cases = {part: result["cases"] for part, result in read_results(tmp_path, parts).items()}
     for part in ("gemm", "rows", "routing", "decode"):
         for case in cases[part]:
             assert case["ratio"], case
@@ -80,6 +88,29 @@ def test_whole_flow(tmp_path):
     assert {c["call"]: c["kernels"] for c in cases["dispatch"]}["routing_indices"] == 2
     assert [c["triton_cache"] for c in cases["first-call"]] == ["empty", "warm", "warm"]
     assert [c["when"] for c in cases["ceilings"]] == ["start", "end"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(moe_ops, "fused_experts"), reason="there is no fused_experts")
+def test_flow_of_the_experts(tmp_path):
+    """The interpreter is for the kernel that measures a ceiling."""
+    done = run_tiny(tmp_path, "--only", ",".join(EXPERTS), environ={"TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = read_results(tmp_path, EXPERTS)
+    cases = {part: result["cases"] for part, result in found.items()}
+    assert len(cases["experts"]) == 4
+    for case in cases["experts"]:
+        assert {EAGER} <= set(case["ratio"]) <= {EAGER, "of uniform", "recompute"}
+        assert {OURS, RECOMPUTE, EAGER} <= set(case["milliseconds"])
+    assert "grouped_mm" in found["experts"]["environment"]
+    assert [c["triton_cache"] for c in cases["experts-first-call"]] == ["empty", "warm"]
+    peers = found[PEERS]["environment"]
+    assert set(peers["present"]) | set(peers["absent"]) == {
+        "scattermoe", "liger", "unsloth", "sonicmoe",
+    }  # fmt: skip
+    assert cases[PEERS] or peers["absent"]
+    for name in peers["absent"]:
+        assert name in done.stdout
 
 
 @pytest.mark.slow

@@ -9,6 +9,10 @@ import pytest
 from benchmarks import report
 
 PAGE = "\n".join(["before", *report.CPU_MARKERS, "between", *report.CUDA_MARKERS, "after", ""])
+PART_FACTS: dict[str, dict[str, Any]] = {
+    "experts": {"grouped_mm": "transformers 5.17.0"},
+    "experts-peers": {"present": {}, "absent": {"liger": "no module liger_kernel"}},
+}
 ENVIRONMENT = {"date": "2026-01-02", "gpu": "NVIDIA H200", "kernel_sha256": "a" * 64}
 
 
@@ -28,6 +32,25 @@ def gemm_case(name, ratio, **more):
         "of_dense_ceiling": 0.87,
         **more,
     }
+
+
+def experts_case(name, ratio, **more):
+    return {
+        "shape": "olmoe",
+        "routing": "uniform",
+        "pass": name,
+        "errors": {"moe_ops": 0.01, "eager": 0.01, "compiled": 0.01},
+        "milliseconds": {"moe_ops": [9.0, 9.126, 9.2]},
+        "ratio": ratio,
+        "tflops": {"moe_ops": 611.6},
+        "of_floor": 1.347,
+        **more,
+    }
+
+
+def kernel_case(shape, kernel, nth, milliseconds, share, **more):
+    case = {"shape": shape, "kernel": kernel, "nth": nth, "milliseconds": milliseconds}
+    return {**case, "share": share, **more}
 
 
 CASES = {
@@ -87,6 +110,42 @@ CASES = {
     "first-call": [
         {"shape": "olmoe", "triton_cache": "empty", "seconds": {"first": 12.5, "second": 0.01}}
     ],
+    "experts": [
+        experts_case("forward", {"eager": [1.3, 1.4, 1.5], "compiled": [1.2, 1.23, 1.3]}),
+        experts_case(
+            "forward+backward",
+            {"eager": [1.3, 1.4, 1.5], "recompute": [1.1, 1.11, 1.12]},
+            wrong=["compiled"],
+            aim=1.15,
+            mib={"moe_ops": {"kept": 388.4, "output": 64.0, "peak": 2000.6, "gradients": 1000.0}},
+        ),
+        experts_case(
+            "forward+backward",
+            {"compiled, dynamic": [1.9, 2.0, 2.1]},
+            errors={"moe_ops": 0.01, "compiled, dynamic": 0.01},
+        ),
+    ],
+    "experts-kernels": [
+        kernel_case("olmoe", "gemm", 1, 1.0, 0.1, of_floor=1.25),
+        kernel_case("olmoe", "gemm", 2, 0.5, 0.05),
+        kernel_case("large", "gemm", 1, 3.0, 0.2),
+        kernel_case("large", "rows", 1, 2.0, 0.15),
+        kernel_case("large", "gemm", 2, 1.0, 0.1),
+    ],
+    "experts-first-call": [
+        {"shape": "large", "triton_cache": "warm", "seconds": {"first": 1.5, "second": 0.02}}
+    ],
+    "experts-peers": [
+        {
+            "shape": "olmoe",
+            "peer": "scattermoe",
+            "pass": "forward+backward",
+            "milliseconds": {"moe_ops": [7.0, 7.5, 8.0], "scattermoe": [11.0, 11.25, 12.0]},
+            "ratio": {"scattermoe": [1.4, 1.5, 1.6]},
+            "mib": {"moe_ops": {"kept": 388.0, "peak": 2000.0}, "scattermoe": {"kept": 1378.0}},
+            "first_call_seconds": 6.5,
+        }
+    ],
 }
 
 
@@ -99,7 +158,8 @@ def folder(tmp_path):
 
 def write_cuda(folder):
     for part, cases in CASES.items():
-        content = {"environment": {**ENVIRONMENT, "part": part}, "cases": cases}
+        facts = {**ENVIRONMENT, **PART_FACTS.get(part, {}), "part": part}
+        content = {"environment": facts, "cases": cases}
         file = folder / "results" / f"h200_{part.replace('-', '_')}.json"
         file.write_text(json.dumps(content))
 
@@ -131,6 +191,15 @@ def test_cuda_tables(folder):
         "| qwen3-30b | up | 8 | 100.0 | - | - | 80.0 | - | 1.20 (1.10-1.30) | 1.25 |",
         "| permute | 1 | 6.0 | 6.0 | 6.0 | 0.50 | 2.50 |",
         "| olmoe | empty | 12.5 | 0.01 |",
+        "| forward | 9.13 | 612 | 1.40 (1.30-1.50) | 1.23 (1.20-1.30) | - | - | 1.35 | - | - |",
+        "| forward+backward | 9.13 | 612 | 1.40 (1.30-1.50) | wrong | 1.15 | - | 1.35 | - | 1.11 (",
+        "| forward+backward | 9.13 | 612 | - | - | - | 2.00 (1.90-2.10) | 1.35 | - | - |",
+        "| olmoe | uniform | moe_ops | 388 | 64 | 2001 | 1000 |",
+        "| gemm 1 | 1.000 (10%, 1.25x) | 3.000 (20%) |\n| rows 1 | - | 2.000 (15%) |\n| gemm 2 |",
+        "| large | warm | 1.5 | 0.02 |",
+        "| scattermoe | forward+backward | 11.25 | 7.50 | 1.50 (1.40-1.60) | 1378 / 388 | - / 2000 |",
+        "grouped_mm transformers 5.17.0",
+        "absent liger: no module liger_kernel",
     ):
         assert row in text
     assert text.count("gpu NVIDIA H200") == 1
@@ -150,7 +219,7 @@ def test_plots(folder):
     pytest.importorskip("matplotlib")
     write_cuda(folder)
     text = render(folder)
-    for name in ("h200_gemm.png", "h200_rows.png"):
+    for name in ("h200_gemm.png", "h200_rows.png", "h200_experts.png"):
         assert (folder / "images" / name).read_bytes().startswith(b"\x89PNG")
         assert f"(images/{name})" in text
 

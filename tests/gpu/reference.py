@@ -8,6 +8,7 @@ T tokens, K top_k, R = T * K rows, E experts, D in_features, N out_features, H h
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 ROUTINGS = ("uniform", "zipf", "hot_and_empty", "dropped", "all_dropped")
 
@@ -103,3 +104,56 @@ def grouped_gemm(
         y = y * topk_weights.double().reshape(-1)[slots, None]
     target = slots if permute_y else torch.arange(len(slots), device=input.device)
     return y.new_zeros(num_rows, y.shape[1]).index_copy(0, target, y)
+
+
+def _act(x: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        return F.silu(x)
+    if activation == "swiglu_oai":
+        return x * torch.sigmoid(1.702 * x)
+    if activation == "relu":
+        return F.relu(x)
+    if activation == "relu_squared":
+        return F.relu(x) ** 2
+    return F.gelu(x, approximate={"gelu": "none", "gelu_tanh": "tanh"}[activation])
+
+
+def fused_experts(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
+    gated: bool = True,
+    interleaved: bool = False,
+    activation_limit: float | None = None,
+    weights_before: bool = False,
+    recompute: str = "none",
+    kernel_config: str | None = None,
+) -> Tensor:
+    top_k = topk_ids.shape[1]
+    counts, gather, _ = routing_indices(topk_ids, gate_up_proj.shape[0])
+    used = int(counts.sum())
+    slots = gather[:used].long()
+    x = hidden_states.double()[slots // top_k]
+    scale = topk_weights.double().reshape(-1)[slots, None]
+    if weights_before:
+        x = x * scale
+    z = grouped_gemm(x, gate_up_proj, counts, bias=gate_up_bias)
+    gate = up = z
+    if gated:
+        gate, up = (z[:, 0::2], z[:, 1::2]) if interleaved else z.chunk(2, 1)
+    if activation_limit is not None:
+        gate = gate.clamp(max=activation_limit)
+        up = up.clamp(-activation_limit, activation_limit)
+    h = _act(gate, activation)
+    if gated:
+        h = h * (up + 1 if activation == "swiglu_oai" else up)
+    y = grouped_gemm(h, down_proj, counts, bias=down_bias)
+    if not weights_before:
+        y = y * scale
+    output = torch.zeros_like(hidden_states, dtype=torch.float64)
+    return output.index_add(0, slots // top_k, y)

@@ -263,7 +263,8 @@ def _up(
         z_desc = h_desc = None
         block = [block_m, 1, block_i]
         if z is not None:
-            z_desc = gemm.describe_rows(z.unflatten(1, (2 if halves else 1, -1)), block)
+            parts = 2 if halves else 1
+            z_desc = gemm.describe_rows(z.unflatten(1, (parts, gemm.n // parts)), block)
         if h is not None:
             h_desc = gemm.describe_rows(h.unsqueeze(1), block)
         _expert_up_kernel[(gemm.programs(cdiv(width, block_i)),)](
