@@ -106,6 +106,11 @@ def grouped_gemm(
     return y.new_zeros(num_rows, y.shape[1]).index_copy(0, target, y)
 
 
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as it is in `dtype`, where the op rounds: on which side of a kink it lies."""
+    return x + (x.to(dtype).double() - x).detach()
+
+
 def _act(x: Tensor, activation: str) -> Tensor:
     if activation == "silu":
         return F.silu(x)
@@ -133,7 +138,9 @@ def fused_experts(
     weights_before: bool = False,
     recompute: str = "none",
     kernel_config: str | None = None,
+    rounds_to: torch.dtype = torch.float64,
 ) -> Tensor:
+    """With the pre-activation, and rows that are weighted before, rounded to `rounds_to`."""
     top_k = topk_ids.shape[1]
     counts, gather, _ = routing_indices(topk_ids, gate_up_proj.shape[0])
     used = int(counts.sum())
@@ -141,8 +148,9 @@ def fused_experts(
     x = hidden_states.double()[slots // top_k]
     scale = topk_weights.double().reshape(-1)[slots, None]
     if weights_before:
-        x = x * scale
+        x = _rounded(x * scale, rounds_to)
     z = grouped_gemm(x, gate_up_proj, counts, bias=gate_up_bias)
+    z = _rounded(z, rounds_to)
     gate = up = z
     if gated:
         gate, up = (z[:, 0::2], z[:, 1::2]) if interleaved else z.chunk(2, 1)

@@ -206,7 +206,9 @@ def shared_memory(config: KernelConfig, problem: Problem, device: Device) -> int
     """
     rows, columns, contracted = _tile(config, problem)
     size = 4 if problem.dtype == "float32" else 2
-    tile = rows * columns * size
+    # What is stored at a time.
+    columns_stored = columns // config.epilogue_subtile
+    tile = rows * columns_stored * size
     # Groups of four warps multiply out of shared memory; what is older multiplies out of registers,
     # so the buffers of one step are free by then.
     has_warp_groups = device.has_tma and rows >= 64 and config.num_warps % 4 == 0
@@ -224,7 +226,7 @@ def shared_memory(config: KernelConfig, problem: Problem, device: Device) -> int
     exchanged = 0
     if not stored or "dots" in problem.flags:
         in_parts = has_warp_groups and problem.dtype != "float32"
-        exchanged = _exchanged(rows, columns, config.num_warps) if in_parts else tile
+        exchanged = _exchanged(rows, columns_stored, config.num_warps) if in_parts else tile
     # A flattened loop loads the next tile's operands at that time; otherwise theirs are free. The
     # inner loop of dW is as long as an expert: Triton does not flatten it.
     if config.flatten and not isinstance(config, KernelConfigBackward_dW):

@@ -37,6 +37,8 @@ class KernelConfig:
         permute_x, permute_y, fuse_mul_post (bool): what the configuration was tuned for. For the
             record: the call's own arguments say what is computed.
         use_tma_store (bool): store the output through a tensor descriptor where one applies.
+        epilogue_subtile (int): 1, or 2 to store a tile in two halves, one after the other, which
+            takes half of the shared memory and leaves it to another stage.
 
     A tensor descriptor (`use_tma_*`) applies on a GPU of compute capability 9.0 or newer, where
     addresses and strides are multiples of 16 bytes and no row is gathered or scattered; elsewhere
@@ -59,6 +61,7 @@ class KernelConfig:
     permute_y: bool = False
     fuse_mul_post: bool = False
     use_tma_store: bool = False
+    epilogue_subtile: int = 1
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -78,6 +81,10 @@ class KernelConfig:
             )
         if not 1 <= self.num_stages <= 8:
             raise ValueError(f"{name}: expected num_stages from 1 to 8, got {self.num_stages}")
+        if self.epilogue_subtile not in {1, 2}:
+            raise ValueError(
+                f"{name}: expected epilogue_subtile in (1, 2), got {self.epilogue_subtile}"
+            )
         for count in ("group_m", "programs_per_sm"):
             if getattr(self, count) < 1:
                 raise ValueError(f"{name}: expected {count} >= 1, got {getattr(self, count)}")

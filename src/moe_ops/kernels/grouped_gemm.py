@@ -109,6 +109,13 @@ def multiply(
 
 
 @triton.jit
+def halves_of(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of a tile (BLOCK_M, BLOCK_N)."""
+    left, right = tile.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+    return left, right
+
+
+@triton.jit
 def source_rows(
     gather_ptr, rows, in_rows, num_rows, divisor, GATHER: tl.constexpr
 ):  # fmt: skip
@@ -123,6 +130,25 @@ def source_rows(
 
 
 @triton.jit
+def store_rows(
+    y_ptr, y_desc, y, first, end, target, in_target, n0, N,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Stores y (BLOCK_M, BLOCK_N) from column n0 on.
+
+    A descriptor stores the rows from `first` up to `end`, pointers the rows `target`.
+    """
+    if TMA:
+        # store_ragged of triton.tools, which its interpreter does not take.
+        i0, i1, row = to_ragged_indices(first, end - first, 0)
+        y_desc.store([i0, i1, row, n0], y.reshape(1, 1, BLOCK_M, BLOCK_N))
+    else:
+        cols = n0 + tl.arange(0, BLOCK_N)
+        y_pointers = y_ptr + target[:, None].to(tl.int64) * N + cols[None, :]
+        tl.store(y_pointers, y, mask=in_target[:, None] & (cols < N)[None, :])
+
+
+@triton.jit
 def grouped_gemm_tile(
     x_ptr, x_desc, b_ptr, b_desc, bias_ptr, scale_ptr, gather_ptr, y_ptr, y_desc,
     other_ptr, dots_ptr, e, first, end, tile_n, num_rows, N, K, top_k, x_divisor, other_divisor,
@@ -133,6 +159,7 @@ def grouped_gemm_tile(
     EVEN_K: tl.constexpr, GATHER_X: tl.constexpr, SCATTER_Y: tl.constexpr,
     HAS_GATHER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
     STORE_Y: tl.constexpr, HAS_DOTS: tl.constexpr, GATHER_OTHER: tl.constexpr,
+    SUBTILE: tl.constexpr,
 ):  # fmt: skip
     """One tile of grouped_gemm_kernel: up to BLOCK_M rows from `first`, columns of tile_n."""
     rows = first + tl.arange(0, BLOCK_M)
@@ -173,18 +200,26 @@ def grouped_gemm_tile(
             )
             acc *= tl.load(scale_pointers, mask=in_slots, other=0).to(tl.float32)[:, None]
         y = acc.to(y_ptr.dtype.element_ty)
-        if TMA_Y:
-            # store_ragged of triton.tools, which its interpreter does not take.
-            i0, i1, row = to_ragged_indices(first, end - first, 0)
-            y_desc.store([i0, i1, row, tile_n * BLOCK_N], y.reshape(1, 1, BLOCK_M, BLOCK_N))
+        target = rows
+        in_target = in_rows
+        if SCATTER_Y:
+            target = slots
+            in_target = in_slots
+        n0 = tile_n * BLOCK_N
+        if SUBTILE == 2:
+            left, right = halves_of(y, BLOCK_M, BLOCK_N)
+            HALF: tl.constexpr = BLOCK_N // 2
+            store_rows(
+                y_ptr, y_desc, left, first, end, target, in_target, n0, N, BLOCK_M, HALF, TMA_Y
+            )
+            n0 += HALF
+            store_rows(
+                y_ptr, y_desc, right, first, end, target, in_target, n0, N, BLOCK_M, HALF, TMA_Y
+            )
         else:
-            target = rows
-            in_target = in_rows
-            if SCATTER_Y:
-                target = slots
-                in_target = in_slots
-            y_pointers = y_ptr + target[:, None].to(tl.int64) * N + cols[None, :]
-            tl.store(y_pointers, y, mask=in_target[:, None] & in_cols[None, :])
+            store_rows(
+                y_ptr, y_desc, y, first, end, target, in_target, n0, N, BLOCK_M, BLOCK_N, TMA_Y
+            )
 
 
 @triton.jit(do_not_specialize=["max_tiles", "num_rows"])
@@ -201,7 +236,7 @@ def grouped_gemm_kernel(
     HAS_GATHER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
     STORE_Y: tl.constexpr, HAS_DOTS: tl.constexpr, GATHER_OTHER: tl.constexpr,
     FINDS_TILES: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_W: tl.constexpr,
-    TAIL_TILES: tl.constexpr, FLATTEN: tl.constexpr,
+    TAIL_TILES: tl.constexpr, FLATTEN: tl.constexpr, SUBTILE: tl.constexpr,
 ):  # fmt: skip
     """y[row] = scale * (x[row] @ b[e] + bias[e]), tile by tile.
 
@@ -240,7 +275,7 @@ def grouped_gemm_kernel(
                 stride_st, stride_sk, stride_om, stride_on,
                 BLOCK_M // 2, BLOCK_N, BLOCK_K, PRECISION, TMA_X, TMA_B, TMA_Y, B_IS_NK, EVEN_K,
                 GATHER_X, SCATTER_Y, HAS_GATHER, HAS_BIAS, HAS_SCALE, STORE_Y, HAS_DOTS,
-                GATHER_OTHER,
+                GATHER_OTHER, SUBTILE,
             )  # fmt: skip
         else:
             grouped_gemm_tile(
@@ -251,7 +286,7 @@ def grouped_gemm_kernel(
                 stride_st, stride_sk, stride_om, stride_on,
                 BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, TMA_X, TMA_B, TMA_Y, B_IS_NK, EVEN_K,
                 GATHER_X, SCATTER_Y, HAS_GATHER, HAS_BIAS, HAS_SCALE, STORE_Y, HAS_DOTS,
-                GATHER_OTHER,
+                GATHER_OTHER, SUBTILE,
             )  # fmt: skip
 
 
@@ -261,7 +296,7 @@ def grouped_gemm_bwd_dw_kernel(
     stride_gm, stride_gn, stride_xm, stride_xd,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
     PRECISION: tl.constexpr, TMA_G: tl.constexpr, TMA_X: tl.constexpr, TMA_DW: tl.constexpr,
-    FLATTEN: tl.constexpr,
+    FLATTEN: tl.constexpr, SUBTILE: tl.constexpr,
 ):  # fmt: skip
     """dw[e] (N, D) = sum over the rows m of expert e of outer(g[m], x[m]); zeros without rows.
 
@@ -305,7 +340,11 @@ def grouped_gemm_bwd_dw_kernel(
                 x = tl.load(x_pointers, mask=(m < end)[:, None] & (d < D)[None, :], other=0)
             acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION)
         dw = acc.to(dw_ptr.dtype.element_ty)
-        if TMA_DW:
+        if TMA_DW and SUBTILE == 2:
+            left, right = halves_of(dw, BLOCK_N, BLOCK_D)
+            dw_desc.store([e, n0, d0], left.reshape(1, BLOCK_N, BLOCK_D // 2))
+            dw_desc.store([e, n0, d0 + BLOCK_D // 2], right.reshape(1, BLOCK_N, BLOCK_D // 2))
+        elif TMA_DW:
             dw_desc.store([e, n0, d0], dw.reshape(1, BLOCK_N, BLOCK_D))
         else:
             pointers = dw_ptr + e.to(tl.int64) * N * D + n[:, None].to(tl.int64) * D + d[None, :]

@@ -234,6 +234,7 @@ class GroupedGemm:
                 HAS_SCALE=self.scale is not None, STORE_Y=y is not None,
                 HAS_DOTS=dots is not None, GATHER_OTHER=gather_other,
                 TMA_Y=y_desc is not None, TAIL_TILES=tiling.tail_tiles,
+                SUBTILE=tiling.config.epilogue_subtile,
                 **self.options(x_desc, b_desc, bias),
             )  # fmt: skip
 
@@ -303,7 +304,8 @@ class GroupedGemm:
     def _describe_output(self, y: torch.Tensor | None, block_m: int) -> TensorDescriptor | None:
         if y is None or self.scatter_y:
             return None
-        return self.describe_rows(y, [block_m, self.tiling.block_n])
+        columns = self.tiling.block_n // self.tiling.config.epilogue_subtile
+        return self.describe_rows(y, [block_m, columns])
 
     def describe_rows(self, rows: torch.Tensor, block: list[int]) -> TensorDescriptor | None:
         """A descriptor that ends at an expert's last row, wherever that is; None for pointers."""
@@ -368,7 +370,7 @@ def grad_weight(
         tma_stored = config.use_tma_store and has_tma(stored)
         tiles_left = cdiv(left.shape[1], block_left)
         tiles = num_experts * tiles_left * cdiv(right.shape[1], block_right)
-        block = [1, block_left, block_right]
+        block = [1, block_left, block_right // config.epilogue_subtile]
         programs = min(device.num_sms * config.programs_per_sm, tiles)
         try:
             with launch_on(g):
@@ -379,7 +381,7 @@ def grad_weight(
                     offsets, *sizes, *left.stride(), *right.stride(),
                     BLOCK_M=block_m, BLOCK_N=block_left, BLOCK_D=block_right, GROUP=config.group_m,
                     PRECISION=_precision(g.dtype), TMA_G=tma_left, TMA_X=tma_right, TMA_DW=tma_stored,
-                    FLATTEN=config.flatten,
+                    FLATTEN=config.flatten, SUBTILE=config.epilogue_subtile,
                     num_warps=config.num_warps, num_stages=config.num_stages,
                 )  # fmt: skip
         except OutOfResources as error:
