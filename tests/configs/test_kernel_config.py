@@ -26,7 +26,7 @@ from tests import checks
 moe = torch.ops.moe
 FORWARD = KernelConfigForward(BLOCK_M=64, BLOCK_N=32, num_stages=2, use_tma_load_x=True)
 BACKWARD_DX = KernelConfigBackward_dX(flatten=False, tail_tiles=True)
-BACKWARD_DW = KernelConfigBackward_dW(group_m=3, use_tma_store=True)
+BACKWARD_DW = KernelConfigBackward_dW(group_m=3, use_tma_store=True, epilogue_subtile=2)
 TEXT = kernel_config(FORWARD, BACKWARD_DX, BACKWARD_DW)
 
 passes = pytest.mark.parametrize("name", PASSES)
@@ -48,6 +48,7 @@ def configs(name: str) -> st.SearchStrategy[KernelConfig]:
         "num_warps": st.sampled_from([1, 2, 4, 8, 16]),
         "num_stages": st.integers(1, 8),
         "group_m": st.integers(1, 2**31),
+        "epilogue_subtile": st.sampled_from([1, 2]),
         "programs_per_sm": st.integers(1, 32),
         **{f"BLOCK_{letter}": block for letter in "MNK"},
     }
@@ -89,6 +90,7 @@ INVALID = [
     ({"BLOCK_M": "64"}, TypeError, "BLOCK_M of type int, got '64' (str)"),
     ({"num_warps": True}, TypeError, "num_warps of type int, got True (bool)"),
     ({"flatten": 1}, TypeError, "flatten of type bool, got 1 (int)"),
+    ({"epilogue_subtile": 3}, ValueError, "epilogue_subtile in (1, 2), got 3"),
     ({"use_tma_store": None}, TypeError, "use_tma_store of type bool, got None (NoneType)"),
 ]  # fmt: skip
 TAIL_TILES = [

@@ -32,15 +32,15 @@ from tests.architectures.compiled import GPUS, compiling_for
 pytestmark = pytest.mark.slow
 
 
-def forward(m: int, n: int, k: int, warps: int, stages: int, **fields: bool) -> KernelConfig:
+def forward(m: int, n: int, k: int, warps: int, stages: int, **fields: int) -> KernelConfig:
     return KernelConfigForward(m, n, k, warps, stages, **cast(dict[str, Any], fields))
 
 
-def dx(m: int, n: int, k: int, warps: int, stages: int, **fields: bool) -> KernelConfig:
+def dx(m: int, n: int, k: int, warps: int, stages: int, **fields: int) -> KernelConfig:
     return KernelConfigBackward_dX(m, n, k, warps, stages, **cast(dict[str, Any], fields))
 
 
-def dw(m: int, n: int, k: int, warps: int, stages: int, **fields: bool) -> KernelConfig:
+def dw(m: int, n: int, k: int, warps: int, stages: int, **fields: int) -> KernelConfig:
     return KernelConfigBackward_dW(m, n, k, warps, stages, **cast(dict[str, Any], fields))
 
 
@@ -55,6 +55,12 @@ CASES: dict[str, tuple[KernelConfig, dict[str, bool], tuple[str, ...]]] = {
     "fewer rows than the tile has": (forward(128, 64, 64, 4, 3), {}, ()),
     "not flattened": (forward(128, 256, 64, 8, 3, flatten=False, **TMA), {}, ()),
     "stored by a descriptor": (forward(64, 256, 64, 4, 3, **TMA, **STORE), {}, ()),
+    "stored in halves": (
+        forward(128, 256, 64, 8, 4, epilogue_subtile=2, **TMA, **STORE),
+        {},
+        (),
+    ),
+    "pointers store two halves": (forward(128, 256, 64, 8, 4, epilogue_subtile=2, **TMA), {}, ()),
     "tails": (forward(128, 128, 64, 8, 3, flatten=False, tail_tiles=True, **TMA, **STORE), {}, ()),
     "scattered": (forward(128, 128, 64, 4, 4, **STORE), {"permute_y": True}, ("scatter",)),
     "few rows, flattened": (forward(32, 128, 128, 4, 3), {}, ()),
@@ -65,6 +71,7 @@ CASES: dict[str, tuple[KernelConfig, dict[str, bool], tuple[str, ...]]] = {
         {"transposed": True},
         ("transposed",),
     ),
+    "dW, in halves": (dw(64, 128, 256, 8, 4, epilogue_subtile=2, **TMA_DW, **STORE), {}, ()),
     "dW, descriptors": (dw(32, 128, 128, 4, 4, **TMA_DW, **STORE), {}, ()),
 }
 

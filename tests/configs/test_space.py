@@ -86,6 +86,7 @@ def test_choices_that_hopper_needs():
     expected: dict[str, set[Any]] = {
         "flatten": {True, False}, "use_tma_store": {True, False}, "use_tma_load_w": {True, False},
         "group_m": {4, 8, 16}, "num_warps": {4, 8}, "num_stages": {3, 4, 5},
+        "epilogue_subtile": {1, 2}, "programs_per_sm": {1, 2},
     }  # fmt: skip
     for field, values in expected.items():
         assert tried(large, field) >= values, field

@@ -57,6 +57,14 @@ CONFIGS = {
     ),
     "pointers, flattened": (tile(128, 128, 32, 8, 3), dw(32, 128, 128, 8, 3)),
     "store alone": (tile(64, 128, 64, 4, 3, use_tma_store=True), dw(64, 64, 128, 4, 3, **LOADED)),
+    "in halves": (
+        tile(128, 128, 64, 8, 4, epilogue_subtile=2, **TMA),
+        dw(64, 128, 128, 4, 3, epilogue_subtile=2, use_tma_store=True, **LOADED),
+    ),
+    "in halves, by pointers": (
+        tile(128, 128, 32, 4, 3, epilogue_subtile=2, programs_per_sm=2),
+        dw(64, 256, 128, 8, 4, epilogue_subtile=2, use_tma_store=True, **LOADED),
+    ),
     "few rows": (tile(16, 64, 128, 4, 3, flatten=False), dw(16, 64, 64, 4, 2, flatten=False)),
     "few rows, many programs": (
         tile(32, 32, 64, 4, 3, flatten=False, programs_per_sm=4, use_tma_load_w=True),

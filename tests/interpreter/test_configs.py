@@ -144,6 +144,19 @@ def test_every_descriptor(mode, block_m, made):
     assert made
 
 
+@modes
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_halves(mode, tma, layout, made):
+    run(
+        {**SMALL, "use_tma_store": tma, "epilogue_subtile": 2},
+        dw={"BLOCK_M": 64, "use_tma_load_x": tma},
+        mode=mode,
+        layout=layout,
+    )
+    assert bool(made) == tma
+
+
 def test_descriptors_that_cannot_apply(made):
     """Rows of an odd number of elements: pointers serve, with the same result."""
     flags = {"use_tma_load_w": True, "use_tma_store": True}

@@ -18,7 +18,7 @@ from moe_ops.configs.kernel_config import (
     KernelConfigForward,
 )
 
-MAX_CANDIDATES = 24
+MAX_CANDIDATES = 32
 
 _Tile = tuple[int, int, int, int, int]
 
@@ -32,6 +32,10 @@ _TMA_TILES = (
     (256, 128, 64, 8, 4), (128, 128, 64, 4, 4), (128, 128, 64, 8, 5), (64, 256, 64, 8, 4),
     (64, 256, 64, 4, 3), (64, 128, 64, 4, 4), (64, 128, 64, 4, 5),
 )  # fmt: skip
+# Stored in halves, which leaves room for one stage more; and two programs an SM, of which one stores
+# while the other multiplies.
+_TMA_HALVES = ((128, 256, 64, 8, 4), (256, 128, 64, 8, 4), (128, 256, 64, 8, 3))
+_TMA_PAIRS = ((128, 128, 32, 4, 4), (128, 128, 64, 4, 3), (64, 256, 32, 4, 4))
 _POINTER_TILES = (
     (128, 128, 32, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 4, 4), (128, 256, 32, 8, 3),
     (256, 128, 32, 8, 3), (128, 64, 64, 4, 3), (64, 128, 64, 4, 3), (64, 128, 32, 4, 4),
@@ -59,6 +63,8 @@ _DW_TMA_TILES = (
     (128, 128, 64, 8, 5), (128, 128, 128, 8, 3), (64, 256, 64, 8, 4), (64, 256, 64, 4, 4),
     (128, 128, 32, 4, 5),
 )  # fmt: skip
+_DW_HALVES = ((128, 256, 64, 8, 4), (256, 128, 64, 8, 4), (128, 256, 32, 8, 8))
+_DW_PAIRS = ((128, 128, 64, 4, 3), (128, 128, 32, 4, 6), (128, 128, 32, 4, 4))
 _DW_POINTER_TILES = (
     (128, 128, 32, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 4, 4), (128, 256, 32, 8, 3),
     (256, 128, 32, 8, 3), (128, 256, 64, 8, 3), (64, 256, 32, 8, 3), (128, 64, 64, 4, 3),
@@ -116,7 +122,15 @@ def _of_gemm(problem: Problem, device: Device) -> Iterator[KernelConfig]:
         base = [_gemm(problem, tile) for tile in _POINTER_TILES]
     # An expert of few rows wastes the larger part of a high tile: those come last.
     base.sort(key=lambda config: problem.rows <= 64 < config.BLOCK_M)
-    yield from base
+    yield from base[:5]
+    if tma:
+        store = "scatter" not in problem.flags
+        for tile in _TMA_HALVES:
+            config = _gemm(problem, tile, tma=True)
+            yield replace(config, use_tma_store=store, epilogue_subtile=2)
+        for tile in _TMA_PAIRS:
+            config = _gemm(problem, tile, tma=True, programs_per_sm=2)
+            yield replace(config, use_tma_store=store, epilogue_subtile=2)
     for config in base[:2]:
         yield replace(config, tail_tiles=True, flatten=False)
         yield replace(config, flatten=not config.flatten)
@@ -126,6 +140,7 @@ def _of_gemm(problem: Problem, device: Device) -> Iterator[KernelConfig]:
             yield replace(config, programs_per_sm=2)
         elif "scatter" not in problem.flags:
             yield replace(config, use_tma_store=True)
+    yield from base[5:]
     if tma:
         yield from (_gemm(problem, tile, programs_per_sm=2) for tile in _POINTER_TILES[:2])
 
@@ -163,7 +178,13 @@ def _of_dw(problem: Problem, device: Device) -> Iterator[KernelConfig]:
     else:
         tiles = _DW_FEW_ROWS_TILES + _DW_POINTER_TILES if few else _DW_POINTER_TILES
     base = [_dw(tile, tma=tma) for tile in tiles]
-    yield from base
+    yield from base[:4]
+    if tma and not few:
+        yield from (replace(_dw(tile, tma=True), epilogue_subtile=2) for tile in _DW_HALVES)
+        for tile in _DW_PAIRS:
+            config = _dw(tile, tma=True)
+            yield replace(config, epilogue_subtile=2, programs_per_sm=2)
+    yield from base[4:]
     for config in base[:2]:
         yield replace(config, group_m=8)
         yield replace(config, flatten=not config.flatten)
