@@ -150,7 +150,7 @@ def test_every_descriptor(mode, block_m, made):
 def test_halves(mode, tma, layout, made):
     run(
         {**SMALL, "use_tma_store": tma, "epilogue_subtile": 2},
-        dw={"BLOCK_M": 64, "use_tma_load_x": tma},
+        dw={"use_tma_load_x": tma},
         mode=mode,
         layout=layout,
     )
