@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_ops.ops.fused_experts import launch as fused_experts
 from moe_ops.ops.grouped_gemm import launch as gemm
 from moe_ops.ops.permute import launch as permute
 from moe_ops.ops.routing_indices import launch as routing_indices
@@ -85,6 +86,52 @@ def grouped_gemm(
         ),
     }
     return {**calls, "dx-dots": dx(True)} if weights else calls
+
+
+def experts(
+    sizes: Sizes,
+    dtype: torch.dtype,
+    *,
+    activation: str = "silu",
+    gated: bool = True,
+    interleaved: bool = False,
+    activation_limit: float | None = None,
+    weights_before: bool = False,
+    bias: bool = False,
+    transposed: bool = False,
+    recompute: str = "none",
+) -> dict[str, Call]:
+    """fused_experts; out_features are those of the up projection, in_features the hidden size."""
+    num_tokens, top_k, num_experts = sizes.num_tokens, sizes.top_k, sizes.num_experts
+    width, hidden = sizes.out_features, sizes.in_features
+    inner = width // 2 if gated else width
+    width = 2 * inner if gated else inner
+
+    def matrices(rows: int, columns: int) -> Tensor:
+        if transposed:
+            return _empty(num_experts, columns, rows, dtype=dtype).transpose(1, 2)
+        return _empty(num_experts, rows, columns, dtype=dtype)
+
+    x, up, down = (
+        _empty(num_tokens, hidden, dtype=dtype),
+        matrices(width, hidden),
+        matrices(hidden, inner),
+    )
+    weights = _empty(num_tokens, top_k, dtype=torch.float32)
+    biases = [_empty(num_experts, n, dtype=dtype) if bias else None for n in (width, hidden)]
+    flags = (activation, gated, interleaved, activation_limit, weights_before)
+    forward = (x, up, down, _empty(num_tokens, top_k), weights, *biases, *flags, recompute)
+    rows = [_empty(num_tokens * top_k) for _ in range(2)]
+    z = _empty(num_tokens * top_k, width, dtype=dtype) if recompute == "none" else None
+    needs = [True, True, True, True, bias, bias]
+    return {
+        "inference": lambda: fused_experts.fused_experts(*forward),
+        "forward": lambda: fused_experts.fused_experts_forward(*forward),
+        "backward": lambda: fused_experts.fused_experts_backward(
+            x, x, up, down, weights, *biases, z, _empty(num_experts), *rows, *flags,
+            needs, [transposed, transposed],
+        ),
+    }  # fmt: skip
 
 
 def routing(sizes: Sizes, dtype: torch.dtype) -> Iterator[Call]:

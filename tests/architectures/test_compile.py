@@ -19,6 +19,7 @@ import moe_ops
 from moe_ops.configs import cache, choose
 from moe_ops.configs.choose import Device
 from moe_ops.configs.kernel_config import KernelConfig
+from tests.gpu import experts_problem
 from tests.gpu.gemm_problem import MODES
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -82,6 +83,8 @@ def test_every_kernel_compiles(gpu):
     for size in ("training", "decode-8"):
         made = calls.grouped_gemm(SIZES[size], dtype, **MODES["permute_x-weights-bias"])
         named.update({f"{size} {name}": call for name, call in made.items()})
+    made = calls.experts(SIZES["training"], dtype)
+    named.update({f"experts {name}": call for name, call in made.items()})
     gather = calls.grouped_gemm(SIZES["training"], dtype, **MODES["permute_y-weights"])
     kernels = compile_all(device, [*named.values(), gather["dw"]])
     assert {kernel.kernel for kernel in kernels} == kernels_of_the_package()
@@ -114,6 +117,21 @@ def test_training(gpu, mode):
         ).items()
     }
     check(GPUS[gpu], named, stack_limit(gpu))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "mode"),
+    [(gpu, m) for gpu in GPUS for m in (experts_problem.MODES if gpu == "sm_90" else ("gpt-oss",))],
+)
+def test_training_of_experts(gpu, mode):
+    dtype = F16 if gpu == "sm_75" else BF16
+    flags = experts_problem.MODES[mode]
+    sizes = {"training": (False, True), "decode-8": (False,), "uneven": (False,)}
+    for size, layouts in sizes.items():
+        for transposed in layouts:
+            made = calls.experts(SIZES[size], dtype, transposed=transposed, **flags)
+            named = {f"{size} {name} {transposed=}": call for name, call in made.items()}
+            check(GPUS[gpu], named, stack_limit(gpu, size))
 
 
 @pytest.mark.parametrize("gpu", TENSOR_CORES)

@@ -155,6 +155,8 @@ def _heuristic_gemm(problem: Problem, device: Device) -> KernelConfig:
         m, n, k, warps, stages = 128, 128, 64, 8, 4
     elif has_tma and problem.rows <= 64:
         m, n, k, warps, stages, store = 64, 256, 64, 4, 4, True
+    elif has_tma and "gated" in problem.flags and device.capability >= (10, 0):
+        m, n, k, warps, stages, store = 128, 128, 64, 8, 4, True
     elif has_tma:
         m, n, k, warps, store = 128, 256, 64, 8, True
     else:
@@ -162,6 +164,8 @@ def _heuristic_gemm(problem: Problem, device: Device) -> KernelConfig:
     common: dict[str, Any] = {
         "BLOCK_M": m, "num_warps": warps, "num_stages": stages, "group_m": 16 if has_tma else 8,
         "programs_per_sm": per_sm, "use_tma_store": store, "use_tma_load_w": has_tma,
+        # What comes after the product of an activation takes the registers of half a tile at most.
+        "epilogue_subtile": 2 if has_tma and {"gated", "activated"} & set(problem.flags) else 1,
         # Flattened, the dots spill on Blackwell.
         "flatten": has_tma and not (has_dots and device.capability >= (10, 0)),
     }  # fmt: skip
@@ -222,6 +226,11 @@ def shared_memory(config: KernelConfig, problem: Problem, device: Device) -> int
         has_tails = getattr(config, "tail_tiles", False)
         # A tile of half the height has a buffer of its own.
         stored = tile + tile // 2 if has_tails else tile
+        if "gated" in problem.flags:
+            # Half of the pre-activation at a time; the output, half as wide, in a buffer of its own
+            # unless it has the same shape.
+            half = rows * columns // 2 * size
+            stored = half if config.epilogue_subtile == 1 else half + half // 2
     # What pointers store, or dots are taken of, goes from warp to warp through shared memory first.
     exchanged = 0
     if not stored or "dots" in problem.flags:

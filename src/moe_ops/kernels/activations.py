@@ -7,6 +7,8 @@ Names as the schema of fused_experts has them. A NaN stays one.
 import triton
 import triton.language as tl
 
+from moe_ops.kernels.grouped_gemm import halves_of
+
 # gpt-oss: gate * sigmoid(1.702 * gate) * (up + 1).
 _OAI_SLOPE = tl.constexpr(1.702)
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -95,5 +97,5 @@ def split_gate(
     if INTERLEAVED:
         gate, up = z.reshape(BLOCK_M, BLOCK_I, 2).split()
     else:
-        gate, up = z.reshape(BLOCK_M, 2, BLOCK_I).permute(0, 2, 1).split()
+        gate, up = halves_of(z, BLOCK_M, 2 * BLOCK_I)
     return gate, up

@@ -10,8 +10,58 @@ import triton.language as tl
 from triton.tools.ragged_tma import to_ragged_indices
 
 from moe_ops.kernels.activations import gated_activation, plain_activation, split_gate
-from moe_ops.kernels.grouped_gemm import multiply, source_rows, tile_of
+from moe_ops.kernels.grouped_gemm import halves_of, multiply, source_rows, tile_of
 from moe_ops.kernels.schedule import expert_rows, find_tile, tiles_before, zero_tail
+
+
+@triton.jit
+def _store_part(
+    ptr, desc, tile, first, end, part, n0,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILE: tl.constexpr,
+):  # fmt: skip
+    """Stores tile (BLOCK_M, BLOCK_N) at [first:end, part, n0:] of a ragged descriptor (M, any, N).
+
+    The pointer says of which dtype the descriptor is.
+    """
+    # store_ragged of triton.tools, which its interpreter does not take.
+    r0, r1, row = to_ragged_indices(first, end - first, 0)
+    if SUBTILE == 2:
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = halves_of(tile, BLOCK_M, BLOCK_N)
+        left = left.to(ptr.dtype.element_ty).reshape(1, 1, BLOCK_M, 1, HALF)
+        desc.store([r0, r1, row, part, n0], left)
+        right = right.to(ptr.dtype.element_ty).reshape(1, 1, BLOCK_M, 1, HALF)
+        desc.store([r0, r1, row, part, n0 + HALF], right)
+    else:
+        tile = tile.to(ptr.dtype.element_ty).reshape(1, 1, BLOCK_M, 1, BLOCK_N)
+        desc.store([r0, r1, row, part, n0], tile)
+
+
+@triton.jit
+def _store_h(
+    h_ptr, h_desc, h, rows, in_rows, first, end, i0, width,
+    BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Stores h (BLOCK_M, BLOCK_I) from column i0 on."""
+    if TMA:
+        _store_part(h_ptr, h_desc, h, first, end, 0, i0, BLOCK_M, BLOCK_I, 1)
+    else:
+        i = i0 + tl.arange(0, BLOCK_I)
+        pointers = h_ptr + rows[:, None].to(tl.int64) * width + i[None, :]
+        in_h = in_rows & (i < width)[None, :]
+        tl.store(pointers, h.to(h_ptr.dtype.element_ty), mask=in_h)
+
+
+@triton.jit
+def _activate(
+    gate, up, limit, GATED: tl.constexpr, ACTIVATION: tl.constexpr, HAS_LIMIT: tl.constexpr
+):  # fmt: skip
+    """act(gate) * up, or act(gate)."""
+    if GATED:
+        h, _, _ = gated_activation(gate, up, limit, ACTIVATION, HAS_LIMIT)
+    else:
+        h, _ = plain_activation(gate, limit, ACTIVATION, HAS_LIMIT)
+    return h
 
 
 @triton.jit(do_not_specialize=["max_tiles", "num_rows"])
@@ -25,7 +75,7 @@ def _expert_up_kernel(
     HAS_BIAS: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     ACTIVATION: tl.constexpr, HAS_LIMIT: tl.constexpr, STORE_Z: tl.constexpr,
     STORE_H: tl.constexpr, FINDS_TILES: tl.constexpr, EXPERTS: tl.constexpr,
-    BLOCK_W: tl.constexpr, FLATTEN: tl.constexpr,
+    BLOCK_W: tl.constexpr, FLATTEN: tl.constexpr, SUBTILE: tl.constexpr,
 ):  # fmt: skip
     """z[row] = x[row] @ b[e] + bias[e], h[row] = act(z[row]), tile by tile.
 
@@ -74,41 +124,44 @@ def _expert_up_kernel(
             stride_xm, stride_xk, stride_be, stride_bk, stride_bn, stride_bias_e, stride_bias_n,
             BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, TMA_X, TMA_B, B_IS_NK, HALVES, EVEN_K, HAS_BIAS,
         )  # fmt: skip
-        # store_ragged of triton.tools, which its interpreter does not take.
-        r0, r1, r2 = to_ragged_indices(first, end - first, 0)
+        in_h = in_rows[:, None]
         if STORE_Z:
             if TMA_Z and GATED:
-                # By halves, of the shape that h has: then all share one buffer.
-                left, right = split_gate(z, BLOCK_M, BLOCK_I, False)
-                left = left.to(z_ptr.dtype.element_ty).reshape(1, 1, BLOCK_M, 1, BLOCK_I)
-                z_desc.store([r0, r1, r2, 0, n0], left)
-                right = right.to(z_ptr.dtype.element_ty).reshape(1, 1, BLOCK_M, 1, BLOCK_I)
+                # One half after the other, through the same buffer.
+                left, right = halves_of(z, BLOCK_M, BLOCK_N)
+                _store_part(z_ptr, z_desc, left, first, end, 0, n0, BLOCK_M, BLOCK_I, 1)
                 if HALVES:
-                    z_desc.store([r0, r1, r2, 1, n0], right)
+                    _store_part(z_ptr, z_desc, right, first, end, 1, n0, BLOCK_M, BLOCK_I, 1)
                 else:
-                    z_desc.store([r0, r1, r2, 0, n0 + BLOCK_I], right)
+                    n1 = n0 + BLOCK_I
+                    _store_part(z_ptr, z_desc, right, first, end, 0, n1, BLOCK_M, BLOCK_I, 1)
             elif TMA_Z:
-                stored = z.to(z_ptr.dtype.element_ty).reshape(1, 1, BLOCK_M, 1, BLOCK_N)
-                z_desc.store([r0, r1, r2, 0, n0], stored)
+                _store_part(z_ptr, z_desc, z, first, end, 0, n0, BLOCK_M, BLOCK_N, SUBTILE)
             else:
                 z_pointers = z_ptr + rows[:, None].to(tl.int64) * W + cols[None, :]
-                in_z = in_rows[:, None] & in_cols[None, :]
+                in_z = in_h & in_cols[None, :]
                 tl.store(z_pointers, z.to(z_ptr.dtype.element_ty), mask=in_z)
         if STORE_H:
+            gate = z
+            up = z
             if GATED:
                 gate, up = split_gate(z, BLOCK_M, BLOCK_I, INTERLEAVED)
-                h, _, _ = gated_activation(gate, up, limit, ACTIVATION, HAS_LIMIT)
-            else:
-                h, _ = plain_activation(z, limit, ACTIVATION, HAS_LIMIT)
             i0 = tile_n * BLOCK_I
-            if TMA_H:
-                stored = h.to(h_ptr.dtype.element_ty).reshape(1, 1, BLOCK_M, 1, BLOCK_I)
-                h_desc.store([r0, r1, r2, 0, i0], stored)
+            if SUBTILE == 2:
+                # One half after the other, so that fewer registers are needed at once.
+                HALF: tl.constexpr = BLOCK_I // 2
+                gate, gate_right = halves_of(gate, BLOCK_M, BLOCK_I)
+                up, up_right = halves_of(up, BLOCK_M, BLOCK_I)
+                h = _activate(gate, up, limit, GATED, ACTIVATION, HAS_LIMIT)
+                _store_h(h_ptr, h_desc, h, rows, in_h, first, end, i0, width, BLOCK_M, HALF, TMA_H)
+                h = _activate(gate_right, up_right, limit, GATED, ACTIVATION, HAS_LIMIT)
+                i0 += HALF
+                _store_h(h_ptr, h_desc, h, rows, in_h, first, end, i0, width, BLOCK_M, HALF, TMA_H)
             else:
-                i = i0 + tl.arange(0, BLOCK_I)
-                h_pointers = h_ptr + rows[:, None].to(tl.int64) * width + i[None, :]
-                in_h = in_rows[:, None] & (i < width)[None, :]
-                tl.store(h_pointers, h.to(h_ptr.dtype.element_ty), mask=in_h)
+                h = _activate(gate, up, limit, GATED, ACTIVATION, HAS_LIMIT)
+                _store_h(
+                    h_ptr, h_desc, h, rows, in_h, first, end, i0, width, BLOCK_M, BLOCK_I, TMA_H
+                )
 
 
 @triton.jit(do_not_specialize=["num_rows"])

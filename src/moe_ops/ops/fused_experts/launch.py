@@ -261,12 +261,14 @@ def _up(
     with gemm.launching():
         x_desc, b_desc = gemm.describe_operands(block_m, halves)
         z_desc = h_desc = None
-        block = [block_m, 1, block_i]
+        subtile = gemm.tiling.config.epilogue_subtile
         if z is not None:
             parts = 2 if halves else 1
-            z_desc = gemm.describe_rows(z.unflatten(1, (parts, gemm.n // parts)), block)
+            columns = block_i if rows.gated else block_i // subtile
+            described = z.unflatten(1, (parts, gemm.n // parts))
+            z_desc = gemm.describe_rows(described, [block_m, 1, columns])
         if h is not None:
-            h_desc = gemm.describe_rows(h.unsqueeze(1), block)
+            h_desc = gemm.describe_rows(h.unsqueeze(1), [block_m, 1, block_i // subtile])
         _expert_up_kernel[(gemm.programs(cdiv(width, block_i)),)](
             x, x_desc, gemm.b, b_desc, bias, gemm.gather, z, z_desc, h, h_desc,
             *gemm.tile_arguments(), width, gemm.k, max(divisor, 1), rows.limit,
@@ -274,7 +276,7 @@ def _up(
             TMA_Z=z_desc is not None, TMA_H=h_desc is not None, GATED=rows.gated,
             INTERLEAVED=rows.interleaved, ACTIVATION=rows.activation,
             HAS_LIMIT=rows.activation_limit is not None, STORE_Z=z is not None,
-            STORE_H=h is not None, **gemm.options(x_desc, b_desc, bias),
+            STORE_H=h is not None, SUBTILE=subtile, **gemm.options(x_desc, b_desc, bias),
         )  # fmt: skip
     return gemm.schedule
 
