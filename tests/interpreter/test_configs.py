@@ -31,19 +31,15 @@ def made(monkeypatch):
     launch = pytest.importorskip("moe_ops.ops.gemm_launching")
     listed: list[tuple[str, int]] = []
 
-    class Listed(launch.TensorDescriptor):  # type: ignore[name-defined]
-        @staticmethod
-        def from_tensor(tensor, block):
-            listed.append(("plain", len(block)))
-            return plain(tensor, block)
+    describe = launch.describe
 
-    def create(tensor, block):
-        listed.append(("ragged", len(block)))
-        return ragged(tensor, block)
+    def describe_and_list(tensor, block, ragged=False):
+        descriptor = describe(tensor, block, ragged)
+        if descriptor is not None:
+            listed.append(("ragged" if ragged else "plain", len(block)))
+        return descriptor
 
-    plain, ragged = launch.TensorDescriptor.from_tensor, launch.create_ragged_descriptor
-    monkeypatch.setattr(launch, "TensorDescriptor", Listed)
-    monkeypatch.setattr(launch, "create_ragged_descriptor", create)
+    monkeypatch.setattr(launch, "describe", describe_and_list)
     monkeypatch.setattr(launch, "device_of", lambda device: Device("H", (9, 0), 232448, 4))
     return listed
 

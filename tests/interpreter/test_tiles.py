@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """grouped_gemm at sizes of more than one tile, by pointers and by descriptors, against fp64."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -29,17 +27,15 @@ def hopper(monkeypatch):
     launch = pytest.importorskip("moe_ops.ops.gemm_launching")
     made: list[str] = []
 
-    def listed(name, make):
-        def make_and_list(*args):
-            made.append(name)
-            return make(*args)
+    describe = launch.describe
 
-        return make_and_list
+    def describe_and_list(tensor, block, ragged=False):
+        descriptor = describe(tensor, block, ragged)
+        if descriptor is not None:
+            made.append("ragged" if ragged else "plain")
+        return descriptor
 
-    plain = listed("plain", launch.TensorDescriptor.from_tensor)
-    monkeypatch.setattr(launch, "TensorDescriptor", SimpleNamespace(from_tensor=plain))
-    ragged = listed("ragged", launch.create_ragged_descriptor)
-    monkeypatch.setattr(launch, "create_ragged_descriptor", ragged)
+    monkeypatch.setattr(launch, "describe", describe_and_list)
     monkeypatch.setattr(launch, "device_of", lambda device: Device("H", (9, 0), 232448, 4))
     return made
 

@@ -7,17 +7,17 @@ expert.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import functools
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from triton.runtime.errors import OutOfResources
 from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe_ops.configs.choose import Problem, choose, device_of, rows_bucket
+from moe_ops.configs import cache
+from moe_ops.configs.choose import Device, Problem, choose, device_of, rows_bucket
 from moe_ops.configs.kernel_config import (
     KernelConfig,
     KernelConfigBackward_dW,
@@ -41,7 +41,10 @@ _BLOCK_W = 1024
 
 @dataclass(frozen=True)
 class _Tiling:
-    """A forward's or a dX's configuration in the kernel's letters: y (M, N) = x (M, K) @ b (K, N)."""
+    """A forward's or a dX's configuration in the kernel's letters: y (M, N) = x (M, K) @ b (K, N).
+
+    `options` are the arguments of a launch that it decides.
+    """
 
     config: KernelConfig
     block_m: int
@@ -50,16 +53,29 @@ class _Tiling:
     tail_tiles: bool
     tma_x: bool
     tma_b: bool
+    options: dict[str, Any]
 
-    @staticmethod
-    def of(config: KernelConfig) -> _Tiling:
-        m, n, k = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
-        if isinstance(config, KernelConfigBackward_dX):
-            x, w = config.use_tma_load_dy, config.use_tma_load_w
-            return _Tiling(config, m, k, n, config.tail_tiles, x, w)
+
+# What follows from sizes and flags is worked out once: a launch is to cost the host little.
+@functools.lru_cache(maxsize=4096)
+def _tiling(problem: Problem, device: Device, kernel_config: str | None) -> _Tiling:
+    config = choose(problem, device, kernel_config)
+    m, n, k = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
+    if isinstance(config, KernelConfigBackward_dX):
+        n, k = k, n
+        tail_tiles, tma_x = config.tail_tiles, config.use_tma_load_dy
+    else:
         config = cast(KernelConfigForward, config)
-        x, w = config.use_tma_load_x, config.use_tma_load_w
-        return _Tiling(config, m, n, k, config.tail_tiles, x, w)
+        tail_tiles, tma_x = config.tail_tiles, config.use_tma_load_x
+    options = {
+        "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": config.group_m,
+        "BLOCK_W": _BLOCK_W, "FLATTEN": config.flatten, "SUBTILE": config.epilogue_subtile,
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
+    return _Tiling(config, m, n, k, tail_tiles, tma_x, config.use_tma_load_w, options)
+
+
+cache.on_change.append(_tiling.cache_clear)
 
 
 class TileSchedule:
@@ -141,21 +157,15 @@ class GroupedGemm:
         self.b_is_nk = b.stride(1) == 1
         self.device = device_of(x.device)
         is_forward = kind == "forward"
-        out_features, in_features = (self.n, self.k) if is_forward else (self.k, self.n)
-        known = {
-            "gather": x_divisor > 0,
-            "scatter": scatter_y,
-            "scale": scale is not None,
-            "bias": has_bias,
-            "dots": has_dots,
-            "transposed": self.b_is_nk != is_forward,
-        }
-        rows = rows_bucket(num_rows, self.num_experts)
-        problem = Problem(
-            kind, _name(x.dtype), self.num_experts, out_features, in_features, rows,
-            (*(flag for flag, is_set in known.items() if is_set), *flags),
+        known = (
+            x_divisor > 0, scatter_y, scale is not None, has_bias, has_dots,
+            self.b_is_nk != is_forward,
         )  # fmt: skip
-        self.tiling = _Tiling.of(choose(problem, self.device, kernel_config))
+        problem = _problem(
+            kind, x.dtype, self.num_experts, *((self.n, self.k) if is_forward else (self.k, self.n)),
+            rows_bucket(num_rows, self.num_experts), known, flags,
+        )  # fmt: skip
+        self.tiling = _tiling(problem, self.device, kernel_config)
         self.tiles_n = cdiv(self.n, self.tiling.block_n)
         few_rows = self.tiling.block_m <= _FINDS_TILES_ROWS
         self.finds_tiles = few_rows and not has_dots and not needs_schedule
@@ -216,27 +226,29 @@ class GroupedGemm:
         self.make_schedule(
             y if zeros_tail else None, self.gather if self.scatter_y else None, shared
         )
-        with self.launching():
-            x_desc, b_desc = self.describe_operands(tiling.block_m)
-            y_desc = self._describe_output(y, tiling.block_m)
-            x_tail_desc = y_tail_desc = None
-            if tiling.tail_tiles:
-                x_tail_desc, _ = self.describe_operands(tiling.block_m // 2)
-                y_tail_desc = self._describe_output(y, tiling.block_m // 2)
-            grouped_gemm_kernel[(self.programs(self.tiles_n),)](
-                self.x, x_desc, x_tail_desc, self.b, b_desc, bias, self.scale, self.gather,
-                y, y_desc, y_tail_desc, other, dots, *self.tile_arguments(),
-                self.n, self.k, self.top_k,
-                max(self.x_divisor, 1), self.top_k if gather_other else 1,
-                *self.x.stride(), *self.b.stride(), *strides(bias), *strides(self.scale),
-                *strides(other),
-                SCATTER_Y=self.scatter_y, HAS_GATHER=self.gather is not None,
-                HAS_SCALE=self.scale is not None, STORE_Y=y is not None,
-                HAS_DOTS=dots is not None, GATHER_OTHER=gather_other,
-                TMA_Y=y_desc is not None, TAIL_TILES=tiling.tail_tiles,
-                SUBTILE=tiling.config.epilogue_subtile,
-                **self.options(x_desc, b_desc, bias),
-            )  # fmt: skip
+        x_desc, b_desc = self.describe_operands(tiling.block_m)
+        y_desc = self._describe_output(y, tiling.block_m)
+        x_tail_desc = y_tail_desc = None
+        if tiling.tail_tiles:
+            x_tail_desc, _ = self.describe_operands(tiling.block_m // 2)
+            y_tail_desc = self._describe_output(y, tiling.block_m // 2)
+        try:
+            with launch_on(self.x):
+                grouped_gemm_kernel[(self.programs(self.tiles_n),)](
+                    self.x, x_desc, x_tail_desc, self.b, b_desc, bias, self.scale, self.gather,
+                    y, y_desc, y_tail_desc, other, dots, *self.tile_arguments(),
+                    self.n, self.k, self.top_k,
+                    max(self.x_divisor, 1), self.top_k if gather_other else 1,
+                    *self.x.stride(), *self.b.stride(), *strides(bias), *strides(self.scale),
+                    *strides(other),
+                    SCATTER_Y=self.scatter_y, HAS_GATHER=self.gather is not None,
+                    HAS_SCALE=self.scale is not None, STORE_Y=y is not None,
+                    HAS_DOTS=dots is not None, GATHER_OTHER=gather_other,
+                    TMA_Y=y_desc is not None, TAIL_TILES=tiling.tail_tiles,
+                    **self.options(x_desc, b_desc, bias),
+                )  # fmt: skip
+        except OutOfResources as error:
+            refuse_too_large(error, self.kernel_config)
 
     def programs(self, tiles_n: int) -> int:
         """The size of a persistent grid."""
@@ -258,26 +270,13 @@ class GroupedGemm:
         bias: torch.Tensor | None,
     ) -> dict[str, Any]:
         """The constexpr arguments that all kernels of such a GEMM have, and Triton's own."""
-        tiling, config = self.tiling, self.tiling.config
         return {
-            "BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k,
-            "GROUP_M": config.group_m, "PRECISION": _precision(self.x.dtype),
+            **self.tiling.options, "PRECISION": _precision(self.x.dtype),
             "TMA_X": x_desc is not None, "TMA_B": b_desc is not None, "B_IS_NK": self.b_is_nk,
-            "EVEN_K": self.k % tiling.block_k == 0, "GATHER_X": self.x_divisor > 0,
+            "EVEN_K": self.k % self.tiling.block_k == 0, "GATHER_X": self.x_divisor > 0,
             "HAS_BIAS": bias is not None, "FINDS_TILES": self.finds_tiles,
             "EXPERTS": next_power_of_2(self.num_experts) if self.finds_tiles else 1,
-            "BLOCK_W": _BLOCK_W, "FLATTEN": config.flatten,
-            "num_warps": config.num_warps, "num_stages": config.num_stages,
         }  # fmt: skip
-
-    @contextlib.contextmanager
-    def launching(self) -> Iterator[None]:
-        """On the tensors' device; a configuration that does not fit it is the giver's error."""
-        try:
-            with launch_on(self.x):
-                yield
-        except OutOfResources as error:
-            _refuse_too_large(error, self.kernel_config)
 
     def describe_operands(
         self, block_m: int, halves: bool = False
@@ -288,30 +287,28 @@ class GroupedGemm:
         """
         tiling = self.tiling
         x_desc = b_desc = None
-        if self.k > 0 and tiling.tma_x and not self.x_divisor and has_tma(self.x):
-            x_desc = TensorDescriptor.from_tensor(self.x, [block_m, tiling.block_k])
-        described = self.b.transpose(1, 2) if self.b_is_nk else self.b
-        n_axis = 1 if self.b_is_nk else 2
-        block = [1, tiling.block_n, tiling.block_k]
-        block = block if self.b_is_nk else [1, *block[:0:-1]]
-        if halves:
-            described = described.unflatten(n_axis, (2, self.n // 2))
-            block[n_axis : n_axis + 1] = [2, tiling.block_n // 2]
-        if self.k > 0 and self.n > 0 and tiling.tma_b and has_tma(described):
-            b_desc = TensorDescriptor.from_tensor(described, block)
+        if tiling.tma_x and not self.x_divisor:
+            x_desc = describe(self.x, (block_m, tiling.block_k))
+        if tiling.tma_b:
+            described = self.b.transpose(1, 2) if self.b_is_nk else self.b
+            n_axis = 1 if self.b_is_nk else 2
+            columns = (2, tiling.block_n // 2) if halves else (tiling.block_n,)
+            depth = (tiling.block_k,)
+            block = (1, *columns, *depth) if self.b_is_nk else (1, *depth, *columns)
+            if halves:
+                described = described.unflatten(n_axis, (2, self.n // 2))
+            b_desc = describe(described, block)
         return x_desc, b_desc
 
     def _describe_output(self, y: torch.Tensor | None, block_m: int) -> TensorDescriptor | None:
         if y is None or self.scatter_y:
             return None
         columns = self.tiling.block_n // self.tiling.config.epilogue_subtile
-        return self.describe_rows(y, [block_m, columns])
+        return self.describe_rows(y, (block_m, columns))
 
-    def describe_rows(self, rows: torch.Tensor, block: list[int]) -> TensorDescriptor | None:
+    def describe_rows(self, rows: torch.Tensor, block: tuple[int, ...]) -> TensorDescriptor | None:
         """A descriptor that ends at an expert's last row, wherever that is; None for pointers."""
-        if self.tiling.config.use_tma_store and rows.numel() > 0 and has_tma(rows):
-            return create_ragged_descriptor(rows, block)
-        return None
+        return describe(rows, block, ragged=True) if self.tiling.config.use_tma_store else None
 
     def launch_bias_dots(self, bias: torch.Tensor, dots: torch.Tensor) -> None:
         """Writes dots[slot] = <x[row], bias[e]>, on the schedule that `launch` made."""
@@ -354,10 +351,9 @@ def grad_weight(
     sizes = (num_experts, left.shape[1], right.shape[1])
     stored = g.new_zeros(sizes) if num_rows == 0 else g.new_empty(sizes)
     if num_rows > 0 and stored.numel() > 0:
-        problem = Problem(
-            "backward_dW", _name(g.dtype), num_experts, g.shape[1], x.shape[1],
-            rows_bucket(num_rows, num_experts), ("transposed",) if transposed else (),
-        )  # fmt: skip
+        known = (False, False, False, False, False, transposed)
+        rows = rows_bucket(num_rows, num_experts)
+        problem = _problem("backward_dW", g.dtype, num_experts, g.shape[1], x.shape[1], rows, known)
         device = device_of(g.device)
         config = cast(KernelConfigBackward_dW, choose(problem, device, kernel_config))
         block_m, block_left, block_right = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
@@ -365,27 +361,25 @@ def grad_weight(
         if transposed:
             block_left, block_right = block_right, block_left
             tma_left, tma_right = tma_right, tma_left
-        tma_left = tma_left and has_tma(left)
-        tma_right = tma_right and has_tma(right)
-        tma_stored = config.use_tma_store and has_tma(stored)
+        columns = block_right // config.epilogue_subtile
+        left_desc = describe(left, (block_m, block_left), ragged=True) if tma_left else None
+        right_desc = describe(right, (block_m, block_right), ragged=True) if tma_right else None
+        desc = describe(stored, (1, block_left, columns)) if config.use_tma_store else None
         tiles_left = cdiv(left.shape[1], block_left)
         tiles = num_experts * tiles_left * cdiv(right.shape[1], block_right)
-        block = [1, block_left, block_right // config.epilogue_subtile]
         programs = min(device.num_sms * config.programs_per_sm, tiles)
         try:
             with launch_on(g):
                 grouped_gemm_bwd_dw_kernel[(programs,)](
-                    left, create_ragged_descriptor(left, [block_m, block_left]) if tma_left else None,
-                    right, create_ragged_descriptor(right, [block_m, block_right]) if tma_right else None,
-                    stored, TensorDescriptor.from_tensor(stored, block) if tma_stored else None,
-                    offsets, *sizes, *left.stride(), *right.stride(),
+                    left, left_desc, right, right_desc, stored, desc, offsets, *sizes, *left.stride(), *right.stride(),
                     BLOCK_M=block_m, BLOCK_N=block_left, BLOCK_D=block_right, GROUP=config.group_m,
-                    PRECISION=_precision(g.dtype), TMA_G=tma_left, TMA_X=tma_right, TMA_DW=tma_stored,
+                    PRECISION=_precision(g.dtype), TMA_G=left_desc is not None,
+                    TMA_X=right_desc is not None, TMA_DW=desc is not None,
                     FLATTEN=config.flatten, SUBTILE=config.epilogue_subtile,
                     num_warps=config.num_warps, num_stages=config.num_stages,
                 )  # fmt: skip
         except OutOfResources as error:
-            _refuse_too_large(error, kernel_config)
+            refuse_too_large(error, kernel_config)
     return stored.transpose(1, 2) if transposed else stored
 
 
@@ -420,16 +414,40 @@ def sum_neighbours(rows: torch.Tensor, top_k: int) -> torch.Tensor:
     return sum_rows(rows, slots, None, top_k)
 
 
-def has_tma(tensor: torch.Tensor) -> bool:
-    """Whether a descriptor can read it: Hopper or newer, 16-byte address and strides."""
-    *outer, inner = tensor.stride()
-    size = tensor.element_size()
-    return (
-        device_of(tensor.device).has_tma
-        and inner == 1
-        and tensor.data_ptr() % 16 == 0
-        and all(stride > 0 and stride * size % 16 == 0 for stride in outer)
-    )
+def describe(
+    tensor: torch.Tensor, block: tuple[int, ...], ragged: bool = False
+) -> TensorDescriptor | None:
+    """A descriptor of the tensor in such blocks; None where it can have none.
+
+    It needs Hopper or newer, elements, and a 16-byte address and strides. A ragged one begins and
+    ends at the rows that the kernel says (triton.tools.ragged_tma).
+    """
+    if not device_of(tensor.device).has_tma or tensor.data_ptr() % 16 != 0:
+        return None
+    fields = _descriptor_fields(tensor.shape, tensor.stride(), tensor.dtype, block, ragged)
+    if fields is None:
+        return None
+    # Its constructor would check again, at the cost of a launch, what does not change.
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.__dict__.update(fields, base=tensor)
+    return descriptor
+
+
+@functools.lru_cache(maxsize=4096)
+def _descriptor_fields(
+    shape: torch.Size,
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    block: tuple[int, ...],
+    ragged: bool,
+) -> dict[str, Any] | None:
+    """What a TensorDescriptor has beside its tensor."""
+    *outer, inner = stride
+    if 0 in shape or inner != 1 or any(s <= 0 or s * dtype.itemsize % 16 for s in outer):
+        return None
+    alike = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    make = create_ragged_descriptor if ragged else TensorDescriptor.from_tensor
+    return dict(vars(make(alike, list(block))))
 
 
 def strides(matrix: torch.Tensor | None) -> tuple[int, ...]:
@@ -437,15 +455,31 @@ def strides(matrix: torch.Tensor | None) -> tuple[int, ...]:
     return (0, 0) if matrix is None else matrix.stride()
 
 
-def _refuse_too_large(error: OutOfResources, kernel_config: str | None) -> None:
+def refuse_too_large(error: OutOfResources, kernel_config: str | None) -> NoReturn:
     """A configuration that the caller gave and that does not fit the GPU is the caller's error."""
     if kernel_config is None:
         raise error
     raise ValueError(f"moe_ops: kernel_config does not fit this GPU: {error}") from error
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+_FLAGS = ("gather", "scatter", "scale", "bias", "dots", "transposed")
+
+
+@functools.lru_cache(maxsize=4096)
+def _problem(
+    kind: str,
+    dtype: torch.dtype,
+    num_experts: int,
+    out_features: int,
+    in_features: int,
+    rows: int,
+    known: tuple[bool, ...],
+    flags: tuple[str, ...] = (),
+) -> Problem:
+    """A problem with those of _FLAGS that are known to be set, and more."""
+    names = (name for name, is_set in zip(_FLAGS, known, strict=True) if is_set)
+    name = str(dtype).removeprefix("torch.")
+    return Problem(kind, name, num_experts, out_features, in_features, rows, (*names, *flags))
 
 
 def _precision(dtype: torch.dtype) -> str:

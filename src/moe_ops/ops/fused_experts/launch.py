@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from triton.runtime.errors import OutOfResources
 
 from moe_ops.ops.fused_experts.kernels import _expert_activation_bwd_kernel, _expert_up_kernel
 from moe_ops.ops.gemm_launching import (
@@ -22,6 +23,7 @@ from moe_ops.ops.gemm_launching import (
     expert_offsets,
     grad_bias,
     grad_weight,
+    refuse_too_large,
     strides,
 )
 from moe_ops.ops.launching import (
@@ -258,26 +260,29 @@ def _up(
     width = gemm.n // 2 if rows.gated else gemm.n
     block_m, block_n = gemm.tiling.block_m, gemm.tiling.block_n
     block_i = block_n // 2 if rows.gated else block_n
-    with gemm.launching():
-        x_desc, b_desc = gemm.describe_operands(block_m, halves)
-        z_desc = h_desc = None
-        subtile = gemm.tiling.config.epilogue_subtile
-        if z is not None:
-            parts = 2 if halves else 1
-            columns = block_i if rows.gated else block_i // subtile
-            described = z.unflatten(1, (parts, gemm.n // parts))
-            z_desc = gemm.describe_rows(described, [block_m, 1, columns])
-        if h is not None:
-            h_desc = gemm.describe_rows(h.unsqueeze(1), [block_m, 1, block_i // subtile])
-        _expert_up_kernel[(gemm.programs(cdiv(width, block_i)),)](
-            x, x_desc, gemm.b, b_desc, bias, gemm.gather, z, z_desc, h, h_desc,
-            *gemm.tile_arguments(), width, gemm.k, max(divisor, 1), rows.limit,
-            *x.stride(), *gemm.b.stride(), *strides(bias),
-            TMA_Z=z_desc is not None, TMA_H=h_desc is not None, GATED=rows.gated,
-            INTERLEAVED=rows.interleaved, ACTIVATION=rows.activation,
-            HAS_LIMIT=rows.activation_limit is not None, STORE_Z=z is not None,
-            STORE_H=h is not None, SUBTILE=subtile, **gemm.options(x_desc, b_desc, bias),
-        )  # fmt: skip
+    subtile = gemm.tiling.config.epilogue_subtile
+    x_desc, b_desc = gemm.describe_operands(block_m, halves)
+    z_desc = h_desc = None
+    if z is not None:
+        parts = 2 if halves else 1
+        columns = block_i if rows.gated else block_i // subtile
+        described = z.unflatten(1, (parts, gemm.n // parts))
+        z_desc = gemm.describe_rows(described, (block_m, 1, columns))
+    if h is not None:
+        h_desc = gemm.describe_rows(h.unsqueeze(1), (block_m, 1, block_i // subtile))
+    try:
+        with launch_on(x):
+            _expert_up_kernel[(gemm.programs(cdiv(width, block_i)),)](
+                x, x_desc, gemm.b, b_desc, bias, gemm.gather, z, z_desc, h, h_desc,
+                *gemm.tile_arguments(), width, gemm.k, max(divisor, 1), rows.limit,
+                *x.stride(), *gemm.b.stride(), *strides(bias),
+                TMA_Z=z_desc is not None, TMA_H=h_desc is not None, GATED=rows.gated,
+                INTERLEAVED=rows.interleaved, ACTIVATION=rows.activation,
+                HAS_LIMIT=rows.activation_limit is not None, STORE_Z=z is not None,
+                STORE_H=h is not None, **gemm.options(x_desc, b_desc, bias),
+            )  # fmt: skip
+    except OutOfResources as error:
+        refuse_too_large(error, rows.kernel_config)
     return gemm.schedule
 
 
