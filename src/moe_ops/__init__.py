@@ -13,6 +13,7 @@ from moe_ops.configs.kernel_config import (
     KernelConfigForward,
     kernel_config,
 )
+from moe_ops.ops.fused_experts import fused_experts
 from moe_ops.ops.grouped_gemm import grouped_gemm
 from moe_ops.ops.permute import permute
 from moe_ops.ops.routing_indices import routing_indices
@@ -26,6 +27,7 @@ __all__ = [
     "KernelConfigBackward_dW",
     "KernelConfigBackward_dX",
     "KernelConfigForward",
+    "fused_experts",
     "grouped_gemm",
     "kernel_config",
     "permute",

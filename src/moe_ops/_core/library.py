@@ -3,7 +3,7 @@
 
 A call goes through these kernels, outermost first; each is made here, once, for every op:
 
-    Autocast   casts the arguments that the schema marks with `autocast`
+    Autocast   casts the arguments that the schema marks with `autocast`, and nothing within
     Autograd   records an autograd.Function where a gradient is needed
     CPU, CUDA  checks the arguments, then calls the implementation that the table names
     Meta       checks the arguments, then returns empty outputs (also serves FakeTensors)
@@ -79,11 +79,11 @@ class Op:
         }
         for key, kernel in self.device_kernels.items():
             self._impl(kernel, key)
+        self.dispatch = _dispatcher(self)
         self._autograd: _Autograd | None = None
         self._impl(_autograd_kernel(self), "Autograd", with_keyset=True)
-        if any(a.autocast for a in self.schema.arguments):
-            for device_type, key in DISPATCH_KEYS.items():
-                self._impl(_autocast_kernel(self, device_type), f"Autocast{key}")
+        for device_type, key in DISPATCH_KEYS.items():
+            self._impl(_autocast_kernel(self, device_type), f"Autocast{key}")
         if self.generated.flops is not None:
             flops.register(getattr(torch.ops.moe, name), self.generated.flops)
         OPS[name] = self
@@ -108,6 +108,7 @@ class Op:
         self,
         save: Callable[..., None],
         backward: Callable[..., Sequence[torch.Tensor | None]],
+        forward: Op | None = None,
     ) -> None:
         """Gives the op its gradient, in terms of other ops.
 
@@ -118,8 +119,10 @@ class Op:
             backward: called with (ctx, *grad_outputs), where a gradient may be None but not all
                 of them are. Returns a gradient or None for each argument, in the order of the
                 schema; trailing Nones may be left out.
+            forward: the op that is called in place of this one where a gradient is recorded, with
+                the same arguments. Its first outputs are this op's; `save` gets all of them.
         """
-        self._autograd = _Autograd(save, backward)
+        self._autograd = _Autograd(save, backward, forward or self)
 
     def choose(self, device_type: str) -> Choice:
         """Which implementation serves `device_type`; raises RuntimeError where none can."""
@@ -168,6 +171,7 @@ class Op:
 class _Autograd:
     save: Callable[..., None]
     backward: Callable[..., Sequence[torch.Tensor | None]]
+    forward: Op
 
 
 def _device_kernel(op: Op, device_type: str) -> Callable[..., Tensors]:
@@ -208,15 +212,8 @@ def _autocast_kernel(op: Op, device_type: str) -> Callable[..., Tensors]:
     return kernel
 
 
-def _autograd_kernel(op: Op) -> Callable[..., Tensors]:
-    """The Autograd kernel of any op.
-
-    register_autograd would do, but for three things: it hands over arguments from which the
-    dispatcher dropped trailing defaults, it gives silently zero tangents in forward-mode AD, and
-    it costs twice as much per call. The private helpers used here are those of torch's own
-    custom_op (torch/_library/autograd.py).
-    """
-    overload, defaults = op.overload, op.defaults
+def _dispatcher(op: Op) -> Callable[..., Tensors]:
+    """What calls the kernel of `op` that stands below autograd, for the keyset of a call."""
     below_autograd = torch._C._after_ADInplaceOrView_keyset
     device_kernels = {
         torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)).raw_repr(): kernel
@@ -229,19 +226,34 @@ def _autograd_kernel(op: Op) -> Callable[..., Tensors]:
         kernel = device_kernels.get(keyset.raw_repr())
         if kernel is not None:
             return kernel(*args)
-        outputs: Tensors = overload.redispatch(keyset, *args)
+        outputs: Tensors = op.overload.redispatch(keyset, *args)
         return outputs
 
+    return dispatch
+
+
+def _autograd_kernel(op: Op) -> Callable[..., Tensors]:
+    """The Autograd kernel of any op.
+
+    register_autograd would do, but for three things: it hands over arguments from which the
+    dispatcher dropped trailing defaults, it gives silently zero tangents in forward-mode AD, and
+    it costs twice as much per call. The private helpers used here are those of torch's own
+    custom_op (torch/_library/autograd.py).
+    """
+    defaults, num_outputs = op.defaults, len(op.schema.outputs)
+
     def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *args: Any) -> Tensors:
+        called = op if op._autograd is None else op._autograd.forward
         with torch._C._AutoDispatchBelowAutograd():
-            outputs = dispatch(keyset, *args)
+            outputs = called.dispatch(keyset, *args)
         ctx.set_materialize_grads(False)
         ctx.needs = ctx.needs_input_grad[1:]
         several = outputs if isinstance(outputs, tuple) else (outputs,)
-        ctx.mark_non_differentiable(*(o for o in several if not o.is_floating_point()))
+        own = several[:num_outputs]
+        ctx.mark_non_differentiable(*(o for o in own if not o.is_floating_point()))
         if op._autograd is not None:
             op._autograd.save(ctx, args, outputs)
-        return outputs
+        return own if num_outputs > 1 else own[0]
 
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if op._autograd is None:
@@ -269,7 +281,7 @@ def _autograd_kernel(op: Op) -> Callable[..., Tensors]:
             # The dispatcher drops trailing arguments that equal their defaults.
             result: Tensors = function.apply(keyset, *args, *defaults[len(args) :])
             return result
-        return dispatch(keyset, *args)
+        return op.dispatch(keyset, *args)
 
     return kernel
 

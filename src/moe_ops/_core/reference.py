@@ -184,7 +184,10 @@ def _errors(schema: OpSchema) -> Iterator[tuple[str, str, str]]:
 
 def _differentiable(schema: OpSchema) -> str:
     names = [a.name for a in schema.arguments if a.grad]
-    return f"Differentiable in {' and '.join(names)}." if names else "Not differentiable."
+    if not names:
+        return "Not differentiable."
+    *others, last = names
+    return f"Differentiable in {' and '.join(filter(None, (', '.join(others), last)))}."
 
 
 def _backward(schema: OpSchema) -> str:
