@@ -69,7 +69,7 @@ def gemm_cases(args: argparse.Namespace) -> Iterator[Case]:
         args.rows,
         ("up", "down"),
         ROUTINGS,
-        ("same", "new"),
+        args.counts,
     ):
         intermediate_size = intermediate_size_of(hidden_size, num_experts)
         up = projection == "up"
@@ -255,6 +255,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", type=int, nargs="+", default=(1024, 4096))
+    parser.add_argument(
+        "--counts",
+        nargs="+",
+        choices=("same", "new"),
+        default=("same",),
+        help="rows per expert: the same in every turn, or new ones, whose products oneDNN compiles",
+    )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=tuple(DTYPES))
     parser.add_argument("--num-experts", type=int, nargs="+", default=NUM_EXPERTS)
     parser.add_argument("--hidden-sizes", type=int, nargs="+", default=HIDDEN_SIZES)
@@ -298,7 +305,8 @@ def main() -> None:
                 found = []
         records += found
         left_out += not found
-    timing.write(output, env, records)
+        # At once: a run that is cut short keeps what it has.
+        timing.write(output, env, records)
     print(f"wrote {output}; {left_out} of {len(todo)} cases left out")
 
 

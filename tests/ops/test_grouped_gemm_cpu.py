@@ -100,8 +100,7 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_blocks_of_few_sizes(dtype, flags, transposed, calls, monkeypatch):
-    monkeypatch.setattr(cpu, "_LARGE", {})
-    monkeypatch.setattr(cpu, "_LARGE_DW", {})
+    monkeypatch.setattr(cpu, "_grouped_mm_is_best", lambda *_: False)
     # 67 rows of expert 2 in 68, of which the last would be past the end: it begins before.
     arguments = make_arguments(dtype, FLAGS[flags], 40, 24, 16, transposed)
     counts = arguments["token_counts"].tolist()
@@ -120,8 +119,8 @@ def test_blocks_of_few_sizes(dtype, flags, transposed, calls, monkeypatch):
 def test_products_of_onednn(flags, monkeypatch):
     if not cpu._prefers_onednn():
         pytest.skip("fp32 products are torch.mm's on this CPU")
-    monkeypatch.setattr(cpu, "_LARGE", {})
-    monkeypatch.setattr(cpu, "_LARGE_DW", {})
+    monkeypatch.setattr(cpu, "_LARGE_FP32", 0)
+    monkeypatch.setattr(cpu, "_LARGE_FP32_DW", 0)
     linear = torch.ops.mkldnn._linear_pointwise
     taken = []
 
@@ -134,10 +133,9 @@ def test_products_of_onednn(flags, monkeypatch):
     assert len(taken) == 3  # forward, dX, dW
 
 
-@pytest.mark.parametrize("large", [{}, cpu._LARGE], ids=["blocks", "grouped_mm"])
-def test_neighbours_may_be_nan(large, monkeypatch):
-    monkeypatch.setattr(cpu, "_LARGE", large)
-    monkeypatch.setattr(cpu, "_LARGE_DW", large)
+@pytest.mark.parametrize("is_best", [False, True], ids=["blocks", "grouped_mm"])
+def test_neighbours_may_be_nan(is_best, monkeypatch):
+    monkeypatch.setattr(cpu, "_grouped_mm_is_best", lambda *_: is_best)
     counts = torch.tensor([33, 33], dtype=torch.int32)
     assert cpu._few_sizes(33) > 33
     x, weight = torch.randn(70, 16, requires_grad=True), torch.randn(2, 8, 16, requires_grad=True)
@@ -169,6 +167,39 @@ def test_sizes_that_grouped_mm_refuses(calls):
     sliced["input"] = torch.randn(80, 25)[:, :24]
     assert_matches_oracle(sliced)
     assert calls["grouped_mm"] == 1  # dX of the second: neither dY nor the weight is sliced
+
+
+def run(x, weight, counts, grad_output):
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    output = torch.ops.moe.grouped_gemm(x, weight, torch.tensor(counts, dtype=torch.int32))
+    return output, *torch.autograd.grad(output, (x, weight), grad_output)
+
+
+def test_one_row_of_any_stride():
+    """torch calls a single row contiguous, whatever its stride."""
+    x, weight, dy = torch.randn(5, 17)[:1, :16], torch.randn(2, 8, 16), torch.randn(3, 9)[:1, :8]
+    output, dx, dw = run(x, weight, [1, 0], dy)
+    torch.testing.assert_close(output, x @ weight[0].t())
+    torch.testing.assert_close(dx, dy @ weight[0])
+    torch.testing.assert_close(dw, torch.stack([dy.t() @ x, torch.zeros(8, 16)]))
+
+
+@pytest.mark.parametrize(
+    "sizes", [(2, 8, 16, 0), (0, 8, 16, 0), (2, 8, 0, 4), (2, 0, 16, 4)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_to_multiply(sizes, dtype):
+    num_experts, n, d, rows = sizes
+    counts = [rows // num_experts] * num_experts if num_experts else []
+    x, weight = torch.randn(rows, d).to(dtype), torch.randn(num_experts, n, d).to(dtype)
+    # The gradient of a sum: expanded, its strides 0.
+    output, dx, dw = run(x, weight, counts, torch.ones((), dtype=dtype).expand(rows, n))
+    assert output.shape == (rows, n)
+    assert dx.shape == x.shape
+    assert dw.shape == weight.shape
+    assert not output.any()
+    assert not dx.any()
+    assert not dw.any()
 
 
 def test_few_sizes():

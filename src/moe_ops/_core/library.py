@@ -74,8 +74,11 @@ class Op:
         )
         self.overload: torch._ops.OpOverload = getattr(torch.ops.moe, name).default
         _library._register_fake(name, self.generated.fake, allow_override=False)
-        for device_type, key in DISPATCH_KEYS.items():
-            self._impl(_device_kernel(self, device_type), key)
+        self.device_kernels = {
+            key: _device_kernel(self, device_type) for device_type, key in DISPATCH_KEYS.items()
+        }
+        for key, kernel in self.device_kernels.items():
+            self._impl(kernel, key)
         self._autograd: _Autograd | None = None
         self._impl(_autograd_kernel(self), "Autograd", with_keyset=True)
         if any(a.autocast for a in self.schema.arguments):
@@ -214,12 +217,24 @@ def _autograd_kernel(op: Op) -> Callable[..., Tensors]:
     custom_op (torch/_library/autograd.py).
     """
     overload, defaults = op.overload, op.defaults
+    below_autograd = torch._C._after_ADInplaceOrView_keyset
+    device_kernels = {
+        torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)).raw_repr(): kernel
+        for key, kernel in op.device_kernels.items()
+    }
 
-    below_autograd = torch._C._after_autograd_keyset
+    def dispatch(keyset: torch._C.DispatchKeySet, *args: Any) -> Tensors:
+        keyset = keyset & below_autograd
+        # Where nothing stands between (no mode, no subclass), the dispatcher would call this.
+        kernel = device_kernels.get(keyset.raw_repr())
+        if kernel is not None:
+            return kernel(*args)
+        outputs: Tensors = overload.redispatch(keyset, *args)
+        return outputs
 
     def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *args: Any) -> Tensors:
         with torch._C._AutoDispatchBelowAutograd():
-            outputs: Tensors = overload.redispatch(keyset & below_autograd, *args)
+            outputs = dispatch(keyset, *args)
         ctx.set_materialize_grads(False)
         ctx.needs = ctx.needs_input_grad[1:]
         several = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -254,7 +269,7 @@ def _autograd_kernel(op: Op) -> Callable[..., Tensors]:
             # The dispatcher drops trailing arguments that equal their defaults.
             result: Tensors = function.apply(keyset, *args, *defaults[len(args) :])
             return result
-        return overload.redispatch(keyset & below_autograd, *args)
+        return dispatch(keyset, *args)
 
     return kernel
 

@@ -10,7 +10,6 @@ in the cache when they are multiplied. docs/performance.md has the measurements 
 from __future__ import annotations
 
 import functools
-import math
 import platform
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -35,15 +34,17 @@ def grouped_gemm(
     kernel_config: str | None = None,
 ) -> torch.Tensor:
     num_rows = input.shape[0] * top_k if permute_x else input.shape[0]
+    plain = topk_weights is None and bias is None and not permute_y
+    if plain and _grouped_mm_is_best(num_rows, weight.shape, _LARGE_FP32, input, weight):
+        x = input
+        if gather_indices is not None and permute_x:
+            x = input.index_select(0, tokens_of_rows(gather_indices, top_k))
+        return _grouped_mm(x, weight.mT, token_counts)
+
     # The weight of a row is applied before the downcast, which needs the product in fp32.
     dtype = _product_dtype(input.dtype, exact=topk_weights is not None)
     routing = _Routing(gather_indices, topk_weights, top_k, num_rows, dtype)
     sources = routing.tokens if permute_x else None
-    plain = topk_weights is None and bias is None and not permute_y
-    if plain and _are_small(num_rows, weight.shape, dtype, _LARGE, input, weight):
-        x = input if sources is None else input.index_select(0, sources)
-        return _grouped_mm(x, weight.mT, token_counts)
-
     groups = _Groups(token_counts, num_rows)
     output = input.new_empty(num_rows, weight.shape[1])
     if permute_y:
@@ -81,15 +82,17 @@ def grouped_gemm_dx(
     kernel_config: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_rows = grad_output.shape[0]
+    plain = topk_weights is None and not permute_x and needs[0]
+    if plain and _grouped_mm_is_best(num_rows, weight.shape, _LARGE_FP32, grad_output, weight):
+        dy = grad_output
+        if gather_indices is not None and permute_y:
+            dy = dy.index_select(0, tokens_of_rows(gather_indices, 1))
+        return _grouped_mm(dy, weight, token_counts), grad_output.new_empty(0)
+
     dtype = _product_dtype(grad_output.dtype, exact=topk_weights is not None)
     accumulator = torch.promote_types(dtype, torch.float32)
     routing = _Routing(gather_indices, topk_weights, top_k, num_rows, dtype)
     sources = routing.slots if permute_y else None
-    plain = topk_weights is None and not permute_x and needs[0]
-    if plain and _are_small(num_rows, weight.shape, dtype, _LARGE, grad_output, weight):
-        dy = grad_output if sources is None else grad_output.index_select(0, sources)
-        return _grouped_mm(dy, weight, token_counts), grad_output.new_empty(0)
-
     groups = _Groups(token_counts, num_rows)
     grad_rows = grad_output.new_empty(num_rows if needs[0] else 0, weight.shape[2])
     dots = torch.zeros(num_rows if needs[1] else 0, dtype=accumulator, device=grad_output.device)
@@ -143,18 +146,20 @@ def grouped_gemm_dw(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_rows, out_features = grad_output.shape
     num_experts, in_features = token_counts.shape[0], input.shape[1]
-    dtype = _product_dtype(grad_output.dtype, exact=topk_weights is not None)
-    accumulator = torch.promote_types(dtype, torch.float32)
-    routing = _Routing(gather_indices, topk_weights, top_k, num_rows, dtype)
     plain = topk_weights is None and not permute_y and needs == [True, False]
     shape = (num_experts, out_features, in_features)
-    if plain and _are_small(num_rows, shape, dtype, _LARGE_DW, grad_output, input):
-        x = input.index_select(0, routing.tokens) if permute_x else input
+    if plain and _grouped_mm_is_best(num_rows, shape, _LARGE_FP32_DW, grad_output, input):
+        x = input
+        if gather_indices is not None and permute_x:
+            x = input.index_select(0, tokens_of_rows(gather_indices, top_k))
         left, right = (x, grad_output) if transposed else (grad_output, x)
-        ends = _expert_ends(token_counts, num_rows)
+        ends, _ = _expert_ends(token_counts, num_rows)
         stored = functional.grouped_mm(left.t(), right, offs=ends)
         return stored.mT if transposed else stored, grad_output.new_empty(0)
 
+    dtype = _product_dtype(grad_output.dtype, exact=topk_weights is not None)
+    accumulator = torch.promote_types(dtype, torch.float32)
+    routing = _Routing(gather_indices, topk_weights, top_k, num_rows, dtype)
     groups = _Groups(token_counts, num_rows)
     grad_weight, grad_bias = grad_output.new_empty(0), grad_output.new_empty(0)
     if needs[0]:
@@ -187,54 +192,57 @@ def grouped_gemm_dw(
     return grad_weight, grad_bias
 
 
-# The mean multiplications per expert from which a product is worth choosing with care, in Python.
-_LARGE = {torch.float32: 2**23, torch.bfloat16: 2**26, torch.float16: 2**26}
-_LARGE_DW = {torch.float32: 2**25, torch.bfloat16: 2**28, torch.float16: 2**28}
+# Where oneDNN's fp32 product is the faster one: the mean multiplications per expert from which a loop
+# over such products, in Python, is faster than functional.grouped_mm.
+_LARGE_FP32 = 2**23
+_LARGE_FP32_DW = 2**25
 
 
-def _are_small(
-    num_rows: int,
-    weight_shape: Sequence[int],
-    dtype: torch.dtype,
-    large: dict[torch.dtype, int],
-    *operands: torch.Tensor,
+def _grouped_mm_is_best(
+    num_rows: int, weight_shape: Sequence[int], large_fp32: int, *operands: torch.Tensor
 ) -> bool:
-    """Whether functional.grouped_mm, whose loop over the experts is in C++, is faster and applies.
+    """Whether functional.grouped_mm, whose loop over the experts is in C++, applies and is faster.
 
-    It wants whole 16 bytes from a row to the next.
+    It wants whole 16 bytes from a row to the next, and something to multiply.
     """
     num_experts, out_features, in_features = weight_shape
-    limit: float = large.get(dtype, 0)
-    if dtype == torch.float32 and not _prefers_onednn():
-        limit = math.inf  # there is nothing to choose
-    return (
-        num_rows * out_features * in_features < num_experts * limit
-        and operands[0].dtype == dtype
-        and operands[0].is_cpu
-        and out_features % 8 == in_features % 8 == 0
-        and all((pitch := _pitch(operand)) > 0 and pitch % 8 == 0 for operand in operands)
-    )
+    if not (num_rows and num_experts and out_features and in_features):
+        return False
+    first = operands[0]
+    if first.dtype == torch.float32:
+        is_large = num_rows * out_features * in_features >= num_experts * large_fp32
+        if is_large and _prefers_onednn():
+            return False
+    elif first.dtype == torch.float64 or not _is_native(first.dtype):
+        return False
+    if out_features % 8 or in_features % 8 or not first.is_cpu:
+        return False
+    return all((pitch := _pitch(operand)) > 0 and pitch % 8 == 0 for operand in operands)
 
 
 def _grouped_mm(
     rows: torch.Tensor, matrices: torch.Tensor, token_counts: torch.Tensor
 ) -> torch.Tensor:
-    """functional.grouped_mm, which loops over the experts in C++, with zeros in the tail."""
-    ends = _expert_ends(token_counts, rows.shape[0])
+    """functional.grouped_mm, with zeros in the tail."""
+    num_rows = rows.shape[0]
+    ends, tail = _expert_ends(token_counts, num_rows)
     output = functional.grouped_mm(rows, matrices, offs=ends)
-    tail = int(ends[-1])
-    if tail < output.shape[0]:
+    if tail < num_rows:
         output[tail:].zero_()
     return output
 
 
-def _expert_ends(token_counts: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """The end row of each expert, int32.
+def _expert_ends(token_counts: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, int]:
+    """The end row of each expert, int32, and the last of them.
 
-    Clamped: corrupt counts give unspecified values, never an access out of bounds.
+    Corrupt counts are clamped: they give unspecified values, never an access out of bounds.
     """
-    ends = token_counts.clamp(0, num_rows).cumsum(0, dtype=torch.int32)
-    return ends.clamp_(0, num_rows)
+    counts = token_counts.tolist()
+    tail = sum(counts)
+    if tail > num_rows or min(counts, default=0) < 0:
+        ends = token_counts.clamp(0, num_rows).cumsum(0).clamp_(0, num_rows).to(torch.int32)
+        return ends, int(ends[-1])
+    return token_counts.cumsum(0, dtype=torch.int32), tail
 
 
 class _Groups:
@@ -248,8 +256,8 @@ class _Groups:
 
     def __init__(self, token_counts: torch.Tensor, num_rows: int) -> None:
         self.num_rows = num_rows
-        self.ends: list[int] = _expert_ends(token_counts, num_rows).tolist()
-        self.tail = self.ends[-1] if self.ends else 0
+        ends, self.tail = _expert_ends(token_counts, num_rows)
+        self.ends: list[int] = ends.tolist()
 
     def __iter__(self) -> Iterator[tuple[int, slice, slice, slice]]:
         start = 0
