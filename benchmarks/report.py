@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,8 +26,9 @@ def tables() -> Iterator[str]:
         yield "| dtype | counts | pass | cases | geomean | least | under 0.90 |"
         yield "| --- | --- | --- | --- | --- | --- | --- |"
         groups: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+        # Without a ratio: a result was wrong, and `wrong` names whose.
+        wrong = [case["wrong"] for case in result["cases"] if "ratio" not in case]
         for case in result["cases"]:
-            # Without a ratio: the result was wrong.
             if "ratio" in case:
                 key = (case["dtype"], case.get("counts", ""), case["pass"])
                 groups[key].append(case["ratio"][1])
@@ -37,6 +38,10 @@ def tables() -> Iterator[str]:
             cells = [*key, len(ratios), f"{mean:.3f}", f"{min(ratios):.3f}", few]
             yield "| " + " | ".join(map(str, cells)) + " |"
         yield ""
+        if wrong:
+            whose = Counter(name for names in wrong for name in names)
+            counts = ", ".join(f"{name} {count}" for name, count in sorted(whose.items()))
+            yield f"Left out, since a result was found wrong: {len(wrong)} cases ({counts}).\n"
 
 
 def main() -> None:
