@@ -7,7 +7,7 @@ import torch
 from moe_ops._core.library import SCHEMAS
 from tests import checks
 from tests.moe_block import BLOCKS, loss_and_gradients, make_tokens, make_weights
-from tests.strategies import PRESENT, Sample, seeded_sample
+from tests.strategies import PRESENT, Sample, seeded_sample, variants
 
 moe = torch.ops.moe
 LOW = (torch.bfloat16, torch.float16)
@@ -64,6 +64,21 @@ def test_fp64_is_left():
         output = sample()
     assert output.dtype == torch.float64
     assert torch.equal(output, sample())
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in sorted(SCHEMAS) if not any(a.autocast for a in SCHEMAS[n].arguments)]
+)
+def test_nothing_within_an_op_is_autocast(name):
+    """A backward may run under autocast, and an implementation call torch.mm: it stays fp32."""
+    for seed, variant in enumerate(variants(SCHEMAS[name])):
+        sample = seeded_sample(SCHEMAS[name], seed, **variant, T=5, dtype=torch.float32)
+        expected = checks.as_tuple(sample())
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = checks.as_tuple(sample())
+        for got, want in zip(outputs, expected, strict=True):
+            assert got.dtype == want.dtype, sample
+            assert torch.equal(got, want), sample
 
 
 def test_disabled_autocast_casts_nothing():

@@ -3,7 +3,7 @@
 
 A call goes through these kernels, outermost first; each is made here, once, for every op:
 
-    Autocast   casts the arguments that the schema marks with `autocast`
+    Autocast   casts the arguments that the schema marks with `autocast`, and nothing within
     Autograd   records an autograd.Function where a gradient is needed
     CPU, CUDA  checks the arguments, then calls the implementation that the table names
     Meta       checks the arguments, then returns empty outputs (also serves FakeTensors)
@@ -81,9 +81,8 @@ class Op:
             self._impl(kernel, key)
         self._autograd: _Autograd | None = None
         self._impl(_autograd_kernel(self), "Autograd", with_keyset=True)
-        if any(a.autocast for a in self.schema.arguments):
-            for device_type, key in DISPATCH_KEYS.items():
-                self._impl(_autocast_kernel(self, device_type), f"Autocast{key}")
+        for device_type, key in DISPATCH_KEYS.items():
+            self._impl(_autocast_kernel(self, device_type), f"Autocast{key}")
         if self.generated.flops is not None:
             flops.register(getattr(torch.ops.moe, name), self.generated.flops)
         OPS[name] = self
