@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.metadata
 import itertools
 import os
 import sys
@@ -353,6 +354,9 @@ def main() -> None:
 
     env = timing.environment(args.threads)
     env["malloc"] = "glibc's default" if args.default_malloc else "freed memory is kept"
+    env["repeats"] = args.repeats
+    if args.what == "experts":
+        env["transformers"] = importlib.metadata.version("transformers")
     torch.manual_seed(0)
     cases, run = {
         "gemm": (gemm_cases, run_gemm),

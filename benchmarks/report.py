@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,9 @@ def cpu_tables(results: Path) -> Iterator[str]:
         result = json.loads(file.read_text(encoding="utf-8"))
         yield f"### {file.name}\n\n{_facts(result['environment'])}\n"
         groups: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+        # Without a ratio: a result was wrong, and `wrong` names whose.
+        wrong = [case["wrong"] for case in result["cases"] if "ratio" not in case]
         for case in result["cases"]:
-            # Without a ratio: the result was wrong.
             if "ratio" in case:
                 key = (case["dtype"], case.get("counts", ""), case["pass"])
                 groups[key].append(case["ratio"][1])
@@ -54,6 +55,10 @@ def cpu_tables(results: Path) -> Iterator[str]:
             for key, ratios in groups.items()
         ]
         yield from _table("dtype|counts|pass|cases|geomean|least|under 0.90", rows)
+        if wrong:
+            whose = Counter(name for names in wrong for name in names)
+            counts = ", ".join(f"{name} {count}" for name, count in sorted(whose.items()))
+            yield f"Left out, since a result was found wrong: {len(wrong)} cases ({counts}).\n"
 
 
 # CUDA

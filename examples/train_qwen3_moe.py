@@ -291,14 +291,18 @@ def train(
             run.step += 1
             run.train_losses.append(cross_entropy.item())
 
-            step_seconds.append(time.perf_counter() - started)
-            tokens_per_second = tokens.numel() / statistics.median(step_seconds)
-            bar.set_postfix_str(
-                f"loss {run.train_losses[-1]:.3f}, {tokens_per_second:,.0f} tokens/s, "
-                f"max/mean load {imbalance(expert_loads):.2f}",
-                refresh=False,
-            )
-            bar.update()
+            if ctrl_c.is_compiling:
+                ctrl_c.is_compiling = False
+                count_compiled_step(bar)
+            else:
+                step_seconds.append(time.perf_counter() - started)
+                tokens_per_second = tokens.numel() / statistics.median(step_seconds)
+                bar.set_postfix_str(
+                    f"loss {run.train_losses[-1]:.3f}, {tokens_per_second:,.0f} tokens/s, "
+                    f"load {imbalance(expert_loads):.2f}",
+                    refresh=False,
+                )
+                bar.update()
             if run.step % max(1, settings.steps // NUM_EVALUATIONS) == 0:
                 run.heldout_losses[run.step], _ = evaluate(run.model, heldout)
     return run.step == settings.steps
@@ -349,6 +353,9 @@ def describe(run: Run, settings: Settings, text: Text, compiler: Compiler) -> No
         print(f"compiler  {compiler.problem}; aot_eager does without, only slower")
     if run.step:
         print(f"resuming  after step {run.step}")
+    if run.step < settings.steps:
+        duration = "seconds" if compiler.problem else "about a minute on 2 CPU cores"
+        print(f"compiling in the first step: {duration}, then the progress bar moves")
     sys.stdout.flush()
 
 
@@ -508,17 +515,26 @@ def progress_bar(run: Run, settings: Settings) -> tqdm[NoReturn]:
         total=settings.steps,
         initial=run.step,
         mininterval=0.5 if sys.stderr.isatty() else 15,
-        # All of it fits into 80 columns.
+        # In 80 columns the default run's bar has ten cells.
         bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         ncols=columns,
         nrows=lines,
     )
 
 
+def count_compiled_step(bar: tqdm[NoReturn]) -> None:
+    """Counts the first step; the clock starts after it, since no other step compiles."""
+    bar.unpause()
+    bar.n += 1
+    bar.initial = bar.last_print_n = bar.n
+    bar.refresh()
+
+
 class CtrlC:
     """Lets a step end before Ctrl-C takes effect. A second Ctrl-C does not wait."""
 
     pressed = False
+    is_compiling = True  # in the first step
 
     def __enter__(self) -> CtrlC:
         self.default_handler = signal.signal(signal.SIGINT, self.press)
@@ -531,7 +547,8 @@ class CtrlC:
         """Handles the signal."""
         self.pressed = True
         signal.signal(signal.SIGINT, self.default_handler)
-        tqdm.write("Ctrl-C: stopping after this step (again: at once)", file=sys.stderr)
+        step = "this step, which compiles first" if self.is_compiling else "this step"
+        tqdm.write(f"Ctrl-C: stopping after {step} (again: at once)", file=sys.stderr)
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_ops._core.library import SCHEMAS
-from moe_ops._core.schema import ACCUMULATOR, DTYPES, REQUIRED, VALUES, Argument, Expr, OpSchema
+from moe_ops._core.schema import DTYPES, REQUIRED, VALUES, Argument, Expr, OpSchema
 from tests import oracle
 
 Choose = Callable[[Sequence[Any]], Any]
@@ -339,9 +339,6 @@ class _Builder:
         return lay_out(content, self.layouts[name])
 
     def dtype(self, argument: Argument) -> torch.dtype:
-        if accumulator := ACCUMULATOR.fullmatch(argument.dtype):
-            wide = self.tensors[accumulator[1]].dtype == torch.float64
-            return torch.float64 if wide else torch.float32
         if argument.dtype not in DTYPES:
             return self.tensors[argument.dtype].dtype
         options = [getattr(torch, dtype) for dtype in DTYPES[argument.dtype]]

@@ -7,6 +7,7 @@ T tokens, K top_k, R = T * K rows, E experts, N out_features, D in_features.
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,19 +119,31 @@ def experts(
         matrices(hidden, inner),
     )
     weights = _empty(num_tokens, top_k, dtype=torch.float32)
-    biases = [_empty(num_experts, n, dtype=dtype) if bias else None for n in (width, hidden)]
-    flags = (activation, gated, interleaved, activation_limit, weights_before)
-    forward = (x, up, down, _empty(num_tokens, top_k), weights, *biases, *flags, recompute)
+    biases: list[Any] = [
+        _empty(num_experts, n, dtype=dtype) if bias else None for n in (width, hidden)
+    ]
+    flags: tuple[Any, ...] = (activation, gated, interleaved, activation_limit, weights_before)
+    forward: tuple[Any, ...] = (
+        x,
+        up,
+        down,
+        _empty(num_tokens, top_k),
+        weights,
+        *biases,
+        *flags,
+        recompute,
+    )
     rows = [_empty(num_tokens * top_k) for _ in range(2)]
     z = _empty(num_tokens * top_k, width, dtype=dtype) if recompute == "none" else None
     needs = [True, True, True, True, bias, bias]
+    backward: tuple[Any, ...] = (
+        x, x, up, down, weights, *biases, z, _empty(num_experts), *rows, *flags,
+        needs, [transposed, transposed],
+    )  # fmt: skip
     return {
         "inference": lambda: fused_experts.fused_experts(*forward),
         "forward": lambda: fused_experts.fused_experts_forward(*forward),
-        "backward": lambda: fused_experts.fused_experts_backward(
-            x, x, up, down, weights, *biases, z, _empty(num_experts), *rows, *flags,
-            needs, [transposed, transposed],
-        ),
+        "backward": lambda: fused_experts.fused_experts_backward(*backward),
     }  # fmt: skip
 
 

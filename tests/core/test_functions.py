@@ -2,13 +2,16 @@
 """The Python functions of the package against the schemas of the ops beneath them."""
 
 import inspect
+import re
 from typing import get_args, get_origin
 
 import pytest
 import torch
 
 import moe_ops
+from moe_ops._core import reference
 from moe_ops._core.library import SCHEMAS
+from moe_ops._core.schema import DTYPES, FLOAT64_DEVICES
 from tests import checks
 from tests.strategies import seeded_sample
 
@@ -100,3 +103,25 @@ def test_docstring(name):
     assert "TypeError" in text
     assert "ifferentiable" in text
     assert "eterminis" in text
+
+
+@pytest.mark.parametrize("name", sorted(SCHEMAS))
+def test_reference_says_what_floating_is(name):
+    """The texts name the very dtypes that the generated checks take."""
+    schema = SCHEMAS[name]
+    floating = any(argument.dtype == "floating" for argument in schema.tensors)
+    for text in (reference.docstring(schema), reference.page(schema)):
+        found = re.findall(r"^Floating: ([^;]*); (\w+) on (\w+)\.$", text, re.MULTILINE)
+        assert len(found) == floating
+        for anywhere, narrow, device in found:
+            assert {*anywhere.split(", "), narrow} == set(DTYPES["floating"])
+            assert (narrow, device.lower()) == ("float64", FLOAT64_DEVICES[0])
+
+
+@pytest.mark.parametrize("name", sorted(SCHEMAS))
+def test_reference_says_what_is_expected(name):
+    for text in (reference.docstring(SCHEMAS[name]), reference.page(SCHEMAS[name])):
+        words = " ".join(text.split())
+        for where in SCHEMAS[name].where:
+            assert f"Expected `{where.expect.text}`: {where.because}." in words
+        assert "Not `" not in words

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which implementation serves an op, how one is forced, and what `python -m moe_ops env` says."""
 
+import ast
+import importlib.util
 import logging
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -11,6 +14,7 @@ from moe_ops import cli
 from moe_ops._core import library
 from moe_ops._core.codegen import Functions
 from moe_ops._core.library import ENVIRONMENT_VARIABLE, IMPLEMENTATIONS, OPS
+from moe_ops._core.schema import REQUIRED
 from moe_ops.configs import cache
 from moe_ops.configs.choose import shipped
 from moe_ops.configs.kernel_config import KernelConfigForward
@@ -63,6 +67,30 @@ def test_without_triton(scratch_op, monkeypatch):
         scratch_op.choose("cuda")
     scratch_op.implement("pytorch", torch.neg)
     assert scratch_op.choose("cuda") == library.Choice("pytorch", "triton is not installed")
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+@pytest.mark.parametrize("implementation", ["pytorch", "triton"])
+def test_parameters_are_the_schema_s(name, implementation):
+    """The dispatcher leaves out trailing defaults. Read from the source: Triton may be missing."""
+    function = OPS[name].implementations[implementation]
+    if not isinstance(function, str):
+        function = f"{function.__module__}:{function.__name__}"
+    module, _, attribute = function.partition(":")
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    tree = ast.parse(Path(str(spec.origin)).read_text(encoding="utf-8"))
+    (node,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == attribute)
+    assert not node.decorator_list
+    parameters = node.args
+    others = (*parameters.posonlyargs, *parameters.kwonlyargs, parameters.vararg, parameters.kwarg)
+    assert others == (None, None)
+    defaults = [ast.literal_eval(default) for default in parameters.defaults]
+    required = [REQUIRED] * (len(parameters.args) - len(defaults))
+    names = [parameter.arg for parameter in parameters.args]
+    assert list(zip(names, required + defaults, strict=True)) == [
+        (argument.name, argument.default) for argument in OPS[name].schema.arguments
+    ]
 
 
 def test_named_implementation_is_imported_when_called(scratch_op):

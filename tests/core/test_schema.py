@@ -164,6 +164,10 @@ MISTAKES = {
     "dtype of a later argument": (
         changed(arguments__input__dtype="row_ids"), "arguments.input.dtype", "'row_ids'",
     ),
+    "accumulator as an argument's dtype": (
+        changed(arguments__row_ids__dtype="accumulator(input)"), "arguments.row_ids.dtype",
+        "'accumulator(input)'",
+    ),
     "unknown values": (
         changed(arguments__row_ids__values="shuffled"), "arguments.row_ids.values", "'shuffled'",
     ),
@@ -194,6 +198,10 @@ MISTAKES = {
     "output without shape": (changed(outputs__output__shape=...), "outputs.output.shape", "missing"),
     "output of an unknown dtype": (
         changed(outputs__output__dtype="floating"), "outputs.output.dtype", "'floating'",
+    ),
+    "output accumulated for no argument": (
+        changed(outputs__output__dtype="accumulator(x)"), "outputs.output.dtype",
+        "'accumulator(x)'",
     ),
     "two outputs for one Tensor": (
         changed(outputs__more=document()["outputs"]["output"]), "outputs", "one Tensor",

@@ -28,16 +28,8 @@ TINY = (
     *("--num-layers", "1", "--hidden-size", "64", "--intermediate-size", "64"),
     *("--num-experts", "4", "--context", "64", "--device", "cpu"),
 )
-FORWARD_OPS = {
-    "moe.routing_indices.default": 1,
-    "moe.grouped_gemm.default": 2,
-    "moe.unpermute.default": 1,
-}
-BACKWARD_OPS = {
-    "moe.unpermute_backward.default": 1,
-    "moe.grouped_gemm_dx.default": 2,
-    "moe.grouped_gemm_dw.default": 2,
-}
+FORWARD_OPS = {"moe.fused_experts_forward.default": 1}
+BACKWARD_OPS = {"moe.fused_experts_backward.default": 1}
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +94,8 @@ def number(out, label):
     return float(value)
 
 
-def test_beats_bigram(run_demo, no_compiler, tmp_path):
+def test_beats_bigram(run_demo, no_compiler, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "80")
     learn = ("--steps", 200, "--batch-size", 32, "--learning-rate", 1e-2)
     done = run_demo(*TINY, *learn, "--output-dir", tmp_path / "a/b")
     assert done.status == 0, done.out
@@ -120,8 +113,12 @@ def test_beats_bigram(run_demo, no_compiler, tmp_path):
     assert ops_in_report(done.out, "forward") == [FORWARD_OPS]
     assert ops_in_report(done.out, "backward") == [BACKWARD_OPS]
     assert "\ndef read_config(path):" in done.out
-    for part in ("200/200", "loss ", "tokens/s", "max/mean load"):
+    assert "compiling in the first step: seconds" in done.out
+    for part in ("200/200", "loss ", "tokens/s", "load "):
         assert part in done.err
+    bars = [line.split("|") for line in re.split("[\r\n]+", done.err) if "tokens/s" in line]
+    assert bars
+    assert all(len(cells) >= 10 for _, cells, _ in bars), done.err
     png = (tmp_path / "a/b/loss.png").read_bytes()
     assert png.startswith(b"\x89PNG")
     assert len(png) > 10_000
@@ -131,6 +128,30 @@ def test_beats_bigram(run_demo, no_compiler, tmp_path):
     assert again.status == 0
     assert number(again.out, "loss after training") == after
     assert "nothing was compiled" in again.out
+    assert "compiling" not in again.out
+
+
+def test_bar_forgets_the_step_that_compiles(demo, monkeypatch, capsys):
+    """Two seconds a step after one that took a hundred; 20 of 24 are left, 4 were resumed."""
+    now = 0.0
+
+    def clock():
+        nonlocal now
+        now += 1e-6
+        return now
+
+    monkeypatch.setattr("tqdm.std.time", clock)
+    run = demo.Run(None, None, step=4)
+    with demo.progress_bar(run, demo.Settings(steps=24)) as bar:
+        bar.mininterval = 1
+        now += 100
+        demo.count_compiled_step(bar)
+        first = capsys.readouterr().err
+        assert "5/24 [00:00<?]" in first
+        for _ in range(4):
+            now += 2
+            bar.update()
+        assert "9/24 [00:08<00:30]" in capsys.readouterr().err
 
 
 def test_too_few_steps_and_no_matplotlib(run_demo, no_compiler, monkeypatch):
@@ -209,6 +230,7 @@ def test_resumed_run_equals_uninterrupted(run_demo, demo, no_compiler, monkeypat
     stopped = run_demo(*settings, "--output-dir", tmp_path / "parts")
     assert stopped.status == 130
     assert "stopped after step 6 of 16" in stopped.out
+    assert "Ctrl-C: stopping after this step (again: at once)" in stopped.err
     assert f"--resume {tmp_path / 'parts' / 'checkpoint.pt'}" in stopped.out
     assert load(tmp_path / "parts")["step"] == 6
     monkeypatch.setattr(demo, "training_batch", training_batch)
@@ -255,6 +277,7 @@ def test_ctrl_c(tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130, err.decode()
     assert b"Traceback" not in err
+    assert b"Ctrl-C: stopping after this step, which compiles first (again: at once)" in err
     assert re.search(rb"stopped after step \d+ of 100000; go on with\n.*--resume out/", out)
     assert load(tmp_path / "out")["settings"]["steps"] == 100000
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint.pt"]

@@ -133,6 +133,21 @@ def test_products_of_onednn(flags, monkeypatch):
     assert len(taken) == 3  # forward, dX, dW
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bias_of_any_strides(dtype):
+    """At a size of which oneDNN's product takes the bias."""
+    x, weight = torch.randn(300, 128).to(dtype), torch.randn(2, 128, 128).to(dtype)
+    bias = torch.randn(128, 2).to(dtype).t()
+    counts = torch.tensor([200, 100], dtype=torch.int32)
+    output = torch.ops.moe.grouped_gemm(x, weight, counts, bias=bias)
+    assert torch.equal(
+        output,
+        torch.ops.moe.grouped_gemm(
+            x, weight, counts, bias=bias.clone(memory_format=torch.contiguous_format)
+        ),
+    )
+
+
 @pytest.mark.parametrize("is_best", [False, True], ids=["blocks", "grouped_mm"])
 def test_neighbours_may_be_nan(is_best, monkeypatch):
     monkeypatch.setattr(cpu, "_grouped_mm_is_best", lambda *_: is_best)

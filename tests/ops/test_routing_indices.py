@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is particular to routing_indices; what every op must do is in test_every_op.py."""
 
+import contextlib
+import re
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests import oracle
 
@@ -41,3 +45,19 @@ def test_many_experts_and_one():
     token_counts, gather_indices, _ = moe.routing_indices(torch.zeros_like(ids), 1)
     assert token_counts.tolist() == [120]
     assert gather_indices.tolist() == list(range(120))
+
+
+@pytest.mark.parametrize("num_experts", [2**31, 2**63 - 1])
+def test_more_experts_than_int32_numbers(num_experts):
+    """Refused before anything of that size is made, and with the same text everywhere."""
+    expected = (
+        "moe::routing_indices: expected num_experts <= 2147483647 (experts are numbered in int32), "
+        f"got num_experts={num_experts}"
+    )
+    for device, mode in (
+        ("cpu", contextlib.nullcontext()),
+        ("cpu", FakeTensorMode()),
+        ("meta", contextlib.nullcontext()),
+    ):
+        with mode, pytest.raises(ValueError, match=re.escape(expected)):
+            moe.routing_indices(torch.zeros(3, 2, dtype=torch.int32, device=device), num_experts)

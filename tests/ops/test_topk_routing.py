@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_ops
 from tests import checks, masked_routing, oracle
@@ -99,6 +100,24 @@ def test_selection_bias_has_no_gradient():
     moe.topk_routing(logits, 2, bias)[0].sum().backward()
     assert logits.grad is not None
     assert bias.grad is None
+
+
+@pytest.mark.parametrize("needs_logits", [True, False])
+def test_nothing_is_launched_where_only_the_bias_requires_grad(needs_logits):
+    launched = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            launched.append(func)
+            return func(*args, **(kwargs or {}))
+
+    logits = torch.randn(5, 4, requires_grad=needs_logits)
+    bias = torch.zeros(4, requires_grad=True)
+    topk_weights, _ = moe.topk_routing(logits, 2, bias)
+    with Count():
+        topk_weights.sum().backward()
+    assert bias.grad is None
+    assert launched.count(moe.topk_routing_backward.default) == needs_logits
 
 
 def test_bias_in_another_dtype():

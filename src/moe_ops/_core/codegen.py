@@ -158,13 +158,11 @@ class _Body:
     def dtype(self, argument: Argument) -> list[str]:
         name, group = argument.name, argument.dtype
         if group not in DTYPES:
-            accumulator = ACCUMULATOR.fullmatch(group)
-            wanted = _dtype_source(group)
-            expected = f"{name}.dtype == {group}.dtype" if not accumulator else f"{name}.dtype =="
             message = self.message(
-                f"{expected} ({{_dtype_name({wanted})}})", f"{{_dtype_name({name}.dtype)}}"
+                f"{name}.dtype == {group}.dtype ({{_dtype_name({group}.dtype)}})",
+                f"{{_dtype_name({name}.dtype)}}",
             )
-            return [f"if {name}.dtype != {wanted}:", f"    raise TypeError({message})"]
+            return [f"if {name}.dtype != {group}.dtype:", f"    raise TypeError({message})"]
         got = f"{{_dtype_name({name}.dtype)}}"
         message = self.message(f"{name}.dtype in ({', '.join(DTYPES[group])})", got)
         lines = [f"if {name}.dtype not in _group_{group}:", f"    raise TypeError({message})"]

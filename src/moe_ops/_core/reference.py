@@ -18,8 +18,8 @@ from moe_ops._core.schema import (
 )
 
 _RULES = (
-    "Takes any strides; int32 and int64 indices give the same; deterministic bit for bit; reads no "
-    "device value on the host."
+    "Takes any strides; int32 and int64 indices give the same; deterministic bit for bit. The Triton "
+    "implementation reads no device value on the host; the PyTorch one may."
 )
 
 _ERRORS = (
@@ -34,6 +34,7 @@ def docstring(schema: OpSchema) -> str:
         schema.summary,
         textwrap.indent(schema.equation, "    ") if schema.equation else "",
         _paragraph(f"Letters: {_letters(schema)}."),
+        _floating(schema),
         "Args:\n" + "\n".join(_items(_arguments(schema))),
         "Returns:\n" + "\n".join(_items(_outputs(schema))),
         "Raises:\n" + "\n".join(_items(_errors(schema))),
@@ -53,12 +54,13 @@ def page(schema: OpSchema) -> str:
         f"```\ntorch.ops.moe.{schema.name}{schema.schema}\n```",
         f"```\n{schema.equation}\n```" if schema.equation else "",
         f"Letters: {_letters(schema)}.",
+        _floating(schema),
         "## Arguments",
         _table(("name", "what", "meaning"), _arguments(schema)),
         "## Returns",
         _table(("name", "what", "meaning"), _outputs(schema)),
         "## Errors",
-        _table(("error", "when"), ((kind, text) for kind, _, text in _errors(schema))),
+        _table(("error", "meaning"), ((kind, text) for kind, _, text in _errors(schema))),
         _ERRORS,
         "## Gradient",
         f"{_differentiable(schema)} {_backward(schema)}".strip(),
@@ -123,6 +125,14 @@ def _letters(schema: OpSchema) -> str:
     return ", ".join(letters + [f"{letter} = {e.text}" for letter, e in schema.let.items()])
 
 
+def _floating(schema: OpSchema) -> str:
+    """Which dtypes the word stands for; empty where no argument is floating."""
+    if all(argument.dtype != "floating" for argument in schema.tensors):
+        return ""
+    anywhere = ", ".join(dtype for dtype in DTYPES["floating"] if dtype != "float64")
+    return f"Floating: {anywhere}; float64 on {FLOAT64_DEVICES[0].upper()}."
+
+
 def _shape(shape: tuple[Expr, ...]) -> str:
     sizes = ", ".join(expr.text for expr in shape)
     return f"({sizes},)" if len(shape) == 1 else f"({sizes})"
@@ -132,7 +142,7 @@ def _dtype(dtype: str) -> str:
     if accumulator := ACCUMULATOR.fullmatch(dtype):
         return f"fp32, or fp64 for fp64 {accumulator[1]}"
     if dtype == "floating":
-        return "floating"
+        return dtype
     return " or ".join(DTYPES[dtype]) if dtype in DTYPES else f"dtype of {dtype}"
 
 
@@ -173,13 +183,13 @@ def _said(output: Output) -> str:
 
 
 def _errors(schema: OpSchema) -> Iterator[tuple[str, str, str]]:
-    yield "TypeError", "", f"A dtype other than those above; fp64 only on {FLOAT64_DEVICES[0]}."
+    yield "TypeError", "", "A dtype other than those above."
     yield "ValueError", "", "A rank or a size that disagrees with the shapes above; mixed devices."
     limited = [a.name for a in schema.scalars if a.minimum or a.maximum or a.choices or a.format]
     if limited:
         yield "ValueError", "", f"A value out of range or unknown: {', '.join(limited)}."
     for where in schema.where:
-        yield "ValueError", "", f"Not `{where.expect.text}`: {where.because}."
+        yield "ValueError", "", f"Expected `{where.expect.text}`: {where.because}."
 
 
 def _differentiable(schema: OpSchema) -> str:

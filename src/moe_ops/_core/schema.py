@@ -421,12 +421,15 @@ class _Reader:
 
     def dtype(self, key: str, value: Any, tensors: Iterable[str], groups: Iterable[str]) -> str:
         text = self.text(key, value)
-        accumulator = ACCUMULATOR.fullmatch(text)
-        if (accumulator[1] if accumulator else text) in tensors:
-            return text
-        if accumulator or text not in groups:
+        if text not in tensors and text not in groups:
             self.fail(key, f"{text!r} is neither a dtype group nor an earlier tensor argument")
         return text
+
+    def output_dtype(self, key: str, value: Any, tensors: Iterable[str]) -> str:
+        accumulator = ACCUMULATOR.fullmatch(self.text(key, value))
+        if accumulator and accumulator[1] in tensors:
+            return accumulator[0]
+        return self.dtype(key, value, tensors, ("float32", "int32"))
 
     def read_arguments(self, parsed: list[tuple[str, str, Any]]) -> Iterator[Argument]:
         declared = self.mapping("arguments", self.required("arguments"))
@@ -521,7 +524,7 @@ class _Reader:
             yield Output(
                 name,
                 self.exprs(f"{key}.shape", entry["shape"]),
-                self.dtype(f"{key}.dtype", entry["dtype"], tensors, ("float32", "int32")),
+                self.output_dtype(f"{key}.dtype", entry["dtype"], tensors),
                 self.text(f"{key}.doc", entry.get("doc")),
                 condition=conditions.get("if"),
                 column_major=conditions.get("column_major"),

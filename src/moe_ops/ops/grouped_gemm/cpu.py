@@ -324,6 +324,8 @@ def _product(
     if not left.dtype == right.dtype == dtype:
         left, right = left.to(dtype), right.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+    # oneDNN reads a bias of other strides wrongly.
+    bias = None if bias is None else bias.contiguous()
     large = left.shape[0] * right.numel() >= 2**21
     if dtype == torch.float32 and large and left.is_cpu and _prefers_onednn():
         return torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], "")

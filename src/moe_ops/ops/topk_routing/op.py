@@ -25,7 +25,9 @@ def _save(ctx: Any, args: tuple[Any, ...], outputs: tuple[torch.Tensor, torch.Te
     ctx.scoring = (*scoring, scaling_factor)
 
 
-def _backward(ctx: Any, grad_topk_weights: torch.Tensor, _: None) -> tuple[torch.Tensor]:
+def _backward(ctx: Any, grad_topk_weights: torch.Tensor, _: None) -> tuple[torch.Tensor | None]:
+    if not ctx.needs[0]:
+        return (None,)
     logits, topk_ids = ctx.saved_tensors
     return (_backward_op(grad_topk_weights, logits, topk_ids, *ctx.scoring),)
 
