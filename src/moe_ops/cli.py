@@ -117,9 +117,9 @@ def _add_tune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="default: CONFIG's, else bfloat16",
     )
     tune.add_argument(
-        "--topk-weights",
+        "--separate-ops",
         action="store_true",
-        help="also the down projection with topk_weights and permute_y",
+        help="also grouped_gemm with its permutations and topk_weights, beside fused_experts",
     )
     tune.add_argument(
         "--output", type=Path, metavar="TABLE.json", help="also write, or add to, this table"
@@ -145,7 +145,7 @@ def _tune(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Itera
             raise RuntimeError("MOE_OPS_AUTOTUNE=0 turns tuning off")
         layers = [_layer_of_sizes(options)] if given else _layers_of_config(options)
         num_tokens = options.num_tokens or tuning.NUM_TOKENS
-        tasks = tuning.tasks_of(layers, num_tokens, options.topk_weights)
+        tasks = tuning.tasks_of(layers, num_tokens, options.separate_ops)
         device = tuning.current_device()
         configs = tuning.tune_tasks(tasks, device, report=tuning.Report(progress=True))
         name = choose.device_of(device).name

@@ -96,8 +96,8 @@ def test_rejects_no_tokens():
 def test_problems():
     found = {task.problem: task for task in tasks_of([EXPERTS], [40])}
     expected = [
-        ("forward", (48, 16), ("gather",)), ("forward", (16, 24), ()),
-        ("backward_dX", (16, 24), ()), ("backward_dX", (48, 16), ("scatter",)),
+        ("forward", (48, 16), ("gather", "gated")), ("forward", (16, 24), ()),
+        ("backward_dX", (16, 24), ()), ("backward_dX", (48, 16), ()),
         ("backward_dW", (16, 24), ()), ("backward_dW", (48, 16), ()),
     ]  # fmt: skip
     # 80 rows of 4 experts: 20 each, which is up to 32.
@@ -117,7 +117,7 @@ def test_a_bucket_once():
 RECORDED = """
 import sys, torch, transformers
 import moe_ops.integrations.transformers
-from moe_ops.ops.grouped_gemm import launch
+from moe_ops.ops import gemm_launching as launch
 from moe_ops.tuning import find_experts, tasks_of
 from tests.integrations import tiny_models
 
@@ -155,10 +155,18 @@ def test_problems_are_those_of_the_launches():
     assert [line.split()[0] for line in done.stdout.splitlines()] == models
 
 
-def test_problems_with_topk_weights():
+def test_problems_of_an_ungated_layer():
+    layer = Experts(4, 2, (24, 16), (16, 24), torch.bfloat16, has_bias=True, transposed=True)
+    problem = tasks_of([layer], [40])[0].problem
+    assert problem.flags == ("gather", "bias", "transposed", "activated")
+
+
+def test_problems_of_separate_ops():
     plain = {task.problem for task in tasks_of([EXPERTS], [40])}
-    more = {task.problem for task in tasks_of([EXPERTS], [40], topk_weights=True)} - plain
+    more = {task.problem for task in tasks_of([EXPERTS], [40], separate_ops=True)} - plain
     assert {(p.kind, p.out_features, p.flags) for p in more} == {
+        ("forward", 48, ("gather",)),
+        ("backward_dX", 48, ("scatter",)),
         ("forward", 16, ("scatter", "scale")),
         ("backward_dX", 16, ("gather", "scale", "dots")),
     }

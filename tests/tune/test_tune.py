@@ -371,7 +371,7 @@ def recorded(problem, device, text):
     return config
 launch.choose = recorded
 layers = [LAYER, replace(LAYER, dtype=torch.float16, transposed=True, has_bias=True)]
-tasks = tasks_of(layers, [6], topk_weights=True)
+tasks = tasks_of(layers, [6], separate_ops=True)
 for task in tasks:
     seen.clear()
     made = bench.Bench(task, CPU)

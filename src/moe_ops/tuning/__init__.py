@@ -51,7 +51,7 @@ def tune(
     progress: bool = True,
     *,
     top_k: int | None = None,
-    topk_weights: bool = False,
+    separate_ops: bool = False,
 ) -> dict[str, KernelConfig]:
     """Finds the fastest kernel configurations of a model's experts on this GPU, and keeps them.
 
@@ -73,7 +73,8 @@ def tune(
             give autocast's.
         progress (bool): report to stderr, a line a problem.
         top_k (int or None): experts of a token; None: what the model says.
-        topk_weights (bool): also tune the down projection as called with topk_weights and permute_y.
+        separate_ops (bool): also tune grouped_gemm with its permutations and topk_weights, for models
+            and layers that call it and not fused_experts.
 
     Returns:
         dict: the configuration of each problem, tuned now or before, by Problem.key. Empty where
@@ -93,7 +94,7 @@ def tune(
         report.line("moe_ops.tune: MOE_OPS_AUTOTUNE=0 turns tuning off")
         return {}
     layers = find_experts(model, dtype, top_k)
-    tasks = tasks_of(layers, _several(num_tokens), topk_weights)
+    tasks = tasks_of(layers, _several(num_tokens), separate_ops)
     return tune_tasks(tasks, _device_for(model), report=report)
 
 

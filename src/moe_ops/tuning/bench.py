@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from moe_ops._core.library import OPS
 from moe_ops.configs.kernel_config import KernelConfig, kernel_config
 from moe_ops.ops.grouped_gemm import cpu
 from moe_ops.tuning.problems import Task
@@ -39,7 +41,12 @@ class Bench:
         self.compared = {**self.inputs[0], **_skewed_routing(task, device, generator)}
         op = {"forward": "", "backward_dX": "_dx", "backward_dW": "_dw"}[task.problem.kind]
         self.op = getattr(torch.ops.moe, f"grouped_gemm{op}").default
-        self.expected = _tensors(getattr(cpu, f"grouped_gemm{op}")(**self.compared))
+        self.expected: tuple[Tensor, ...]
+        if {"gated", "activated"} & set(task.problem.flags):
+            self.op = _up_projection
+            self.expected = _up_projection_in_pytorch(**self.compared)
+        else:
+            self.expected = _tensors(getattr(cpu, f"grouped_gemm{op}")(**self.compared))
         given = [value for value in self.inputs[0].values() if isinstance(value, Tensor)]
         self.size = 1 + sum(t.numel() * t.element_size() for t in (*given, *self.expected))
         copies = min(_MAX_ROTATED, -(-_ROTATED_BYTES // self.size))
@@ -132,6 +139,10 @@ def _arguments(task: Task, device: torch.device, generator: torch.Generator) -> 
         "permute_y": permute_y,
     }
     inputs = num_rows // top_k if permute_x else num_rows
+    if {"gated", "activated"} & set(flags):
+        names = ("weight", "token_counts", "gather_indices", "bias", "top_k")
+        given = {name: arguments[name] for name in names}
+        return {"input": normal(inputs, d), "gated": "gated" in flags, **given}
     if is_forward:
         return {"input": normal(inputs, d), **arguments}
     has_dots = "dots" in flags
@@ -141,6 +152,42 @@ def _arguments(task: Task, device: torch.device, generator: torch.Generator) -> 
         "needs": [True, has_dots],
         **arguments,
     }
+
+
+def _up_projection_in_pytorch(
+    input: Tensor,
+    gated: bool,
+    weight: Tensor,
+    token_counts: Tensor,
+    gather_indices: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+) -> tuple[Tensor, Tensor]:
+    """z = x @ weight.T + bias of the routed rows, and silu of it, times up where it is gated."""
+    z = cpu.grouped_gemm(
+        input, weight, token_counts, gather_indices, None, bias, top_k, permute_x=True
+    )
+    gate, up = z.float().chunk(2, 1) if gated else (z.float(), 1.0)
+    return z, (functional.silu(gate) * up).to(z.dtype)
+
+
+def _up_projection(kernel_config: str, **arguments: Any) -> tuple[Tensor, Tensor]:
+    """The same as fused_experts computes it on the device."""
+    input, weight = arguments["input"], arguments["weight"]
+    if OPS["fused_experts"].choose(input.device.type).name != "triton":
+        return _up_projection_in_pytorch(**arguments)
+    from moe_ops.ops.fused_experts import launch
+
+    gather_indices, gated = arguments["gather_indices"], arguments["gated"]
+    rows = launch.RoutedRows(
+        arguments["token_counts"], gather_indices, gather_indices, arguments["top_k"],
+        "silu", gated, False, None, kernel_config,
+    )  # fmt: skip
+    z = input.new_empty(rows.number, weight.shape[1])
+    # The rows of no expert are nobody's in h.
+    h = input.new_zeros(rows.number, weight.shape[1] // (2 if gated else 1))
+    launch.up_projection(rows, input, weight, arguments["bias"], None, z, h)
+    return z, h
 
 
 def _skewed_routing(

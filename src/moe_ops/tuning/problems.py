@@ -108,9 +108,9 @@ def _top_k(model: nn.Module, name: str) -> int:
 
 
 def tasks_of(
-    layers: Iterable[Experts], num_tokens: Iterable[int], topk_weights: bool = False
+    layers: Iterable[Experts], num_tokens: Iterable[int], separate_ops: bool = False
 ) -> list[Task]:
-    """The problems of some layers as moe_ops.integrations.transformers calls the ops.
+    """The problems of some layers: those of fused_experts, and where asked those of grouped_gemm.
 
     Each problem comes once, at the most rows that were asked of it.
 
@@ -128,27 +128,36 @@ def tasks_of(
             if size < 1:
                 raise ValueError(f"moe_ops.tune: expected sizes of 1 or more, got {size}")
         for tokens in counts:
-            for problem in _problems(layer, tokens, topk_weights):
+            for problem in _problems(layer, tokens, separate_ops):
                 tasks[problem.key] = Task(problem, tokens * layer.top_k, layer.top_k)
     return list(tasks.values())
 
 
-def _problems(layer: Experts, num_tokens: int, topk_weights: bool) -> Iterator[Problem]:
+def _problems(layer: Experts, num_tokens: int, separate_ops: bool) -> Iterator[Problem]:
     rows = rows_bucket(num_tokens * layer.top_k, layer.num_experts)
     dtype = str(layer.dtype).removeprefix("torch.")
 
-    def problem(kind: str, sizes: tuple[int, int], *flags: str) -> Problem:
+    def problem(
+        kind: str, sizes: tuple[int, int], *flags: str, more: tuple[str, ...] = ()
+    ) -> Problem:
         transposed = ("transposed",) if layer.transposed else ()
-        return Problem(kind, dtype, layer.num_experts, *sizes, rows, (*flags, *transposed))
+        return Problem(kind, dtype, layer.num_experts, *sizes, rows, (*flags, *transposed, *more))
 
     bias = ("bias",) if layer.has_bias else ()
-    # The up projection gathers its rows, so its dX scatters them; dW moves them before the GEMM.
-    yield problem("forward", layer.up, "gather", *bias)
+    is_gated = layer.up[0] == 2 * layer.down[1]
+    # The up projection gathers its rows, and has the activation on top.
+    yield problem(
+        "forward", layer.up, "gather", *bias, more=("gated" if is_gated else "activated",)
+    )
     yield problem("forward", layer.down, *bias)
     yield problem("backward_dX", layer.down)
-    yield problem("backward_dX", layer.up, "scatter")
+    yield problem("backward_dX", layer.up)
     yield problem("backward_dW", layer.down)
     yield problem("backward_dW", layer.up)
-    if topk_weights:
+    if separate_ops:
+        # Permutations within the GEMMs: what gathers its rows in forward scatters them in dX. dW has
+        # them moved before it.
+        yield problem("forward", layer.up, "gather", *bias)
+        yield problem("backward_dX", layer.up, "scatter")
         yield problem("forward", layer.down, "scatter", "scale", *bias)
         yield problem("backward_dX", layer.down, "gather", "scale", "dots")

@@ -37,7 +37,7 @@ from moe_ops.ops.launching import (
 
 
 @dataclass(frozen=True)
-class _Rows:
+class RoutedRows:
     """The routed rows: which there are, and what becomes of z in each."""
 
     token_counts: torch.Tensor
@@ -52,10 +52,12 @@ class _Rows:
 
     @property
     def number(self) -> int:
+        """R: slots, those of no expert too."""
         return self.gather_indices.shape[0]
 
     @property
     def limit(self) -> float:
+        """The kernels' argument, which they read where there is a limit."""
         return 0.0 if self.activation_limit is None else self.activation_limit
 
 
@@ -136,7 +138,7 @@ def fused_experts_backward(
     need_x, need_up, need_down, need_weights, need_up_bias, need_down_bias = needs
     need_dots, need_dx_dots = need_weights and not weights_before, need_weights and weights_before
     need_dz = need_x or need_up or need_up_bias or need_dx_dots
-    rows = _Rows(
+    rows = RoutedRows(
         token_counts, gather_indices.contiguous(), scatter_indices, topk_weights.shape[1],
         activation, gated, interleaved, activation_limit, kernel_config,
     )  # fmt: skip
@@ -153,7 +155,7 @@ def fused_experts_backward(
         z = pre_activation
         if z is None and hidden_states is not None:
             z = grad_output.new_empty(rows.number, gate_up_proj.shape[1])
-            _up(rows, hidden_states, gate_up_proj, gate_up_bias, before, z, None)
+            up_projection(rows, hidden_states, gate_up_proj, gate_up_bias, before, z, None)
         dz, h, dots = down.backward(dy, divisor, z, need_dz, need_down, need_dots)
         del z
     if need_down and h is not None:
@@ -184,16 +186,16 @@ def _route(
     interleaved: bool,
     activation_limit: float | None,
     kernel_config: str | None,
-) -> _Rows:
+) -> RoutedRows:
     counts, gather, scatter = torch.ops.moe.routing_indices(topk_ids, gate_up_proj.shape[0])
-    return _Rows(
+    return RoutedRows(
         counts, gather, scatter, topk_ids.shape[1],
         activation, gated, interleaved, activation_limit, kernel_config,
     )  # fmt: skip
 
 
 def _forward(
-    rows: _Rows,
+    rows: RoutedRows,
     hidden_states: torch.Tensor,
     gate_up_proj: torch.Tensor,
     down_proj: torch.Tensor,
@@ -205,7 +207,7 @@ def _forward(
 ) -> torch.Tensor:
     before, after = (topk_weights, None) if weights_before else (None, topk_weights)
     h = hidden_states.new_empty(rows.number, down_proj.shape[2])
-    schedule = _up(rows, hidden_states, gate_up_proj, gate_up_bias, before, z, h)
+    schedule = up_projection(rows, hidden_states, gate_up_proj, gate_up_bias, before, z, h)
     gemm = GroupedGemm(
         "forward",
         x=h,
@@ -221,15 +223,15 @@ def _forward(
     return sum_rows(y, rows.scatter_indices, after, rows.top_k, used)
 
 
-def _expert_rows(rows: _Rows, x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+def _expert_rows(rows: RoutedRows, x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     """The rows of x in expert order, (R, H), each times its slot's weight where given."""
     if weights is None:
         return copy_rows(x, rows.scatter_indices, rows.top_k)
     return gather_rows(x, rows.gather_indices, weights, rows.top_k, rows.top_k)
 
 
-def _up(
-    rows: _Rows,
+def up_projection(
+    rows: RoutedRows,
     x: torch.Tensor,
     gate_up_proj: torch.Tensor,
     bias: torch.Tensor | None,
@@ -290,7 +292,7 @@ def _up(
 class _Down:
     """The down projection's way back: from dY to the gradient of the pre-activation."""
 
-    rows: _Rows
+    rows: RoutedRows
     weight: torch.Tensor
     bias: torch.Tensor | None
     scale: torch.Tensor | None
@@ -360,7 +362,7 @@ class _Down:
 
 
 def _grad_input(
-    rows: _Rows,
+    rows: RoutedRows,
     dz: torch.Tensor,
     gate_up_proj: torch.Tensor,
     x: torch.Tensor | None,
