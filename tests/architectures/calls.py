@@ -101,6 +101,7 @@ def experts(
     bias: bool = False,
     transposed: bool = False,
     recompute: str = "none",
+    kernel_config: str | None = None,
 ) -> dict[str, Call]:
     """fused_experts; out_features are those of the up projection, in_features the hidden size."""
     num_tokens, top_k, num_experts = sizes.num_tokens, sizes.top_k, sizes.num_experts
@@ -113,32 +114,23 @@ def experts(
             return _empty(num_experts, columns, rows, dtype=dtype).transpose(1, 2)
         return _empty(num_experts, rows, columns, dtype=dtype)
 
-    x, up, down = (
-        _empty(num_tokens, hidden, dtype=dtype),
-        matrices(width, hidden),
-        matrices(hidden, inner),
-    )
+    x = _empty(num_tokens, hidden, dtype=dtype)
+    up, down = matrices(width, hidden), matrices(hidden, inner)
     weights = _empty(num_tokens, top_k, dtype=torch.float32)
     biases: list[Any] = [
         _empty(num_experts, n, dtype=dtype) if bias else None for n in (width, hidden)
     ]
     flags: tuple[Any, ...] = (activation, gated, interleaved, activation_limit, weights_before)
+    ids = _empty(num_tokens, top_k)
     forward: tuple[Any, ...] = (
-        x,
-        up,
-        down,
-        _empty(num_tokens, top_k),
-        weights,
-        *biases,
-        *flags,
-        recompute,
-    )
+        x, up, down, ids, weights, *biases, *flags, recompute, kernel_config,
+    )  # fmt: skip
     rows = [_empty(num_tokens * top_k) for _ in range(2)]
     z = _empty(num_tokens * top_k, width, dtype=dtype) if recompute == "none" else None
     needs = [True, True, True, True, bias, bias]
     backward: tuple[Any, ...] = (
         x, x, up, down, weights, *biases, z, _empty(num_experts), *rows, *flags,
-        needs, [transposed, transposed],
+        needs, [transposed, transposed], kernel_config,
     )  # fmt: skip
     return {
         "inference": lambda: fused_experts.fused_experts(*forward),

@@ -18,7 +18,7 @@ import torch
 import moe_ops
 from moe_ops.configs import cache, choose
 from moe_ops.configs.choose import Device
-from moe_ops.configs.kernel_config import KernelConfig
+from moe_ops.configs.kernel_config import KernelConfig, KernelConfigForward, kernel_config
 from tests.gpu import experts_problem
 from tests.gpu.gemm_problem import MODES
 
@@ -141,6 +141,17 @@ def test_tensor_cores_and_descriptors_are_used(gpu):
         ptx = "".join(kernel.ptx for kernel in compile_all(device, [call]))
         assert TENSOR_CORES[gpu] in ptx, name
         assert ("cp.async.bulk.tensor" in ptx) == device.has_tma, name
+
+
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_90"])
+def test_dependent_launch(gpu):
+    """Only where asked for, and where the GPU has it."""
+    for follows in (False, True):
+        config = KernelConfigForward(16, 64, 128, 4, 3, flatten=False, launch_pdl=follows)
+        made = calls.grouped_gemm(SIZES["decode-8"], BF16, kernel_config=kernel_config(config))
+        ptx = compile_all(GPUS[gpu], [made["forward"]])[-1].ptx
+        for instruction in ("griddepcontrol.wait", "griddepcontrol.launch_dependents"):
+            assert (instruction in ptx) == (follows and gpu == "sm_90")
 
 
 @gpus

@@ -49,6 +49,7 @@ def configs(name: str) -> st.SearchStrategy[KernelConfig]:
         "num_stages": st.integers(1, 8),
         "group_m": st.integers(1, 2**31),
         "epilogue_subtile": st.sampled_from([1, 2]),
+        "launch_pdl": st.booleans(),
         "programs_per_sm": st.integers(1, 32),
         **{f"BLOCK_{letter}": block for letter in "MNK"},
     }

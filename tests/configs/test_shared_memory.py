@@ -101,6 +101,25 @@ def test_is_what_triton_takes_on_hopper(config, mode, flags):
     assert actual <= estimated(config, kind, "bfloat16", "sm_90", flags) <= 1.08 * actual
 
 
+@pytest.mark.parametrize("subtile", [1, 2])
+@pytest.mark.parametrize("keeps", [False, True])
+def test_is_what_an_activation_takes(subtile, keeps):
+    """An upper bound: what keeps no pre-activation takes less."""
+    config = KernelConfigForward(
+        128, 256, 64, 8, 3, epilogue_subtile=subtile,
+        use_tma_load_x=True, use_tma_load_w=True, use_tma_store=True,
+    )  # fmt: skip
+    made = calls.experts(
+        SIZES["training"], torch.bfloat16, kernel_config=kernel_config(forward=config)
+    )
+    with compiling_for(GPUS["sm_90"]) as found:
+        made["forward" if keeps else "inference"]()
+    (actual,) = (kernel.shared for kernel in found if kernel.kernel == "_expert_up_kernel")
+    bound = estimated(config, "forward", "bfloat16", "sm_90", ("gather", "gated"))
+    assert actual <= bound
+    assert not keeps or bound <= 1.08 * actual
+
+
 @pytest.fixture
 def tf32() -> Iterator[None]:
     """Products of fp32 are taken as tf32, which takes more memory than fp32 does."""

@@ -92,7 +92,7 @@ def test_choices_that_hopper_needs():
         assert tried(large, field) >= values, field
     few = Problem("forward", "bfloat16", 128, 1536, 2048, 4)
     assert tried(few, "BLOCK_M") == {16, 32}
-    assert tried(few, "use_tma_load_w") == {True, False}
+    assert tried(few, "use_tma_load_w") == tried(few, "launch_pdl") == {True, False}
     dw = Problem("backward_dW", "bfloat16", 128, 1536, 2048, 1024)
     tiles = {(c.BLOCK_N, c.BLOCK_K) for c in candidates(dw, HOPPER)}
     assert tiles >= {(128, 256), (256, 128), (128, 128), (64, 256)}

@@ -66,6 +66,14 @@ CONFIGS = {
         dw(64, 256, 128, 8, 4, epilogue_subtile=2, use_tma_store=True, **LOADED),
     ),
     "few rows": (tile(16, 64, 128, 4, 3, flatten=False), dw(16, 64, 64, 4, 2, flatten=False)),
+    "few rows, following on": (
+        tile(16, 64, 128, 4, 3, flatten=False, launch_pdl=True),
+        dw(16, 64, 64, 4, 2, flatten=False),
+    ),
+    "following on": (
+        tile(64, 128, 64, 4, 3, launch_pdl=True, **TMA),
+        dw(64, 64, 128, 4, 3, **LOADED),
+    ),
     "few rows, many programs": (
         tile(32, 32, 64, 4, 3, flatten=False, programs_per_sm=4, use_tma_load_w=True),
         dw(32, 32, 256, 4, 3, use_tma_load_dy=True, group_m=1),

@@ -39,6 +39,8 @@ class KernelConfig:
         use_tma_store (bool): store the output through a tensor descriptor where one applies.
         epilogue_subtile (int): 1, or 2 to store a tile in two halves, one after the other, which
             takes half of the shared memory and leaves it to another stage.
+        launch_pdl (bool): launch while the kernel before it ends (programmatic dependent launch),
+            where forward and dX run on a GPU of compute capability 9.0 or newer. For short launches.
 
     A tensor descriptor (`use_tma_*`) applies on a GPU of compute capability 9.0 or newer, where
     addresses and strides are multiples of 16 bytes and no row is gathered or scattered; elsewhere
@@ -62,6 +64,7 @@ class KernelConfig:
     fuse_mul_post: bool = False
     use_tma_store: bool = False
     epilogue_subtile: int = 1
+    launch_pdl: bool = False
 
     def __post_init__(self) -> None:
         name = type(self).__name__

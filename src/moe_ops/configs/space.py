@@ -111,6 +111,8 @@ def _of_gemm(problem: Problem, device: Device) -> Iterator[KernelConfig]:
         yield from base
         yield from (_gemm(problem, (other, *tile), programs_per_sm=4) for tile in tiles[:2])
         yield replace(base[0], programs_per_sm=2)
+        if device.has_tma:
+            yield from (replace(config, launch_pdl=True) for config in base[:4])
         if tma:
             yield from (replace(config, use_tma_load_w=True) for config in base[:8])
         return

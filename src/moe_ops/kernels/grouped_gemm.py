@@ -12,6 +12,7 @@ own way with the result.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.ragged_tma import load_ragged, to_ragged_indices
 
 from moe_ops.kernels.schedule import expert_rows, find_tile, tiles_before, zero_tail
@@ -24,6 +25,13 @@ def tile_of(t, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     first_m = (t // width) * GROUP_M
     size_m = tl.minimum(tiles_m - first_m, GROUP_M)
     return first_m + (t % width) % size_m, (t % width) // size_m
+
+
+@triton.jit
+def follow_on():
+    """Waits for the kernel before, of a programmatic dependent launch; lets the one after begin."""
+    gdc_wait()
+    gdc_launch_dependents()
 
 
 @triton.jit
@@ -236,7 +244,7 @@ def grouped_gemm_kernel(
     HAS_GATHER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
     STORE_Y: tl.constexpr, HAS_DOTS: tl.constexpr, GATHER_OTHER: tl.constexpr,
     FINDS_TILES: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_W: tl.constexpr,
-    TAIL_TILES: tl.constexpr, FLATTEN: tl.constexpr, SUBTILE: tl.constexpr,
+    TAIL_TILES: tl.constexpr, FLATTEN: tl.constexpr, SUBTILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[row] = scale * (x[row] @ b[e] + bias[e]), tile by tile.
 
@@ -246,6 +254,8 @@ def grouped_gemm_kernel(
     rows of no expert are zeroed here too. With TAIL_TILES an expert's last rows, where they fit,
     are computed in a tile of half the height.
     """
+    if PDL:
+        follow_on()
     tiles_n = tl.cdiv(N, BLOCK_N)
     if FINDS_TILES:
         starts, ends = expert_rows(counts_ptr, num_rows, num_experts, EXPERTS)

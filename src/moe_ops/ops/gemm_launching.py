@@ -270,8 +270,11 @@ class GroupedGemm:
         bias: torch.Tensor | None,
     ) -> dict[str, Any]:
         """The constexpr arguments that all kernels of such a GEMM have, and Triton's own."""
+        # Triton's interpreter has no kernel to follow.
+        follows = self.tiling.config.launch_pdl and self.device.has_tma and not self.x.is_cpu
         return {
-            **self.tiling.options, "PRECISION": _precision(self.x.dtype),
+            **self.tiling.options, "PDL": follows, **({"launch_pdl": True} if follows else {}),
+            "PRECISION": _precision(self.x.dtype),
             "TMA_X": x_desc is not None, "TMA_B": b_desc is not None, "B_IS_NK": self.b_is_nk,
             "EVEN_K": self.k % self.tiling.block_k == 0, "GATHER_X": self.x_divisor > 0,
             "HAS_BIAS": bias is not None, "FINDS_TILES": self.finds_tiles,

@@ -10,7 +10,7 @@ import triton.language as tl
 from triton.tools.ragged_tma import to_ragged_indices
 
 from moe_ops.kernels.activations import gated_activation, plain_activation, split_gate
-from moe_ops.kernels.grouped_gemm import halves_of, multiply, source_rows, tile_of
+from moe_ops.kernels.grouped_gemm import follow_on, halves_of, multiply, source_rows, tile_of
 from moe_ops.kernels.schedule import expert_rows, find_tile, tiles_before, zero_tail
 
 
@@ -75,7 +75,7 @@ def _expert_up_kernel(
     HAS_BIAS: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     ACTIVATION: tl.constexpr, HAS_LIMIT: tl.constexpr, STORE_Z: tl.constexpr,
     STORE_H: tl.constexpr, FINDS_TILES: tl.constexpr, EXPERTS: tl.constexpr,
-    BLOCK_W: tl.constexpr, FLATTEN: tl.constexpr, SUBTILE: tl.constexpr,
+    BLOCK_W: tl.constexpr, FLATTEN: tl.constexpr, SUBTILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """z[row] = x[row] @ b[e] + bias[e], h[row] = act(z[row]), tile by tile.
 
@@ -83,6 +83,8 @@ def _expert_up_kernel(
     are BLOCK_N // 2 of gate and the same of up, so that h has BLOCK_N // 2. The rows of no expert
     are not written, but for z's with FINDS_TILES, which are zeroed.
     """
+    if PDL:
+        follow_on()
     HALVES: tl.constexpr = GATED and not INTERLEAVED
     BLOCK_I: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     W = 2 * width if GATED else width
