@@ -219,14 +219,19 @@ def _dispatcher(op: Op) -> Callable[..., Tensors]:
         torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)).raw_repr(): kernel
         for key, kernel in op.device_kernels.items()
     }
+    # By the keyset of a call. What runs after a large product finds the caches empty: each name
+    # that is looked up, each object that is made, is then a microsecond.
+    known: dict[int, Callable[..., Tensors] | None] = {}
 
     def dispatch(keyset: torch._C.DispatchKeySet, *args: Any) -> Tensors:
-        keyset = keyset & below_autograd
+        key = keyset.raw_repr()
+        if key not in known:
+            known[key] = device_kernels.get((keyset & below_autograd).raw_repr())
         # Where nothing stands between (no mode, no subclass), the dispatcher would call this.
-        kernel = device_kernels.get(keyset.raw_repr())
+        kernel = known[key]
         if kernel is not None:
             return kernel(*args)
-        outputs: Tensors = op.overload.redispatch(keyset, *args)
+        outputs: Tensors = op.overload.redispatch(keyset & below_autograd, *args)
         return outputs
 
     return dispatch
@@ -241,6 +246,7 @@ def _autograd_kernel(op: Op) -> Callable[..., Tensors]:
     custom_op (torch/_library/autograd.py).
     """
     defaults, num_outputs = op.defaults, len(op.schema.outputs)
+    is_grad_enabled, any_requires_grad = torch.is_grad_enabled, torch._C._any_requires_grad
 
     def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *args: Any) -> Tensors:
         called = op if op._autograd is None else op._autograd.forward
@@ -277,7 +283,7 @@ def _autograd_kernel(op: Op) -> Callable[..., Tensors]:
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Tensors:
         if forward_ad._current_level >= 0:
             _refuse_tangents(op, args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if is_grad_enabled() and any_requires_grad(*args):
             # The dispatcher drops trailing arguments that equal their defaults.
             result: Tensors = function.apply(keyset, *args, *defaults[len(args) :])
             return result

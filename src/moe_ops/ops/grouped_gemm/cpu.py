@@ -10,7 +10,7 @@ in the cache when they are multiplied. docs/performance.md has the measurements 
 from __future__ import annotations
 
 import functools
-import platform
+import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -35,7 +35,10 @@ def grouped_gemm(
 ) -> torch.Tensor:
     num_rows = input.shape[0] * top_k if permute_x else input.shape[0]
     plain = topk_weights is None and bias is None and not permute_y
-    if plain and _grouped_mm_is_best(num_rows, weight.shape, _LARGE_FP32, input, weight):
+    if plain and _grouped_mm_is_best(
+        num_rows, weight.shape, _LARGE_FP32, input.dtype, input.is_cpu,
+        input.shape, input.stride(), weight.shape, weight.stride(),
+    ):  # fmt: skip
         x = input
         if gather_indices is not None and permute_x:
             x = input.index_select(0, tokens_of_rows(gather_indices, top_k))
@@ -83,7 +86,10 @@ def grouped_gemm_dx(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_rows = grad_output.shape[0]
     plain = topk_weights is None and not permute_x and needs[0]
-    if plain and _grouped_mm_is_best(num_rows, weight.shape, _LARGE_FP32, grad_output, weight):
+    if plain and _grouped_mm_is_best(
+        num_rows, weight.shape, _LARGE_FP32, weight.dtype, weight.is_cpu,
+        grad_output.shape, grad_output.stride(), weight.shape, weight.stride(),
+    ):  # fmt: skip
         dy = grad_output
         if gather_indices is not None and permute_y:
             dy = dy.index_select(0, tokens_of_rows(gather_indices, 1))
@@ -148,7 +154,10 @@ def grouped_gemm_dw(
     num_experts, in_features = token_counts.shape[0], input.shape[1]
     plain = topk_weights is None and not permute_y and needs == [True, False]
     shape = (num_experts, out_features, in_features)
-    if plain and _grouped_mm_is_best(num_rows, shape, _LARGE_FP32_DW, grad_output, input):
+    if plain and _grouped_mm_is_best(
+        num_rows, shape, _LARGE_FP32_DW, input.dtype, input.is_cpu,
+        grad_output.shape, grad_output.stride(), input.shape, input.stride(),
+    ):  # fmt: skip
         x = input
         if gather_indices is not None and permute_x:
             x = input.index_select(0, tokens_of_rows(gather_indices, top_k))
@@ -198,26 +207,31 @@ _LARGE_FP32 = 2**23
 _LARGE_FP32_DW = 2**25
 
 
+@functools.lru_cache(maxsize=4096)
 def _grouped_mm_is_best(
-    num_rows: int, weight_shape: Sequence[int], large_fp32: int, *operands: torch.Tensor
+    num_rows: int,
+    weight_shape: Sequence[int],
+    large_fp32: int,
+    dtype: torch.dtype,
+    is_cpu: bool,
+    *layouts: Sequence[int],
 ) -> bool:
     """Whether functional.grouped_mm, whose loop over the experts is in C++, applies and is faster.
 
-    It wants whole 16 bytes from a row to the next, and something to multiply.
+    It wants whole 16 bytes from a row to the next, and something to multiply. `layouts` are the shape
+    and the strides of both operands.
     """
     num_experts, out_features, in_features = weight_shape
-    if not (num_rows and num_experts and out_features and in_features):
+    if not (is_cpu and num_rows and num_experts and out_features and in_features):
         return False
-    first = operands[0]
-    if first.dtype == torch.float32:
+    if dtype == torch.float32:
         is_large = num_rows * out_features * in_features >= num_experts * large_fp32
         if is_large and _prefers_onednn():
             return False
-    elif first.dtype == torch.float64 or not _is_native(first.dtype):
+    elif dtype == torch.float64 or not _is_native(dtype):
         return False
-    if out_features % 8 or in_features % 8 or not first.is_cpu:
-        return False
-    return all((pitch := _pitch(operand)) > 0 and pitch % 8 == 0 for operand in operands)
+    pitches = (_pitch(*layouts[:2]), _pitch(*layouts[2:]))
+    return all(size > 0 and size % 8 == 0 for size in (out_features, in_features, *pitches))
 
 
 def _grouped_mm(
@@ -225,24 +239,24 @@ def _grouped_mm(
 ) -> torch.Tensor:
     """functional.grouped_mm, with zeros in the tail."""
     num_rows = rows.shape[0]
-    ends, tail = _expert_ends(token_counts, num_rows)
+    ends, listed = _expert_ends(token_counts, num_rows)
     output = functional.grouped_mm(rows, matrices, offs=ends)
-    if tail < num_rows:
-        output[tail:].zero_()
+    if listed[-1] < num_rows:
+        output[listed[-1] :].zero_()
     return output
 
 
-def _expert_ends(token_counts: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, int]:
-    """The end row of each expert, int32, and the last of them.
+def _expert_ends(token_counts: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, list[int]]:
+    """The end row of each expert, int32, and as a list.
 
     Corrupt counts are clamped: they give unspecified values, never an access out of bounds.
     """
-    counts = token_counts.tolist()
-    tail = sum(counts)
-    if tail > num_rows or min(counts, default=0) < 0:
+    ends = token_counts.cumsum(0, dtype=torch.int32)
+    listed: list[int] = ends.tolist()
+    if listed and (listed[0] < 0 or listed[-1] > num_rows or listed != sorted(listed)):
         ends = token_counts.clamp(0, num_rows).cumsum(0).clamp_(0, num_rows).to(torch.int32)
-        return ends, int(ends[-1])
-    return token_counts.cumsum(0, dtype=torch.int32), tail
+        listed = ends.tolist()
+    return ends, listed
 
 
 class _Groups:
@@ -256,8 +270,8 @@ class _Groups:
 
     def __init__(self, token_counts: torch.Tensor, num_rows: int) -> None:
         self.num_rows = num_rows
-        ends, self.tail = _expert_ends(token_counts, num_rows)
-        self.ends: list[int] = ends.tolist()
+        _, self.ends = _expert_ends(token_counts, num_rows)
+        self.tail = self.ends[-1] if self.ends else 0
 
     def __iter__(self) -> Iterator[tuple[int, slice, slice, slice]]:
         start = 0
@@ -301,16 +315,16 @@ class _Routing:
             self.scale = weights.to(dtype)
 
 
-def _pitch(tensor: torch.Tensor) -> int:
+def _pitch(shape: Sequence[int], stride: Sequence[int]) -> int:
     """Elements from a row to the next, or from a column to the next; 0 if neither is dense."""
-    rows, columns = tensor.stride()[-2:]
-    if columns == 1 and rows >= tensor.shape[-1]:
+    rows, columns = stride[-2:]
+    if columns == 1 and rows >= shape[-1]:
         return rows
-    return columns if rows == 1 and columns >= tensor.shape[-2] else 0
+    return columns if rows == 1 and columns >= shape[-2] else 0
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if _pitch(tensor) else tensor.contiguous()
+    return tensor if _pitch(tensor.shape, tensor.stride()) else tensor.contiguous()
 
 
 def _product(
@@ -358,15 +372,22 @@ def _is_native(dtype: torch.dtype) -> bool:
 def _prefers_onednn() -> bool:
     """Whether oneDNN's fp32 product is to be used in place of torch.mm, which is MKL's on x86.
 
-    MKL uses AVX-512 on Intel's CPUs alone; oneDNN is twice as fast on others that have it.
+    MKL uses AVX-512 on Intel's CPUs alone. oneDNN, which uses it on all, is twice as fast on AMD's
+    Zen 5, and slower on Zen 4, which has instructions of 512 bits but multiplies 256 at a time.
     """
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or _is_intel():
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
-    return torch.backends.mkldnn.is_available()
+    return torch.backends.mkldnn.is_available() and _amd_family() >= _ZEN_5
 
 
-def _is_intel() -> bool:
+_ZEN_5 = 26
+
+
+def _amd_family() -> int:
+    """The family of an AMD CPU, 0 for another."""
     try:
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        return "Intel" in platform.processor()
+        return 0
+    family = re.search(r"^cpu family\s*: (\d+)$", text, re.MULTILINE)
+    return int(family[1]) if family and "AuthenticAMD" in text else 0
