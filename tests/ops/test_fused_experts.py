@@ -22,7 +22,6 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-import moe_ops
 from moe_ops._core.library import SCHEMAS
 from moe_ops.ops.fused_experts import cpu
 from tests import checks, oracle
@@ -30,6 +29,7 @@ from tests.core.test_autograd import CountCalls
 from tests.moe_block import (
     Weights,
     compiled_graphs,
+    experts_block,
     loss_and_gradients,
     make_tokens,
     make_weights,
@@ -414,15 +414,6 @@ def test_bitwise_repeatable_at_a_size_that_uses_threads():
 
 
 # A block around the op, compiled, checkpointed and exported.
-
-
-def experts_block(
-    hidden: Tensor, weights: Weights, top_k: int = 2, ops: Any = moe_ops, **flags: Any
-) -> Tensor:
-    topk_weights, topk_ids = ops.topk_routing(F.linear(hidden, weights.router), top_k)
-    return ops.fused_experts(
-        hidden, weights.gate_up_proj, weights.down_proj, topk_ids, topk_weights, **flags
-    )
 
 
 recomputing_block = functools.partial(experts_block, recompute="pre_activation")
