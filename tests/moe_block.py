@@ -99,7 +99,9 @@ def experts_block(
     return output
 
 
-BLOCKS = {"fused": fused_block, "unfused": unfused_block, "experts": experts_block}
+# Of separate ops; tests/ops/test_fused_experts.py says of the whole layer what else is said of these.
+BLOCKS = {"fused": fused_block, "unfused": unfused_block}
+EVERY_BLOCK = {**BLOCKS, "experts": experts_block}
 
 
 def loss_and_gradients(block: Any, hidden: Tensor, weights: Weights) -> list[Tensor]:

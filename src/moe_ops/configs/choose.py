@@ -155,7 +155,10 @@ def _heuristic_gemm(problem: Problem, device: Device) -> KernelConfig:
         m, n, k, warps, stages = 128, 128, 64, 8, 4
     elif has_tma and problem.rows <= 64:
         m, n, k, warps, stages, store = 64, 256, 64, 4, 4, True
-    elif has_tma and "gated" in problem.flags and device.capability >= (10, 0):
+    elif has_tma and (
+        "activated" in problem.flags or ("gated" in problem.flags and device.capability >= (10, 0))
+    ):
+        # The activation's own registers leave room for half of the widest tile.
         m, n, k, warps, stages, store = 128, 128, 64, 8, 4, True
     elif has_tma:
         m, n, k, warps, store = 128, 256, 64, 8, True

@@ -171,7 +171,7 @@ def _up_projection_in_pytorch(
     return z, (functional.silu(gate) * up).to(z.dtype)
 
 
-def _up_projection(kernel_config: str, **arguments: Any) -> tuple[Tensor, Tensor]:
+def _up_projection(kernel_config: str | None = None, **arguments: Any) -> tuple[Tensor, Tensor]:
     """The same as fused_experts computes it on the device."""
     input, weight = arguments["input"], arguments["weight"]
     if OPS["fused_experts"].choose(input.device.type).name != "triton":
