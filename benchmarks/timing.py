@@ -55,7 +55,7 @@ def _cpu_name() -> str:
     shown = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
     numbers = [f"{key[4:]} {fields[key]}" for key in ("cpu family",) if key in fields]
     numbers += [f"model {fields['model']}"] if "model" in fields else []
-    return f"{fields.get('model name', platform.machine())} ({', '.join(numbers + shown)})"
+    return f"{fields.get('model name', platform.machine())} ({', '.join([*numbers, *shown])})"
 
 
 def worst_error(results: Sequence[Tensor], references: Sequence[Tensor]) -> float:
