@@ -45,7 +45,7 @@ def environment(threads: int) -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    """The model, and the instructions that decide how fast a bf16 product is."""
+    """The model, family and number, and the instructions that decide how fast a product is."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return platform.processor() or platform.machine()
@@ -53,7 +53,9 @@ def _cpu_name() -> str:
     fields = {key.strip(): value.strip() for key, _, value in lines}
     flags = fields.get("flags", "").split()
     shown = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
-    return f"{fields.get('model name', platform.machine())} ({', '.join(shown)})"
+    numbers = [f"{key[4:]} {fields[key]}" for key in ("cpu family",) if key in fields]
+    numbers += [f"model {fields['model']}"] if "model" in fields else []
+    return f"{fields.get('model name', platform.machine())} ({', '.join([*numbers, *shown])})"
 
 
 def worst_error(results: Sequence[Tensor], references: Sequence[Tensor]) -> float:
