@@ -115,12 +115,22 @@ def test_blocks_of_few_sizes(dtype, flags, transposed, calls, monkeypatch):
     assert_matches_oracle(arguments)
 
 
-@pytest.mark.parametrize("flags", ["plain", "bias", "weighted_permute_x"])
-def test_products_of_onednn(flags, monkeypatch):
-    if not cpu._prefers_onednn():
-        pytest.skip("fp32 products are torch.mm's on this CPU")
+@pytest.fixture
+def onednn(monkeypatch):
+    """fp32 products of any size are oneDNN's, as on CPUs where it is the faster one."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(cpu, "_prefers_onednn", lambda: True)
     monkeypatch.setattr(cpu, "_LARGE_FP32", 0)
     monkeypatch.setattr(cpu, "_LARGE_FP32_DW", 0)
+    cpu._grouped_mm_is_best.cache_clear()
+    yield
+    cpu._grouped_mm_is_best.cache_clear()
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("flags", ["plain", "bias", "weighted_permute_x"])
+def test_products_of_onednn(flags, monkeypatch):
     linear = torch.ops.mkldnn._linear_pointwise
     taken = []
 
@@ -133,6 +143,7 @@ def test_products_of_onednn(flags, monkeypatch):
     assert len(taken) == 3  # forward, dX, dW
 
 
+@pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bias_of_any_strides(dtype):
     """At a size of which oneDNN's product takes the bias."""

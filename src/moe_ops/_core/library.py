@@ -221,8 +221,8 @@ def _autograd_kernel(op: Op) -> Callable[..., Tensors]:
         torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)).raw_repr(): kernel
         for key, kernel in op.device_kernels.items()
     }
-    # By the keyset of a call. What runs after a large product finds the caches empty: each name
-    # that is looked up, each object that is made, is then a microsecond.
+    # By the keyset of a call. What runs after a large product finds the caches empty, so that each
+    # name that is looked up, each object that is made, counts.
     known: dict[int, Callable[..., Tensors] | None] = {}
     is_grad_enabled, any_requires_grad = torch.is_grad_enabled, torch._C._any_requires_grad
 
