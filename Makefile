@@ -95,6 +95,10 @@ help: ## Show this list
 demo: $(DEMO_ENV) ## Train a small Qwen3-MoE on real text, compiled, and show what was learned
 	@$(PY) examples/train_qwen3_moe.py $(ARGS)
 
+.PHONY: bench
+bench: $(DEV_ENV) ## Benchmark the Triton kernels; needs a CUDA GPU
+	$(PY) -m benchmarks.cuda $(ARGS)
+
 ##@ Check
 .PHONY: test test-interpreter test-gpu gpu-report-check test-transformers-newest lint format types imports docs docs-check ci
 test: $(DEV_ENV) ## Run the whole CPU test suite

@@ -48,6 +48,7 @@ setup(
     package_dir={"": "src", "moe_ops.op_schemas": "op_schemas"},
     package_data={
         "moe_ops": ["py.typed"],
+        "moe_ops.configs": ["tables/*.json"],
         "moe_ops.op_schemas": ["*.yaml", "released/*.yaml"],
     },
 )

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""moe_ops on a CPU, against torch._grouped_mm and against transformers' experts.
+"""moe_ops on a CPU, against torch._grouped_mm, transformers' experts, and its own separate ops.
 
     python -m benchmarks.cpu gemm       grouped_gemm, dX and dW  vs  torch._grouped_mm
     python -m benchmarks.cpu experts    transformers' Qwen3MoeExperts: "moe_ops"  vs  "grouped_mm"
+    python -m benchmarks.cpu fused      fused_experts  vs  the ops that it is made of
 
 Each writes benchmarks/results/cpu_<what>.json, from which `python -m benchmarks.report` makes the
 tables of docs/performance.md. Run from the root of the repository.
@@ -250,9 +251,76 @@ def _experts_reference(
     return [output.detach(), *torch.autograd.grad(output, leaves, grad_output.double())]
 
 
+# The whole layer of experts as one op
+
+
+def run_fused(case: Case, repeats: int) -> Iterator[Case]:
+    dtype = DTYPES[case["dtype"]]
+    num_experts, hidden_size, top_k = case["E"], case["H"], case["K"]
+
+    def leaf(*shape: int) -> Tensor:
+        values = torch.randn(shape) * shape[-1] ** -0.5
+        return values.to(dtype).requires_grad_()
+
+    leaves = [
+        torch.randn(case["T"], hidden_size).to(dtype).requires_grad_(),
+        leaf(num_experts, 2 * case["I"], hidden_size),
+        leaf(num_experts, hidden_size, case["I"]),
+    ]
+    grad_output = torch.randn(case["T"], hidden_size).to(dtype)
+    expected = popularity(case["routing"], num_experts).expand(case["T"], -1)
+    routings = []
+    for _ in range(2 * repeats):
+        ids = torch.multinomial(expected, top_k).int()
+        routings.append((ids, torch.randn(case["T"], top_k).softmax(1).requires_grad_()))
+
+    def forward(experts: Run, i: int) -> tuple[Tensor, ...]:
+        return (experts(*leaves, *routings[i]),)
+
+    def forward_backward(experts: Run, i: int) -> tuple[Tensor, ...]:
+        output = experts(*leaves, *routings[i])
+        wanted = (*leaves, routings[i][1])
+        return (output.detach(), *torch.autograd.grad(output, wanted, grad_output))
+
+    wide = [t.detach().double().requires_grad_() for t in (*leaves, routings[0][1])]
+    output = separate_ops(wide[0], wide[1], wide[2], routings[0][0], wide[3])
+    grads = torch.autograd.grad(output, wide, grad_output.double())
+    references = [output.detach(), *grads]
+    contenders: dict[str, Run] = {OURS: moe_ops.fused_experts, PEER: separate_ops}
+    for name, run in (("forward", forward), ("forward+backward", forward_backward)):
+        with torch.set_grad_enabled(run is forward_backward):
+            worst = {
+                contender: timing.worst_error(found := run(experts, 0), references[: len(found)])
+                for contender, experts in contenders.items()
+            }
+
+            def turn_ours(turn: int, run: Run = run) -> object:
+                return run(contenders[OURS], 2 * turn)
+
+            def turn_peer(turn: int, run: Run = run) -> object:
+                return run(contenders[PEER], 2 * turn + 1)
+
+            record = timing.compare({OURS: turn_ours, PEER: turn_peer}, worst, dtype, repeats)
+        yield {**case, "pass": name, **record}
+
+
+def separate_ops(
+    hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor, ids: Tensor, weights: Tensor
+) -> Tensor:
+    """What moe_ops.fused_experts computes, op by op."""
+    top_k = ids.shape[1]
+    counts, gather, scatter = moe_ops.routing_indices(ids, gate_up_proj.shape[0])
+    rows = moe_ops.grouped_gemm(
+        hidden_states, gate_up_proj, counts, gather, top_k=top_k, permute_x=True
+    )
+    gate, up = rows.chunk(2, dim=-1)
+    rows = moe_ops.grouped_gemm(nn.functional.silu(gate) * up, down_proj, counts)
+    return moe_ops.unpermute(rows, gather, weights, top_k, scatter)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("gemm", "experts"))
+    parser.add_argument("what", choices=("gemm", "experts", "fused"))
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", type=int, nargs="+", default=(1024, 4096))
@@ -293,6 +361,7 @@ def main() -> None:
     cases, run = {
         "gemm": (gemm_cases, run_gemm),
         "experts": (experts_cases, run_experts),
+        "fused": (experts_cases, run_fused),
     }[args.what]
     output = args.output or RESULTS / f"cpu_{args.what}.json"
     done: list[Case] = timing.read(output)[1] if args.resume and output.exists() else []

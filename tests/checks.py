@@ -90,11 +90,43 @@ def _scale(sample: Sample) -> Any:
     arguments = sample.arguments
     if sample.schema.name == "topk_routing_backward":
         return arguments["grad_topk_weights"] * arguments["scaling_factor"]
+    return getattr(oracle, sample.schema.name)(**_sizes(arguments))
+
+
+def _sizes(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call whose terms have no signs, and no limits that these would reach."""
     sizes = {
         name: value.abs() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in arguments.items()
     }
-    return getattr(oracle, sample.schema.name)(**sizes)
+    return {**sizes, "activation_limit": None} if "activation_limit" in sizes else sizes
+
+
+def is_decided(sample: Sample) -> bool:
+    """Whether rounding cannot move an activation of `sample` over a kink, to another slope."""
+    arguments = sample.arguments
+    if "activation_limit" not in arguments or arguments.get("pre_activation") is not None:
+        # No kinks, or at values that are given.
+        return True
+    limit, kinks = arguments["activation_limit"], [0.0] if "relu" in arguments["activation"] else []
+    kinks += [] if limit is None else [limit, -limit]
+    found, size = (_pre_activation(call) for call in (arguments, _sizes(arguments)))
+    margin = RELATIVE_NORM[arguments["gate_up_proj"].dtype] * size
+    # Rows of dropped slots are zero, of size zero.
+    return not any(((found - kink).abs() < margin).any() for kink in kinks)
+
+
+def _pre_activation(arguments: dict[str, Any]) -> Tensor:
+    if "topk_ids" in arguments:
+        return oracle.fused_experts_forward(**{**arguments, "recompute": "none"})[1]
+    names = [
+        "gate_up_proj", "down_proj", "topk_weights", "gate_up_bias", "down_bias", "token_counts",
+        "gather_indices", "activation", "gated", "interleaved", "activation_limit",
+        "weights_before",
+    ]  # fmt: skip
+    x = arguments["hidden_states"]
+    x = torch.zeros_like(arguments["grad_output"]) if x is None else x
+    return oracle.expert_layer(x, **{name: arguments[name] for name in names})[1]
 
 
 def _assert_topk_routing(arguments: dict[str, Any], topk_weights: Tensor, topk_ids: Tensor) -> None:
@@ -154,9 +186,5 @@ def gradient_scales(sample: Sample, grad_output: Tensor) -> dict[str, Tensor]:
     """The size of the terms that each gradient is a sum of."""
     if sample.schema.name == "topk_routing":
         return {"logits": grad_output * sample.arguments["scaling_factor"]}
-    sizes = {
-        name: value.abs() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in sample.arguments.items()
-    }
-    function = getattr(oracle, sample.schema.name)
+    function, sizes = getattr(oracle, sample.schema.name), _sizes(sample.arguments)
     return oracle.gradients(function, sizes, sample.differentiable(), grad_output.abs())

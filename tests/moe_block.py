@@ -88,7 +88,20 @@ def unfused_block(hidden: Tensor, weights: Weights, top_k: int = 2, ops: Any = m
     return ops.unpermute(rows, gather, topk_weights, top_k, scatter)
 
 
+def experts_block(
+    hidden: Tensor, weights: Weights, top_k: int = 2, ops: Any = moe_ops, **flags: Any
+) -> Tensor:
+    """The whole expert MLP as one op."""
+    topk_weights, topk_ids = ops.topk_routing(F.linear(hidden, weights.router), top_k)
+    output: Tensor = ops.fused_experts(
+        hidden, weights.gate_up_proj, weights.down_proj, topk_ids, topk_weights, **flags
+    )
+    return output
+
+
+# Of separate ops; tests/ops/test_fused_experts.py says of the whole layer what else is said of these.
 BLOCKS = {"fused": fused_block, "unfused": unfused_block}
+EVERY_BLOCK = {**BLOCKS, "experts": experts_block}
 
 
 def loss_and_gradients(block: Any, hidden: Tensor, weights: Weights) -> list[Tensor]:

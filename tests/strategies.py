@@ -7,7 +7,9 @@ sizes, dtypes, routings, layouts. It asks a `choose` function for every decision
 """
 
 import contextlib
+import functools
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moe_ops._core.library import SCHEMAS
 from moe_ops._core.schema import DTYPES, REQUIRED, VALUES, Argument, Expr, OpSchema
 from tests import oracle
 
@@ -30,6 +33,7 @@ SIZES: Mapping[str, tuple[int, ...]] = {
     "experts_per_group": (1, 2, 3, 4),
     "top_k": (1, 2, 3, 4),
     "hidden_size": (1, 2, 3, 8, 17),
+    "intermediate_size": (1, 2, 3, 8, 17),
     "in_features": (1, 2, 3, 8, 17),
     "out_features": (1, 2, 3, 8, 17),
 }
@@ -127,22 +131,77 @@ def _first_alive(
     return None
 
 
+def all_flags(count: int) -> list[list[bool]]:
+    """Every list of so many flags, all of them set first."""
+    return [list(flags) for flags in itertools.product((True, False), repeat=count)]
+
+
+# More combinations than this are not gone through one by one.
+MANY_VARIANTS = 300
+
+
 def variants(schema: OpSchema) -> Iterator[dict[str, Any]]:
-    """Every valid combination of flags, choices and present optional tensors, as `fixed`."""
-    options: dict[str, Sequence[Any]] = {}
-    for argument in schema.arguments:
-        if argument.type == "bool":
-            options[argument.name] = (False, True)
-        elif argument.type == "bool[2]":
-            options[argument.name] = [[a, b] for a in (False, True) for b in (False, True)]
-        elif argument.choices:
-            options[argument.name] = argument.choices
-        elif argument.is_tensor and argument.is_optional:
-            options[argument.name] = (None, PRESENT)
+    """Valid combinations of flags, choices and present optional tensors, as `fixed`.
+
+    All of them, or where they are many, some in which any two options occur together.
+    """
+    options = _options(schema)
+    if math.prod(map(len, options.values())) > MANY_VARIANTS:
+        yield from _covering(schema.name)
+        return
     for values in itertools.product(*options.values()):
         chosen = dict(zip(options, values, strict=True))
         if _allowed(schema, chosen):
             yield chosen
+
+
+def _options(schema: OpSchema) -> dict[str, Sequence[Any]]:
+    """What a variant settles, and to which values."""
+    options: dict[str, Sequence[Any]] = {}
+    for argument in schema.arguments:
+        if argument.type == "bool":
+            options[argument.name] = (False, True)
+        elif argument.num_flags:
+            options[argument.name] = all_flags(argument.num_flags)
+        elif argument.type == "float?":
+            options[argument.name] = (None, FLOATS[0])
+        elif argument.choices:
+            options[argument.name] = argument.choices
+        elif argument.is_tensor and argument.is_optional:
+            options[argument.name] = (None, PRESENT)
+    return options
+
+
+@functools.cache
+def _covering(name: str) -> tuple[dict[str, Any], ...]:
+    """Of random valid variants those that show two options together as none before did."""
+    schema = SCHEMAS[name]
+    options = _options(schema)
+    generator = random.Random(name)
+    found: list[dict[str, Any]] = []
+    seen: set[tuple[Any, Any]] = set()
+    in_vain = 0
+    while in_vain < 500:
+        chosen = {key: generator.choice(values) for key, values in options.items()}
+        if not _allowed(schema, chosen):
+            continue
+        pairs = set(itertools.combinations(_single_options(chosen), 2))
+        in_vain = 0 if pairs - seen else in_vain + 1
+        if pairs - seen:
+            found.append(chosen)
+        seen |= pairs
+    return tuple(found)
+
+
+def _single_options(chosen: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """(name, value) of each; the flags of a list one by one."""
+    single: list[tuple[str, Any]] = []
+    for key, value in chosen.items():
+        if isinstance(value, list):
+            single += [(f"{key}[{i}]", flag) for i, flag in enumerate(value)]
+        else:
+            single.append((key, value))
+    return single
 
 
 def _allowed(schema: OpSchema, known: Mapping[str, Any]) -> bool:
@@ -201,10 +260,12 @@ class _Builder:
             return (None, *argument.choices) if argument.is_optional else argument.choices
         if argument.type == "bool":
             return (False, True)
-        if argument.type == "bool[2]":
-            return ([True, True], [True, False], [False, True], [False, False])
+        if argument.num_flags:
+            return all_flags(argument.num_flags)
         if argument.type == "float":
             return FLOATS
+        if argument.type == "float?":
+            return (None, *FLOATS)
         if argument.is_optional:
             return (None,)
         if argument.type == "SymInt":
@@ -219,6 +280,11 @@ class _Builder:
 
     def shape(self, argument: Argument) -> tuple[int, ...]:
         return tuple(self.size(expr) for expr in argument.shape)
+
+    def top_k(self) -> int:
+        """Slots per token: an argument, or a dimension of that meaning."""
+        letters = [d for d, meaning in self.schema.dims.items() if meaning == "top_k"]
+        return self.known.get(next(iter(letters), "top_k"), 1)
 
     def route(self) -> None:
         """Draws the routing that all index arguments of one call come from."""
@@ -236,7 +302,7 @@ class _Builder:
                 num_tokens, top_k = shape
                 distinct = "distinct" in argument.values
             elif argument.values == "permutation":
-                top_k = self.known.get("top_k", 1)
+                top_k = self.top_k()
                 num_tokens = shape[0] // top_k
         if distinct:
             kinds = ["uniform"] if top_k < num_experts else ["every_expert"]

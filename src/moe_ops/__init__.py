@@ -5,11 +5,44 @@ Importing this package registers torch.ops.moe.*; the functions here are the sam
 documented.
 """
 
+from typing import TYPE_CHECKING, Any
+
+from moe_ops.configs.kernel_config import (
+    KernelConfigBackward_dW,
+    KernelConfigBackward_dX,
+    KernelConfigForward,
+    kernel_config,
+)
+from moe_ops.ops.fused_experts import fused_experts
 from moe_ops.ops.grouped_gemm import grouped_gemm
 from moe_ops.ops.permute import permute
 from moe_ops.ops.routing_indices import routing_indices
 from moe_ops.ops.topk_routing import topk_routing
 from moe_ops.ops.unpermute import unpermute
 
-__all__ = ["grouped_gemm", "permute", "routing_indices", "topk_routing", "unpermute"]
+if TYPE_CHECKING:
+    from moe_ops.tuning import tune
+
+__all__ = [
+    "KernelConfigBackward_dW",
+    "KernelConfigBackward_dX",
+    "KernelConfigForward",
+    "fused_experts",
+    "grouped_gemm",
+    "kernel_config",
+    "permute",
+    "routing_indices",
+    "topk_routing",
+    "tune",
+    "unpermute",
+]
 __version__ = "0.1.0.dev0"
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for: most programs never tune.
+    if name == "tune":
+        from moe_ops.tuning import tune
+
+        return tune
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

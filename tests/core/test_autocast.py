@@ -66,6 +66,33 @@ def test_fp64_is_left():
     assert torch.equal(output, sample())
 
 
+@low_precision
+def test_fused_experts_casts_rows_weights_and_biases_alone(dtype):
+    sample = seeded_sample(
+        SCHEMAS["fused_experts"], 1, T=6, H=8, I=4, E=3, K=2, dtype=torch.float32,
+        routing="uniform", layout="contiguous", gate_up_bias=PRESENT, down_bias=PRESENT,
+    )  # fmt: skip
+    names = ["hidden_states", "gate_up_proj", "down_proj", "gate_up_bias", "down_bias"]
+    cast = {name: sample.arguments[name].to(dtype) for name in names}
+    expected = sample(**cast)
+    rounded = sample(**cast, topk_weights=sample.arguments["topk_weights"].to(dtype))
+    arguments = sample.requiring_grad()
+    with torch.autocast("cpu", dtype):
+        without_grad, output = sample(), sample(**arguments)
+    assert output.dtype == dtype
+    assert torch.equal(output, expected)
+    assert torch.equal(without_grad, expected)
+    assert not torch.equal(rounded, expected)
+    for name, grad in zip(
+        sample.differentiable(),
+        torch.autograd.grad(
+            output, [arguments[n] for n in sample.differentiable()], torch.ones_like(output)
+        ),
+        strict=True,
+    ):
+        assert grad.dtype == torch.float32, name
+
+
 @pytest.mark.parametrize(
     "name", [n for n in sorted(SCHEMAS) if not any(a.autocast for a in SCHEMAS[n].arguments)]
 )

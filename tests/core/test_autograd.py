@@ -22,6 +22,12 @@ differentiable_schemas = pytest.mark.parametrize("name", DIFFERENTIABLE)
 blocks = pytest.mark.parametrize("name", sorted(BLOCKS))
 
 
+# What fused_experts is differentiable in.
+EXPERTS = [
+    "hidden_states", "gate_up_proj", "down_proj", "topk_weights", "gate_up_bias", "down_bias",
+]  # fmt: skip
+
+
 class CountCalls(TorchDispatchMode):
     """Counts the calls of each moe op that reach a device kernel, and keeps their `needs`."""
 
@@ -47,11 +53,10 @@ def floating(output):
 def every_argument(name: str, seed: int = 0) -> Sample:
     """A fp64 sample of several rows with every optional tensor given."""
     optional = {a.name: PRESENT for a in SCHEMAS[name].tensors if a.is_optional}
-    sizes = {"T": 5, "H": 3, "D": 3, "N": 8, "G": 4}
-    fixed = {k: v for k, v in sizes.items() if k in SCHEMAS[name].dims}
-    return seeded_sample(
-        SCHEMAS[name], seed, **optional, **fixed, dtype=torch.float64, layout="contiguous"
-    )
+    sizes = {"T": 5, "H": 3, "I": 4, "D": 3, "N": 8, "G": 4}
+    fixed: dict[str, Any] = {k: v for k, v in sizes.items() if k in SCHEMAS[name].dims}
+    fixed |= {"dtype": torch.float64, "layout": "contiguous", "routing": "uniform"}
+    return seeded_sample(SCHEMAS[name], seed, **optional, **fixed)
 
 
 def selects_firmly(sample: Sample) -> bool:
@@ -125,7 +130,7 @@ def first_and_second_gradients(function, arguments, names):
     return second, list(leaves)
 
 
-@pytest.mark.parametrize("name", ["grouped_gemm", "unpermute", "topk_routing"])
+@pytest.mark.parametrize("name", ["grouped_gemm", "unpermute", "topk_routing", "fused_experts"])
 def test_double_backward_is_refused_where_the_backward_is_opaque(name):
     sample = every_argument(name)
     names = sample.differentiable()
@@ -188,6 +193,11 @@ def test_gradients_not_needed_are_none(name):
             ["input", "weight", "topk_weights", "bias"],
             {"grouped_gemm_dx": [True, True], "grouped_gemm_dw": [True, True]},
         ),
+        *(
+            ("fused_experts", [n], {"fused_experts_backward": [n == m for m in EXPERTS]})
+            for n in EXPERTS
+        ),
+        ("fused_experts", EXPERTS, {"fused_experts_backward": [True] * 6}),
         ("unpermute", ["input"], {"unpermute_backward": [True, False]}),
         ("unpermute", ["topk_weights"], {"unpermute_backward": [False, True]}),
         ("unpermute", ["input", "topk_weights"], {"unpermute_backward": [True, True]}),
@@ -223,6 +233,21 @@ def test_saves_nothing_that_the_needed_gradients_do_not_read():
         for name in unread:
             pointers = {tensor.data_ptr() for tensor in saved}
             assert arguments[name].data_ptr() not in pointers, f"{name} kept for {wanted}"
+
+
+def test_another_op_may_run_where_a_gradient_is_recorded():
+    """fused_experts_forward in place of fused_experts, which alone runs without a gradient."""
+    sample = every_argument("fused_experts")
+    with CountCalls() as without:
+        expected = sample()
+    assert without.calls == {"fused_experts": 1}
+    with CountCalls() as counted:
+        output = sample(**sample.requiring_grad())
+    assert counted.calls == {"fused_experts_forward": 1}
+    assert torch.equal(output, expected)
+    with CountCalls() as counted:
+        output.sum().backward()
+    assert counted.calls == {"fused_experts_backward": 1}
 
 
 def test_integer_outputs_have_no_gradient():

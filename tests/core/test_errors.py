@@ -13,13 +13,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import moe_ops
 from moe_ops._core.library import SCHEMAS
 from tests import checks
-from tests.strategies import Sample, samples, seeded_sample
+from tests.strategies import PRESENT, Sample, samples, seeded_sample
 
 F32, F64, BF16, I32 = torch.float32, torch.float64, torch.bfloat16, torch.int32
 
 
 def valid(name: str) -> dict[str, Any]:
-    """A valid call: T = 6 tokens, K = 2, E = 4 experts, D = 8 in and N = 10 out features."""
+    """A valid call: T = 6 tokens, K = 2, E = 4 experts, D = 8 in and N = 10 out features; H = 8,
+    I = 5."""
     token_counts = torch.tensor([5, 0, 4, 3], dtype=I32)
     permutation = torch.randperm(12, generator=torch.Generator().manual_seed(0)).int()
     calls: dict[str, dict[str, Any]] = {
@@ -40,6 +41,15 @@ def valid(name: str) -> dict[str, Any]:
             "topk_weights": torch.randn(6, 2),
             "bias": torch.randn(4, 10),
             "top_k": 2,
+        },
+        "fused_experts": {
+            "hidden_states": torch.randn(6, 8),
+            "gate_up_proj": torch.randn(4, 10, 8),
+            "down_proj": torch.randn(4, 8, 5),
+            "topk_ids": torch.zeros(6, 2, dtype=I32),
+            "topk_weights": torch.randn(6, 2),
+            "gate_up_bias": torch.randn(4, 10),
+            "down_bias": torch.randn(4, 8),
         },
     }
     return calls[name]
@@ -86,7 +96,22 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
      "input.shape[0] to be a multiple of top_k (2), got 13"),
     ("topk_routing", {"num_groups": 3}, ValueError,
      "logits.shape[1] to be a multiple of num_groups (3), got 4"),
+    ("fused_experts", {"gate_up_proj": torch.randn(4, 9, 8)}, ValueError,
+     "gate_up_proj.shape[1] to be a multiple of 2, got 9"),
+    ("fused_experts", {"gated": False}, ValueError,
+     "down_proj.shape[2] == intermediate_size (10), got 5"),
+    ("fused_experts", {"down_proj": torch.randn(4, 7, 5)}, ValueError,
+     "down_proj.shape[1] == hidden_states.shape[1] (8), got 7"),
+    ("fused_experts", {"gate_up_bias": torch.randn(4, 5)}, ValueError,
+     "gate_up_bias.shape[1] == gate_up_proj.shape[1] (10), got 5"),
+    ("fused_experts", {"topk_weights": torch.randn(6, 3)}, ValueError,
+     "topk_weights.shape[1] == topk_ids.shape[1] (2), got 3"),
+    ("fused_experts", {"topk_ids": torch.zeros(6, 0, dtype=I32), "topk_weights": torch.randn(6, 0)},
+     ValueError, ("num_experts >= 1 and top_k >= 1 (each token has a slot, and each slot an expert "
+                  "to go to), got num_experts=4, top_k=0")),
     # dtypes
+    ("fused_experts", {"down_bias": torch.randn(4, 8, dtype=BF16)}, TypeError,
+     "down_bias.dtype == hidden_states.dtype (float32), got bfloat16"),
     ("grouped_gemm", {"weight": torch.randn(4, 10, 8, dtype=BF16)}, TypeError,
      "weight.dtype == input.dtype (float32), got bfloat16"),
     ("grouped_gemm", {"token_counts": torch.zeros(4)}, TypeError,
@@ -118,7 +143,22 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
      "score_function in ('softmax', 'sigmoid'), got 'relu'"),
     ("topk_routing", {"group_score": "sum"}, ValueError,
      "group_score in ('top2_sum', 'max'), got 'sum'"),
+    ("fused_experts", {"activation": "swish"}, ValueError,
+     ("activation in ('silu', 'gelu', 'gelu_tanh', 'relu', 'relu_squared', 'swiglu_oai'), "
+      "got 'swish'")),
+    ("fused_experts", {"recompute": "all"}, ValueError,
+     "recompute in ('none', 'pre_activation'), got 'all'"),
+    ("fused_experts", {"activation_limit": 0.0}, ValueError,
+     ("activation_limit is None or activation_limit > 0 (a limit is a positive number), "
+      "got activation_limit=0.0")),
+    ("fused_experts", {"activation_limit": float("nan")}, ValueError,
+     "activation_limit is None or activation_limit > 0"),
     # flags
+    ("fused_experts",
+     {"activation": "swiglu_oai", "gated": False, "gate_up_proj": torch.randn(4, 5, 8),
+      "gate_up_bias": None},
+     ValueError, ("gated or activation != 'swiglu_oai' (swiglu_oai multiplies by up), "
+                  "got activation=swiglu_oai, gated=False")),
     ("grouped_gemm", {"permute_x": True, "permute_y": True, "input": torch.randn(6, 8)}, ValueError,
      ("not (permute_x and permute_y) (a GEMM gathers its input or scatters its output, never both), "
       "got permute_x=True, permute_y=True")),
@@ -176,6 +216,45 @@ def test_rejects_with_grad_and_under_autocast():
         torch.ops.moe.grouped_gemm(**arguments)
 
 
+def test_rejects_a_list_of_too_few_flags():
+    """The dispatcher takes lists of any length where the schema says bool[N]."""
+    sample = seeded_sample(SCHEMAS["fused_experts_backward"], 0, T=3)
+    checks.assert_rejects(
+        ValueError, ("moe::fused_experts_backward: expected len(needs) == 6, got 2",),
+        sample.overload, {**sample.arguments, "needs": [True, True]},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("missing", "needs", "text"),
+    [
+        (
+            ["hidden_states"],
+            [1, 3],
+            "hidden_states is not None or not (needs[1] or (weights_before",
+        ),
+        (
+            ["hidden_states", "pre_activation"],
+            [0, 1, 2, 3, 4],
+            "hidden_states is not None or pre_activation is not None or (not (needs[0] or",
+        ),
+    ],
+)
+def test_rejects_gradients_without_what_they_are_taken_from(missing, needs, text):
+    sample = seeded_sample(
+        SCHEMAS["fused_experts_backward"], 0, T=3, weights_before=True,
+        hidden_states=PRESENT, pre_activation=PRESENT,
+    )  # fmt: skip
+    arguments = {**sample.arguments, **dict.fromkeys(missing)}
+    for needed in range(6):
+        arguments["needs"] = [i == needed for i in range(6)]
+        if needed in needs:
+            expected = f"moe::fused_experts_backward: expected {text}"
+            checks.assert_rejects(ValueError, (expected,), sample.overload, arguments)
+        else:
+            sample.overload(**arguments)
+
+
 def test_rejects_mixed_devices():
     arguments = valid("grouped_gemm")
     arguments["weight"] = arguments["weight"].to("meta")
@@ -204,7 +283,7 @@ def test_rejects_every_wrong_rank_dtype_and_range(name, data):
     sample = data.draw(samples(SCHEMAS[name]))
     arguments = dict(sample.arguments)
     given_tensors = [a for a in sample.schema.tensors if arguments[a.name] is not None]
-    bounded = [a for a in sample.schema.scalars if a.minimum or a.maximum or a.choices]
+    bounded = [a for a in sample.schema.scalars if a.minimum or a.maximum or a.choices or a.format]
     wrong = data.draw(st.sampled_from([*given_tensors, *bounded]), "wrong argument")
     value = arguments[wrong.name]
     error: type[Exception] = ValueError
@@ -219,6 +298,8 @@ def test_rejects_every_wrong_rank_dtype_and_range(name, data):
             error = TypeError
     elif wrong.choices:
         arguments[wrong.name] = "no such choice"
+    elif wrong.format:
+        arguments[wrong.name] = data.draw(st.sampled_from(["", "{", "[]", '{"forward": {"a": 1}}']))
     else:
         beyond = [-1, 0] if wrong.minimum else []
         arguments[wrong.name] = data.draw(st.sampled_from([*beyond, *[99] * bool(wrong.maximum)]))

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import moe_ops
+
 moe = torch.ops.moe
 
 
@@ -54,6 +56,53 @@ def test_router_gradient_needs_the_same_product():
         lambda: moe.grouped_gemm(rows, weight, counts, None, topk_weights).sum().backward()
     )
     assert found == {"moe.grouped_gemm": 960, "moe.grouped_gemm_dx": 960}
+
+
+EXPERTS_GRADS = {
+    # In units of the GEMM R x H x I; gate and up are two of them.
+    ("hidden_states",): 1 + 2,
+    ("gate_up_proj",): 1 + 2,
+    ("down_proj",): 1,
+    ("topk_weights",): 1,
+    ("gate_up_bias",): 1,
+    ("down_bias",): 0,
+    ("hidden_states", "gate_up_proj", "down_proj", "topk_weights"): 6,
+}
+
+
+@pytest.mark.parametrize("recompute", ["none", "pre_activation"])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("grads", EXPERTS_GRADS, ids=str)
+def test_fused_experts(grads, gated, recompute):
+    num_tokens, hidden_size, intermediate_size, num_experts, top_k = 6, 8, 5, 3, 2
+    width = 2 * intermediate_size if gated else intermediate_size
+    tensors = {
+        "hidden_states": torch.randn(num_tokens, hidden_size),
+        "gate_up_proj": torch.randn(num_experts, width, hidden_size),
+        "down_proj": torch.randn(num_experts, hidden_size, intermediate_size),
+        "topk_ids": torch.randint(-1, num_experts, (num_tokens, top_k)),
+        "topk_weights": torch.randn(num_tokens, top_k),
+        "gate_up_bias": torch.randn(num_experts, width),
+        "down_bias": torch.randn(num_experts, hidden_size),
+    }
+    unit = 2 * num_tokens * top_k * hidden_size * intermediate_size
+    up = width // intermediate_size
+    call = {"gated": gated, "recompute": recompute}
+    assert count(lambda: moe_ops.fused_experts(**tensors, **call)) == {
+        "moe.fused_experts": (up + 1) * unit
+    }
+    for name in grads:
+        tensors[name].requires_grad_()
+    found = count(lambda: moe_ops.fused_experts(**tensors, **call).sum().backward())
+    backward = EXPERTS_GRADS[grads]
+    if not gated and backward > 1:
+        # One GEMM less for the gradient of hidden_states, one for that of gate_up_proj.
+        backward -= sum(name in grads for name in ("hidden_states", "gate_up_proj"))
+    if recompute == "pre_activation" and backward:
+        backward += up
+    expected = {"moe.fused_experts_forward": (up + 1) * unit}
+    expected["moe.fused_experts_backward"] = backward * unit
+    assert found == expected
 
 
 def test_other_ops_count_nothing():

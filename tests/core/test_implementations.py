@@ -15,6 +15,9 @@ from moe_ops._core import library
 from moe_ops._core.codegen import Functions
 from moe_ops._core.library import ENVIRONMENT_VARIABLE, IMPLEMENTATIONS, OPS
 from moe_ops._core.schema import REQUIRED
+from moe_ops.configs import cache
+from moe_ops.configs.choose import shipped
+from moe_ops.configs.kernel_config import KernelConfigForward
 
 
 @pytest.fixture
@@ -118,6 +121,22 @@ def test_env_lists_every_op_with_its_reason(capsys, monkeypatch):
             choice = op.choose(device_type)
             assert f"{choice.name} ({choice.reason})" in line
     assert any(line.startswith("torch ") and torch.__version__ in line for line in lines)
+
+
+def test_env_counts_the_kernel_configurations(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("MOE_OPS_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("MOE_OPS_AUTOTUNE", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    cache.store("NVIDIA H200", {"forward of a test": KernelConfigForward()})
+    number = len(shipped("NVIDIA H200"))
+    assert number > 0
+    assert list(cli._configurations()) == [
+        f"NVIDIA H200: {number} shipped, 1 tuned",
+        f"tuned in    {tmp_path / 'configs'}",
+    ]
+    monkeypatch.setenv("MOE_OPS_AUTOTUNE", "0")
+    assert list(cli._configurations())[-1].endswith("(not read: MOE_OPS_AUTOTUNE=0)")
 
 
 def test_env_tells_what_a_forced_implementation_lacks(capsys, monkeypatch):

@@ -4,9 +4,11 @@
 import ast
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 
 from tests import oracle
 
@@ -152,6 +154,91 @@ def test_grouped_gemm_gradients_against_differences(permute_x):
 
     inputs = (leaf(3 if permute_x else 6, 4), leaf(3, 5, 4), leaf(3, 2), leaf(3, 5))
     assert torch.autograd.gradcheck(block, inputs)
+
+
+def test_fused_experts_by_hand():
+    """One token of width 2 on experts 1 and 0, the second slot of the other dropped."""
+    hidden = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
+    ids = torch.tensor([[1, 0], [0, 7]])
+    weights = torch.tensor([[2.0, 10.0], [1.0, 100.0]])
+    # Gate and up of one hidden unit: expert 0 sums and takes the first, expert 1 the other way.
+    up = torch.tensor([[[1.0, 1.0], [1.0, 0.0]], [[1.0, 0.0], [1.0, 1.0]]])
+    down = torch.tensor([[[1.0], [0.0]], [[0.0], [1.0]]])
+    call: dict[str, Any] = {"topk_ids": ids, "topk_weights": weights, "activation": "relu"}
+    call |= {"hidden_states": hidden, "gate_up_proj": up, "down_proj": down}
+    output, z, counts, gather, _ = oracle.fused_experts_forward(**call)
+    assert counts.tolist() == [2, 1]
+    assert gather.tolist() == [1, 2, 0, 3]
+    assert z.tolist() == [[3, 1], [2, 3], [1, 3], [0, 0]]
+    assert output.tolist() == [[10 * 3, 2 * 3], [6, 0]]
+    interleaved = oracle.fused_experts(**call, interleaved=True)
+    assert interleaved.tolist() == output.tolist()
+
+    biases = {"gate_up_bias": torch.tensor([[0.0, 1.0], [-1.0, 0.0]]), "down_bias": 5 * up[:, 0]}
+    biased = oracle.fused_experts(**call, **biases)
+    assert biased.tolist() == [[10 * (6 + 5) + 2 * 5, 10 * 5 + 2 * 0], [8 + 5, 5]]
+    limited = oracle.fused_experts(**call, activation_limit=2.0)
+    assert limited.tolist() == [[10 * 2, 2 * 2], [2 * 2, 0]]
+    # Twice, and ten times, gate and up alike: four and a hundred times their product.
+    before = oracle.fused_experts(**call, weights_before=True)
+    assert before.tolist() == [[100 * 3, 4 * 3], [6, 0]]
+    ungated = oracle.fused_experts(
+        **{**call, "gate_up_proj": up[:, :1], "activation": "relu_squared"}, gated=False
+    )
+    assert ungated.tolist() == [[10 * 9, 2 * 1], [4, 0]]
+
+
+@pytest.mark.parametrize(
+    ("activation", "reference"),
+    [
+        ("silu", functional.silu),
+        ("gelu", functional.gelu),
+        ("gelu_tanh", lambda gate: functional.gelu(gate, approximate="tanh")),
+        ("relu", functional.relu),
+        ("relu_squared", lambda gate: functional.relu(gate) ** 2),
+        ("swiglu_oai", lambda gate: gate / (1 + torch.exp(-1.702 * gate))),
+    ],
+)
+def test_activations(activation, reference):
+    gate = torch.linspace(-4, 4, 33, dtype=torch.float64)
+    torch.testing.assert_close(oracle.activated(gate, activation), reference(gate))
+    z = torch.cat([gate, gate.flip(0)])
+    offset = 1 if activation == "swiglu_oai" else 0
+    found = oracle.activation_of(z, activation, True, False, 2.5)
+    expected = reference(gate.clamp(max=2.5)) * (gate.flip(0).clamp(-2.5, 2.5) + offset)
+    torch.testing.assert_close(found, expected)
+    taking_turns = torch.stack([gate, gate.flip(0)], 1).flatten()
+    assert torch.equal(oracle.activation_of(taking_turns, activation, True, True, 2.5), found)
+
+
+@pytest.mark.parametrize("weights_before", [False, True])
+def test_fused_experts_gradients(weights_before):
+    """By differences; and the backward op is the gradient of the forward, z given or not."""
+    generator = torch.Generator().manual_seed(1)
+    ids = oracle.random_topk_ids("dropped", 3, 3, 2, generator)
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    leaves = [leaf(3, 4), leaf(3, 6, 4), leaf(3, 4, 3), leaf(3, 2), leaf(3, 6), leaf(3, 4)]
+    flags: Any = ("gelu", True, False, 1.5, weights_before)
+
+    def block(x, up, down, topk_weights, up_bias, down_bias):
+        return oracle.fused_experts(x, up, down, ids, topk_weights, up_bias, down_bias, *flags)
+
+    assert torch.autograd.gradcheck(block, leaves)
+    x, up, down, topk_weights, up_bias, down_bias = leaves
+    expected = torch.autograd.grad(block(*leaves).sum(), leaves)
+    _, z, *routing = oracle.fused_experts_forward(
+        x, up, down, ids, topk_weights, up_bias, down_bias, *flags
+    )
+    for given in (None, z.detach()):
+        arguments: Any = [x, up, down, topk_weights, up_bias, down_bias, given, *routing, *flags]
+        arguments += [[True] * 6, [False, False]]
+        found = oracle.fused_experts_backward(torch.ones(3, 4), *arguments)
+        for got, want in zip(found, expected, strict=True):
+            assert got is not None
+            torch.testing.assert_close(got, want)
 
 
 def test_routing_gradient_by_hand():

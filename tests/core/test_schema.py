@@ -69,6 +69,14 @@ def test_reads_what_the_file_says():
     ]
 
 
+def test_list_of_flags():
+    flags = "bool[3] flip=[True, False, True]"
+    op = read(changed(schema=document()["schema"].replace("bool flip=False", flags), where=[]))
+    assert op.argument("flip").num_flags == 3
+    assert op.argument("flip").default == [True, False, True]
+    assert op.argument("mode").num_flags == 0
+
+
 def changed(**paths):
     """GOOD with the value at each dotted path replaced, or taken out where it is ... ."""
     mapping = document()
@@ -115,6 +123,13 @@ MISTAKES = {
     ),
     "required after default": (
         changed(schema=SIGNATURE.replace("bool flip=False", "bool flip")), "schema", "flip",
+    ),
+    "list of no flags": (
+        changed(schema=SIGNATURE.replace("bool flip", "bool[0] flip")), "schema", "bool[N]",
+    ),
+    "default with a flag too few": (
+        changed(schema=SIGNATURE.replace("bool flip=False", "bool[3] flip=[True, False]")),
+        "schema", "no bool[3]",
     ),
     "no tensor first": (
         changed(schema="(SymInt top_k=1) -> Tensor", arguments={"top_k": {"doc": "x"}},

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The generator of the tests' arguments: that it draws what the other tests rely on."""
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -38,6 +39,10 @@ def test_draws_every_dtype_layout_size_and_routing(name):
                 expected.append(str(None))
         elif argument.type == "bool":
             expected = ["False", "True"]
+        elif argument.num_flags == 2:
+            expected = [str(flags) for flags in strategies.all_flags(2)]
+        elif argument.type == "float?":
+            expected = [str(value) for value in (None, *strategies.FLOATS)]
         else:
             expected = list(argument.choices)
         for value in expected:
@@ -76,6 +81,20 @@ def test_variants_of_grouped_gemm():
     found = list(variants(SCHEMAS["grouped_gemm"]))
     # Without gather_indices 2 * 2 optional tensors; with them times 3 pairs of flags.
     assert len(found) == 4 + 4 * 3
+
+
+def test_where_variants_are_many_any_two_options_occur_together():
+    """Each valid pair; the pairs that `where` forbids never."""
+    found = list(variants(SCHEMAS["fused_experts_backward"]))
+    assert len(found) < 100
+    for i, j in itertools.combinations(range(6), 2):
+        flags = {(variant["needs"][i], variant["needs"][j]) for variant in found}
+        assert len(flags) == 4
+    gated = {(variant["activation"], variant["gated"]) for variant in found}
+    assert len(gated) == 2 * 6 - 1
+    assert ("swiglu_oai", False) not in gated
+    given = {(v["hidden_states"], v["pre_activation"]) for v in found}
+    assert len(given) == 4
 
 
 @pytest.mark.parametrize("layout", strategies.LAYOUTS)

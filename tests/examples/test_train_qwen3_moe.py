@@ -28,16 +28,8 @@ TINY = (
     *("--num-layers", "1", "--hidden-size", "64", "--intermediate-size", "64"),
     *("--num-experts", "4", "--context", "64", "--device", "cpu"),
 )
-FORWARD_OPS = {
-    "moe.routing_indices.default": 1,
-    "moe.grouped_gemm.default": 2,
-    "moe.unpermute.default": 1,
-}
-BACKWARD_OPS = {
-    "moe.unpermute_backward.default": 1,
-    "moe.grouped_gemm_dx.default": 2,
-    "moe.grouped_gemm_dw.default": 2,
-}
+FORWARD_OPS = {"moe.fused_experts_forward.default": 1}
+BACKWARD_OPS = {"moe.fused_experts_backward.default": 1}
 
 
 @pytest.fixture(scope="module")

@@ -118,6 +118,10 @@ def lay_out(weight: Tensor, layout: str) -> Tensor:
 def assert_rows_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> None:
     """Every row (last dimension) by itself, so that one wrong row of many shows."""
     assert actual.shape == expected.shape, what
+    if expected.shape[-1] < 16:
+        # A row of a few numbers, sums that may cancel, has no size to compare with; all of them have.
+        checks.assert_close(actual, expected, dtype=dtype, what=what)
+        return
     error = (actual.double() - expected).norm(dim=-1)
     # Rows that nearly cancel are as exact as their neighbours, not as their own small norm.
     norms = expected.norm(dim=-1)

@@ -26,12 +26,12 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ALL = sorted(SCHEMAS)
 DIFFERENTIABLE = sorted(name for name, s in SCHEMAS.items() if any(a.grad for a in s.tensors))
 
-# The dimensions of rows, by op: hidden_size, in_features, out_features.
-WIDTHS = [(name, letter) for name in ALL for letter in SCHEMAS[name].dims if letter in "HDN"]
+# The dimensions of rows, by op: hidden_size, in_features, out_features, intermediate_size.
+WIDTHS = [(name, letter) for name in ALL for letter in SCHEMAS[name].dims if letter in "HDNI"]
 
 # Several tiles of every kernel, sizes that descriptors can read: 16-byte rows.
 MEDIUM: Mapping[str, Any] = {
-    "T": 300, "E": 8, "G": 4, "K": 4, "D": 192, "N": 320, "H": 320,
+    "T": 300, "E": 8, "G": 4, "K": 4, "D": 192, "N": 320, "H": 320, "I": 192,
     "num_experts": 8, "top_k": 4, "num_groups": 2, "top_groups": 1, "scaling_factor": 2.5,
 }  # fmt: skip
 
@@ -66,6 +66,12 @@ def mix_dtypes(sample: Sample, seed: int) -> Sample:
 
 def to_cpu(outputs: Any) -> tuple[Tensor, ...]:
     return tuple(output.detach().cpu() for output in checks.as_tuple(outputs))
+
+
+def decided_sample(schema: OpSchema, seed: int, **fixed: Any) -> Sample:
+    """The first sample from this seed on of which rounding moves no activation over a kink."""
+    samples = (seeded_sample(schema, seed + 1000 * i, **fixed) for i in range(200))
+    return next(sample for sample in samples if checks.is_decided(sample))
 
 
 def variant_samples(name: str, **fixed: Any) -> Iterator[Sample]:
@@ -150,15 +156,17 @@ LARGE_AT_A_TIME = 4
 
 
 @contextlib.contextmanager
-def memory_slot() -> Iterator[None]:
-    """Waits for one of the slots of tests that need much device memory."""
+def memory_slot(all_of_them: bool = False) -> Iterator[None]:
+    """Waits for one of the slots of tests that need much device memory, or for all of them."""
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", "alone")
     folder = Path(tempfile.gettempdir()) / f"moe_ops_memory_slots_{run}"
     folder.mkdir(exist_ok=True)
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context((folder / str(i)).open("w")) for i in range(LARGE_AT_A_TIME)]
-        while not any(_locked(file) for file in files):
-            time.sleep(0.1)
+        # All are taken in their order, so that two who want them do not wait for each other.
+        for choice in [[file] for file in files] if all_of_them else [files]:
+            while not any(_locked(file) for file in choice):
+                time.sleep(0.1)
         try:
             yield
         finally:

@@ -8,6 +8,7 @@ T tokens, K top_k, R = T * K rows, E experts, D in_features, N out_features, H h
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 ROUTINGS = ("uniform", "zipf", "hot_and_empty", "dropped", "all_dropped")
 
@@ -103,3 +104,121 @@ def grouped_gemm(
         y = y * topk_weights.double().reshape(-1)[slots, None]
     target = slots if permute_y else torch.arange(len(slots), device=input.device)
     return y.new_zeros(num_rows, y.shape[1]).index_copy(0, target, y)
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as it is in `dtype`, where the op rounds: on which side of a kink it lies."""
+    return x + (x.to(dtype).double() - x).detach()
+
+
+def _act(x: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        return F.silu(x)
+    if activation == "swiglu_oai":
+        return x * torch.sigmoid(1.702 * x)
+    if activation == "relu":
+        return F.relu(x)
+    if activation == "relu_squared":
+        return F.relu(x) ** 2
+    return F.gelu(x, approximate={"gelu": "none", "gelu_tanh": "tanh"}[activation])
+
+
+def fused_experts(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
+    gated: bool = True,
+    interleaved: bool = False,
+    activation_limit: float | None = None,
+    weights_before: bool = False,
+    recompute: str = "none",
+    kernel_config: str | None = None,
+    rounds_to: torch.dtype = torch.float64,
+) -> Tensor:
+    """With the pre-activation, and rows that are weighted before, rounded to `rounds_to`."""
+    z, slots, counts, scale = _pre_activation(
+        hidden_states, gate_up_proj, topk_ids, topk_weights, gate_up_bias, weights_before, rounds_to
+    )
+    gate, up = _parts(_rounded(z, rounds_to), gated, interleaved)
+    if activation_limit is not None:
+        gate = gate.clamp(max=activation_limit)
+        up = up.clamp(-activation_limit, activation_limit)
+    h = _act(gate, activation)
+    if gated:
+        h = h * (up + 1 if activation == "swiglu_oai" else up)
+    y = grouped_gemm(h, down_proj, counts, bias=down_bias)
+    if not weights_before:
+        y = y * scale
+    output = torch.zeros_like(hidden_states, dtype=torch.float64)
+    return output.index_add(0, slots // topk_ids.shape[1], y)
+
+
+def tokens_at_kinks(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_bias: Tensor | None = None,
+    activation: str = "silu",
+    gated: bool = True,
+    interleaved: bool = False,
+    activation_limit: float | None = None,
+    weights_before: bool = False,
+    *,
+    rounds_to: torch.dtype,
+    distance: float,
+    **others: object,
+) -> Tensor:
+    """Tokens of which a pre-activation, off by `distance` before it is rounded, changes sides.
+
+    There the gradient jumps: it depends on the order in which a product was summed up. `others` are
+    arguments of fused_experts that have no say in it.
+    """
+    z, slots, _, _ = _pre_activation(
+        hidden_states, gate_up_proj, topk_ids, topk_weights, gate_up_bias, weights_before, rounds_to
+    )
+
+    def sides(z: Tensor) -> Tensor:
+        gate, up = _parts(z.to(rounds_to).double(), gated, interleaved)
+        found = [gate > 0] if activation == "relu" else []
+        if activation_limit is not None:
+            found += [gate > activation_limit, up > activation_limit, up < -activation_limit]
+        return torch.cat([z.new_zeros(len(z), 1, dtype=torch.bool), *found], 1)
+
+    changes = (sides(z - distance) != sides(z + distance)).any(1)
+    tokens = hidden_states.new_zeros(len(hidden_states), dtype=torch.bool)
+    tokens[slots[changes] // topk_ids.shape[1]] = True
+    return tokens
+
+
+def _pre_activation(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_bias: Tensor | None,
+    weights_before: bool,
+    rounds_to: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z of the rows that experts have, their slots, the rows of each expert, the slots' weights."""
+    top_k = topk_ids.shape[1]
+    counts, gather, _ = routing_indices(topk_ids, gate_up_proj.shape[0])
+    slots = gather[: int(counts.sum())].long()
+    x = hidden_states.double()[slots // top_k]
+    scale = topk_weights.double().reshape(-1)[slots, None]
+    if weights_before:
+        x = _rounded(x * scale, rounds_to)
+    return grouped_gemm(x, gate_up_proj, counts, bias=gate_up_bias), slots, counts, scale
+
+
+def _parts(z: Tensor, gated: bool, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """gate and up; z twice where it is not gated."""
+    if not gated:
+        return z, z
+    gate, up = (z[:, 0::2], z[:, 1::2]) if interleaved else z.chunk(2, 1)
+    return gate, up

@@ -21,7 +21,7 @@ NOT_KERNELS = ("__init__.py", "op.py", "cpu.py")
 def kernel_files(root: Path = ROOT) -> list[Path]:
     """What decides which code runs on the GPU: kernels, launchers, configs."""
     package = root / "src" / "moe_ops"
-    files = [package / "ops" / "launching.py"]
+    files = list(package.glob("ops/*launching.py"))
     files += package.glob("kernels/**/*.py")
     files += (f for f in package.glob("configs/**/*") if f.suffix in {".py", ".json", ".yaml"})
     files += (f for f in package.glob("ops/*/*.py") if f.name not in NOT_KERNELS)

@@ -9,11 +9,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests import checks, moe_block
 from tests.gpu.on_device import DEVICE, assert_same_bits
-from tests.moe_block import BLOCKS, Weights
+from tests.moe_block import EVERY_BLOCK, Weights
 
 pytestmark = pytest.mark.gpu
 
-blocks = pytest.mark.parametrize("name", sorted(BLOCKS))
+blocks = pytest.mark.parametrize("name", sorted(EVERY_BLOCK))
 # Several tiles, and rows that descriptors can read.
 HIDDEN, INTERMEDIATE, EXPERTS = 128, 96, 8
 
@@ -48,8 +48,8 @@ def assert_alike(got, want, what=""):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_inductor_equals_eager(name, dtype):
     hidden, weights = make_tokens(700, dtype), make_weights(dtype)
-    eager = loss_and_gradients(BLOCKS[name], hidden, weights)
-    compiled = torch.compile(BLOCKS[name], fullgraph=True)
+    eager = loss_and_gradients(EVERY_BLOCK[name], hidden, weights)
+    compiled = torch.compile(EVERY_BLOCK[name], fullgraph=True)
     with checks.poisoned_memory():
         got = loss_and_gradients(compiled, hidden, weights)
     assert_alike(got, eager)
@@ -60,28 +60,28 @@ def test_eager_equals_the_cpu(name):
     """fp32, so that both choose the same experts but for near ties."""
     hidden, weights = make_tokens(300, torch.float32), make_weights(torch.float32)
     on_cpu = Weights(*(w.detach().cpu().requires_grad_() for w in weights.tensors()))
-    want = loss_and_gradients(BLOCKS[name], hidden.detach().cpu().requires_grad_(), on_cpu)
-    got = loss_and_gradients(BLOCKS[name], hidden, weights)
+    want = loss_and_gradients(EVERY_BLOCK[name], hidden.detach().cpu().requires_grad_(), on_cpu)
+    got = loss_and_gradients(EVERY_BLOCK[name], hidden, weights)
     assert_alike([tensor.cpu() for tensor in got], want)
 
 
 @blocks
 def test_token_counts_share_compilations(name):
     counter = CompileCounterWithBackend("inductor")
-    compiled = torch.compile(BLOCKS[name], fullgraph=True, backend=counter)
+    compiled = torch.compile(EVERY_BLOCK[name], fullgraph=True, backend=counter)
     weights = make_weights(torch.bfloat16)
     for num_tokens in (300, 301, 77, 1200, 2):
         hidden = make_tokens(num_tokens, torch.bfloat16)
         got = loss_and_gradients(compiled, hidden, weights)
-        assert_alike(got, loss_and_gradients(BLOCKS[name], hidden, weights), f"T={num_tokens}")
+        assert_alike(got, loss_and_gradients(EVERY_BLOCK[name], hidden, weights), f"T={num_tokens}")
     assert counter.frame_count <= 2
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1])
 def test_inductor_with_hardly_any_token(num_tokens):
     hidden, weights = make_tokens(num_tokens, torch.bfloat16), make_weights(torch.bfloat16)
-    eager = loss_and_gradients(BLOCKS["fused"], hidden, weights)
-    compiled = torch.compile(BLOCKS["fused"], fullgraph=True)
+    eager = loss_and_gradients(EVERY_BLOCK["fused"], hidden, weights)
+    compiled = torch.compile(EVERY_BLOCK["fused"], fullgraph=True)
     for got, want in zip(loss_and_gradients(compiled, hidden, weights), eager, strict=True):
         checks.assert_close(got, want)
 
@@ -89,19 +89,19 @@ def test_inductor_with_hardly_any_token(num_tokens):
 def test_inductor_with_its_own_graphs():
     """mode="reduce-overhead" records CUDA graphs of forward and backward."""
     weights = make_weights(torch.bfloat16)
-    compiled = torch.compile(BLOCKS["fused"], fullgraph=True, mode="reduce-overhead")
+    compiled = torch.compile(EVERY_BLOCK["fused"], fullgraph=True, mode="reduce-overhead")
     for step in range(5):
         hidden = (make_tokens(300, torch.bfloat16).detach() * (1 + step)).requires_grad_()
         torch.compiler.cudagraph_mark_step_begin()
         got = [tensor.clone() for tensor in loss_and_gradients(compiled, hidden, weights)]
-        assert_alike(got, loss_and_gradients(BLOCKS["fused"], hidden, weights), f"step {step}")
+        assert_alike(got, loss_and_gradients(EVERY_BLOCK["fused"], hidden, weights), f"step {step}")
 
 
 def test_inductor_in_inference():
     hidden, weights = make_tokens(300, torch.bfloat16), make_weights(torch.bfloat16)
-    compiled = torch.compile(BLOCKS["fused"], fullgraph=True)
+    compiled = torch.compile(EVERY_BLOCK["fused"], fullgraph=True)
     with torch.no_grad():
-        checks.assert_close(compiled(hidden, weights), BLOCKS["fused"](hidden, weights))
+        checks.assert_close(compiled(hidden, weights), EVERY_BLOCK["fused"](hidden, weights))
 
 
 @blocks
@@ -110,7 +110,7 @@ def test_inductor_in_inference():
 def test_graph_of_a_training_step_equals_eager(name, dtype, num_tokens):
     """Forward and backward in one graph, replayed on other tokens: another routing."""
     weights, hidden = make_weights(dtype), make_tokens(num_tokens, dtype)
-    step = functools.partial(loss_and_gradients, BLOCKS[name], hidden, weights)
+    step = functools.partial(loss_and_gradients, EVERY_BLOCK[name], hidden, weights)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -134,7 +134,7 @@ def test_training_block_never_synchronizes():
     weights, hidden = make_weights(torch.bfloat16), make_tokens(700, torch.bfloat16)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for block in BLOCKS.values():
+        for block in EVERY_BLOCK.values():
             loss_and_gradients(block, hidden, weights)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -142,7 +142,7 @@ def test_training_block_never_synchronizes():
 
 def test_twenty_training_steps_are_bitwise_equal():
     weights, hidden = make_weights(torch.bfloat16), make_tokens(3000, torch.bfloat16)
-    for block in BLOCKS.values():
+    for block in EVERY_BLOCK.values():
         first = loss_and_gradients(block, hidden, weights)
         for _ in range(19):
             assert_same_bits(loss_and_gradients(block, hidden, weights), first)
@@ -151,8 +151,8 @@ def test_twenty_training_steps_are_bitwise_equal():
 def test_backward_in_a_thread_of_its_own():
     """loss.backward() runs where no context variable of the caller is seen."""
     weights, hidden = make_weights(torch.bfloat16), make_tokens(700, torch.bfloat16)
-    want = loss_and_gradients(BLOCKS["fused"], hidden, weights)[1:]
-    output = BLOCKS["fused"](hidden, weights)
+    want = loss_and_gradients(EVERY_BLOCK["fused"], hidden, weights)[1:]
+    output = EVERY_BLOCK["fused"](hidden, weights)
     output.backward(tangent_of(output))
     for leaf, gradient in zip((hidden, *weights.tensors()), want, strict=True):
         assert leaf.grad is not None
@@ -164,9 +164,9 @@ def test_backward_in_a_thread_of_its_own():
 def test_training_step_on_the_second_device(name):
     second = torch.device("cuda", 1)
     weights, hidden = make_weights(torch.bfloat16), make_tokens(700, torch.bfloat16)
-    want = loss_and_gradients(BLOCKS[name], hidden, weights)
+    want = loss_and_gradients(EVERY_BLOCK[name], hidden, weights)
     moved = Weights(*(w.detach().to(second).requires_grad_() for w in weights.tensors()))
     assert torch.cuda.current_device() == 0
-    output = BLOCKS[name](hidden.detach().to(second).requires_grad_(), moved)
+    output = EVERY_BLOCK[name](hidden.detach().to(second).requires_grad_(), moved)
     checks.assert_close(output.cpu(), want[0].cpu())
     assert torch.cuda.current_device() == 0

@@ -19,6 +19,7 @@ from tests.gpu.on_device import (
     WIDTHS,
     alike,
     assert_same_bits,
+    decided_sample,
     differentiable_output,
     medium_sample,
     mix_dtypes,
@@ -87,14 +88,14 @@ def check_gradients(sample: Sample, seed: int, layout: str) -> None:
 @variants(ALL)
 @dtypes
 def test_matches_reference(name, seed, variant, dtype):
-    sample = seeded_sample(SCHEMAS[name], seed, dtype=dtype, **variant)
+    sample = decided_sample(SCHEMAS[name], seed, dtype=dtype, **variant)
     check_forward(mix_dtypes(sample, seed))
 
 
 @variants(DIFFERENTIABLE)
 @dtypes
 def test_gradients_match_reference(name, seed, variant, dtype):
-    sample = seeded_sample(SCHEMAS[name], seed + 100, dtype=dtype, **variant)
+    sample = decided_sample(SCHEMAS[name], seed + 100, dtype=dtype, **variant)
     sample = mix_dtypes(sample, seed)
     layout = strategies.LAYOUTS[seed % len(strategies.LAYOUTS)]
     check_gradients(sample, seed, layout)
@@ -105,7 +106,7 @@ def test_gradients_match_reference(name, seed, variant, dtype):
 def test_layouts(name, layout):
     for seed, dtype in enumerate(DTYPES):
         for index_dtype in INDEX:
-            sample = seeded_sample(
+            sample = decided_sample(
                 SCHEMAS[name], seed, layout=layout, dtype=dtype, index_dtype=index_dtype, T=9
             )
             check_forward(sample)
@@ -118,7 +119,7 @@ def test_routings(name, routing):
     top_k = 4 if routing == "every_expert" else 2
     options = {"dtype": torch.float16, "routing": routing, "top_k": top_k, "K": top_k}
     for seed in range(3):
-        sample = seeded_sample(SCHEMAS[name], seed, **sizes, **options)
+        sample = decided_sample(SCHEMAS[name], seed, **sizes, **options)
         assert sample.routing == routing
         check_forward(sample)
         if name in DIFFERENTIABLE:

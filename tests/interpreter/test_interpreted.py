@@ -17,6 +17,7 @@ from tests.gpu.on_device import (
     DIFFERENTIABLE,
     WIDTHS,
     assert_same_bits,
+    decided_sample,
     differentiable_output,
     mix_dtypes,
     some_variants,
@@ -29,7 +30,7 @@ from tests.strategies import Sample, seeded_sample
 # bf16 products are wrong in the interpreter, fp64 is the CPU implementation's alone.
 DTYPES = (torch.float32, torch.float16)
 FP32 = {"dtype": torch.float32}
-GEMMS = [name for name in ALL if name.startswith("grouped_gemm")]
+GEMMS = [name for name in ALL if name.startswith(("grouped_gemm", "fused_experts"))]
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 schemas = pytest.mark.parametrize("name", ALL)
@@ -74,7 +75,7 @@ def check_gradients(sample: Sample, seed: int) -> None:
 @variants(ALL)
 @dtypes
 def test_matches_reference(name, seed, variant, dtype):
-    sample = seeded_sample(SCHEMAS[name], seed, dtype=dtype, **variant)
+    sample = decided_sample(SCHEMAS[name], seed, dtype=dtype, **variant)
     # Router weights in fp32 on rows in fp16; bf16 is nothing for the interpreter.
     check_forward(mix_dtypes(sample, 1) if seed % 2 else sample)
 
@@ -82,7 +83,7 @@ def test_matches_reference(name, seed, variant, dtype):
 @variants(DIFFERENTIABLE)
 @dtypes
 def test_gradients_match_reference(name, seed, variant, dtype):
-    check_gradients(seeded_sample(SCHEMAS[name], seed + 100, dtype=dtype, **variant), seed)
+    check_gradients(decided_sample(SCHEMAS[name], seed + 100, dtype=dtype, **variant), seed)
 
 
 @schemas
@@ -105,7 +106,7 @@ def test_layouts_and_index_dtypes(name):
     index_dtypes = (torch.int32, torch.int64)
     for seed, (layout, index) in enumerate(itertools.product(strategies.LAYOUTS, index_dtypes)):
         fixed = {"layout": layout, "index_dtype": index, "dtype": DTYPES[seed % 2], "T": 5}
-        check_forward(seeded_sample(SCHEMAS[name], seed, **fixed))
+        check_forward(decided_sample(SCHEMAS[name], seed, **fixed))
 
 
 @pytest.mark.parametrize("name", INDEX_OPS)
@@ -128,7 +129,8 @@ def test_opcheck(name):
 @pytest.mark.parametrize("name", GEMMS)
 def test_bf16_products_are_refused_with_the_reason(name):
     for seed in range(5):
-        needs = {"needs": [True, True]} if "needs" in dict(_scalars(name)) else {}
+        scalars = dict(_scalars(name))
+        needs = {"needs": [True] * int(scalars["needs"].type[5:-1])} if "needs" in scalars else {}
         sample = seeded_sample(SCHEMAS[name], seed, dtype=torch.bfloat16, **needs)
         with pytest.raises(NotImplementedError, match="bf16 in Triton's interpreter"):
             sample()

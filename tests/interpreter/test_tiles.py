@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+from moe_ops.configs.choose import Device
 from tests.gpu.gemm_problem import MODES, check, problem
 from tests.interpreter.interpreted import pytestmark  # noqa: F401
 
@@ -22,19 +23,20 @@ def test_pointers(mode, dtype):
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """The launcher takes the CPU for a Hopper GPU; counts the descriptors that it makes."""
-    launch = pytest.importorskip("moe_ops.ops.grouped_gemm.launch")
-    made = []
+    """The launcher takes the CPU for a Hopper GPU; lists the descriptors that it makes."""
+    launch = pytest.importorskip("moe_ops.ops.gemm_launching")
+    made: list[str] = []
 
-    class Counted(launch.TensorDescriptor):  # type: ignore[name-defined]
-        @staticmethod
-        def from_tensor(*args, **kwargs):
-            made.append(args)
-            return launch_descriptor(*args, **kwargs)
+    describe = launch.describe
 
-    launch_descriptor = launch.TensorDescriptor.from_tensor
-    monkeypatch.setattr(launch, "compute_capability", lambda device: (9, 0))
-    monkeypatch.setattr(launch, "TensorDescriptor", Counted)
+    def describe_and_list(tensor, block, ragged=False):
+        descriptor = describe(tensor, block, ragged)
+        if descriptor is not None:
+            made.append("ragged" if ragged else "plain")
+        return descriptor
+
+    monkeypatch.setattr(launch, "describe", describe_and_list)
+    monkeypatch.setattr(launch, "device_of", lambda device: Device("H", (9, 0), 232448, 4))
     return made
 
 

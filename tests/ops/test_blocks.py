@@ -9,20 +9,20 @@ from torch.nn import functional as F
 
 import moe_ops
 from tests import checks, oracle
-from tests.moe_block import BLOCKS, Weights, loss_and_gradients, make_tokens, make_weights
+from tests.moe_block import EVERY_BLOCK, Weights, loss_and_gradients, make_tokens, make_weights
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.mark.parametrize("name", sorted(BLOCKS))
+@pytest.mark.parametrize("name", sorted(EVERY_BLOCK))
 @pytest.mark.parametrize("num_tokens", [0, 1, 40])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_block_equals_the_oracle(name, num_tokens, dtype):
     hidden, weights = make_tokens(num_tokens, dtype), make_weights(dtype)
-    got = loss_and_gradients(BLOCKS[name], hidden, weights)
+    got = loss_and_gradients(EVERY_BLOCK[name], hidden, weights)
     # One selection for both: in bf16 the router's logits are rounded before it.
     topk_ids = moe_ops.topk_routing(F.linear(hidden, weights.router), 2)[1]
-    reference = functools.partial(BLOCKS[name], ops=OracleWithIds(topk_ids))
+    reference = functools.partial(EVERY_BLOCK[name], ops=OracleWithIds(topk_ids))
     want = loss_and_gradients(
         reference,
         hidden.detach().double().requires_grad_(),

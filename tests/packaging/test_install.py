@@ -164,7 +164,11 @@ def test_wheel_holds_the_package_and_nothing_else(python: Path, source_tree: Pat
         for pattern in ("*.yaml", "*.py")
         for path in (source_tree / "op_schemas").rglob(pattern)
     }
-    assert names == modules | schemas | {"moe_ops/py.typed"}
+    tables = {
+        str(path.relative_to(source)) for path in source.glob("moe_ops/configs/tables/*.json")
+    }
+    assert tables
+    assert names == modules | schemas | tables | {"moe_ops/py.typed"}
 
 
 # One edit of a well-formed op_schemas/permute.yaml each: what to replace, by what, the key and a

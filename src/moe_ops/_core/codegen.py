@@ -31,9 +31,12 @@ from moe_ops._core.schema import (
     Size,
     solve,
 )
+from moe_ops.configs.kernel_config import why_not_kernel_config
 
 _GLOBALS: dict[str, Any] = {
     "_check_with": torch._check_with,
+    # By format of a string argument: why a string is not of it, or None.
+    "_why_not_kernel_config": why_not_kernel_config,
     "_dtype_name": lambda dtype: str(dtype).removeprefix("torch."),
     **{f"_group_{g}": frozenset(getattr(torch, d) for d in names) for g, names in DTYPES.items()},
     **{f"_{name}": getattr(torch, name) for name in ("float32", "float64", "int32")},
@@ -83,11 +86,11 @@ class _Body:
         self.schema = schema
         self.symbolic = symbolic
         self.first = schema.arguments[0]
-        # Where a letter is simply an axis, errors name that axis.
+        # Where a letter, or a choice between sizes, is simply an axis, errors name that axis.
         self.axis_of = {
-            s.letter: f"{s.argument.name}.shape[{s.axis}]"
+            s.expr.source: f"{s.argument.name}.shape[{s.axis}]"
             for s in schema.sizes
-            if s.letter and isinstance(s.expr.node, ast.Name)
+            if s.letter and isinstance(s.expr.node, (ast.Name, ast.IfExp))
         }
 
     def checks(self) -> list[str]:
@@ -185,7 +188,7 @@ class _Body:
             factors = _factors(size.expr.node, size.letter)
             lines += self.require(
                 f"{axis} == {_operand(size.expr)}",
-                f"{axis} to be a multiple of {factors} ({{{factors}}})",
+                f"{axis} to be a multiple of {factors}{_value(factors)}",
                 f"{{{axis}}}",
             )
         return lines
@@ -199,9 +202,7 @@ class _Body:
         )
 
     def spell(self, expr: Expr) -> str:
-        if isinstance(expr.node, ast.Name) and expr.source in self.axis_of:
-            return self.axis_of[expr.source]
-        return self.schema.spell(expr)
+        return self.axis_of.get(expr.source) or self.schema.spell(expr)
 
     def scalar(self, argument: Argument) -> list[str]:
         name = argument.name
@@ -209,26 +210,45 @@ class _Body:
         for bound, sign in ((argument.minimum, ">="), (argument.maximum, "<=")):
             if bound is None:
                 continue
-            value = "" if isinstance(bound.node, ast.Constant) else f" ({{{bound.source}}})"
             lines += self.require(
                 f"{name} {sign} {bound.source}",
-                f"{name} {sign} {self.spell(bound)}{value}",
+                f"{name} {sign} {self.spell(bound)}{_value(bound.source)}",
                 f"{{{name}}}",
             )
+        if argument.num_flags:
+            # The dispatcher takes a list of any length.
+            message = self.message(f"len({name}) == {argument.num_flags}", f"{{len({name})}}")
+            lines += [
+                f"if len({name}) != {argument.num_flags}:",
+                f"    raise ValueError({message})",
+            ]
         if argument.choices:
             allowed = (None, *argument.choices) if argument.is_optional else argument.choices
             message = self.message(f"{name} in {allowed}", f"{{{name}!r}}")
             lines += [f"if {name} not in {allowed}:", f"    raise ValueError({message})"]
+        if argument.format:
+            made_by = f"the string that moe_ops.{argument.format}() makes"
+            message = self.message(f"{name} to be {made_by}", f"{{{name}!r}} ({{_why}})")
+            lines += [
+                f"if {name} is not None and (_why := _why_not_{argument.format}({name})):",
+                f"    raise ValueError({message})",
+            ]
         return lines
 
     def where(self, expect: Expr, because: str) -> list[str]:
         shown = [self._shown(a) for a in self.schema.arguments if a.name in expect.names]
+        shown += [f"{name}={{{d}}}" for d, name in self.schema.dims.items() if d in expect.names]
         reason = because.replace("{", "{{").replace("}", "}}").replace('"', "'")
         return self.require(expect.source, f"{self.spell(expect)} ({reason})", ", ".join(shown))
 
     def _shown(self, argument: Argument) -> str:
         value = f"'None' if {argument.name} is None else 'a tensor'"
         return f"{argument.name}={{{value if argument.is_tensor else argument.name}}}"
+
+
+def _value(source: str) -> str:
+    """What an error shows behind `source`: its value, where it does not say that itself."""
+    return "" if source.isdecimal() else f" ({{{source}}})"
 
 
 def _operand(expr: Expr) -> str:

@@ -79,6 +79,7 @@ class Op:
         }
         for key, kernel in self.device_kernels.items():
             self._impl(kernel, key)
+        self.dispatch = _dispatcher(self)
         self._autograd: _Autograd | None = None
         self._impl(_autograd_kernel(self), "Autograd", with_keyset=True)
         for device_type, key in DISPATCH_KEYS.items():
@@ -107,6 +108,7 @@ class Op:
         self,
         save: Callable[..., None],
         backward: Callable[..., Sequence[torch.Tensor | None]],
+        forward: Op | None = None,
     ) -> None:
         """Gives the op its gradient, in terms of other ops.
 
@@ -117,8 +119,10 @@ class Op:
             backward: called with (ctx, *grad_outputs), where a gradient may be None but not all
                 of them are. Returns a gradient or None for each argument, in the order of the
                 schema; trailing Nones may be left out.
+            forward: the op that is called in place of this one where a gradient is recorded, with
+                the same arguments. Its first outputs are this op's; `save` gets all of them.
         """
-        self._autograd = _Autograd(save, backward)
+        self._autograd = _Autograd(save, backward, forward or self)
 
     def choose(self, device_type: str) -> Choice:
         """Which implementation serves `device_type`; raises RuntimeError where none can."""
@@ -167,6 +171,7 @@ class Op:
 class _Autograd:
     save: Callable[..., None]
     backward: Callable[..., Sequence[torch.Tensor | None]]
+    forward: Op
 
 
 def _device_kernel(op: Op, device_type: str) -> Callable[..., Tensors]:
@@ -207,15 +212,8 @@ def _autocast_kernel(op: Op, device_type: str) -> Callable[..., Tensors]:
     return kernel
 
 
-def _autograd_kernel(op: Op) -> Callable[..., Tensors]:
-    """The Autograd kernel of any op.
-
-    register_autograd would do, but for three things: it hands over arguments from which the
-    dispatcher dropped trailing defaults, it gives silently zero tangents in forward-mode AD, and
-    it costs twice as much per call. The private helpers used here are those of torch's own
-    custom_op (torch/_library/autograd.py).
-    """
-    overload, defaults = op.overload, op.defaults
+def _dispatcher(op: Op) -> Callable[..., Tensors]:
+    """What calls the kernel of `op` that stands below autograd, for the keyset of a call."""
     below_autograd = torch._C._after_ADInplaceOrView_keyset
     device_kernels = {
         torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)).raw_repr(): kernel
@@ -224,7 +222,6 @@ def _autograd_kernel(op: Op) -> Callable[..., Tensors]:
     # By the keyset of a call. What runs after a large product finds the caches empty, so that each
     # name that is looked up, each object that is made, counts.
     known: dict[int, Callable[..., Tensors] | None] = {}
-    is_grad_enabled, any_requires_grad = torch.is_grad_enabled, torch._C._any_requires_grad
 
     def dispatch(keyset: torch._C.DispatchKeySet, *args: Any) -> Tensors:
         key = keyset.raw_repr()
@@ -234,19 +231,35 @@ def _autograd_kernel(op: Op) -> Callable[..., Tensors]:
         kernel = known[key]
         if kernel is not None:
             return kernel(*args)
-        outputs: Tensors = overload.redispatch(keyset & below_autograd, *args)
+        outputs: Tensors = op.overload.redispatch(keyset & below_autograd, *args)
         return outputs
 
+    return dispatch
+
+
+def _autograd_kernel(op: Op) -> Callable[..., Tensors]:
+    """The Autograd kernel of any op.
+
+    register_autograd would do, but for three things: it hands over arguments from which the
+    dispatcher dropped trailing defaults, it gives silently zero tangents in forward-mode AD, and
+    it costs twice as much per call. The private helpers used here are those of torch's own
+    custom_op (torch/_library/autograd.py).
+    """
+    defaults, num_outputs = op.defaults, len(op.schema.outputs)
+    is_grad_enabled, any_requires_grad = torch.is_grad_enabled, torch._C._any_requires_grad
+
     def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *args: Any) -> Tensors:
+        called = op if op._autograd is None else op._autograd.forward
         with torch._C._AutoDispatchBelowAutograd():
-            outputs = dispatch(keyset, *args)
+            outputs = called.dispatch(keyset, *args)
         ctx.set_materialize_grads(False)
         ctx.needs = ctx.needs_input_grad[1:]
         several = outputs if isinstance(outputs, tuple) else (outputs,)
-        ctx.mark_non_differentiable(*(o for o in several if not o.is_floating_point()))
+        own = several[:num_outputs]
+        ctx.mark_non_differentiable(*(o for o in own if not o.is_floating_point()))
         if op._autograd is not None:
             op._autograd.save(ctx, args, outputs)
-        return outputs
+        return own if num_outputs > 1 else own[0]
 
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if op._autograd is None:
@@ -274,7 +287,7 @@ def _autograd_kernel(op: Op) -> Callable[..., Tensors]:
             # The dispatcher drops trailing arguments that equal their defaults.
             result: Tensors = function.apply(keyset, *args, *defaults[len(args) :])
             return result
-        return dispatch(keyset, *args)
+        return op.dispatch(keyset, *args)
 
     return kernel
 

@@ -185,7 +185,7 @@ def _said(output: Output) -> str:
 def _errors(schema: OpSchema) -> Iterator[tuple[str, str, str]]:
     yield "TypeError", "", "A dtype other than those above."
     yield "ValueError", "", "A rank or a size that disagrees with the shapes above; mixed devices."
-    limited = [a.name for a in schema.scalars if a.minimum or a.maximum or a.choices]
+    limited = [a.name for a in schema.scalars if a.minimum or a.maximum or a.choices or a.format]
     if limited:
         yield "ValueError", "", f"A value out of range or unknown: {', '.join(limited)}."
     for where in schema.where:
@@ -194,7 +194,10 @@ def _errors(schema: OpSchema) -> Iterator[tuple[str, str, str]]:
 
 def _differentiable(schema: OpSchema) -> str:
     names = [a.name for a in schema.arguments if a.grad]
-    return f"Differentiable in {' and '.join(names)}." if names else "Not differentiable."
+    if not names:
+        return "Not differentiable."
+    *others, last = names
+    return f"Differentiable in {' and '.join(filter(None, (', '.join(others), last)))}."
 
 
 def _backward(schema: OpSchema) -> str:

@@ -35,14 +35,17 @@ VALUES = re.compile(
     r"permutation|inverse of (?P<inverse>\w+)|counts of (?P<counts>\w+)"
     r"|(?:distinct )?ids below (?P<ids>\w+)"
 )
+# What a string argument may have to be; codegen.py has the question that belongs to each.
+FORMATS = ("kernel_config",)
 ACCUMULATOR = re.compile(r"accumulator\((\w+)\)")
 REQUIRED = object()
 
-_TYPES = ("Tensor", "Tensor?", "SymInt", "bool", "bool[2]", "float", "float?", "str", "str?")
+_TYPES = ("Tensor", "Tensor?", "SymInt", "bool", "float", "float?", "str", "str?")
+# A list of so many flags.
+_FLAGS = re.compile(r"bool\[([1-9]\d*)\]")
 # What a default may be, by type without its question mark.
 _DEFAULTS: Mapping[str, tuple[type, ...]] = {
-    "Tensor": (), "SymInt": (int,), "bool": (bool,), "bool[2]": (list,), "float": (float,),
-    "str": (str,),
+    "Tensor": (), "SymInt": (int,), "bool": (bool,), "float": (float,), "str": (str,),
 }  # fmt: skip
 _NODES = (
     ast.Expression, ast.BinOp, ast.BoolOp, ast.UnaryOp, ast.Compare, ast.IfExp, ast.Name, ast.Load,
@@ -95,6 +98,7 @@ class Argument:
     minimum: Expr | None = None
     maximum: Expr | None = None
     choices: tuple[str, ...] = ()
+    format: str = ""
 
     @property
     def is_tensor(self) -> bool:
@@ -103,6 +107,12 @@ class Argument:
     @property
     def is_optional(self) -> bool:
         return self.type.endswith("?")
+
+    @property
+    def num_flags(self) -> int:
+        """N of a bool[N]; 0 of any other type."""
+        match = _FLAGS.fullmatch(self.type)
+        return int(match[1]) if match else 0
 
     @property
     def has_default(self) -> bool:
@@ -252,7 +262,7 @@ class _Reader:
         "outputs", "backward", "flops", "notes", "source",
     }  # fmt: skip
     TENSOR_KEYS = {"shape", "dtype", "values", "grad", "autocast", "doc"}
-    SCALAR_KEYS = {"min", "max", "choices", "doc"}
+    SCALAR_KEYS = {"min", "max", "choices", "format", "doc"}
     OUTPUT_KEYS = {"shape", "dtype", "if", "column_major", "doc"}
 
     def __init__(self, text: str, file: str) -> None:
@@ -324,10 +334,11 @@ class _Reader:
         if match is None:
             self.fail("schema", f"expected '(arguments) -> Tensor' or '-> (Tensor a, ...)': {text}")
         arguments: list[tuple[str, str, Any]] = []
-        for part in filter(None, match["arguments"].split(", ")):
+        # Not at the commas of a list.
+        for part in filter(None, re.split(r", (?![^\[]*\])", match["arguments"])):
             item = re.fullmatch(r"(?P<type>[\w\[\]?]+) (?P<name>\w+)(?:=(?P<default>.+))?", part)
-            if item is None or item["type"] not in _TYPES:
-                self.fail("schema", f"cannot read {part!r}; types are {', '.join(_TYPES)}")
+            if item is None or not (item["type"] in _TYPES or _FLAGS.fullmatch(item["type"])):
+                self.fail("schema", f"cannot read {part!r}; types are {', '.join(_TYPES)}, bool[N]")
             default = self.default(part, item["type"], item["default"])
             if any(item["name"] == name for name, _, _ in arguments):
                 self.fail("schema", f"argument {item['name']!r} stands twice")
@@ -349,8 +360,12 @@ class _Reader:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             self.fail("schema", f"the default of {part!r} is no literal")
-        allowed = _DEFAULTS[kind.removesuffix("?")]
-        if not (isinstance(value, allowed) or (value is None and kind.endswith("?"))):
+        if flags := _FLAGS.fullmatch(kind):
+            is_one = isinstance(value, list) and [type(v) for v in value] == [bool] * int(flags[1])
+        else:
+            allowed = _DEFAULTS[kind.removesuffix("?")]
+            is_one = isinstance(value, allowed) or (value is None and kind.endswith("?"))
+        if not is_one:
             self.fail("schema", f"the default of {part!r} is no {kind}")
         return value
 
@@ -461,11 +476,15 @@ class _Reader:
             self.fail(f"{key}.choices", f"a {argument.type} has no choices")
         if choices and isinstance(argument.default, str) and argument.default not in choices:
             self.fail(f"{key}.choices", f"the default {argument.default!r} is not among them")
+        text_format = entry.get("format", "")
+        if "format" in entry and (text_format not in FORMATS or argument.type != "str?"):
+            self.fail(f"{key}.format", f"expected one of {', '.join(FORMATS)}, of a str?")
         return Argument(
             argument.name,
             argument.type,
             argument.default,
             argument.doc,
+            format=text_format,
             minimum=bounds.get("min"),
             maximum=bounds.get("max"),
             choices=choices,

@@ -2,20 +2,22 @@
 """Run the experts of Hugging Face transformers on torch.ops.moe.*.
 
 After register(), `experts_implementation="moe_ops"` is one more choice beside transformers' own
-"eager", "batched_mm" and "grouped_mm". Routers, activations and everything around the experts stay
-the model's own code.
+"eager", "batched_mm" and "grouped_mm". Routers and everything around the experts stay the model's
+own code, and so does an activation that moe::fused_experts does not know.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import NoReturn, Protocol
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from moe_ops import grouped_gemm, routing_indices, unpermute
+from moe_ops import fused_experts, grouped_gemm, routing_indices, unpermute
 
 IMPLEMENTATION = "moe_ops"
 MINIMUM_VERSION = "5.17"
@@ -34,7 +36,8 @@ def register() -> None:
         rows          = rows @ down_proj.T + down_proj_bias
         hidden_states = sum over a token's slots of top_k_weights * rows
 
-    with moe::routing_indices, moe::grouped_gemm and moe::unpermute. Slots whose expert id is
+    with moe::fused_experts where it knows the activation (docs/transformers.md has the list), with
+    moe::routing_indices, moe::grouped_gemm and moe::unpermute elsewhere. Slots whose expert id is
     outside [0, num_experts), as expert parallelism marks the experts of other ranks, are dropped:
     their output, input gradient and router gradient are exactly zero.
 
@@ -105,6 +108,9 @@ def experts_forward(
 
     Differentiable in hidden_states, top_k_weights and the module's parameters. Deterministic.
     """
+    activation = known_activation(self)
+    if activation is not None:
+        return _fused(self, activation, hidden_states, top_k_index, top_k_weights)
     top_k = top_k_index.shape[-1]
     token_counts, gather_indices, scatter_indices = routing_indices(
         top_k_index.reshape(-1, top_k), self.num_experts
@@ -133,6 +139,93 @@ def experts_forward(
         rows, gather_indices, top_k_weights.reshape(-1, top_k), top_k, scatter_indices
     )
     return output.reshape(hidden_states.shape).to(hidden_states.dtype)
+
+
+def _fused(
+    self: Experts,
+    activation: Activation,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+) -> Tensor:
+    top_k = top_k_index.shape[-1]
+    up_weight, up_bias = _projection(self, "gate_up_proj" if self.has_gate else "up_proj")
+    down_weight, down_bias = _projection(self, "down_proj")
+    output = fused_experts(
+        _in_dtype_of(up_weight, hidden_states.reshape(-1, hidden_states.shape[-1])),
+        up_weight,
+        down_weight,
+        top_k_index.reshape(-1, top_k),
+        top_k_weights.reshape(-1, top_k),
+        up_bias,
+        down_bias,
+        activation.name,
+        gated=self.has_gate,
+        interleaved=activation.interleaved,
+        activation_limit=activation.limit,
+    )
+    return output.reshape(hidden_states.shape).to(hidden_states.dtype)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What an experts module does between its projections, in fused_experts' words."""
+
+    name: str
+    interleaved: bool = False
+    limit: float | None = None
+
+
+# Activation modules by the name of their class, torch's and those of transformers' ACT2FN.
+_ACTIVATIONS = {
+    "SiLU": "silu", "SiLUActivation": "silu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh", "ReLU": "relu", "ReLUSquaredActivation": "relu_squared",
+}  # fmt: skip
+_FUNCTIONS = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu"}
+# Classes with an _apply_gate of their own that fused_experts knows: how they call their limit and, if
+# the gate's sigmoid has one, its slope; whether gate and up are interleaved.
+_GATES = {
+    "GptOssExperts": ("limit", "alpha", True),
+    "OpenAIPrivacyFilterExperts": ("limit", "alpha", False),
+    "MiniMaxM3VLExperts": ("swiglu_limit", "swiglu_alpha", False),
+    "DeepseekV4Experts": ("limit", "", False),
+    "HYV4Experts": ("swiglu_limit", "", False),
+    "Glm5NextTextExperts": ("swiglu_limit", "", False),
+}
+_OAI_SLOPE = 1.702
+
+
+def known_activation(experts: Experts) -> Activation | None:
+    """The activation of an experts module, or None where fused_experts has not got it."""
+    if getattr(experts, "has_post_expert_norm", False):
+        return None
+    if not experts.has_gate:
+        name = _name_of(experts.act_fn)
+        return None if name is None else Activation(name)
+    gate = type(experts)._apply_gate
+    if gate.__module__ == "transformers.integrations.moe":
+        name = _name_of(experts.act_fn)
+        return None if name is None else Activation(name)
+    known = _GATES.get(type(experts).__name__)
+    if known is None or not gate.__module__.startswith("transformers.models."):
+        return None
+    limit_name, slope_name, interleaved = known
+    limit = getattr(experts, limit_name, None)
+    if not isinstance(limit, float) or limit <= 0:
+        return None
+    if slope_name:
+        is_oai = getattr(experts, slope_name, None) == _OAI_SLOPE
+        return Activation("swiglu_oai", interleaved, limit) if is_oai else None
+    name = _name_of(getattr(experts, "act_fn", F.silu))
+    return Activation(name, interleaved, limit) if name == "silu" else None
+
+
+def _name_of(activation: Any) -> str | None:
+    if isinstance(activation, nn.GELU):
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(activation.approximate)
+    if isinstance(activation, nn.Module):
+        return _ACTIVATIONS.get(type(activation).__name__)
+    return _FUNCTIONS.get(activation)
 
 
 def refuse_fp8_experts(self: object, *args: object, **kwargs: object) -> NoReturn:

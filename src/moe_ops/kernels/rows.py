@@ -42,14 +42,18 @@ def copy_rows_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def sum_rows_kernel(
-    input_ptr, rows_ptr, weights_ptr, output_ptr,
+    input_ptr, rows_ptr, weights_ptr, used_ptr, output_ptr,
     stride_r, stride_h, stride_wt, stride_wk, num_rows, hidden_size,
     TOP_K: tl.constexpr, BLOCK_H: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    HAS_USED: tl.constexpr,
 ):  # fmt: skip
     """Sums each token's rows: output[t] = sum_k weights[t, k] * input[rows[t * TOP_K + k]].
 
-    Grid (num_tokens, cdiv(hidden_size, BLOCK_H)). Summed in fp32, in the order of k.
+    Grid (num_tokens, cdiv(hidden_size, BLOCK_H)). Summed in fp32, in the order of k. With HAS_USED
+    the rows from used_ptr[0] on are not read, and count as zeros.
     """
+    if HAS_USED:
+        num_rows = tl.minimum(num_rows, tl.load(used_ptr))
     token = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask = h < hidden_size

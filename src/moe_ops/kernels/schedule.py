@@ -2,8 +2,11 @@
 """The tile schedule of a grouped GEMM: which rows of which expert each tile covers.
 
 Made on the device from token_counts, so that nothing is read on the host. E experts, R rows.
-A schedule is int32 (3 * max_tiles + 1,): expert, first row and end row of each tile, in expert
-order, then the number of tiles. max_tiles = cdiv(R, BLOCK_M) + E is enough for any counts.
+A schedule is int32 (3 * max_tiles + 2,): expert, first row and end row of each tile, in expert
+order, then the number of tiles, and the number of rows that belong to an expert. max_tiles =
+cdiv(R, BLOCK_M) + E is enough for any counts.
+
+A GEMM of few rows finds its tiles by itself (find_tile), which saves it a launch.
 """
 
 import triton
@@ -21,6 +24,38 @@ def expert_rows(counts_ptr, num_rows, num_experts, EXPERTS: tl.constexpr):
     return starts, tl.minimum(ends, num_rows).to(tl.int32)
 
 
+@triton.jit
+def tiles_before(starts, ends, BLOCK_M: tl.constexpr):
+    """Tiles of every expert and those before it, itself included."""
+    tiles = (ends - starts + BLOCK_M - 1) // BLOCK_M
+    return tiles, tl.cumsum(tiles, 0)
+
+
+@triton.jit
+def find_tile(tile, starts, ends, tiles, upto, BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr):
+    """Expert, first row and end row of a tile, from what expert_rows and tiles_before gave."""
+    e = tl.sum((upto <= tile).to(tl.int32))
+    is_mine = tl.arange(0, EXPERTS) == e
+    first = tl.sum(tl.where(is_mine, starts + (tile - upto + tiles) * BLOCK_M, 0))
+    return e, first, tl.sum(tl.where(is_mine, ends, 0))
+
+
+@triton.jit
+def zero_tail(
+    output_ptr, rows_ptr, first, num_rows, width, SCATTER: tl.constexpr, BLOCK_W: tl.constexpr
+):  # fmt: skip
+    """Zeros the rows first, first + 1, ... of output; all programs of the launch share them."""
+    for row in range(first + tl.program_id(0), num_rows, tl.num_programs(0)):
+        target = tl.cast(row, tl.int64)
+        if SCATTER:
+            target = tl.load(rows_ptr + row).to(tl.int64)
+        limit = tl.where((target >= 0) & (target < num_rows), width, 0)
+        for w0 in range(0, width, BLOCK_W):
+            w = w0 + tl.arange(0, BLOCK_W)
+            zero = tl.zeros((BLOCK_W,), output_ptr.dtype.element_ty)
+            tl.store(output_ptr + target * width + w, zero, mask=w < limit)
+
+
 @triton.jit(do_not_specialize=["num_rows", "max_tiles"])
 def tile_schedule_kernel(
     counts_ptr, tiles_ptr, output_ptr, rows_ptr, num_rows, num_experts, max_tiles, width,
@@ -29,13 +64,13 @@ def tile_schedule_kernel(
 ):  # fmt: skip
     """Writes the schedule; with ZERO_TAIL also zeros the rows of output past the last expert's.
 
-    Grid (num_experts or more,). Program e writes the tiles of expert e, program 0 also their number. All
-    programs share the rows to zero.
+    Grid (num_experts or more,). Program e writes the tiles of expert e, program 0 also their
+    number. All programs share the rows to zero.
     """
     pid = tl.program_id(0)
     experts = tl.arange(0, EXPERTS)
     starts, ends = expert_rows(counts_ptr, num_rows, num_experts, EXPERTS)
-    tiles = (ends - starts + BLOCK_M - 1) // BLOCK_M
+    tiles, _ = tiles_before(starts, ends, BLOCK_M)
     start = tl.sum(tl.where(experts == pid, starts, 0))
     end = tl.sum(tl.where(experts == pid, ends, 0))
     first_tile = tl.sum(tl.where(experts < pid, tiles, 0))
@@ -46,16 +81,9 @@ def tile_schedule_kernel(
         tl.store(tiles_ptr + 2 * max_tiles + first_tile + i, end)
     if pid == 0:
         tl.store(tiles_ptr + 3 * max_tiles, tl.sum(tiles))
+        tl.store(tiles_ptr + 3 * max_tiles + 1, tl.max(ends, 0))
     if ZERO_TAIL:
-        for row in range(tl.max(ends, 0) + pid, num_rows, tl.num_programs(0)):
-            target = tl.cast(row, tl.int64)
-            if SCATTER:
-                target = tl.load(rows_ptr + row).to(tl.int64)
-            limit = tl.where((target >= 0) & (target < num_rows), width, 0)
-            for first in range(0, width, BLOCK_W):
-                w = first + tl.arange(0, BLOCK_W)
-                zero = tl.zeros((BLOCK_W,), output_ptr.dtype.element_ty)
-                tl.store(output_ptr + target * width + w, zero, mask=w < limit)
+        zero_tail(output_ptr, rows_ptr, tl.max(ends, 0), num_rows, width, SCATTER, BLOCK_W)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

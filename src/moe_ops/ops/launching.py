@@ -8,7 +8,6 @@ import functools
 from contextlib import AbstractContextManager
 
 import torch
-import triton
 
 from moe_ops.kernels.rows import (
     copy_rows_kernel,
@@ -16,6 +15,16 @@ from moe_ops.kernels.rows import (
     invert_permutation_kernel,
     sum_rows_kernel,
 )
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own, made for kernels too, takes a microsecond and a half."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n; 1 for 0."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def launch_on(tensor: torch.Tensor) -> AbstractContextManager[object]:
@@ -62,7 +71,7 @@ def inverse_permutation(indices: torch.Tensor) -> torch.Tensor:
     if num_rows > 0:
         block = 1024
         with launch_on(indices):
-            invert_permutation_kernel[(triton.cdiv(num_rows, block),)](
+            invert_permutation_kernel[(cdiv(num_rows, block),)](
                 indices.contiguous(), inverse, num_rows, BLOCK=block
             )
     return inverse
@@ -74,9 +83,9 @@ def copy_rows(input: torch.Tensor, rows: torch.Tensor, top_k: int) -> torch.Tens
     output = input.new_empty(num_tokens * top_k, hidden_size)
     if output.numel() == 0:
         return output
-    block_h = min(2048, triton.next_power_of_2(hidden_size))
+    block_h = min(2048, next_power_of_2(hidden_size))
     with launch_on(input):
-        copy_rows_kernel[(num_tokens, triton.cdiv(hidden_size, block_h))](
+        copy_rows_kernel[(num_tokens, cdiv(hidden_size, block_h))](
             input, rows.contiguous(), output, *input.stride(), output.shape[0], hidden_size, top_k,
             BLOCK_H=block_h,
         )  # fmt: skip
@@ -84,20 +93,28 @@ def copy_rows(input: torch.Tensor, rows: torch.Tensor, top_k: int) -> torch.Tens
 
 
 def sum_rows(
-    input: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor | None, top_k: int
+    input: torch.Tensor,
+    rows: torch.Tensor,
+    weights: torch.Tensor | None,
+    top_k: int,
+    used_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """output[t] = sum_k weights[t, k] * input[rows[t * top_k + k]]: (T * top_k, H) -> (T, H)."""
+    """output[t] = sum_k weights[t, k] * input[rows[t * top_k + k]]: (T * top_k, H) -> (T, H).
+
+    Rows from used_rows[0] on count as zeros, where it is given.
+    """
     num_rows, hidden_size = input.shape
     output = input.new_empty(num_rows // top_k, hidden_size)
     if output.numel() == 0:
         return output
-    block_h = min(1024, triton.next_power_of_2(hidden_size))
+    block_h = min(1024, next_power_of_2(hidden_size))
     with launch_on(input):
-        sum_rows_kernel[(output.shape[0], triton.cdiv(hidden_size, block_h))](
-            input, rows.contiguous(), weights, output,
+        sum_rows_kernel[(output.shape[0], cdiv(hidden_size, block_h))](
+            input, rows.contiguous(), weights, used_rows, output,
             *input.stride(), *(weights.stride() if weights is not None else (0, 0)),
             num_rows, hidden_size,
             TOP_K=top_k, BLOCK_H=block_h, HAS_WEIGHTS=weights is not None,
+            HAS_USED=used_rows is not None,
         )  # fmt: skip
     return output
 
@@ -118,9 +135,9 @@ def gather_rows(
     output = input.new_empty(num_rows, hidden_size)
     if output.numel() == 0:
         return output
-    block_h = min(2048, triton.next_power_of_2(hidden_size))
+    block_h = min(2048, next_power_of_2(hidden_size))
     with launch_on(input):
-        gather_rows_kernel[(num_rows, triton.cdiv(hidden_size, block_h))](
+        gather_rows_kernel[(num_rows, cdiv(hidden_size, block_h))](
             input, None if gather_indices is None else gather_indices.contiguous(), weights, output,
             *input.stride(), *(weights.stride() if weights is not None else (0, 0)),
             num_rows, hidden_size, max(divisor, 1), top_k,

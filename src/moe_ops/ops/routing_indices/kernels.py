@@ -2,7 +2,8 @@
 """Triton kernels of routing_indices: a stable counting sort in two passes over chunks of slots.
 
 R slots, E experts. The first pass counts each chunk's slots per expert; the second adds up the
-counts before its chunk and places the chunk's slots. Dropped slots follow all kept ones, in order.
+counts before its chunk and places the chunk's slots. A dropped slot has the expert E, so that all
+of them follow the kept ones, in slot order; what is past the last slot has the expert EXPERTS - 1.
 """
 
 import triton
@@ -10,12 +11,15 @@ import triton.language as tl
 
 
 @triton.jit
-def _load_experts(ids_ptr, stride_t, stride_k, slots, num_slots, top_k, num_experts):
-    """The expert of each slot, -1 where it is dropped or past the end."""
+def _load_experts(
+    ids_ptr, stride_t, stride_k, slots, num_slots, top_k, num_experts, EXPERTS: tl.constexpr
+):  # fmt: skip
+    """The expert of each slot."""
     token = (slots // top_k).to(tl.int64)
     k = (slots % top_k).to(tl.int64)
-    ids = tl.load(ids_ptr + token * stride_t + k * stride_k, mask=slots < num_slots, other=-1)
-    return tl.where((ids >= 0) & (ids < num_experts), ids, -1).to(tl.int32)
+    ids = tl.load(ids_ptr + token * stride_t + k * stride_k, mask=slots < num_slots, other=0)
+    expert = tl.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(tl.int32)
+    return tl.where(slots < num_slots, expert, EXPERTS - 1)
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_blocks"])
@@ -28,13 +32,14 @@ def _routing_indices_count_kernel(
     Grid (num_chunks,); a chunk is num_blocks * BLOCK slots.
     """
     chunk = tl.program_id(0)
-    experts = tl.arange(0, EXPERTS)
     counts = tl.zeros((EXPERTS,), tl.int32)
     for block in range(num_blocks):
         slots = (chunk * num_blocks + block) * BLOCK + tl.arange(0, BLOCK)
-        of_slot = _load_experts(ids_ptr, stride_t, stride_k, slots, num_slots, top_k, num_experts)
-        counts += tl.sum((of_slot[:, None] == experts[None, :]).to(tl.int32), 0)
-    tl.store(counts_ptr + chunk * EXPERTS + experts, counts)
+        of_slot = _load_experts(
+            ids_ptr, stride_t, stride_k, slots, num_slots, top_k, num_experts, EXPERTS
+        )
+        counts += tl.histogram(of_slot, EXPERTS)
+    tl.store(counts_ptr + chunk * EXPERTS + tl.arange(0, EXPERTS), counts)
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_blocks", "num_chunks"])
@@ -62,18 +67,19 @@ def _routing_indices_place_kernel(
     if chunk == 0:
         tl.store(token_counts_ptr + experts, total, mask=experts < num_experts)
     next_row = tl.cumsum(total, 0) - total + before
-    num_kept = tl.sum(total, 0)
-    kept_before = tl.sum(before, 0)
+    i = tl.arange(0, BLOCK)
     for block in range(num_blocks):
-        slots = (chunk * num_blocks + block) * BLOCK + tl.arange(0, BLOCK)
-        of_slot = _load_experts(ids_ptr, stride_t, stride_k, slots, num_slots, top_k, num_experts)
-        mine = (of_slot[:, None] == experts[None, :]).to(tl.int32)
-        kept_rows = tl.sum(mine * (tl.cumsum(mine, 0) - 1 + next_row[None, :]), 1)
-        is_kept = (of_slot >= 0).to(tl.int32)
-        dropped_rows = num_kept + slots - (kept_before + tl.cumsum(is_kept, 0))
-        rows = tl.where(of_slot >= 0, kept_rows, dropped_rows)
+        first_slot = (chunk * num_blocks + block) * BLOCK
+        of_slot = _load_experts(
+            ids_ptr, stride_t, stride_k, first_slot + i, num_slots, top_k, num_experts, EXPERTS
+        )
+        # Sorted by expert and then by slot, an expert's slots are neighbours.
+        key = tl.sort(of_slot * BLOCK + i)
+        of_slot = key // BLOCK
+        slots = first_slot + key % BLOCK
+        counts = tl.histogram(of_slot, EXPERTS)
+        rows = i + tl.gather(next_row - tl.cumsum(counts, 0) + counts, of_slot, 0)
         valid = slots < num_slots
         tl.store(scatter_ptr + slots, rows, mask=valid)
         tl.store(gather_ptr + rows, slots, mask=valid)
-        next_row += tl.sum(mine, 0)
-        kept_before += tl.sum(is_kept, 0)
+        next_row += counts

@@ -4,18 +4,19 @@
 from __future__ import annotations
 
 import torch
-import triton
 
-from moe_ops.ops.launching import launch_on
+from moe_ops.ops.launching import cdiv, launch_on, next_power_of_2
 from moe_ops.ops.routing_indices.kernels import (
     _routing_indices_count_kernel,
     _routing_indices_place_kernel,
 )
 
-# One program compares BLOCK slots with EXPERTS experts at a time, at most this many pairs.
-_PAIRS = 16384
+# Slots that a program sorts at a time, on 4 warps.
+_BLOCK = 512
 # Enough programs to fill a GPU, few enough that each reads the counts of all cheaply.
 _MAX_CHUNKS = 256
+# Counts that a program reads at a time.
+_COUNTS = 16384
 
 
 def routing_indices(
@@ -28,18 +29,18 @@ def routing_indices(
     token_counts = torch.empty(num_experts, dtype=torch.int32, device=topk_ids.device)
     if num_slots == 0:
         return token_counts.zero_(), gather_indices, scatter_indices
-    experts = triton.next_power_of_2(num_experts)
-    block = max(16, min(128, _PAIRS // experts))
-    num_blocks = triton.cdiv(num_slots, block * _MAX_CHUNKS)
-    num_chunks = triton.cdiv(num_slots, block * num_blocks)
+    # One for dropped slots, one for what is past the last slot.
+    experts = next_power_of_2(num_experts + 2)
+    num_blocks = cdiv(num_slots, _BLOCK * _MAX_CHUNKS)
+    num_chunks = cdiv(num_slots, _BLOCK * num_blocks)
     counts = torch.empty(num_chunks, experts, dtype=torch.int32, device=topk_ids.device)
     sizes = (*topk_ids.stride(), num_slots, top_k, num_experts, num_blocks)
     with launch_on(topk_ids):
         _routing_indices_count_kernel[(num_chunks,)](
-            topk_ids, counts, *sizes, BLOCK=block, EXPERTS=experts
+            topk_ids, counts, *sizes, BLOCK=_BLOCK, EXPERTS=experts
         )
         _routing_indices_place_kernel[(num_chunks,)](
             topk_ids, counts, token_counts, gather_indices, scatter_indices, *sizes, num_chunks,
-            BLOCK=block, EXPERTS=experts, CHUNKS=max(1, _PAIRS // experts),
+            BLOCK=_BLOCK, EXPERTS=experts, CHUNKS=max(1, _COUNTS // experts),
         )  # fmt: skip
     return token_counts, gather_indices, scatter_indices

@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import torch
-import triton
 
-from moe_ops.ops.launching import launch_on
+from moe_ops.ops.launching import cdiv, launch_on, next_power_of_2
 from moe_ops.ops.topk_routing.kernels import _topk_routing_bwd_kernel, _topk_routing_fwd_kernel
 
 # Elements of logits that one program holds.
@@ -32,10 +31,10 @@ def topk_routing(
     if num_tokens == 0:
         return topk_weights, topk_ids
     group_size = num_experts // num_groups
-    groups, size = triton.next_power_of_2(num_groups), triton.next_power_of_2(group_size)
+    groups, size = next_power_of_2(num_groups), next_power_of_2(group_size)
     block_t = max(1, _TILE // (groups * size))
     with launch_on(logits):
-        _topk_routing_fwd_kernel[(triton.cdiv(num_tokens, block_t),)](
+        _topk_routing_fwd_kernel[(cdiv(num_tokens, block_t),)](
             logits, selection_bias, topk_weights, topk_ids,
             *logits.stride(), selection_bias.stride(0) if selection_bias is not None else 0,
             num_tokens, scaling_factor,
@@ -43,7 +42,7 @@ def topk_routing(
             TOP2_SUM=group_score == "top2_sum", SOFTMAX=score_function == "softmax",
             SCORE_BEFORE=score_before_topk, RENORMALIZE=renormalize,
             HAS_BIAS=selection_bias is not None,
-            BLOCK_T=block_t, GROUPS=groups, SIZE=size, SLOTS=triton.next_power_of_2(top_k),
+            BLOCK_T=block_t, GROUPS=groups, SIZE=size, SLOTS=next_power_of_2(top_k),
         )  # fmt: skip
     return topk_weights, topk_ids
 
@@ -62,15 +61,15 @@ def topk_routing_backward(
     if grad_logits.numel() == 0:
         return grad_logits
     top_k = topk_ids.shape[1]
-    experts = triton.next_power_of_2(num_experts)
+    experts = next_power_of_2(num_experts)
     block_t = max(1, _TILE // experts)
     with launch_on(logits):
-        _topk_routing_bwd_kernel[(triton.cdiv(num_tokens, block_t),)](
+        _topk_routing_bwd_kernel[(cdiv(num_tokens, block_t),)](
             grad_topk_weights, logits, topk_ids, grad_logits,
             *grad_topk_weights.stride(), *logits.stride(), *topk_ids.stride(),
             num_tokens, num_experts, scaling_factor,
             TOP_K=top_k, SOFTMAX=score_function == "softmax", SCORE_BEFORE=score_before_topk,
             RENORMALIZE=renormalize, BLOCK_T=block_t, EXPERTS=experts,
-            SLOTS=triton.next_power_of_2(max(top_k, 1)),
+            SLOTS=next_power_of_2(max(top_k, 1)),
         )  # fmt: skip
     return grad_logits

@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import torch
-import triton
 
-from moe_ops.ops.launching import inverse_permutation, launch_on, sum_rows
+from moe_ops.ops.launching import inverse_permutation, launch_on, next_power_of_2, sum_rows
 from moe_ops.ops.unpermute.kernels import _unpermute_bwd_kernel
 
 
@@ -43,7 +42,7 @@ def unpermute_backward(
             grad_output, input, rows.contiguous(), topk_weights, grad_input, grad_topk_weights,
             *grad_output.stride(), *input.stride(), *topk_weights.stride(),
             num_rows, hidden_size, top_k,
-            BLOCK_H=min(2048, triton.next_power_of_2(max(hidden_size, 1))),
+            BLOCK_H=min(2048, next_power_of_2(max(hidden_size, 1))),
             NEEDS_INPUT=needs[0], NEEDS_WEIGHTS=needs[1],
         )  # fmt: skip
     return grad_input, grad_topk_weights

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""moe_ops' Triton kernels on a GPU, against torch's.
+
+    python -m benchmarks.cuda [--only gemm,rows] [--shapes qwen3-30b,olmoe] [--seconds 460]
+
+Each part writes benchmarks/results/<gpu>_<part>.json, from which `python -m benchmarks.report` makes
+tables and plots. What does not fit into the seconds is left out, and the file says so. Run from the
+root of the repository. `TRITON_INTERPRET=1 MOE_OPS_IMPLEMENTATION=triton python -m benchmarks.cuda
+--device cpu --tiny --results DIR` runs all of it without a GPU, measuring nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import suite
+from benchmarks.cuda import decode, dispatch, experts, first_call, gemm, peers, routing, rows
+from benchmarks.cuda.timing import (
+    OURS,
+    Bench,
+    Case,
+    Record,
+    ceilings,
+    device_name,
+    environment,
+    free,
+)
+from benchmarks.suite import Shape
+from benchmarks.timing import write
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+logger = logging.getLogger("moe_ops.benchmarks")
+
+PEERS = "experts-peers"
+PARTS: dict[str, Callable[[Bench, list[Shape]], Iterator[Case]]] = {
+    "gemm": gemm.cases,
+    "rows": rows.cases,
+    "routing": routing.cases,
+    "decode": decode.cases,
+    "dispatch": dispatch.cases,
+    "first-call": first_call.cases,
+    "experts": experts.cases,
+    "experts-kernels": experts.kernels_cases,
+    "experts-first-call": experts.first_call_cases,
+    # Last, since it takes what time there is.
+    PEERS: functools.partial(peers.cases, until=math.inf),
+}
+# What a part's results say of the part.
+FACTS: dict[str, Callable[[], Mapping[str, object]]] = {
+    "experts": experts.grouped_mm_facts,
+    PEERS: peers.facts,
+}
+
+
+def run_part(cases: Iterable[Case], until: float) -> tuple[list[Record], dict[str, Any]]:
+    """The records, and what is missing among them and why: empty where all went well."""
+    records: list[Record] = []
+    left_out, failed = [], {}
+    for label, run in cases:
+        if time.monotonic() > until:
+            left_out.append(label)
+            continue
+        try:
+            for record in run():
+                records.append(record)
+                print("  ", label, *_shown(record), flush=True)
+        except Exception as error:
+            # What it cost to come here is worth the rest of the numbers.
+            logger.exception("%s failed", label)
+            failed[label] = f"{type(error).__name__}: {error}".split("\n", maxsplit=1)[0]
+        free()
+    missing = {"left out, no time": left_out, "failed": failed}
+    return records, {name: what for name, what in missing.items() if what}
+
+
+_TOLD = (
+    "op", "routing", "pass", "kernel", "share", "triton_cache", "tbs", "of_floor", "of_bare_op",
+    "seconds", "mib",
+)  # fmt: skip
+
+
+def _shown(record: Record) -> Iterator[object]:
+    for key in _TOLD:
+        if key in record:
+            yield record[key]
+    if OURS in record.get("tflops", {}):
+        yield f"{record['tflops'][OURS]:.0f} TF/s"
+    yield {name: median for name, (_, median, _) in record.get("ratio", {}).items()}
+    if "wrong" in record:
+        yield f"WRONG: {record['wrong']}: {record['errors']} {record.get('failed', '')}"
+
+
+def _parse() -> argparse.Namespace:
+    def names(text: str) -> list[str]:
+        return text.split(",")
+
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cuda", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--only", type=names, default=list(PARTS), help=",".join(PARTS))
+    parser.add_argument("--shapes", type=names, help="of the suite; default: all")
+    parser.add_argument("--seconds", type=float, default=460, help="of the whole run")
+    parser.add_argument("--case-seconds", type=float, default=0.8, help="of one comparison")
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--tiny", action="store_true", help="sizes for Triton's interpreter")
+    parser.add_argument("--results", type=Path, help="default: benchmarks/results")
+    parser.add_argument(
+        "--compilers", type=int, default=8, help="processes that compile ahead; 0: none"
+    )
+    args = parser.parse_args()
+    known = [shape.name for shape in (suite.TINY_SUITE if args.tiny else suite.SUITE)]
+    args.shapes = args.shapes or known
+    for given, allowed in ((args.only, PARTS), (args.shapes, known)):
+        if unknown := set(given) - set(allowed):
+            parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(allowed)}")
+    if torch.device(args.device).type != "cuda" and args.results is None:
+        parser.error("without a GPU nothing is measured: --results says where to put that")
+    args.results = args.results or RESULTS
+    return args
+
+
+def main() -> int:
+    args = _parse()
+    until = time.monotonic() + args.seconds
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    bench = Bench(device, args.tiny, args.case_seconds)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        bench.seconds, bench.least_turns = 0.0, 2
+    shapes = [s for s in (*suite.SUITE, *suite.TINY_SUITE) if s.name in args.shapes]
+    facts = environment(bench)
+    if device.type == "cuda" and args.compilers and "gemm" in args.only:
+        print("compiling", flush=True)
+        gemm.compile_ahead(bench, shapes, args.compilers)
+    if device.type == "cuda" and args.compilers and "experts" in args.only:
+        print("compiling the experts", flush=True)
+        experts.compile_ahead(bench, shapes, args.compilers)
+    warm_up_seconds = 2.0 if device.type == "cuda" else 0.0
+    bench.warm_up(warm_up_seconds)
+    bench.ceilings = ceilings(bench)
+    facts["ceilings"] = bench.ceilings
+    print(json.dumps(facts), flush=True)
+
+    name, complete = device_name(device), True
+    parts = PARTS | {PEERS: functools.partial(peers.cases, until=until)}
+    for part, cases_of in parts.items():
+        if part not in args.only:
+            continue
+        print(part, flush=True)
+        bench.warm_up(warm_up_seconds / 4)
+        records, missing = run_part(cases_of(bench, shapes), until)
+        complete &= not missing and not any("wrong" in record for record in records)
+        file = args.results / f"{name}_{part.replace('-', '_')}.json"
+        told = {**(FACTS[part]() if part in FACTS else {}), **missing}
+        write(file, {**facts, "part": part, **told}, records)
+        print(f"wrote {file}", *(f"{what}: {which}" for what, which in told.items()), flush=True)
+
+    bench.warm_up(warm_up_seconds)
+    measured = {"start": bench.ceilings, "end": ceilings(bench)}
+    records = [{"when": when, **reached} for when, reached in measured.items()]
+    write(args.results / f"{name}_ceilings.json", {**facts, "part": "ceilings"}, records)
+    print(json.dumps(measured))
+    return 0 if complete else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

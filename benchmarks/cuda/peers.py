@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole expert block against other libraries of Mixture-of-Experts kernels, where they are installed.
+
+Each adapter calls its library by the Python interface that the library documents, and says whether
+it has been run. A comparison has a process of its own: a peer may patch other packages when it is
+imported, or leave the device in an unusable state. What is not installed is named in the results.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.cuda.experts import (
+    BOTH,
+    PASSES,
+    ROOT,
+    Block,
+    Comparison,
+    Implementation,
+    count_experts,
+    ours,
+    shape_sizes,
+)
+from benchmarks.cuda.timing import OURS, Bench, Case, Record, rounded
+from benchmarks.suite import Shape
+
+# Starts the line of standard output that holds the records; a peer may print others.
+_RECORDS = "records of the peer: "
+# What is left of a deadline for the comparison once the peer has compiled and tuned.
+_LEAST_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A library.
+
+    Attributes:
+        module: what has to be importable.
+        distribution: whose version is told.
+        make: its way to compute a block.
+    """
+
+    module: str
+    distribution: str
+    make: Callable[[Block], Implementation]
+
+
+def scattermoe(block: Block) -> Implementation:
+    """scattermoe.mlp.GLUMLP, whose first projection has the up rows before the gate rows.
+
+    Written from its README and the signatures of its modules, and not run.
+    """
+    mlp: Any = importlib.import_module("scattermoe.mlp")
+    shape = block.shape
+    with torch.device("meta"):
+        module = mlp.GLUMLP(
+            input_size=shape.hidden_size,
+            hidden_size=shape.intermediate_size,
+            num_experts=shape.num_experts,
+            top_k=shape.top_k,
+            activation=nn.SiLU(),
+        )
+    module.experts.weight = nn.Parameter(_swap_halves(block.gate_up_proj.detach()))
+    module.output_experts.weight = block.down_proj
+    leaves = (
+        block.hidden_states,
+        module.experts.weight,
+        module.output_experts.weight,
+        block.topk_weights,
+    )
+
+    def forward(topk_ids: Tensor) -> Tensor:
+        output: Tensor = module(block.hidden_states, block.topk_weights, topk_ids.long())
+        return output
+
+    return Implementation(forward, leaves, _swap_halves)
+
+
+def _swap_halves(gate_up: Tensor) -> Tensor:
+    return torch.cat(gate_up.chunk(2, 1)[::-1], 1)
+
+
+def liger(block: Block) -> Implementation:
+    """liger_kernel.ops.LigerFusedMoEFunction, which takes the block's own layouts.
+
+    Written from its docstring and its tests' calls, and not run. LIGER_FUSED_MOE_AUTOTUNE=0 takes
+    fixed configurations.
+    """
+    ops: Any = importlib.import_module("liger_kernel.ops")
+
+    def forward(topk_ids: Tensor) -> Tensor:
+        output: Tensor = ops.LigerFusedMoEFunction.apply(
+            block.hidden_states, block.gate_up_proj, block.down_proj, topk_ids, block.topk_weights
+        )
+        return output
+
+    return Implementation(forward, block.leaves)
+
+
+def unsloth(block: Block) -> Implementation:
+    """Two of unsloth.kernels.moe.grouped_gemm's grouped GEMMs, autotuned, and torch between them.
+
+    As the block of its README: the first GEMM gathers, the second scatters to slot order, and the
+    router weights follow. Written from that page and the documented signature, and not run.
+    """
+    interface: Any = importlib.import_module("unsloth.kernels.moe.grouped_gemm.interface")
+    num_experts, top_k = block.shape.num_experts, block.shape.top_k
+
+    def forward(topk_ids: Tensor) -> Tensor:
+        flat_ids = topk_ids.view(-1)
+        counts = count_experts(flat_ids, num_experts).int()
+        gather = torch.argsort(flat_ids, stable=True).int()
+        routing = {"m_sizes": counts, "gather_indices": gather, "topk": top_k, "autotune": True}
+        up_options = {**routing, "permute_x": True, "is_first_gemm": True}
+        down_options = {**routing, "permute_y": True, "is_first_gemm": False}
+        rows = interface.grouped_gemm(X=block.hidden_states, W=block.gate_up_proj, **up_options)
+        gate, up = rows.chunk(2, -1)
+        slots = interface.grouped_gemm(X=F.silu(gate) * up, W=block.down_proj, **down_options)
+        output: Tensor = (
+            slots.view(-1, top_k, slots.shape[-1]) * block.topk_weights[:, :, None]
+        ).sum(1)
+        return output
+
+    return Implementation(forward, block.leaves)
+
+
+def sonicmoe(block: Block) -> Implementation:
+    """sonicmoe.moe_general_routing_inputs, which takes the routing that it is given.
+
+    A version without `concat_layout` wants gate and up rows by turns, and gets a copy. Written from
+    the comments above that function and transformers' call of it, and not run.
+    """
+    library: Any = importlib.import_module("sonicmoe")
+    swiglu = importlib.import_module("sonicmoe.enums").ActivationType.SWIGLU
+    shape = block.shape
+    device = block.bench.device
+    tokens = torch.arange(shape.num_tokens, dtype=torch.int32, device=device)
+    tokens = tokens.repeat_interleave(shape.top_k)
+    concatenated = (
+        "concat_layout" in inspect.signature(library.moe_general_routing_inputs).parameters
+    )
+    layout = {"concat_layout": True} if concatenated else {}
+    gate_up_proj = block.gate_up_proj
+    if not concatenated:
+        gate_up_proj = nn.Parameter(_by_turns(gate_up_proj.detach()))
+
+    def forward(topk_ids: Tensor) -> Tensor:
+        output: Tensor = library.moe_general_routing_inputs(
+            block.hidden_states,
+            block.topk_weights.reshape(-1).float(),
+            tokens,
+            topk_ids.view(-1),
+            gate_up_proj.permute(1, 2, 0),
+            None,
+            block.down_proj.permute(1, 2, 0),
+            None,
+            shape.num_experts,
+            torch.cuda.current_stream(device).cuda_stream,
+            swiglu,
+            is_inference_mode_enabled=not torch.is_grad_enabled(),
+            **layout,
+        )[0]
+        return output
+
+    leaves = (block.hidden_states, gate_up_proj, block.down_proj, block.topk_weights)
+    if concatenated:
+        return Implementation(forward, leaves)
+    return Implementation(forward, leaves, _one_after_the_other)
+
+
+def _by_turns(gate_up: Tensor) -> Tensor:
+    """Gate rows before up rows -> gate, up, gate, up, ..."""
+    return torch.stack(gate_up.chunk(2, 1), 2).flatten(1, 2)
+
+
+def _one_after_the_other(gate_up: Tensor) -> Tensor:
+    return torch.cat((gate_up[:, 0::2], gate_up[:, 1::2]), 1)
+
+
+PEERS = {
+    "scattermoe": Peer("scattermoe", "scattermoe", scattermoe),
+    "liger": Peer("liger_kernel", "liger-kernel", liger),
+    "unsloth": Peer("unsloth", "unsloth", unsloth),
+    "sonicmoe": Peer("sonicmoe", "sonic-moe", sonicmoe),
+}
+
+
+def absent() -> dict[str, str]:
+    """By name, why a peer is not measured."""
+    return {
+        name: f"no module {peer.module}"
+        for name, peer in PEERS.items()
+        if importlib.util.find_spec(peer.module) is None
+    }
+
+
+def facts() -> dict[str, dict[str, str]]:
+    """Which peers are measured, of which version, and which are not, and why."""
+    missing = absent()
+    present = {name: _version(peer) for name, peer in PEERS.items() if name not in missing}
+    return {"present": present, "absent": missing}
+
+
+def _version(peer: Peer) -> str:
+    try:
+        return importlib.metadata.version(peer.distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "version unknown"
+
+
+def cases(bench: Bench, shapes: Iterable[Shape], until: float) -> Iterator[Case]:
+    """Every peer that is installed on every shape, which `until` (time.monotonic) may cut short."""
+    missing = absent()
+    for shape in shapes:
+        for name in PEERS:
+            if name not in missing:
+                yield f"{name} {shape.name}", partial(run_peer, bench, shape, name, until)
+
+
+def run_peer(bench: Bench, shape: Shape, name: str, until: float) -> Iterator[Record]:
+    """In a process of its own, which ends at `until` at the latest."""
+    given = {
+        "peer": name,
+        "device": str(bench.device),
+        "tiny": bench.tiny,
+        "seconds": bench.seconds,
+        "least_turns": bench.least_turns,
+        "ceilings": bench.ceilings,
+        "shape": shape_sizes(shape),
+    }
+    command = [sys.executable, "-m", "benchmarks.cuda.peers", json.dumps(given)]
+    # Infinite in the tests.
+    seconds = min(max(until - time.monotonic(), _LEAST_SECONDS), 3600.0)
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, stdout=output, stderr=errors, timeout=seconds, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"{name} was not done in the {seconds:.0f} s left") from None
+        output.seek(0)
+        lines = [line for line in output if line.startswith(_RECORDS)]
+        if done.returncode or not lines:
+            errors.seek(0)
+            last = next((text for line in errors.readlines()[::-1] if (text := line.strip())), "")
+            raise RuntimeError(f"{name} ended with {done.returncode}: {last}")
+    yield from json.loads(lines[-1].removeprefix(_RECORDS))
+
+
+def measure(bench: Bench, shape: Shape, name: str) -> Iterator[Record]:
+    """The peer beside ours, in this process, after its first forward and backward."""
+    block = Block(bench, shape)
+    topk_ids = block.route("uniform")
+    begin = time.perf_counter()
+    peer = PEERS[name].make(block)
+    case: Record = {"shape": shape.name, "peer": name}
+    peer.call(BOTH, topk_ids, block.grad_output)()
+    bench.synchronize()
+    case["first_call_seconds"] = rounded(time.perf_counter() - begin)
+    comparison = Comparison(block, topk_ids, {OURS: ours(block), name: peer})
+    for pass_name in PASSES:
+        yield {**case, "pass": pass_name, **comparison.measure(pass_name, {name: (name, OURS)})}
+
+
+def main() -> None:
+    given = json.loads(sys.argv[1])
+    torch.manual_seed(0)
+    device = torch.device(given["device"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    bench = Bench(device, given["tiny"], given["seconds"], given["least_turns"], given["ceilings"])
+    bench.warm_up(0.5 if device.type == "cuda" else 0.0)
+    records = list(measure(bench, Shape(*given["shape"]), given["peer"]))
+    print(_RECORDS + json.dumps(records), flush=True)
+
+
+if __name__ == "__main__":
+    main()

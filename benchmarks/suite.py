@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shapes that the GPU benchmarks measure, and what a routing of their tokens is.
+
+T num_tokens, H hidden_size, I intermediate_size, E num_experts, K top_k, R = T * K routed rows;
+N and D, the out_features and in_features of a projection.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tests.gpu import reference
+
+PROJECTIONS = ("up", "down")
+ROUTINGS = ("uniform", "zipf", "hot_and_empty")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The experts of a model at a number of tokens."""
+
+    name: str
+    num_tokens: int
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_tokens * self.top_k
+
+    def features(self, projection: str) -> tuple[int, int]:
+        """N and D: up makes gate and up of hidden states, down hidden states of the activation."""
+        if projection == "up":
+            return 2 * self.intermediate_size, self.hidden_size
+        return self.hidden_size, self.intermediate_size
+
+
+SUITE = (
+    Shape("qwen3-30b", 16384, 2048, 768, 128, 8),
+    Shape("olmoe", 16384, 2048, 1024, 64, 8),
+    Shape("mixtral", 8192, 4096, 14336, 8, 2),
+    Shape("dsv3", 8192, 7168, 2048, 256, 8),
+    Shape("gptoss20b", 16384, 2880, 2880, 32, 4),
+    Shape("fine-grained", 24576, 1536, 256, 128, 8),
+    Shape("large", 32768, 4096, 1024, 128, 8),
+)
+# Measured with every routing: one of many experts, one of few.
+EVERY_ROUTING = ("qwen3-30b", "mixtral")
+DECODE, DECODE_TOKENS = SUITE[0], (1, 8, 64, 256)
+
+# The whole expert block: by how much forward and backward is to be faster than transformers'
+# grouped_mm, compiled for these very sizes. Dynamic sizes are compiled for the first shape alone.
+BLOCK_AIMS = {
+    "qwen3-30b": 1.25,
+    "olmoe": 1.15,
+    "mixtral": 1.05,
+    "dsv3": 1.1,
+    "gptoss20b": 1.1,
+    "fine-grained": 1.55,
+    "large": 1.15,
+}
+BLOCK_ROUTINGS = ("uniform", "zipf")
+
+# What Triton's interpreter can run.
+TINY_SUITE = (Shape("tiny", 12, 32, 16, 4, 2),)
+TINY_DECODE, TINY_DECODE_TOKENS = TINY_SUITE[0], (1,)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where the rows go, for our ops and for torch's.
+
+    Attributes:
+        counts (E,): rows of each expert. ends (E,): their running sum.
+        gather (R,): slot of each row. scatter (R,): row of each slot. tokens (R,): token of each row.
+    """
+
+    counts: Tensor
+    ends: Tensor
+    gather: Tensor
+    scatter: Tensor
+    tokens: Tensor
+
+    @staticmethod
+    def draw(
+        shape: Shape, routing: str, device: torch.device, seed: int = 0, num_tokens: int = 0
+    ) -> Routing:
+        """Distinct experts for each token: `routing` is one of ROUTINGS."""
+        num_tokens = num_tokens or shape.num_tokens
+        ids = reference.route(routing, num_tokens, shape.num_experts, shape.top_k, device, seed)
+        counts, gather, scatter = reference.routing_indices(ids, shape.num_experts)
+        ends = counts.cumsum(0, dtype=torch.int32)
+        return Routing(counts, ends, gather, scatter, gather // shape.top_k)

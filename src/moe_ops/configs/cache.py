@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tuned configurations on disk: a table for each GPU and versions, in the format of tables/*.json.
+
+    {"device": name, "versions": {...}, "configs": {Problem.key: fields of the configuration}}
+
+Any number of processes may read and write at once: a file is replaced as a whole, and a writer adds
+to what the others wrote. MOE_OPS_CACHE_DIR places the files; MOE_OPS_AUTOTUNE=0 leaves them unread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import json
+import logging
+import os
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_ops.configs.kernel_config import PASSES, KernelConfig, read_fields, read_json
+
+logger = logging.getLogger("moe_ops")
+
+# Called when what lookup() says may have changed.
+on_change: list[Callable[[], object]] = []
+
+
+def is_enabled() -> bool:
+    """Whether tuning is on: MOE_OPS_AUTOTUNE=0 turns it off, and the cache with it."""
+    return os.environ.get("MOE_OPS_AUTOTUNE") != "0"
+
+
+def directory() -> Path:
+    """Where the files are: in MOE_OPS_CACHE_DIR, or in moe_ops/ of the user's cache directory."""
+    placed = os.environ.get("MOE_OPS_CACHE_DIR")
+    if placed:
+        return Path(placed) / "configs"
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home, as containers have them
+        caches = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
+    return caches / "moe_ops" / "configs"
+
+
+def path_of(device_name: str) -> Path:
+    """The file of this GPU with the versions that are running."""
+    parts = [f"{package}-{version}" for package, version in versions().items()]
+    return directory() / ("_".join([table_name(device_name), *parts]) + ".json")
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """What a tuned configuration is good for, beside the GPU."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "none"
+    # Not an import statement: moe_ops imports what imports this.
+    moe_ops = importlib.import_module("moe_ops")
+    return {"moe_ops": moe_ops.__version__, "torch": str(torch.__version__), "triton": triton}
+
+
+def table_name(device_name: str) -> str:
+    """'NVIDIA H200' -> 'nvidia_h200'."""
+    return "_".join("".join(c if c.isalnum() else " " for c in device_name.lower()).split())
+
+
+def lookup(device_name: str, key: str) -> KernelConfig | None:
+    """The configuration that was tuned for Problem.key on this GPU, if any."""
+    return _loaded(path_of(device_name)).get(key) if is_enabled() else None
+
+
+def store(device_name: str, configs: Mapping[str, KernelConfig]) -> None:
+    """Adds configurations, by Problem.key, to the file of this GPU."""
+    path = path_of(device_name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.parent):
+            write_table(path, device_name, configs)
+    except OSError as error:
+        _warn_once(f"moe_ops: cannot keep tuned configurations in {path.parent}: {error}")
+    _loaded(path).update(configs)
+    _announce()
+
+
+def clear() -> None:
+    """Deletes what was tuned, for all GPUs and versions, on disk and in memory."""
+    folder = directory()
+    if folder.is_dir():
+        with _locked(folder):
+            for file in folder.glob("*.json"):
+                file.unlink(missing_ok=True)
+    forget()
+
+
+def forget() -> None:
+    """Makes the next lookup read the disk anew."""
+    _loaded.cache_clear()
+    _announce()
+
+
+def write_table(path: Path, device_name: str, configs: Mapping[str, KernelConfig]) -> None:
+    """Writes a table, adding to the one that is there; other processes see the old or the new.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    merged = {**_read(path), **configs}
+    # One configuration a line, so that the difference of two tables can be read.
+    lines = (f"{json.dumps(key)}: {json.dumps(merged[key].to_dict())}" for key in sorted(merged))
+    header = f'"device": {json.dumps(device_name)},\n"versions": {json.dumps(versions())}'
+    body = ",\n".join(lines)
+    written = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        written.write_text(f'{{{header},\n"configs": {{\n{body}\n}}}}\n', encoding="utf-8")
+        written.replace(path)
+    finally:
+        written.unlink(missing_ok=True)
+
+
+def parse_table(text: str) -> dict[str, KernelConfig]:
+    """The configurations in a table, by Problem.key.
+
+    Raises:
+        ValueError: it is not a table.
+    """
+    content = read_json(text)
+    configs = content.get("configs") if isinstance(content, dict) else None
+    if not isinstance(configs, dict):
+        raise ValueError('not a table: expected a JSON object with an object "configs"')
+    return {key: _read_config(key, values) for key, values in configs.items()}
+
+
+def _read_config(key: str, values: Any) -> KernelConfig:
+    kind = key.partition(" ")[0]
+    if kind not in PASSES:
+        expected = f"keys that begin with one of {tuple(PASSES)}"
+        raise ValueError(f"not a table: expected {expected}, got {key!r}")
+    try:
+        return read_fields(kind, values)
+    except ValueError as error:
+        raise ValueError(f"not a table: {key!r}: {error}") from None
+
+
+def _announce() -> None:
+    for listener in on_change:
+        listener()
+
+
+@functools.cache
+def _loaded(path: Path) -> dict[str, KernelConfig]:
+    return _read(path)
+
+
+def _read(path: Path) -> dict[str, KernelConfig]:
+    """The table in a file; nothing, with a warning, where it cannot be read."""
+    try:
+        return parse_table(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        _warn_once(f"moe_ops: taking {path} as empty: {error}")
+        return {}
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock; the system drops it with the process."""
+    import fcntl
+
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

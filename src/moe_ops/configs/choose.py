@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which configuration a launch gets.
+
+In this order: what the caller gave as kernel_config; what was tuned on this machine (cache.py); what
+is shipped for this GPU (tables/); what the heuristics here compute from the problem, the GPU's
+shared memory and its number of SMs.
+
+M rows, N columns and K contracted elements of one expert's product; in dW the contracted are rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from importlib import resources
+from typing import Any
+
+import torch
+
+from moe_ops.configs import cache
+from moe_ops.configs.kernel_config import (
+    KernelConfig,
+    KernelConfigBackward_dW,
+    KernelConfigBackward_dX,
+    KernelConfigForward,
+    parse,
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a configuration depends on, without the exact number of rows.
+
+    Attributes:
+        kind: a key of PASSES.
+        dtype: such as "bfloat16".
+        num_experts, out_features, in_features: E, N, D of the op.
+        rows: the mean number of rows per expert, rounded up to a power of two.
+        flags: what else the kernel does, of "gather" (rows of x are gathered), "scatter" (rows of
+            the output are scattered), "scale" (they are multiplied by topk_weights), "bias", "dots"
+            (the router gradient), "transposed" (the weight is a transposed view), in this order.
+    """
+
+    kind: str
+    dtype: str
+    num_experts: int
+    out_features: int
+    in_features: int
+    rows: int
+    flags: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The problem as one string: the key of tables and caches."""
+        sizes = f"E{self.num_experts} N{self.out_features} D{self.in_features} rows{self.rows}"
+        return " ".join([self.kind, self.dtype, sizes, *self.flags])
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the heuristics know of a GPU; a CPU, where Triton is interpreted, has capability 0.0."""
+
+    name: str
+    capability: tuple[int, int]
+    shared_memory: int
+    num_sms: int
+
+    @property
+    def has_tma(self) -> bool:
+        """Whether it has a tensor memory accelerator, which loads what descriptors describe."""
+        return self.capability >= (9, 0)
+
+
+@functools.cache
+def device_of(device: torch.device) -> Device:
+    """The facts of a torch device."""
+    if device.type != "cuda":
+        return Device("cpu", (0, 0), 1 << 20, 4)
+    properties = torch.cuda.get_device_properties(device)
+    return Device(
+        properties.name,
+        (properties.major, properties.minor),
+        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        properties.multi_processor_count,
+    )
+
+
+def rows_bucket(num_rows: int, num_experts: int) -> int:
+    """The mean number of rows per expert, rounded up to a power of two; at least 1."""
+    mean = -(-num_rows // max(num_experts, 1))
+    return 1 << max(mean - 1, 0).bit_length()
+
+
+def choose(problem: Problem, device: Device, kernel_config: str | None) -> KernelConfig:
+    """The configuration of one launch."""
+    if kernel_config is not None:
+        given = parse(kernel_config).get(problem.kind)
+        if given is not None:
+            return given
+    return _chosen(problem, device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _chosen(problem: Problem, device: Device) -> KernelConfig:
+    tuned = cache.lookup(device.name, problem.key)
+    return tuned or shipped(device.name).get(problem.key) or heuristic(problem, device)
+
+
+cache.on_change.append(_chosen.cache_clear)
+
+
+def forget() -> None:
+    """Makes the next launches choose anew, and read the disk cache anew."""
+    cache.forget()
+
+
+@functools.cache
+def shipped(device_name: str) -> dict[str, KernelConfig]:
+    """The table that comes with the package for this GPU, by Problem.key; empty without one."""
+    file = resources.files("moe_ops.configs") / "tables" / f"{cache.table_name(device_name)}.json"
+    if not file.is_file():
+        return {}
+    return cache.parse_table(file.read_text(encoding="utf-8"))
+
+
+def heuristic(problem: Problem, device: Device) -> KernelConfig:
+    """A configuration by rules, without tuning: it compiles and fits the GPU's shared memory."""
+    if problem.kind == "backward_dW":
+        return fitting(_heuristic_dw(problem, device), problem, device)
+    return fitting(_heuristic_gemm(problem, device), problem, device)
+
+
+def _heuristic_gemm(problem: Problem, device: Device) -> KernelConfig:
+    """Forward and dX are one kernel: m, n, k are its tile, whatever the pass calls its sides."""
+    # Triton reads rows in vectors where their width is a multiple of 16. Elsewhere it reads number
+    # by number, whose addresses take registers that the tile then lacks.
+    is_even = problem.out_features % 16 == 0 and problem.in_features % 16 == 0
+    has_tma = device.has_tma and is_even
+    has_dots = "dots" in problem.flags
+    contracted = problem.in_features if problem.kind == "forward" else problem.out_features
+    # What comes after the product of an activation takes the registers of half a tile at most.
+    subtile = 2 if {"gated", "activated"} & set(problem.flags) else 1
+    stages, per_sm, store = 3, 1, False
+    if problem.dtype == "float32":
+        m, n, k, warps, has_tma = 64, 64, 32, 4, False
+    elif device.capability < (8, 0):
+        m, n, k, warps, has_tma = 64, 64, 16, 8, False
+    elif problem.rows <= 32:
+        # Decoding: a few rows an expert, bound by reading the weights. Descriptors gain nothing
+        # there and cost host time.
+        m, n, per_sm = (16, 64, 4) if problem.rows <= 8 else (32, 128, 2)
+        k, warps, has_tma = 128, 4, False
+        if m == 32 and device.shared_memory < 160 * 1024:
+            # Fewer steps ahead, so that an SM holds both programs.
+            stages = 2
+    elif has_tma and has_dots:
+        # The rows that x @ b is multiplied with take the registers of a wider tile.
+        m, n, k, warps, stages = 128, 128, 64, 8, 4
+    elif has_tma and problem.rows <= 64:
+        m, n, k, warps, stages, store = 64, 256, 64, 4, 4, True
+    elif has_tma and (
+        "activated" in problem.flags or ("gated" in problem.flags and device.capability >= (10, 0))
+    ):
+        # The activation's own registers leave room for half of the widest tile.
+        m, n, k, warps, stages, store = 128, 128, 64, 8, 4, True
+    elif (
+        device.capability[0] == 9
+        and has_tma
+        and not {"gather", "gated"} & set(problem.flags)
+        and ("scatter" in problem.flags or contracted <= 256)
+    ):
+        # Two programs an SM: one stores its tile while the other multiplies. Where storing is much
+        # of the work that pays for the narrower tile.
+        m, n, k, warps, store, per_sm, subtile = 128, 128, 64, 4, True, 2, 2
+    elif has_tma:
+        m, n, k, warps, store = 128, 256, 64, 8, True
+    else:
+        m, n, k, warps = 128, 128 if is_even else 64, 32, 8
+    common: dict[str, Any] = {
+        "BLOCK_M": m, "num_warps": warps, "num_stages": stages, "group_m": 16 if has_tma else 8,
+        "programs_per_sm": per_sm, "use_tma_store": store, "use_tma_load_w": has_tma,
+        "epilogue_subtile": subtile if has_tma else 1,
+        # Flattened, the dots spill on Blackwell.
+        "flatten": has_tma and not (has_dots and device.capability >= (10, 0)),
+    }  # fmt: skip
+    if problem.kind == "forward":
+        return KernelConfigForward(BLOCK_N=n, BLOCK_K=k, use_tma_load_x=has_tma, **common)
+    return KernelConfigBackward_dX(BLOCK_K=n, BLOCK_N=k, use_tma_load_dy=has_tma, **common)
+
+
+def _heuristic_dw(problem: Problem, device: Device) -> KernelConfigBackward_dW:
+    if problem.dtype == "float32" or device.capability < (8, 0):
+        m = 32 if problem.dtype == "float32" else 16
+        return KernelConfigBackward_dW(
+            BLOCK_M=m, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3, flatten=False
+        )
+    if not device.has_tma:
+        return KernelConfigBackward_dW(
+            BLOCK_M=32, BLOCK_N=128, BLOCK_K=128, num_warps=8, num_stages=3, flatten=False
+        )
+    # Two programs an SM: one stores its tile while the other multiplies. With many rows that does
+    # not pay for the narrower tile.
+    is_long = problem.rows >= 2048
+    return KernelConfigBackward_dW(
+        BLOCK_M=32,
+        BLOCK_N=128,
+        BLOCK_K=256 if is_long else 128,
+        num_warps=8 if is_long else 4,
+        num_stages=5 if is_long else 4,
+        group_m=2 if is_long else 4,
+        programs_per_sm=1 if is_long else 2,
+        use_tma_load_dy=True,
+        use_tma_load_x=True,
+        use_tma_store=True,
+        epilogue_subtile=1 if is_long else 2,
+    )
+
+
+def shared_memory(config: KernelConfig, problem: Problem, device: Device) -> int:
+    """Bytes of shared memory that each program of a launch needs, an upper bound.
+
+    On Hopper Triton 3.6 to 3.9 take some percent less at most for 16-bit operands, half of it for
+    fp32 that is not tf32, and a quarter where widths are no multiples of 16: those are not
+    pipelined. On other GPUs they take this or less.
+    """
+    rows, columns, contracted = _tile(config, problem)
+    size = 4 if problem.dtype == "float32" else 2
+    # What is stored at a time.
+    columns_stored = columns // config.epilogue_subtile
+    tile = rows * columns_stored * size
+    # Groups of four warps multiply out of shared memory; what is older multiplies out of registers,
+    # so the buffers of one step are free by then.
+    has_warp_groups = device.has_tma and rows >= 64 and config.num_warps % 4 == 0
+    steps = config.num_stages if has_warp_groups else max(config.num_stages - 1, 1)
+    if device.capability < (8, 0):
+        # Multiplied as fp32, one step at a time.
+        size, steps = 4, 1
+    operands = (rows + columns) * contracted * size * steps
+    stored = 0
+    if config.use_tma_store and device.has_tma and "scatter" not in problem.flags:
+        has_tails = getattr(config, "tail_tiles", False)
+        # A tile of half the height has a buffer of its own.
+        stored = tile + tile // 2 if has_tails else tile
+        if "gated" in problem.flags:
+            # Half of the pre-activation at a time; the output, half as wide, in a buffer of its own
+            # unless it has the same shape.
+            half = rows * columns // 2 * size
+            stored = half if config.epilogue_subtile == 1 else half + half // 2
+    # What pointers store, or dots are taken of, goes from warp to warp through shared memory first.
+    exchanged = 0
+    if not stored or "dots" in problem.flags:
+        in_parts = has_warp_groups and problem.dtype != "float32"
+        exchanged = _exchanged(rows, columns_stored, config.num_warps) if in_parts else tile
+    # A flattened loop loads the next tile's operands at that time; otherwise theirs are free. The
+    # inner loop of dW is as long as an expert: Triton does not flatten it.
+    if config.flatten and not isinstance(config, KernelConfigBackward_dW):
+        return operands + exchanged + stored + _BARRIERS
+    return max(operands, exchanged) + stored + _BARRIERS
+
+
+def _exchanged(rows: int, columns: int, num_warps: int) -> int:
+    """Bytes at a time of a 16-bit tile that goes from a warp group's layout to that of the stores.
+
+    In the group's layout each warp has 16 rows of every 16 * num_warps; a store's thread has 8
+    elements of one row. Where all threads store 8 rows at once or fewer, the 16 go in two halves.
+    """
+    rows_at_once = 8 * 32 * num_warps // columns
+    return min(rows, 16 * num_warps) * columns * 2 // (2 if rows_at_once <= 8 else 1)
+
+
+# Bytes, at most: 8 for each buffer that a descriptor loads, and their alignment.
+_BARRIERS = 256
+
+
+def _tile(config: KernelConfig, problem: Problem) -> tuple[int, int, int]:
+    """Rows and columns of the output's tile as it is stored, elements contracted at a step."""
+    m, n, k = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
+    if isinstance(config, KernelConfigForward):
+        return m, n, k
+    if isinstance(config, KernelConfigBackward_dX):
+        return m, k, n
+    return (k, n, m) if "transposed" in problem.flags else (n, k, m)
+
+
+def fitting(config: KernelConfig, problem: Problem, device: Device) -> KernelConfig:
+    """The same with fewer stages, down to 2, then smaller blocks, until it fits the shared memory.
+
+    What does not fit with blocks of 16 is returned as it is.
+    """
+    while shared_memory(config, problem, device) > device.shared_memory:
+        if config.num_stages > 2:
+            config = replace(config, num_stages=config.num_stages - 1)
+            continue
+        widest = max(("BLOCK_K", "BLOCK_N", "BLOCK_M"), key=lambda name: getattr(config, name))
+        if getattr(config, widest) == 16:
+            break
+        config = replace(config, **{widest: getattr(config, widest) // 2})
+    return config

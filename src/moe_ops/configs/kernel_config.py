@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configurations of grouped_gemm's three kernels, and the one string that carries them.
+
+An op takes its configuration as the string argument `kernel_config`, which is a constant for
+torch.compile and survives export. `kernel_config()` makes it of the dataclasses.
+
+M routed rows, N out_features, K in_features: the letters mean the same in all three.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
+
+# What many Triton kernels call the sides of a tile.
+_ALIASES = {f"BLOCK_SIZE_{letter}": f"BLOCK_{letter}" for letter in "MNK"}
+
+C = TypeVar("C", bound="KernelConfig")
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """What the three configurations have in common.
+
+    Attributes:
+        BLOCK_M (int): rows of a tile; a power of two from 16 to 256.
+        BLOCK_N (int): out_features of a tile; a power of two from 16 to 256.
+        BLOCK_K (int): in_features of a tile; a power of two from 16 to 256.
+        num_warps (int): 1, 2, 4, 8 or 16.
+        num_stages (int): depth of the software pipeline, 1 to 8.
+        group_m (int): row tiles that share a weight's columns in the L2 cache; 1 or more.
+        programs_per_sm (int): programs launched per streaming multiprocessor; 1 or more.
+        flatten (bool): let the loop over tiles and the loop over the contraction overlap.
+        permute_x, permute_y, fuse_mul_post (bool): what the configuration was tuned for. For the
+            record: the call's own arguments say what is computed.
+        use_tma_store (bool): store the output through a tensor descriptor where one applies.
+        epilogue_subtile (int): 1, or 2 to store a tile in two halves, one after the other, which
+            takes half of the shared memory and leaves it to another stage.
+        launch_pdl (bool): launch while the kernel before it ends (programmatic dependent launch),
+            where forward and dX run on a GPU of compute capability 9.0 or newer. For short launches.
+
+    A tensor descriptor (`use_tma_*`) applies on a GPU of compute capability 9.0 or newer, where
+    addresses and strides are multiples of 16 bytes and no row is gathered or scattered; elsewhere
+    pointers serve, with the same result.
+
+    Raises:
+        ValueError: a field is out of its range.
+        TypeError: a field has another type.
+    """
+
+    BLOCK_M: int = 128
+    BLOCK_N: int = 128
+    BLOCK_K: int = 64
+    num_warps: int = 8
+    num_stages: int = 3
+    group_m: int = 8
+    programs_per_sm: int = 1
+    flatten: bool = True
+    permute_x: bool = False
+    permute_y: bool = False
+    fuse_mul_post: bool = False
+    use_tma_store: bool = False
+    epilogue_subtile: int = 1
+    launch_pdl: bool = False
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        for field in fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            if type(value) is not kind:
+                got = f"{value!r} ({type(value).__name__})"
+                raise TypeError(f"{name}: expected {field.name} of type {kind.__name__}, got {got}")
+        for block in ("BLOCK_M", "BLOCK_N", "BLOCK_K"):
+            size = getattr(self, block)
+            if not 16 <= size <= 256 or size & (size - 1):
+                expected = f"{block} to be a power of two from 16 to 256"
+                raise ValueError(f"{name}: expected {expected}, got {size}")
+        if self.num_warps not in {1, 2, 4, 8, 16}:
+            raise ValueError(
+                f"{name}: expected num_warps in (1, 2, 4, 8, 16), got {self.num_warps}"
+            )
+        if not 1 <= self.num_stages <= 8:
+            raise ValueError(f"{name}: expected num_stages from 1 to 8, got {self.num_stages}")
+        if self.epilogue_subtile not in {1, 2}:
+            raise ValueError(
+                f"{name}: expected epilogue_subtile in (1, 2), got {self.epilogue_subtile}"
+            )
+        for count in ("group_m", "programs_per_sm"):
+            if getattr(self, count) < 1:
+                raise ValueError(f"{name}: expected {count} >= 1, got {getattr(self, count)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as `from_dict` and JSON take them."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls: type[C], values: dict[str, Any]) -> C:
+        """The configuration of a dict of fields; what is missing has its default.
+
+        BLOCK_SIZE_M, BLOCK_SIZE_N, BLOCK_SIZE_K may stand for BLOCK_M, BLOCK_N, BLOCK_K.
+
+        Raises:
+            ValueError: an unknown field, a field given twice, or a value out of range.
+            TypeError: a value of another type, or no dict.
+        """
+        if not isinstance(values, dict):
+            got = f"{values!r} ({type(values).__name__})"
+            raise TypeError(f"{cls.__name__}: expected a dict of fields, got {got}")
+        named: dict[str, Any] = {}
+        known = {field.name for field in fields(cls)}
+        for given, value in values.items():
+            name = _ALIASES.get(given, given)
+            if name not in known:
+                raise ValueError(f"{cls.__name__}: unknown field {given!r}")
+            if name in named:
+                raise ValueError(f"{cls.__name__}: {name} is given twice")
+            named[name] = value
+        return cls(**named)
+
+
+@dataclass(frozen=True)
+class KernelConfigForward(KernelConfig):
+    """Configuration of grouped_gemm: tiles of BLOCK_M by BLOCK_N, contracted over BLOCK_K.
+
+    Attributes:
+        tail_tiles (bool): compute an expert's last rows in a tile of half the height where they
+            fit. For few rows per expert; it excludes `flatten`.
+        use_tma_load_x, use_tma_load_w (bool): load the rows, the weight through a descriptor.
+    """
+
+    tail_tiles: bool = False
+    use_tma_load_x: bool = False
+    use_tma_load_w: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_tail_tiles(self, self.tail_tiles)
+
+
+@dataclass(frozen=True)
+class KernelConfigBackward_dX(KernelConfig):  # noqa: N801
+    """Configuration of grouped_gemm_dx: tiles of BLOCK_M by BLOCK_K, contracted over BLOCK_N.
+
+    Attributes:
+        tail_tiles (bool): as in KernelConfigForward.
+        use_tma_load_dy, use_tma_load_w (bool): load the rows of the output's gradient, the weight
+            through a descriptor.
+    """
+
+    tail_tiles: bool = False
+    use_tma_load_dy: bool = False
+    use_tma_load_w: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_tail_tiles(self, self.tail_tiles)
+
+
+@dataclass(frozen=True)
+class KernelConfigBackward_dW(KernelConfig):  # noqa: N801
+    """Configuration of grouped_gemm_dw: tiles of BLOCK_N by BLOCK_K, contracted over BLOCK_M.
+
+    Attributes:
+        use_tma_load_dy, use_tma_load_x (bool): load the rows of the output's gradient, of the
+            input through a descriptor.
+    """
+
+    use_tma_load_dy: bool = False
+    use_tma_load_x: bool = False
+
+
+def _check_tail_tiles(config: KernelConfig, tail_tiles: bool) -> None:
+    name = type(config).__name__
+    if tail_tiles and config.flatten:
+        raise ValueError(f"{name}: expected not (tail_tiles and flatten), got both")
+    if tail_tiles and config.BLOCK_M < 32:
+        raise ValueError(f"{name}: expected BLOCK_M >= 32 with tail_tiles, got {config.BLOCK_M}")
+
+
+PASSES: dict[str, type[KernelConfig]] = {
+    "forward": KernelConfigForward,
+    "backward_dX": KernelConfigBackward_dX,
+    "backward_dW": KernelConfigBackward_dW,
+}
+
+
+def kernel_config(
+    forward: KernelConfigForward | None = None,
+    backward_dX: KernelConfigBackward_dX | None = None,
+    backward_dW: KernelConfigBackward_dW | None = None,
+) -> str:
+    """The `kernel_config` argument of the grouped_gemm ops.
+
+    Args:
+        forward (KernelConfigForward or None): for grouped_gemm; None: chosen by shape.
+        backward_dX (KernelConfigBackward_dX or None): for grouped_gemm_dx.
+        backward_dW (KernelConfigBackward_dW or None): for grouped_gemm_dw.
+
+    Returns:
+        str: JSON, an object with an entry for each configuration that is given.
+
+    Raises:
+        TypeError: an argument is not the configuration of its pass.
+    """
+    given = dict(zip(PASSES, (forward, backward_dX, backward_dW), strict=True))
+    content = {}
+    for name, config in given.items():
+        if config is None:
+            continue
+        if not isinstance(config, PASSES[name]):
+            expected, got = PASSES[name].__name__, type(config).__name__
+            raise TypeError(f"kernel_config: expected {name} to be a {expected}, got {got}")
+        content[name] = config.to_dict()
+    return json.dumps(content)
+
+
+@functools.lru_cache(maxsize=256)
+def why_not_kernel_config(text: str) -> str | None:
+    """Why `parse` refuses the string; None where it does not."""
+    try:
+        parse(text)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+def parse(text: str) -> dict[str, KernelConfig]:
+    """The configurations in a `kernel_config` string, by pass.
+
+    Raises:
+        ValueError: it is not what `kernel_config()` makes, with the reason.
+    """
+    content = read_json(text)
+    if not isinstance(content, dict) or not content.keys() <= PASSES.keys():
+        raise ValueError(f"expected a JSON object with keys of {tuple(PASSES)}")
+    return {name: read_fields(name, values) for name, values in content.items()}
+
+
+def read_fields(name: str, values: Any) -> KernelConfig:
+    """The configuration of one pass, a key of PASSES, from the JSON object of its fields.
+
+    Raises:
+        ValueError: it is no such object, with the reason.
+    """
+    if not isinstance(values, dict):
+        got = json.dumps(values)
+        raise ValueError(f"expected {name} to be a JSON object of fields, got {got}")
+    try:
+        return PASSES[name].from_dict(values)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
+# A table has objects in objects in an object. Python's own limit depends on who calls.
+_MAX_NESTING = 8
+# Past 64 bits nothing is a size; Python's own limit is on the digits that it converts.
+_MAX_DIGITS = 19
+_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[\]{}]', re.DOTALL)
+
+
+def read_json(text: str) -> Any:
+    """What the JSON says; unlike json.loads, it takes no key that stands twice in an object.
+
+    Raises:
+        ValueError: it is not JSON, a key stands twice, an integer has more than 19 digits, or
+            lists and objects are nested more than 8 deep; with the reason.
+    """
+    nesting = 0
+    for token in _STRING_OR_BRACKET.findall(text):
+        nesting += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token, 0)
+        if nesting > _MAX_NESTING:
+            raise ValueError(f"expected JSON nested at most {_MAX_NESTING} deep, got more")
+    try:
+        return json.loads(text, object_pairs_hook=_without_repeats, parse_int=_short_integer)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"the key {key!r} stands twice")
+        content[key] = value
+    return content
+
+
+def _short_integer(digits: str) -> int:
+    count = len(digits.removeprefix("-"))
+    if count > _MAX_DIGITS:
+        raise ValueError(f"expected integers of at most {_MAX_DIGITS} digits, got one of {count}")
+    return int(digits)

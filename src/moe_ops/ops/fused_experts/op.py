@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The op fused_experts: a whole layer of experts, from hidden states to hidden states.
+
+Where a gradient is recorded, fused_experts_forward runs in its place and returns what the backward
+needs; without one nothing of that is kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moe_ops._core.library import Op, documented
+from moe_ops.ops.fused_experts import cpu
+
+_op = Op("fused_experts")
+_op.implement("pytorch", cpu.fused_experts)
+_op.implement("triton", "moe_ops.ops.fused_experts.launch:fused_experts")
+
+_forward_op = Op("fused_experts_forward")
+_forward_op.implement("pytorch", cpu.fused_experts_forward)
+_forward_op.implement("triton", "moe_ops.ops.fused_experts.launch:fused_experts_forward")
+
+_backward_op = Op("fused_experts_backward")
+_backward_op.implement("pytorch", cpu.fused_experts_backward)
+_backward_op.implement("triton", "moe_ops.ops.fused_experts.launch:fused_experts_backward")
+
+
+def _save(ctx: Any, args: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> None:
+    hidden_states, gate_up_proj, down_proj, _, topk_weights, gate_up_bias, down_bias, *flags = args
+    *activation, weights_before, recompute, config = flags
+    _, pre_activation, *routing = outputs
+    x, gate_up, down, _, weights, gate_up_b, down_b, *_ = ctx.needs
+    # The gradient of down_bias alone does not go through the activation.
+    reads_activation = x or gate_up or down or weights or gate_up_b
+    recomputes = reads_activation and recompute == "pre_activation"
+    reads_hidden_states = gate_up or (weights and weights_before) or recomputes
+    ctx.save_for_backward(
+        hidden_states if reads_hidden_states else None,
+        gate_up_proj,
+        down_proj,
+        topk_weights,
+        gate_up_bias if recomputes else None,
+        down_bias if weights and not weights_before else None,
+        pre_activation if reads_activation and not recomputes else None,
+        *routing,
+    )
+    needs = [x, gate_up, down, weights, gate_up_b, down_b]
+    transposed = [_is_transposed(gate_up_proj), _is_transposed(down_proj)]
+    ctx.flags = (*activation, weights_before, needs, transposed, config)
+
+
+def _is_transposed(weight: torch.Tensor) -> bool:
+    """A transposed view: its gradient comes in the same order, or autograd would copy it."""
+    return weight.stride(1) == 1 and weight.stride(2) != 1
+
+
+def _backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    found = _backward_op(grad_output, *ctx.saved_tensors, *ctx.flags)
+    needs = ctx.flags[-3]
+    x, gate_up, down, weights, gate_up_b, down_b = (
+        grad if need else None for grad, need in zip(found, needs, strict=True)
+    )
+    return x, gate_up, down, None, weights, gate_up_b, down_b
+
+
+_op.differentiate(_save, _backward, forward=_forward_op)
+
+
+@documented
+def fused_experts(
+    hidden_states: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    activation: str = "silu",
+    gated: bool = True,
+    interleaved: bool = False,
+    activation_limit: float | None = None,
+    weights_before: bool = False,
+    recompute: str = "none",
+    kernel_config: str | None = None,
+) -> torch.Tensor:
+    return _op(
+        hidden_states,
+        gate_up_proj,
+        down_proj,
+        topk_ids,
+        topk_weights,
+        gate_up_bias,
+        down_bias,
+        activation,
+        gated,
+        interleaved,
+        activation_limit,
+        weights_before,
+        recompute,
+        kernel_config,
+    )

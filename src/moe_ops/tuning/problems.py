@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which GEMMs a model's experts run.
+
+E experts, T tokens, R = T * top_k routed rows, N out_features, D in_features of one projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from moe_ops.configs.choose import Problem, rows_bucket
+
+# A decoding step of one and of some sequences, a prompt, and steps of training.
+NUM_TOKENS = (1, 64, 1024, 4096, 16384)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# What routers and configs call the number of experts of a token.
+_TOP_K_NAMES = ("top_k", "num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", "moe_k")
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The sizes of one experts layer: all that its GEMMs depend on, beside the number of tokens.
+
+    Attributes:
+        num_experts, top_k: E, and the experts of a token.
+        up, down: (out_features, in_features) of the two projections.
+        dtype: of the products.
+        has_bias: whether the projections have biases.
+        transposed: whether the weights are stored (E, in_features, out_features).
+    """
+
+    num_experts: int
+    top_k: int
+    up: tuple[int, int]
+    down: tuple[int, int]
+    dtype: torch.dtype
+    has_bias: bool = False
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """A problem, and the sizes to tune it at."""
+
+    problem: Problem
+    num_rows: int
+    top_k: int
+
+
+def find_experts(
+    model: nn.Module, dtype: torch.dtype | None = None, top_k: int | None = None
+) -> list[Experts]:
+    """The different experts layers of a model.
+
+    Raises:
+        ValueError: it has none, does not say its top_k, or has them in a dtype of no kernel.
+    """
+    found: dict[Experts, None] = {}
+    for name, module in model.named_modules():
+        up = getattr(module, "gate_up_proj", getattr(module, "up_proj", None))
+        down = getattr(module, "down_proj", None)
+        if not (_is_stacked(up) and _is_stacked(down)):
+            continue
+        # Llama 4 does not say it; what goes into the first projection comes out of the second.
+        transposed = getattr(module, "is_transposed", up.shape[2] != down.shape[1])
+        layer = Experts(
+            num_experts=up.shape[0],
+            top_k=top_k or _top_k(model, name),
+            up=(up.shape[2], up.shape[1]) if transposed else (up.shape[1], up.shape[2]),
+            down=(down.shape[2], down.shape[1]) if transposed else (down.shape[1], down.shape[2]),
+            dtype=dtype or up.dtype,
+            has_bias=bool(getattr(module, "has_bias", False)),
+            transposed=bool(transposed),
+        )
+        found[layer] = None
+    if not found:
+        raise ValueError(
+            "moe_ops.tune: expected a model with experts (modules with 3-D parameters gate_up_proj "
+            f"or up_proj, and down_proj), got {type(model).__name__} without"
+        )
+    return list(found)
+
+
+def _is_stacked(weight: object) -> TypeGuard[Tensor]:
+    return isinstance(weight, Tensor) and weight.ndim == 3
+
+
+def _top_k(model: nn.Module, name: str) -> int:
+    """How many experts a token goes to: the router beside the experts says it, or the config."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    config: Any = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else None
+    for owner in (parent, *parent.children(), text_config, config):
+        for attribute in _TOP_K_NAMES:
+            value = getattr(owner, attribute, None)
+            if isinstance(value, int):
+                return value
+    raise ValueError(
+        f"moe_ops.tune: expected top_k to be given, got a model whose router beside {name!r} and "
+        f"whose config have none of {', '.join(_TOP_K_NAMES)}"
+    )
+
+
+def tasks_of(
+    layers: Iterable[Experts], num_tokens: Iterable[int], separate_ops: bool = False
+) -> list[Task]:
+    """The problems of some layers: those of fused_experts, and where asked those of grouped_gemm.
+
+    Each problem comes once, at the most rows that were asked of it.
+
+    Raises:
+        ValueError: a dtype that no kernel computes in, or sizes below 1.
+    """
+    tasks: dict[str, Task] = {}
+    counts = sorted(set(num_tokens))
+    for layer in layers:
+        if layer.dtype not in DTYPES:
+            raise ValueError(
+                f"moe_ops.tune: expected a dtype of bfloat16, float16, float32, got {layer.dtype}"
+            )
+        for size in (layer.num_experts, layer.top_k, *layer.up, *layer.down, *counts):
+            if size < 1:
+                raise ValueError(f"moe_ops.tune: expected sizes of 1 or more, got {size}")
+        for tokens in counts:
+            for problem in _problems(layer, tokens, separate_ops):
+                tasks[problem.key] = Task(problem, tokens * layer.top_k, layer.top_k)
+    return list(tasks.values())
+
+
+def _problems(layer: Experts, num_tokens: int, separate_ops: bool) -> Iterator[Problem]:
+    rows = rows_bucket(num_tokens * layer.top_k, layer.num_experts)
+    dtype = str(layer.dtype).removeprefix("torch.")
+
+    def problem(
+        kind: str, sizes: tuple[int, int], *flags: str, more: tuple[str, ...] = ()
+    ) -> Problem:
+        transposed = ("transposed",) if layer.transposed else ()
+        return Problem(kind, dtype, layer.num_experts, *sizes, rows, (*flags, *transposed, *more))
+
+    bias = ("bias",) if layer.has_bias else ()
+    is_gated = layer.up[0] == 2 * layer.down[1]
+    # The up projection gathers its rows, and has the activation on top.
+    yield problem(
+        "forward", layer.up, "gather", *bias, more=("gated" if is_gated else "activated",)
+    )
+    yield problem("forward", layer.down, *bias)
+    yield problem("backward_dX", layer.down)
+    yield problem("backward_dX", layer.up)
+    yield problem("backward_dW", layer.down)
+    yield problem("backward_dW", layer.up)
+    if separate_ops:
+        # Permutations within the GEMMs: what gathers its rows in forward scatters them in dX. dW has
+        # them moved before it.
+        yield problem("forward", layer.up, "gather", *bias)
+        yield problem("backward_dX", layer.up, "scatter")
+        yield problem("forward", layer.down, "scatter", "scale", *bias)
+        yield problem("backward_dX", layer.down, "gather", "scale", "dots")

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every Triton kernel compiles for every GPU generation, fits its shared memory, and spills little.
+
+Without a GPU. What is compiled is what the launchers would launch there: the configurations that
+moe_ops chooses, the specialisation that Triton makes.
+"""
+
+import importlib
+import json
+import os
+import pkgutil
+from collections.abc import Iterable
+from importlib import resources
+
+import pytest
+import torch
+
+import moe_ops
+from moe_ops.configs import cache, choose
+from moe_ops.configs.choose import Device
+from moe_ops.configs.kernel_config import KernelConfig, KernelConfigForward, kernel_config
+from tests.gpu import experts_problem
+from tests.gpu.gemm_problem import MODES
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("compiles kernels, which TRITON_INTERPRET=1 interprets", allow_module_level=True)
+pytest.importorskip("triton", exc_type=ImportError)
+
+from moe_ops.ops import gemm_launching
+from tests.architectures import calls
+from tests.architectures.calls import SIZES, Call, Sizes
+from tests.architectures.compiled import GPUS, Resources, compiling_for
+
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+EVERY_FLAG = ("permute_x-weights-bias", "permute_y-weights-bias")
+# Bytes of a thread's stack that do no harm: an eighth of its registers, in the caches nearby.
+SPILL_LIMIT = 128
+# What multiplies matrices of 16-bit floats. Triton has FMA alone for sm_75.
+TENSOR_CORES = {
+    "sm_80": "mma.sync", "sm_89": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma",
+}  # fmt: skip
+
+gpus = pytest.mark.parametrize("gpu", GPUS)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_tuned():
+    """What somebody tuned on this machine is not what others get."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("MOE_OPS_AUTOTUNE", "0")
+        choose.forget()
+        yield
+    choose.forget()
+
+
+def compile_all(device: Device, called: Iterable[Call]) -> list[Resources]:
+    with compiling_for(device) as found:
+        for call in called:
+            call()
+    return found
+
+
+def check(device: Device, named: dict[str, Call], stack: int) -> None:
+    """Every call's kernels fit, with at most so many bytes of stack; tells of all that do not."""
+    wrong = [
+        f"{name}: {kernel}"
+        for name, call in named.items()
+        for kernel in compile_all(device, [call])
+        if kernel.shared > device.shared_memory or kernel.stack > stack
+    ]
+    limits = f"{device.shared_memory} bytes of shared memory, {stack} of stack"
+    assert not wrong, "\n".join([f"more than {limits}:", *wrong])
+
+
+def stack_limit(gpu: str, size: str = "training") -> int:
+    return 0 if gpu == "sm_90" and size != "uneven" else SPILL_LIMIT
+
+
+@gpus
+def test_every_kernel_compiles(gpu):
+    device, dtype = GPUS[gpu], F16
+    named = {f"routing {i}": call for i, call in enumerate(calls.routing(SIZES["training"], dtype))}
+    for size in ("training", "decode-8"):
+        made = calls.grouped_gemm(SIZES[size], dtype, **MODES["permute_x-weights-bias"])
+        named.update({f"{size} {name}": call for name, call in made.items()})
+    made = calls.experts(SIZES["training"], dtype)
+    named.update({f"experts {name}": call for name, call in made.items()})
+    gather = calls.grouped_gemm(SIZES["training"], dtype, **MODES["permute_y-weights"])
+    kernels = compile_all(device, [*named.values(), gather["dw"]])
+    assert {kernel.kernel for kernel in kernels} == kernels_of_the_package()
+    check(device, named, stack_limit(gpu))
+
+
+def kernels_of_the_package() -> set[str]:
+    """The names of all functions that a launcher launches."""
+    names = set()
+    for module in pkgutil.walk_packages(moe_ops.__path__, "moe_ops."):
+        if module.name.endswith(".kernels") or module.name.startswith("moe_ops.kernels."):
+            names |= {
+                n for n in vars(importlib.import_module(module.name)) if n.endswith("_kernel")
+            }
+    return names
+
+
+@pytest.mark.parametrize(
+    ("gpu", "mode"), [(gpu, m) for gpu in GPUS for m in (MODES if gpu == "sm_90" else EVERY_FLAG)]
+)
+def test_training(gpu, mode):
+    """In bf16, or what the GPU has; on sm_90 every combination, and transposed weights too."""
+    dtype = F16 if gpu == "sm_75" else BF16
+    layouts = (False, True) if gpu == "sm_90" else (False,)
+    named = {
+        f"{name}{' transposed' if transposed else ''}": call
+        for transposed in layouts
+        for name, call in calls.grouped_gemm(
+            SIZES["training"], dtype, transposed=transposed, **MODES[mode]
+        ).items()
+    }
+    check(GPUS[gpu], named, stack_limit(gpu))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "mode"),
+    [(gpu, m) for gpu in GPUS for m in (experts_problem.MODES if gpu == "sm_90" else ("gpt-oss",))],
+)
+def test_training_of_experts(gpu, mode):
+    dtype = F16 if gpu == "sm_75" else BF16
+    flags = experts_problem.MODES[mode]
+    sizes = {"training": (False, True), "decode-8": (False,), "uneven": (False,)}
+    for size, layouts in sizes.items():
+        for transposed in layouts:
+            made = calls.experts(SIZES[size], dtype, transposed=transposed, **flags)
+            named = {f"{size} {name} {transposed=}": call for name, call in made.items()}
+            check(GPUS[gpu], named, stack_limit(gpu, size))
+
+
+@pytest.mark.parametrize("gpu", TENSOR_CORES)
+def test_tensor_cores_and_descriptors_are_used(gpu):
+    device = GPUS[gpu]
+    for name, call in calls.grouped_gemm(SIZES["training"], BF16).items():
+        ptx = "".join(kernel.ptx for kernel in compile_all(device, [call]))
+        assert TENSOR_CORES[gpu] in ptx, name
+        assert ("cp.async.bulk.tensor" in ptx) == device.has_tma, name
+
+
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_90"])
+def test_dependent_launch(gpu):
+    """Only where asked for, and where the GPU has it."""
+    for follows in (False, True):
+        config = KernelConfigForward(16, 64, 128, 4, 3, flatten=False, launch_pdl=follows)
+        made = calls.grouped_gemm(SIZES["decode-8"], BF16, kernel_config=kernel_config(config))
+        ptx = compile_all(GPUS[gpu], [made["forward"]])[-1].ptx
+        for instruction in ("griddepcontrol.wait", "griddepcontrol.launch_dependents"):
+            assert (instruction in ptx) == (follows and gpu == "sm_90")
+
+
+@gpus
+@pytest.mark.parametrize("size", [size for size in SIZES if size != "training"])
+def test_sizes(gpu, size):
+    # Both, where it matters most.
+    for mode in EVERY_FLAG[0 if gpu == "sm_90" else 1 :]:
+        made = calls.grouped_gemm(SIZES[size], F16, **MODES[mode])
+        check(GPUS[gpu], {f"{mode} {n}": call for n, call in made.items()}, stack_limit(gpu, size))
+
+
+@gpus
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_fp32(gpu, precision, monkeypatch):
+    if precision == "tf32" and gpu == "sm_75":
+        pytest.skip("no tf32 before compute capability 8.0")
+    monkeypatch.setattr(gemm_launching, "_precision", lambda dtype: precision)
+    named = calls.grouped_gemm(SIZES["training"], F32, **MODES["permute_y-weights-bias"])
+    check(GPUS[gpu], named, stack_limit(gpu))
+    used = "tf32" in compile_all(GPUS[gpu], [named["forward"]])[-1].ptx
+    assert used == (precision == "tf32")
+
+
+TABLES = resources.files("moe_ops.configs") / "tables"
+TABLE_NAMES = sorted(file.name for file in TABLES.iterdir()) if TABLES.is_dir() else []
+
+
+@pytest.mark.parametrize("table", TABLE_NAMES)
+def test_shipped_tables(table):
+    """Each configuration of a table once, with the flags of the first problem that it is for."""
+    configs = cache.parse_table((TABLES / table).read_text(encoding="utf-8"))
+    device = next(d for d in GPUS.values() if table == f"{cache.table_name(d.name)}.json")
+    first: dict[tuple[str, KernelConfig], str] = {}
+    for key, config in configs.items():
+        first.setdefault((key.split()[0], config), key)
+    named: dict[str, Call] = {}
+    for (kind, config), key in first.items():
+        # As kernel_config() writes it.
+        named[key] = call_of(key, json.dumps({kind: config.to_dict()}))
+    check(device, named, 0)
+
+
+def call_of(key: str, config: str) -> Call:
+    """The launch that a Problem.key tells of."""
+    kind, dtype, *sizes, rows = key.split()[:6]
+    flags = key.split()[6:]
+    num_experts, out_features, in_features = (int(size[1:]) for size in sizes)
+    is_forward = kind == "forward"
+    made = calls.grouped_gemm(
+        Sizes(int(rows.removeprefix("rows")) * num_experts, 1, num_experts, out_features, in_features),
+        getattr(torch, dtype),
+        permute_x=("gather" if is_forward else "scatter") in flags,
+        permute_y=("scatter" if is_forward else "gather") in flags,
+        weights="scale" in flags,
+        bias="bias" in flags,
+        transposed="transposed" in flags,
+        kernel_config=config,
+    )  # fmt: skip
+    name = {"forward": "forward", "backward_dX": "dx", "backward_dW": "dw"}[kind]
+    return made["dx-dots" if "dots" in flags else name]

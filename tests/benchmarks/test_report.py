@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables and plots that are made of the benchmarks' results."""
+
+import json
+from typing import Any
+
+import pytest
+
+from benchmarks import report
+
+PAGE = "\n".join(["before", *report.CPU_MARKERS, "between", *report.CUDA_MARKERS, "after", ""])
+PART_FACTS: dict[str, dict[str, Any]] = {
+    "experts": {"grouped_mm": "transformers 5.17.0"},
+    "experts-peers": {"present": {}, "absent": {"liger": "no module liger_kernel"}},
+}
+ENVIRONMENT = {"date": "2026-01-02", "gpu": "NVIDIA H200", "kernel_sha256": "a" * 64}
+
+
+def gemm_case(name, ratio, **more):
+    median = {"moe_ops": [1.0, 1.1, 1.2], "torch": [1.2, 1.3, 1.4]}
+    return {
+        "shape": "olmoe",
+        "routing": "uniform",
+        "projection": "up",
+        "pass": name,
+        "milliseconds": median,
+        "ratio": {
+            "torch": [ratio - 0.1, ratio, ratio + 0.1],
+            "permuted": [1.0, 1.07, 1.1],
+        },
+        "tflops": {"moe_ops": 654.3},
+        "of_dense_ceiling": 0.87,
+        **more,
+    }
+
+
+def experts_case(name, ratio, **more):
+    return {
+        "shape": "olmoe",
+        "routing": "uniform",
+        "pass": name,
+        "errors": {"moe_ops": 0.01, "eager": 0.01, "compiled": 0.01},
+        "milliseconds": {"moe_ops": [9.0, 9.126, 9.2]},
+        "ratio": ratio,
+        "tflops": {"moe_ops": 611.6},
+        "of_floor": 1.347,
+        **more,
+    }
+
+
+def kernel_case(shape, kernel, nth, milliseconds, share, **more):
+    case = {"shape": shape, "kernel": kernel, "nth": nth, "milliseconds": milliseconds}
+    return {**case, "share": share, **more}
+
+
+CASES = {
+    "ceilings": [{"when": "start", "dense_tflops": 780.0, "copy_tbs": 4.2, "read_tbs": 4.4}],
+    "gemm": [
+        gemm_case("forward", 1.25),
+        gemm_case("dX", 0.8),
+        gemm_case("dW", 1.0) | {"ratio": {}, "wrong": ["moe_ops"], "tflops": {}},
+    ],
+    "rows": [
+        {
+            "shape": "olmoe",
+            "op": "permute",
+            "milliseconds": {},
+            "ratio": {"torch": [1.1, 1.2, 1.3]},
+            "tbs": 3.612,
+            "of_copy_ceiling": 0.86,
+        }
+    ],
+    "routing": [
+        {
+            "op": "routing_indices",
+            "E": 128,
+            "slots": 131072,
+            "milliseconds": {"moe_ops": [0.01, 0.0123, 0.02]},
+            "ratio": {"eager": [3.0, 4.0, 5.0]},
+        },
+        {
+            "op": "topk_routing",
+            "T": 16,
+            "E": 8,
+            "K": 2,
+            "pass": "forward",
+            "milliseconds": {"moe_ops": [0.01, 0.02, 0.03], "torch": [0.02, 0.04, 0.06]},
+            "ratio": {"torch": [1.9, 2.0, 2.1]},
+        },
+    ],
+    "decode": [
+        {
+            "shape": "qwen3-30b",
+            "projection": "up",
+            "T": 8,
+            "milliseconds": {"moe_ops": [0.1, 0.1, 0.1]},
+            "ratio": {"of read": [1.1, 1.2, 1.3]},
+            "floor_milliseconds": 0.08,
+            "of_floor": 1.25,
+        }
+    ],
+    "dispatch": [
+        {
+            "call": "permute",
+            "kernels": 1,
+            "microseconds": {name: [5.0, 6.0, 7.0] for name in ("moe_ops", "launches", "bare op")},
+            "of_bare_op": 2.5,
+        }
+    ],
+    "first-call": [
+        {"shape": "olmoe", "triton_cache": "empty", "seconds": {"first": 12.5, "second": 0.01}}
+    ],
+    "experts": [
+        experts_case("forward", {"eager": [1.3, 1.4, 1.5], "compiled": [1.2, 1.23, 1.3]}),
+        experts_case(
+            "forward+backward",
+            {"eager": [1.3, 1.4, 1.5], "recompute": [1.1, 1.11, 1.12]},
+            wrong=["compiled"],
+            aim=1.15,
+            mib={"moe_ops": {"kept": 388.4, "output": 64.0, "peak": 2000.6, "gradients": 1000.0}},
+        ),
+        experts_case(
+            "forward+backward",
+            {"compiled, dynamic": [1.9, 2.0, 2.1]},
+            errors={"moe_ops": 0.01, "compiled, dynamic": 0.01},
+        ),
+    ],
+    "experts-kernels": [
+        kernel_case("olmoe", "gemm", 1, 1.0, 0.1, of_floor=1.25),
+        kernel_case("olmoe", "gemm", 2, 0.5, 0.05),
+        kernel_case("large", "gemm", 1, 3.0, 0.2),
+        kernel_case("large", "rows", 1, 2.0, 0.15),
+        kernel_case("large", "gemm", 2, 1.0, 0.1),
+    ],
+    "experts-first-call": [
+        {"shape": "large", "triton_cache": "warm", "seconds": {"first": 1.5, "second": 0.02}}
+    ],
+    "experts-peers": [
+        {
+            "shape": "olmoe",
+            "peer": "scattermoe",
+            "pass": "forward+backward",
+            "milliseconds": {"moe_ops": [7.0, 7.5, 8.0], "scattermoe": [11.0, 11.25, 12.0]},
+            "ratio": {"scattermoe": [1.4, 1.5, 1.6]},
+            "mib": {"moe_ops": {"kept": 388.0, "peak": 2000.0}, "scattermoe": {"kept": 1378.0}},
+            "first_call_seconds": 6.5,
+        }
+    ],
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "performance.md").write_text(PAGE)
+    return tmp_path
+
+
+def write_cuda(folder):
+    for part, cases in CASES.items():
+        facts = {**ENVIRONMENT, **PART_FACTS.get(part, {}), "part": part}
+        content = {"environment": facts, "cases": cases}
+        file = folder / "results" / f"h200_{part.replace('-', '_')}.json"
+        file.write_text(json.dumps(content))
+
+
+def render(folder):
+    report.write(folder / "results", folder / "performance.md")
+    return (folder / "performance.md").read_text()
+
+
+def test_without_results_nothing_is_written(folder):
+    assert render(folder) == PAGE
+    assert not (folder / "images").exists()
+
+
+def test_cuda_tables(folder):
+    write_cuda(folder)
+    text = render(folder)
+    assert text.startswith("before\n" + "\n".join(report.CPU_MARKERS) + "\nbetween\n")
+    assert text.endswith(report.CUDA_MARKERS[1] + "\nafter\n")
+    for row in (
+        "| start | 780.0 | 4.2 | 4.4 |",
+        "| olmoe | uniform | up | forward | 654 | 0.87 | 1.25 (1.15-1.35) | - | - | 7% |",
+        "| olmoe | uniform | up | dW | - | 0.87 | wrong | wrong | wrong | - |",
+        "| forward | 1 | 1.250 | 1.250 | - | - | - | - |",
+        "| dW | 1 | - | - | - | - | - | - |",
+        "| olmoe | permute | 3.61 | 0.86 | 1.20 (1.10-1.30) | - |",
+        "| 128 | 131072 | 12.3 | - | 4.00 (3.00-5.00) | - | - | - |",
+        "| 16 | 8 | 2 | forward | 20.0 | 40.0 | 2.00 (1.90-2.10) |",
+        "| qwen3-30b | up | 8 | 100.0 | - | - | 80.0 | - | 1.20 (1.10-1.30) | 1.25 |",
+        "| permute | 1 | 6.0 | 6.0 | 6.0 | 0.50 | 2.50 |",
+        "| olmoe | empty | 12.5 | 0.01 |",
+        "| forward | 9.13 | 612 | 1.40 (1.30-1.50) | 1.23 (1.20-1.30) | - | - | 1.35 | - | - |",
+        "| forward+backward | 9.13 | 612 | 1.40 (1.30-1.50) | wrong | 1.15 | - | 1.35 | - | 1.11 (",
+        "| forward+backward | 9.13 | 612 | - | - | - | 2.00 (1.90-2.10) | 1.35 | - | - |",
+        "| olmoe | uniform | moe_ops | 388 | 64 | 2001 | 1000 |",
+        "| gemm 1 | 1.000 (10%, 1.25x) | 3.000 (20%) |\n| rows 1 | - | 2.000 (15%) |\n| gemm 2 |",
+        "| large | warm | 1.5 | 0.02 |",
+        "| scattermoe | forward+backward | 11.25 | 7.50 | 1.50 (1.40-1.60) | 1378 / 388 | - / 2000 |",
+        "grouped_mm transformers 5.17.0",
+        "absent liger: no module liger_kernel",
+    ):
+        assert row in text
+    assert text.count("gpu NVIDIA H200") == 1
+    assert render(folder) == text
+
+
+def test_facts_of_another_run_are_told(folder):
+    write_cuda(folder)
+    file = folder / "results" / "h200_rows.json"
+    file.write_text(file.read_text().replace("2026-01-02", "2026-03-04"))
+    text = render(folder)
+    assert text.count("date 2026-03-04") == 1
+    assert text.count("date 2026-01-02") == 2
+
+
+def test_plots(folder):
+    pytest.importorskip("matplotlib")
+    write_cuda(folder)
+    text = render(folder)
+    for name in ("h200_gemm.png", "h200_rows.png", "h200_experts.png"):
+        assert (folder / "images" / name).read_bytes().startswith(b"\x89PNG")
+        assert f"(images/{name})" in text
+
+
+def test_cpu_tables(folder):
+    case: dict[str, Any] = {"dtype": "bf16", "counts": "new", "pass": "dX"}
+    cases = [case | {"ratio": [1.0, ratio, 2.0]} for ratio in (0.8, 1.25)]
+    cases.append(case | {"wrong": ["moe_ops"]})
+    file = folder / "results" / "cpu_gemm_bf16.json"
+    file.write_text(json.dumps({"environment": {"date": "2026-01-02"}, "cases": cases}))
+    assert "| bf16 | new | dX | 2 | 1.000 | 0.800 | 1 |" in render(folder)
+
+
+def test_page_without_markers(folder):
+    write_cuda(folder)
+    (folder / "performance.md").write_text("no markers")
+    with pytest.raises(ValueError, match="has no <!-- cuda tables: begin -->"):
+        render(folder)

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which configuration a launch gets, and that the computed ones fit every GPU."""
+
+import itertools
+import json
+from dataclasses import replace
+from importlib import resources
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_ops.configs import cache, choose
+from moe_ops.configs.choose import Device, Problem, fitting, heuristic, rows_bucket, shared_memory
+from moe_ops.configs.kernel_config import (
+    PASSES,
+    KernelConfigBackward_dX,
+    KernelConfigForward,
+    kernel_config,
+)
+
+KIB = 1024
+DEVICES = {
+    "64 KiB, sm_75": Device("a", (7, 5), 64 * KIB, 40),
+    "99 KiB, sm_89": Device("b", (8, 9), 99 * KIB, 58),
+    "164 KiB, sm_80": Device("c", (8, 0), 164 * KIB, 108),
+    "227 KiB, sm_90": Device("d", (9, 0), 227 * KIB, 132),
+    "227 KiB, sm_100": Device("e", (10, 0), 227 * KIB, 148),
+    # No such GPU: whatever is chosen for an architecture has to shrink with the memory.
+    "64 KiB, sm_90": Device("f", (9, 0), 64 * KIB, 132),
+    "48 KiB, sm_80": Device("g", (8, 0), 48 * KIB, 20),
+}
+HOPPER = DEVICES["227 KiB, sm_90"]
+PROBLEM = Problem("forward", "bfloat16", 8, 512, 256, 64, ("gather",))
+DTYPES = ("bfloat16", "float16", "float32")
+ROWS = tuple(1 << power for power in range(14))
+
+
+@pytest.fixture(autouse=True)
+def _forgetful(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOE_OPS_CACHE_DIR", str(tmp_path))
+    choose.forget()
+    yield
+    choose.forget()
+
+
+def test_given_before_shipped_before_computed(monkeypatch):
+    computed = heuristic(PROBLEM, HOPPER)
+    given_config, table = KernelConfigForward(group_m=11), KernelConfigForward(group_m=12)
+    assert choose.choose(PROBLEM, HOPPER, None) == computed
+    monkeypatch.setattr(choose, "shipped", lambda name: {PROBLEM.key: table})
+    choose.forget()
+    assert choose.choose(PROBLEM, HOPPER, None) == table
+    assert choose.choose(PROBLEM, HOPPER, kernel_config(forward=given_config)) == given_config
+    # A string for another pass says nothing of this one.
+    other = kernel_config(backward_dX=KernelConfigBackward_dX())
+    assert choose.choose(PROBLEM, HOPPER, other) == table
+    assert choose.choose(PROBLEM, HOPPER, kernel_config()) == table
+
+
+def test_a_shipped_table_is_read_by_the_name_of_the_gpu(tmp_path, monkeypatch):
+    config = KernelConfigForward(group_m=5, num_stages=2)
+    (tmp_path / "tables").mkdir()
+    content = {"device": "Some GPU", "configs": {PROBLEM.key: config.to_dict()}}
+    (tmp_path / "tables" / "some_gpu.json").write_text(json.dumps(content))
+    monkeypatch.setattr(resources, "files", lambda package: tmp_path)
+    choose.shipped.cache_clear()
+    assert choose.shipped("Some GPU") == {PROBLEM.key: config}
+    assert choose.shipped("Some other GPU") == {}
+    choose.shipped.cache_clear()
+
+
+def test_the_key_tells_problems_apart():
+    assert PROBLEM.key == "forward bfloat16 E8 N512 D256 rows64 gather"
+    assert Problem("backward_dW", "float16", 1, 2, 3, 4).key == "backward_dW float16 E1 N2 D3 rows4"
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_experts", "bucket"),
+    [(0, 8, 1), (1, 8, 1), (8, 8, 1), (9, 8, 2), (16, 8, 2), (17, 8, 4), (1000, 1, 1024)]
+    + [(1024, 1, 1024), (1025, 1, 2048), (5, 0, 8), (0, 0, 1)],
+)
+def test_rows_bucket(num_rows, num_experts, bucket):
+    assert rows_bucket(num_rows, num_experts) == bucket
+
+
+@given(st.integers(0, 2**40), st.integers(1, 4096))
+def test_rows_bucket_is_the_next_power_of_two(num_rows, num_experts):
+    bucket = rows_bucket(num_rows, num_experts)
+    assert bucket & (bucket - 1) == 0
+    assert bucket * num_experts >= num_rows
+    assert bucket == 1 or (bucket // 2) * num_experts < num_rows
+
+
+@pytest.mark.parametrize(
+    ("device_name", "name"),
+    [
+        ("NVIDIA H200", "nvidia_h200"),
+        ("NVIDIA A100-SXM4-80GB", "nvidia_a100_sxm4_80gb"),
+        ("  Tesla  T4 ", "tesla_t4"),
+        ("../../etc (x)", "etc_x"),
+    ],
+)
+def test_table_name(device_name, name):
+    assert cache.table_name(device_name) == name
+
+
+def problems() -> list[Problem]:
+    flags = [(), ("bias",), ("gather", "scale", "bias"), ("scatter", "scale"), ("scale", "dots")]
+    return [
+        Problem(kind, dtype, 8, 512, 256, rows, chosen)
+        for kind, dtype, rows, chosen in itertools.product(PASSES, DTYPES, ROWS, flags)
+    ]
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+def test_heuristics_fit(device):
+    for problem in problems():
+        config = heuristic(problem, device)
+        assert type(config) is PASSES[problem.kind]
+        assert shared_memory(config, problem, device) <= device.shared_memory, problem
+        assert config.num_stages >= 2, problem
+        descriptors = [value for name, value in config.to_dict().items() if "use_tma" in name]
+        assert device.has_tma or not any(descriptors), problem
+
+
+@pytest.mark.parametrize("name", ["99 KiB, sm_89", "164 KiB, sm_80", "227 KiB, sm_90"])
+def test_an_sm_holds_both_programs_of_few_rows(name):
+    problem, device = replace(PROBLEM, rows=32), DEVICES[name]
+    config = heuristic(problem, device)
+    assert config.programs_per_sm == 2
+    assert 2 * shared_memory(config, problem, device) <= device.shared_memory
+
+
+def test_descriptors_are_used_where_there_are_some():
+    for kind in PASSES:
+        config = heuristic(Problem(kind, "bfloat16", 8, 512, 256, 1024), HOPPER).to_dict()
+        assert any(value for name, value in config.items() if "use_tma_load" in name), kind
+
+
+@pytest.mark.parametrize("kind", PASSES)
+@pytest.mark.parametrize("memory", [0, 1025, 4 * KIB, 16 * KIB, 48 * KIB, 99 * KIB, 227 * KIB])
+def test_fitting_ends_and_only_shrinks(kind, memory):
+    device = Device("x", (9, 0), memory, 1)
+    blocks = itertools.product((16, 64, 256), repeat=3)
+    for (m, n, k), stages, dtype in itertools.product(blocks, (1, 2, 8), DTYPES):
+        given_config = PASSES[kind](BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, num_stages=stages)
+        problem = Problem(kind, dtype, 1, 512, 512, 64)
+        config = fitting(given_config, problem, device)
+        for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_stages"):
+            assert getattr(config, name) <= getattr(given_config, name)
+        smallest = (config.BLOCK_M, config.BLOCK_N, config.BLOCK_K) == (16, 16, 16)
+        assert smallest or shared_memory(config, problem, device) <= memory
+        if shared_memory(given_config, problem, device) <= memory:
+            assert config == given_config

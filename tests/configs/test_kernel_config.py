@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configurations, their form as one string, and the way of that string into the ops."""
+
+import json
+import re
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import moe_ops
+from moe_ops.configs.kernel_config import (
+    PASSES,
+    KernelConfig,
+    KernelConfigBackward_dW,
+    KernelConfigBackward_dX,
+    KernelConfigForward,
+    kernel_config,
+    parse,
+)
+from tests import checks
+
+moe = torch.ops.moe
+FORWARD = KernelConfigForward(BLOCK_M=64, BLOCK_N=32, num_stages=2, use_tma_load_x=True)
+BACKWARD_DX = KernelConfigBackward_dX(flatten=False, tail_tiles=True)
+BACKWARD_DW = KernelConfigBackward_dW(group_m=3, use_tma_store=True, epilogue_subtile=2)
+TEXT = kernel_config(FORWARD, BACKWARD_DX, BACKWARD_DW)
+
+passes = pytest.mark.parametrize("name", PASSES)
+
+
+def test_round_trip():
+    expected = {"forward": FORWARD, "backward_dX": BACKWARD_DX, "backward_dW": BACKWARD_DW}
+    assert parse(TEXT) == expected
+    assert parse(kernel_config(backward_dW=BACKWARD_DW)) == {"backward_dW": BACKWARD_DW}
+    assert parse(kernel_config()) == {}
+    for config in expected.values():
+        assert type(config).from_dict(config.to_dict()) == config
+        assert type(config).from_dict({}) == type(config)()
+
+
+def configs(name: str) -> st.SearchStrategy[KernelConfig]:
+    block = st.sampled_from([16, 32, 64, 128, 256])
+    drawn: dict[str, st.SearchStrategy[Any]] = {
+        "num_warps": st.sampled_from([1, 2, 4, 8, 16]),
+        "num_stages": st.integers(1, 8),
+        "group_m": st.integers(1, 2**31),
+        "epilogue_subtile": st.sampled_from([1, 2]),
+        "launch_pdl": st.booleans(),
+        "programs_per_sm": st.integers(1, 32),
+        **{f"BLOCK_{letter}": block for letter in "MNK"},
+    }
+    declared = {f.name: drawn.get(f.name, st.booleans()) for f in fields(PASSES[name])}
+
+    def is_valid(values: dict[str, Any]) -> bool:
+        return not values.get("tail_tiles") or (not values["flatten"] and values["BLOCK_M"] >= 32)
+
+    return st.fixed_dictionaries(declared).filter(is_valid).map(lambda v: PASSES[name](**v))
+
+
+@given(st.fixed_dictionaries({}, optional={name: configs(name) for name in PASSES}))
+def test_any_configuration_survives_the_string(given_configs):
+    assert parse(kernel_config(**given_configs)) == given_configs
+
+
+@passes
+def test_aliases(name):
+    sizes: dict[str, Any] = {"BLOCK_SIZE_M": 32, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 16}
+    expected = PASSES[name](BLOCK_M=32, BLOCK_N=64, BLOCK_K=16)
+    assert PASSES[name].from_dict(sizes) == expected
+    assert parse(json.dumps({name: sizes})) == {name: expected}
+    with pytest.raises(ValueError, match="BLOCK_M is given twice"):
+        PASSES[name].from_dict({"BLOCK_M": 32, "BLOCK_SIZE_M": 32})
+
+
+INVALID = [
+    *[
+        ({f"BLOCK_{letter}": size}, ValueError, f"BLOCK_{letter} to be a power of two from 16 to 256")
+        for letter, size in zip("MNKMN", [8, 24, 512, 0, -16], strict=True)
+    ],
+    ({"num_warps": 3}, ValueError, "num_warps in (1, 2, 4, 8, 16), got 3"),
+    ({"num_warps": 32}, ValueError, "num_warps in (1, 2, 4, 8, 16), got 32"),
+    ({"num_stages": 0}, ValueError, "num_stages from 1 to 8, got 0"),
+    ({"num_stages": 9}, ValueError, "num_stages from 1 to 8, got 9"),
+    ({"group_m": 0}, ValueError, "group_m >= 1, got 0"),
+    ({"programs_per_sm": 0}, ValueError, "programs_per_sm >= 1, got 0"),
+    ({"BLOCK_M": 64.0}, TypeError, "BLOCK_M of type int, got 64.0 (float)"),
+    ({"BLOCK_M": "64"}, TypeError, "BLOCK_M of type int, got '64' (str)"),
+    ({"num_warps": True}, TypeError, "num_warps of type int, got True (bool)"),
+    ({"flatten": 1}, TypeError, "flatten of type bool, got 1 (int)"),
+    ({"epilogue_subtile": 3}, ValueError, "epilogue_subtile in (1, 2), got 3"),
+    ({"use_tma_store": None}, TypeError, "use_tma_store of type bool, got None (NoneType)"),
+]  # fmt: skip
+TAIL_TILES = [
+    ({"tail_tiles": True}, ValueError, "not (tail_tiles and flatten)"),
+    ({"tail_tiles": True, "flatten": False, "BLOCK_M": 16}, ValueError, "BLOCK_M >= 32"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "error", "reason"),
+    [
+        *[(name, *case) for name in PASSES for case in INVALID],
+        *[(name, *case) for name in ("forward", "backward_dX") for case in TAIL_TILES],
+    ],
+)
+def test_refuses_a_value_with_the_reason(name, values, error, reason):
+    with pytest.raises(error) as raised:
+        PASSES[name](**values)
+    text = str(raised.value)
+    assert text.startswith(f"{PASSES[name].__name__}: expected ")
+    assert reason in text
+    with pytest.raises(ValueError) as parsed:  # noqa: PT011
+        parse(json.dumps({name: values}))
+    assert str(parsed.value) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        *[(name, "BLOCK_SIZE") for name in PASSES],
+        ("forward", "use_tma_load_dy"),
+        ("backward_dX", "use_tma_load_x"),
+        ("backward_dW", "use_tma_load_w"),
+        ("backward_dW", "tail_tiles"),
+    ],
+)
+def test_refuses_an_unknown_field(name, field):
+    with pytest.raises(ValueError, match=f"{PASSES[name].__name__}: unknown field '{field}'"):
+        PASSES[name].from_dict({field: True})
+
+
+def test_refuses_the_configuration_of_another_pass():
+    with pytest.raises(TypeError, match="expected forward to be a KernelConfigForward, got"):
+        kernel_config(forward=BACKWARD_DX)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="expected backward_dW to be a KernelConfigBackward_dW"):
+        kernel_config(backward_dW=FORWARD.to_dict())  # type: ignore[arg-type]
+
+
+WRONG = {
+    "": "not JSON",
+    "{": "not JSON",
+    "[]": "expected a JSON object with keys of",
+    "3": "expected a JSON object with keys of",
+    '{"dX": {}}': "expected a JSON object with keys of",
+    '{"forward": 3}': "expected forward to be a JSON object of fields, got 3",
+    '{"forward": null}': "expected forward to be a JSON object of fields, got null",
+    '{"backward_dW": ["BLOCK_M"]}': 'to be a JSON object of fields, got ["BLOCK_M"]',
+    '{"forward": {"num_stages": null}}': "expected num_stages of type int, got None",
+    '{"forward": {}, "forward": {}}': "the key 'forward' stands twice",
+    '{"forward": {"BLOCK_M": 32, "BLOCK_M": 64}}': "the key 'BLOCK_M' stands twice",
+    '{"forward": {"BLOCK_M": 32, "BLOCK_SIZE_M": 32}}': "BLOCK_M is given twice",
+    '{"forward": {"group_m": 1%s}}' % ("0" * 5000): "at most 19 digits, got one of 5001",
+    # Where Python's own limit is met depends on who calls.
+    "[" * 100_000: "expected JSON nested at most 8 deep, got more",
+    '{"forward": ' * 900: "expected JSON nested at most 8 deep, got more",
+    '{"forward": {"BLOCK_M": 24}}': "KernelConfigForward: expected BLOCK_M to be a power of two",
+    '{"backward_dW": {"a": 1}}': "KernelConfigBackward_dW: unknown field 'a'",
+}  # fmt: skip
+wrong = pytest.mark.parametrize(
+    ("text", "reason"), WRONG.items(), ids=[text[:40] for text in WRONG]
+)
+
+
+@wrong
+def test_refuses_a_string_with_the_reason(text, reason):
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        parse(text)
+
+
+def test_brackets_in_a_string_do_not_nest():
+    """Escaped quotes do not end a string; a string that nothing ends is not JSON."""
+    name = "[" * 20 + '"' + "{" * 20
+    with pytest.raises(ValueError, match="unknown field"):
+        parse(json.dumps({"forward": {name: 1}}))
+    with pytest.raises(ValueError, match="not JSON"):
+        parse('{"' + "[" * 20)
+    assert parse(" {\n} ") == {}
+
+
+@pytest.mark.parametrize("values", [None, 3, [("BLOCK_M", 64)]])
+def test_from_dict_refuses_what_is_no_dict(values):
+    with pytest.raises(TypeError, match="KernelConfigForward: expected a dict of fields, got"):
+        KernelConfigForward.from_dict(values)
+
+
+def call(requires_grad: bool = False) -> dict[str, Any]:
+    """T = 6 tokens, K = 2, E = 4 experts, D = 8 in and N = 10 out features; one row is dropped."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "input": torch.randn(6, 8, generator=generator).requires_grad_(requires_grad),
+        "weight": torch.randn(4, 10, 8, generator=generator).requires_grad_(requires_grad),
+        "token_counts": torch.tensor([5, 0, 3, 3]),
+        "gather_indices": torch.randperm(12, generator=generator),
+        "topk_weights": torch.rand(6, 2, generator=generator).requires_grad_(requires_grad),
+        "bias": torch.randn(4, 10, generator=generator).requires_grad_(requires_grad),
+        "top_k": 2,
+        "permute_x": True,
+    }
+
+
+def backward_call(name: str) -> dict[str, Any]:
+    arguments = call()
+    shared = ("token_counts", "gather_indices", "topk_weights", "top_k", "permute_x")
+    own = {"grouped_gemm_dx": ("weight", "input", "bias"), "grouped_gemm_dw": ("input",)}[name]
+    kept = {key: arguments[key] for key in (*shared, *own)}
+    more = {"transposed": False} if name == "grouped_gemm_dw" else {}
+    grad = torch.randn(12, 10)
+    return {"grad_output": grad, **kept, "permute_y": False, "needs": [True, True], **more}
+
+
+@wrong
+@pytest.mark.parametrize("name", ["grouped_gemm", "grouped_gemm_dx", "grouped_gemm_dw"])
+def test_an_op_refuses_a_wrong_string_everywhere_alike(name, text, reason):
+    arguments = call() if name == "grouped_gemm" else backward_call(name)
+    expected = (
+        f"moe::{name}: expected kernel_config to be the string that moe_ops.kernel_config() makes",
+        f"got {text!r}",
+        reason,
+    )
+    op = getattr(moe, name)
+    checks.assert_rejects(ValueError, expected, op, {**arguments, "kernel_config": text})
+
+
+def gradients(function, arguments: dict[str, Any]) -> list[torch.Tensor]:
+    leaves = [v for v in arguments.values() if isinstance(v, torch.Tensor) and v.requires_grad]
+    output = function(**arguments)
+    return [output.detach(), *torch.autograd.grad(output.square().sum(), leaves)]
+
+
+def test_a_valid_string_changes_nothing_on_cpu():
+    arguments = call(requires_grad=True)
+    expected = gradients(moe_ops.grouped_gemm, arguments)
+    found = gradients(moe_ops.grouped_gemm, {**arguments, "kernel_config": TEXT})
+    for got, want in zip(found, expected, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_the_string_reaches_every_op_of_a_compiled_graph():
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    arguments = {**call(requires_grad=True), "kernel_config": TEXT}
+    compiled = torch.compile(
+        moe_ops.grouped_gemm, fullgraph=True, backend=aot_autograd(fw_compiler=keep)
+    )
+    found, expected = (gradients(f, arguments) for f in (compiled, moe_ops.grouped_gemm))
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want)
+    nodes = [node for graph in graphs for node in graph.graph.nodes]
+    calls = [node for node in nodes if str(node.target).startswith("moe.")]
+    assert {str(node.target) for node in calls} == {
+        f"moe.{name}.default" for name in ("grouped_gemm", "grouped_gemm_dx", "grouped_gemm_dw")
+    }
+    assert all(TEXT in (*node.args, *node.kwargs.values()) for node in calls)
+
+
+def test_accepted_under_aot_eager():
+    arguments = {**call(requires_grad=True), "kernel_config": TEXT}
+    compiled = torch.compile(moe_ops.grouped_gemm, fullgraph=True, backend="aot_eager")
+    found, expected = (gradients(f, arguments) for f in (compiled, moe_ops.grouped_gemm))
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want)

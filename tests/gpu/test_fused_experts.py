@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fused_experts and its gradients at sizes of several tiles, ragged and even, against fp64.
+
+T tokens, K top_k, R = T * K rows, E experts, H hidden size, I intermediate size.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import moe_ops
+from tests.gpu import reference
+from tests.gpu.experts_problem import MODES, check, problem
+from tests.gpu.gemm_problem import assert_rows_close
+from tests.gpu.on_device import DEVICE, DTYPES, memory_slot
+from tests.gpu.test_models import MODELS, Model
+from tests.tolerances import RELATIVE_NORM
+
+pytestmark = pytest.mark.gpu
+
+moe = torch.ops.moe
+
+# T, K, E, H, I: many rows an expert, then few. Widths that blocks divide, that descriptors can read
+# but no block divides, and that no descriptor can read.
+SHAPES = {
+    "even": (1000, 2, 4, 256, 512),
+    "gptoss": (700, 4, 8, 96, 360),
+    "odd": (801, 2, 5, 257, 129),
+    "one-expert": (300, 1, 1, 136, 200),
+    "decode": (6, 4, 32, 512, 256),
+    "decode-odd": (3, 2, 8, 131, 67),
+    "narrow": (700, 2, 4, 3, 5),
+}
+ROUTINGS = ("uniform", "dropped", "hot_and_empty", "zipf")
+CASES = [
+    pytest.param(shape, mode, dtype, i, id=f"{shape}-{mode}-{str(dtype).removeprefix('torch.')}")
+    for i, (shape, mode, dtype) in enumerate(
+        (shape, mode, dtype) for shape in SHAPES for mode in MODES for dtype in DTYPES
+    )
+]
+
+
+@pytest.mark.parametrize(("shape", "mode", "dtype", "seed"), CASES)
+def test_sizes_and_flags(shape, mode, dtype, seed):
+    check(
+        problem(
+            SHAPES[shape],
+            dtype,
+            # 7 x 9 x 3 cases: strides that share no factor with these meet every pair.
+            routing=ROUTINGS[seed // 5 % 4],
+            layout=("contiguous", "transposed", "padded", "expert-last")[seed // 11 % 4],
+            index_dtype=(torch.int32, torch.int64)[seed // 2 % 2],
+            **MODES[mode],
+        )
+    )
+
+
+@pytest.mark.parametrize("routing", reference.ROUTINGS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", ["even", "decode"])
+def test_routings(shape, mode, routing):
+    check(problem(SHAPES[shape], torch.bfloat16, routing=routing, **MODES[mode]))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("mode", ["swiglu", "gpt-oss", "ungated"])
+def test_weight_gradients_have_the_strides_of_the_weights(mode, layout):
+    given = problem(SHAPES["even"], torch.bfloat16, layout=layout, **MODES[mode])
+    _, gradients = given.run()
+    for name in ("gate_up_proj", "down_proj"):
+        assert gradients[name].stride() == given.arguments[name].stride()
+
+
+def composed(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    counts, gather, scatter = moe_ops.routing_indices(ids, gate_up.shape[0])
+    top_k = ids.shape[1]
+    z = moe_ops.grouped_gemm(x, gate_up, counts, gather, top_k=top_k, permute_x=True)
+    gate, up = z.chunk(2, 1)
+    y = moe_ops.grouped_gemm(F.silu(gate) * up, down, counts)
+    return moe_ops.unpermute(y, gather, weights, top_k, scatter)
+
+
+def arguments_of(model: Model) -> list[Tensor]:
+    tokens, hidden, width, experts, top_k, _ = model
+
+    def randn(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16).mul_(scale)
+
+    return [
+        randn(tokens, hidden),
+        randn(experts, 2 * width, hidden, scale=hidden**-0.5),
+        randn(experts, hidden, width, scale=width**-0.5),
+        reference.route("uniform", tokens, experts, top_k, DEVICE),
+        torch.rand(tokens, top_k, device=DEVICE) + 0.1,
+    ]
+
+
+def gradients_of(function: Any, given: list[Tensor], tangent: Tensor) -> list[Tensor]:
+    leaves = [g.detach().requires_grad_(g.is_floating_point()) for g in given]
+    output = function(*leaves)
+    return [output.detach(), *torch.autograd.grad(output, [*leaves[:3], leaves[4]], tangent)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name):
+    """Whole models' sizes: as the separate ops, which test_models.py holds against fp64."""
+    with memory_slot(all_of_them=True):
+        given = arguments_of(MODELS[name])
+        tangent = torch.randn_like(given[0])
+        got = gradients_of(moe.fused_experts, given, tangent)
+        want = gradients_of(composed, given, tangent)
+        # Both are off by about the tolerance.
+        limit = 2 * RELATIVE_NORM[torch.bfloat16]
+        for position, (one, two) in enumerate(zip(got, want, strict=True)):
+            assert torch.isfinite(one).all()
+            # In fp32 the largest gradients would not fit beside those of other tests.
+            rows = max(1, len(one) // 32)
+            pairs = zip(one.split(rows), two.split(rows), strict=True)
+            squares = [((a.float() - b).square().sum(), b.float().square().sum()) for a, b in pairs]
+            error, size = torch.tensor(squares, dtype=torch.float64).sum(0).sqrt()
+            assert error < limit * size, f"output or gradient {position}: {error / size:.1e}"
+
+
+SAVED = {"swiglu": 1, "swiglu-recompute": 0}
+
+
+@pytest.mark.parametrize("mode", SAVED)
+def test_memory_kept_for_the_backward(mode):
+    """The pre-activation, or nothing, beside the output and 12 bytes a slot at most."""
+    given = problem((2000, 4, 8, 512, 256), torch.bfloat16, **MODES[mode])
+    arguments = given.arguments
+    leaves = {n: arguments[n].requires_grad_() for n in given.differentiable}
+    moe.fused_experts(**{**arguments, **leaves})
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    output = moe.fused_experts(**{**arguments, **leaves})
+    kept = torch.cuda.memory_allocated() - before - output.nbytes
+    num_rows = arguments["topk_ids"].numel()
+    pre_activation = num_rows * 2 * 256 * 2 * SAVED[mode]
+    assert pre_activation <= kept <= pre_activation + 12 * num_rows + 4096
+
+
+def kernels_of(given: Any, names: list[str]) -> list[str]:
+    """The kernels that the backward launches for the gradients of `names` alone."""
+    leaves = {n: given.arguments[n].detach().requires_grad_() for n in names}
+    output = moe.fused_experts(**{**given.arguments, **leaves})
+    torch.autograd.grad(output, list(leaves.values()), given.grad_output)
+    output = moe.fused_experts(**{**given.arguments, **leaves})
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        torch.autograd.grad(output, list(leaves.values()), given.grad_output)
+        torch.cuda.synchronize()
+    return [event.name for event in profile.events()]
+
+
+DW, GEMM, ACTIVATION = "grouped_gemm_bwd_dw", "grouped_gemm_kernel", "activation_bwd"
+
+
+@pytest.mark.parametrize(
+    ("names", "launched"),
+    [
+        # dW products, other products, activation backwards, moved rows.
+        (["hidden_states"], (0, 2, 1, 0)),
+        (["gate_up_proj"], (1, 1, 1, 1)),
+        (["down_proj"], (1, 0, 1, 1)),
+        (["topk_weights"], (0, 1, 1, 0)),
+        (["down_bias"], (0, 0, 0, 1)),
+        (["hidden_states", "gate_up_proj", "down_proj", "topk_weights"], (2, 2, 1, 2)),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, list) else None,
+)
+def test_frozen_arguments_cost_no_kernel(names, launched):
+    given = problem((2000, 4, 8, 512, 256), torch.bfloat16, bias="down_bias" in names)
+    found = kernels_of(given, names)
+    counted = tuple(
+        sum(kernel in name for name in found) for kernel in (DW, GEMM, ACTIVATION, "copy_rows")
+    )
+    assert counted == launched, found
+
+
+def test_decoding_in_a_graph():
+    """Other tokens in the same graph, replayed: another routing, the same as eager."""
+    given = problem((4, 4, 32, 512, 256), torch.bfloat16).arguments
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.no_grad():
+        moe.fused_experts(**given)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        output = moe.fused_experts(**given)
+    for seed in range(3):
+        given["hidden_states"].copy_(torch.randn_like(given["hidden_states"]))
+        given["topk_ids"].copy_(reference.route("uniform", 4, 32, 4, DEVICE, seed))
+        graph.replay()
+        with torch.no_grad():
+            assert torch.equal(output, moe.fused_experts(**given))
+        want = reference.fused_experts(**given)
+        assert_rows_close(output, want, torch.bfloat16, f"replay {seed}")

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fused_experts at sizes of more than one tile, by pointers and by descriptors, against fp64."""
+
+import pytest
+import torch
+
+from tests.gpu.experts_problem import MODES, check, problem
+from tests.interpreter.interpreted import pytestmark  # noqa: F401
+from tests.interpreter.test_tiles import hopper  # noqa: F401
+
+CPU = torch.device("cpu")
+# T, K, E, H, I: the last tile of every dimension is a part of one.
+SHAPE = (70, 2, 3, 72, 136)
+DECODE = (3, 2, 8, 72, 40)
+modes = pytest.mark.parametrize("mode", MODES)
+
+
+@modes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_pointers(mode, dtype):
+    check(problem(DECODE, dtype, routing="dropped", device=CPU, **MODES[mode]))
+
+
+@modes
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_descriptors(mode, layout, hopper):  # noqa: F811
+    check(
+        problem(SHAPE, torch.float16, routing="dropped", layout=layout, device=CPU, **MODES[mode])
+    )
+    # The pre-activation and the activation's output are stored by ragged ones.
+    assert hopper.count("ragged") >= 2
+    assert hopper.count("plain") >= 2

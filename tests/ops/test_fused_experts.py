@@ -1,0 +1,594 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is particular to fused_experts; what every op must do is in test_every_op.py.
+
+T tokens, H hidden size, I intermediate size, U = 2 * I where gated, else I, E experts, K top_k,
+R = T * K rows.
+"""
+
+import functools
+import io
+import itertools
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from moe_ops._core.library import SCHEMAS
+from moe_ops.ops.fused_experts import cpu
+from tests import checks, oracle
+from tests.core.test_autograd import CountCalls
+from tests.moe_block import (
+    Weights,
+    compiled_graphs,
+    experts_block,
+    loss_and_gradients,
+    make_tokens,
+    make_weights,
+    unfused_block,
+)
+from tests.strategies import PRESENT, Sample, seeded_sample
+
+moe = torch.ops.moe
+FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+dtypes = pytest.mark.parametrize("dtype", FLOATING, ids=str)
+both_orders = pytest.mark.parametrize("weights_before", [False, True])
+ACTIVATIONS = SCHEMAS["fused_experts"].argument("activation").choices
+RECOMPUTE = SCHEMAS["fused_experts"].argument("recompute").choices
+GRADS = ["hidden_states", "gate_up_proj", "down_proj", "topk_weights", "gate_up_bias", "down_bias"]
+
+
+def experts(
+    routing: str = "uniform",
+    dtype: torch.dtype = torch.float32,
+    *,
+    seed: int = 0,
+    biased: bool = True,
+    **fixed: Any,
+) -> Sample:
+    top_k = 4 if routing == "every_expert" else 2
+    chosen = {"T": 9, "H": 7, "I": 5, "E": 4, "K": top_k, "layout": "contiguous"}
+    chosen |= {"activation": "silu", "gated": True, "interleaved": False, "activation_limit": None}
+    chosen |= {"weights_before": False, "recompute": "none"}
+    chosen |= dict.fromkeys(("gate_up_bias", "down_bias"), PRESENT if biased else None)
+    return seeded_sample(
+        SCHEMAS["fused_experts"], seed, **{**chosen, **fixed}, routing=routing, dtype=dtype
+    )
+
+
+def output_and_gradients(sample: Sample, tangent: Tensor | None = None) -> dict[str, Tensor]:
+    arguments = sample.requiring_grad()
+    names = sample.differentiable()
+    output = sample(**arguments)
+    tangent = torch.ones_like(output) if tangent is None else tangent
+    found = torch.autograd.grad(output, [arguments[n] for n in names], tangent)
+    return {"output": output, **dict(zip(names, found, strict=True))}
+
+
+def assert_right(sample: Sample) -> None:
+    """Output and gradients are the oracle's, and nothing unwritten is among them."""
+    tangent = torch.randn(sample.arguments["hidden_states"].shape).to(
+        sample.arguments["hidden_states"].dtype
+    )
+    with checks.poisoned_memory():
+        found = output_and_gradients(sample, tangent)
+    checks.assert_matches_oracle(sample, found["output"])
+    scales = checks.gradient_scales(sample, tangent)
+    for name, expected in checks.oracle_gradients(sample, tangent).items():
+        dtype = checks.coarser(found[name].dtype, tangent.dtype)
+        what = f"{sample}: gradient of {name}"
+        checks.assert_close(found[name], expected, dtype=dtype, scale=scales[name], what=what)
+
+
+# swiglu_oai without up is refused.
+FORMS = [
+    (activation, form)
+    for activation, form in itertools.product(ACTIVATIONS, ("gate, up", "interleaved", "ungated"))
+    if (activation, form) != ("swiglu_oai", "ungated")
+]
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@both_orders
+@pytest.mark.parametrize("limit", [None, 0.7])
+@pytest.mark.parametrize(("activation", "form"), FORMS)
+def test_every_combination_of_flags(activation, form, limit, weights_before, recompute):
+    for routing, biased in (("dropped", False), ("dropped", True), ("empty", True)):
+        sample = experts(
+            routing, torch.float64, biased=biased, activation=activation, recompute=recompute,
+            activation_limit=limit, weights_before=weights_before, gated=form != "ungated",
+            interleaved=form == "interleaved",
+        )  # fmt: skip
+        assert_right(sample)
+
+
+@both_orders
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("routing", oracle.ROUTINGS)
+@dtypes
+def test_every_dtype_and_routing(dtype, routing, recompute, weights_before):
+    flags = {"recompute": recompute, "weights_before": weights_before}
+    assert_right(experts(routing, dtype, **flags))
+    flags |= {"activation": "swiglu_oai", "interleaved": True, "layout": "transposed"}
+    assert_right(experts(routing, dtype, **flags))
+
+
+@both_orders
+@dtypes
+def test_more_rows_than_are_worked_on_at_a_time(dtype, weights_before, monkeypatch):
+    monkeypatch.setattr(cpu, "_CHUNK", 64)
+    assert_right(experts("dropped", dtype, T=40, weights_before=weights_before))
+
+
+@both_orders
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@dtypes
+def test_no_tokens(dtype, recompute, weights_before):
+    sample = experts(dtype=dtype, T=0, recompute=recompute, weights_before=weights_before)
+    with checks.poisoned_memory():
+        found = output_and_gradients(sample)
+    assert found["output"].shape == (0, 7)
+    for name in GRADS:
+        assert found[name].shape == sample.arguments[name].shape
+        assert (found[name] == 0).all()
+
+
+@both_orders
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@dtypes
+def test_dropped_slots_are_exactly_zero_and_never_read(dtype, recompute, weights_before):
+    sample = experts("dropped", dtype, weights_before=weights_before, recompute=recompute, T=12)
+    dropped = oracle.dropped_slots(sample.arguments["topk_ids"], 4)
+    unused = dropped.all(1)
+    assert unused.any()
+    assert (dropped & ~unused[:, None]).any()
+    clean = output_and_gradients(sample)
+    poisoned = dict(sample.arguments)
+    poisoned["topk_weights"] = poisoned["topk_weights"].masked_fill(dropped, float("nan"))
+    poisoned["hidden_states"] = poisoned["hidden_states"].masked_fill(unused[:, None], float("nan"))
+    tangent = torch.ones_like(clean["output"]).masked_fill(unused[:, None], float("nan"))
+    with checks.poisoned_memory():
+        found = output_and_gradients(
+            Sample(sample.schema, poisoned, sample.layouts, sample.routing), tangent
+        )
+    for name, want in clean.items():
+        assert torch.equal(found[name], want), name
+    assert (found["output"][unused] == 0).all()
+    assert (found["hidden_states"][unused] == 0).all()
+    assert (found["topk_weights"][dropped] == 0).all()
+    assert (found["topk_weights"][~dropped] != 0).all()
+
+
+@both_orders
+@dtypes
+def test_experts_without_rows_have_exactly_zero_gradients(dtype, weights_before):
+    sample = experts("hot", dtype, weights_before=weights_before)
+    with checks.poisoned_memory():
+        found = output_and_gradients(sample)
+    used = torch.zeros(4, dtype=torch.bool)
+    used[sample.arguments["topk_ids"].long().flatten()] = True
+    for name in ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias"):
+        assert (found[name][~used] == 0).all(), name
+        assert (found[name][used] != 0).any(), name
+
+
+def composed(
+    hidden_states, gate_up_proj, down_proj, topk_ids, topk_weights, gate_up_bias, down_bias, act
+):
+    """The separate ops, with an activation of one's own between them."""
+    top_k = topk_ids.shape[1]
+    counts, gather, scatter = moe.routing_indices(topk_ids, gate_up_proj.shape[0])
+    z = moe.grouped_gemm(
+        hidden_states, gate_up_proj, counts, gather, None, gate_up_bias, top_k, permute_x=True
+    )
+    rows = moe.grouped_gemm(act(z), down_proj, counts, bias=down_bias)
+    return moe.unpermute(rows, gather, topk_weights, top_k, scatter)
+
+
+def gpt_oss(z: Tensor) -> Tensor:
+    gate, up = z[:, ::2].clamp(max=7.0), z[:, 1::2].clamp(-7.0, 7.0)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+FAMILIES: dict[str, tuple[dict[str, Any], Any]] = {
+    "Qwen3": ({}, lambda z: F.silu(z.chunk(2, 1)[0]) * z.chunk(2, 1)[1]),
+    "gpt-oss": (
+        {"activation": "swiglu_oai", "interleaved": True, "activation_limit": 7.0}, gpt_oss,
+    ),
+    "Nemotron-H": ({"activation": "relu_squared", "gated": False}, lambda z: F.relu(z) ** 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_equals_the_composition_of_the_separate_ops(family, dtype):
+    flags, act = FAMILIES[family]
+    sample = experts("dropped", dtype, **flags, T=20, H=16, I=24)
+    arguments = {key: sample.arguments[key] for key in (*GRADS, "topk_ids")}
+    leaves = {key: arguments[key].detach().requires_grad_() for key in GRADS}
+    output = composed(**{**arguments, **leaves}, act=act)
+    tangent = torch.randn(output.shape).to(dtype)
+    grads = torch.autograd.grad(output, list(leaves.values()), tangent)
+    found = output_and_gradients(sample, tangent)
+    checks.assert_close(found["output"], output)
+    for name, want in zip(GRADS, grads, strict=True):
+        checks.assert_close(found[name], want, what=name)
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_recomputing_changes_no_bit(recompute):
+    expected = output_and_gradients(experts("dropped", torch.bfloat16))
+    found = output_and_gradients(experts("dropped", torch.bfloat16, recompute=recompute))
+    for name, want in expected.items():
+        assert torch.equal(found[name], want), name
+
+
+# What is saved.
+
+
+def saved_by(sample: Sample, wanted: list[str]) -> tuple[list[Tensor], dict[str, Any]]:
+    """What autograd keeps where the gradients of `wanted` are needed, and the call's arguments."""
+    arguments = sample.requiring_grad()
+    for name in sample.differentiable():
+        arguments[name].requires_grad_(name in wanted)
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        sample(**arguments)
+    return saved, arguments
+
+
+SAVED_ALWAYS = ["gate_up_proj", "down_proj", "topk_weights"]
+# For which gradients, with weights_before or not, which arguments and whether z.
+SAVED = [
+    (["hidden_states"], False, [], True),
+    (["hidden_states"], True, [], True),
+    (["gate_up_proj"], False, ["hidden_states"], True),
+    (["down_proj"], False, [], True),
+    (["topk_weights"], False, ["down_bias"], True),
+    (["topk_weights"], True, ["hidden_states"], True),
+    (["gate_up_bias"], False, [], True),
+    (["down_bias"], False, [], False),
+    (["down_bias"], True, [], False),
+    (GRADS, False, ["hidden_states", "down_bias"], True),
+    (GRADS, True, ["hidden_states"], True),
+]
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize(("wanted", "weights_before", "names", "keeps_z"), SAVED, ids=str)
+def test_saves_what_the_needed_gradients_read_alone(
+    wanted, weights_before, names, keeps_z, recompute
+):
+    sample = experts(weights_before=weights_before, recompute=recompute)
+    saved, arguments = saved_by(sample, wanted)
+    recomputes = keeps_z and recompute == "pre_activation"
+    if recomputes:
+        names = {*names, "hidden_states", "gate_up_bias"}
+    kept = {name for name in GRADS if any(tensor is arguments[name] for tensor in saved)}
+    assert kept == {*SAVED_ALWAYS, *names}
+
+    num_experts, num_rows, width = 4, 9 * 2, 2 * 5
+    made = [tensor for tensor in saved if not any(tensor is a for a in arguments.values())]
+    indices: list[tuple[int, ...]] = [(num_experts,), (num_rows,), (num_rows,)]
+    z: list[tuple[int, ...]] = [(num_rows, width)] if keeps_z and not recomputes else []
+    assert sorted(tuple(tensor.shape) for tensor in made) == sorted(z + indices)
+    index_bytes = 4 * (num_experts + 2 * num_rows)
+    total = sum(tensor.untyped_storage().nbytes() for tensor in made)
+    assert total == index_bytes + (4 * num_rows * width if z else 0)
+
+
+def test_frozen_arguments_cost_nothing():
+    sample = experts()
+    leaves = [sample.arguments[name] for name in GRADS]
+    output, z, *routing = moe.fused_experts_forward(*sample.arguments.values())
+    flags = ("silu", True, False, None, False)
+    for needs in itertools.product([False, True], repeat=6):
+        found = moe.fused_experts_backward(
+            torch.ones_like(output), *leaves, z, *routing, *flags, list(needs), [False, False]
+        )
+        for needed, grad, leaf in zip(needs, found, leaves, strict=True):
+            assert (grad.untyped_storage().nbytes() > 0) == needed
+            if needed:
+                assert grad.shape == leaf.shape
+
+
+# For each gradient alone, with weights_before or not: the ops that the CPU implementation calls.
+CALLS = [
+    ("hidden_states", False, {"grouped_gemm_dx": 2, "unpermute": 1}),
+    ("hidden_states", True, {"grouped_gemm_dx": 2, "unpermute": 1}),
+    ("gate_up_proj", False, {"grouped_gemm_dx": 1, "grouped_gemm_dw": 1}),
+    ("gate_up_proj", True, {"grouped_gemm_dx": 1, "grouped_gemm_dw": 1}),
+    ("down_proj", False, {"grouped_gemm_dw": 1}),
+    ("topk_weights", False, {"grouped_gemm_dx": 1}),
+    ("topk_weights", True, {"grouped_gemm_dx": 2, "unpermute_backward": 1}),
+    ("gate_up_bias", False, {"grouped_gemm_dx": 1, "grouped_gemm_dw": 1}),
+    ("down_bias", False, {"grouped_gemm_dw": 1}),
+]
+
+
+class Counted:
+    """torch.ops.moe, counting."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+
+    def __getattr__(self, name: str) -> Any:
+        self.calls[name] += 1
+        return getattr(moe, name)
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize(("name", "weights_before", "expected"), CALLS, ids=str)
+def test_each_gradient_takes_its_own_products_alone(
+    name, weights_before, expected, recompute, monkeypatch
+):
+    sample = experts(weights_before=weights_before, recompute=recompute)
+    arguments = sample.requiring_grad()
+    for other in GRADS:
+        arguments[other].requires_grad_(other == name)
+    output = sample(**arguments)
+    counted = Counted()
+    monkeypatch.setattr(cpu, "moe", counted)
+    output.sum().backward()
+    again = {"grouped_gemm": 1} if recompute != "none" and name != "down_bias" else {}
+    assert counted.calls == {"permute": 1, **expected, **again}
+
+
+@both_orders
+def test_frozen_arguments_are_not_read(weights_before):
+    """Of each gradient alone: NaN in what it is not taken from does not show."""
+    sample = experts(weights_before=weights_before)
+    output, z, *routing = moe.fused_experts_forward(*sample.arguments.values())
+    flags = ("silu", True, False, None, weights_before)
+    inputs = {name: sample.arguments[name] for name in GRADS} | {"z": z}
+    reads = {
+        "hidden_states": ["gate_up_proj", "down_proj", "z", "topk_weights"],
+        "gate_up_proj": ["hidden_states", "down_proj", "z", "topk_weights"],
+        "down_proj": ["z"] if weights_before else ["z", "topk_weights"],
+        "topk_weights": ["hidden_states", "gate_up_proj", "down_proj", "z"]
+        if weights_before
+        else ["down_proj", "down_bias", "z"],
+        "gate_up_bias": ["down_proj", "z"]
+        if weights_before
+        else ["down_proj", "z", "topk_weights"],
+        "down_bias": [] if weights_before else ["topk_weights"],
+    }
+    for needed, name in enumerate(GRADS):
+
+        def gradient(inputs: dict[str, Tensor], needed: int = needed) -> Tensor:
+            needs = [i == needed for i in range(6)]
+            found = moe.fused_experts_backward(
+                torch.ones_like(output), *inputs.values(), *routing, *flags, needs, [False, False]
+            )
+            return found[needed]
+
+        expected = gradient(inputs)
+        for other in inputs:
+            nan = {**inputs, other: torch.full_like(inputs[other], float("nan"))}
+            unread = torch.equal(gradient(nan), expected)
+            assert unread == (other not in reads[name]), f"{other} for the gradient of {name}"
+
+
+@pytest.mark.parametrize("stored", [(False, False), (True, False), (False, True), (True, True)])
+def test_weight_gradients_have_the_strides_of_the_weights(stored):
+    """Otherwise AccumulateGrad copies them once more."""
+    sample = experts()
+    weights: dict[str, Tensor] = {}
+    parameters: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {}
+    for name, is_transposed in zip(("gate_up_proj", "down_proj"), stored, strict=True):
+        parameter = sample.arguments[name]
+        parameter = parameter.mT.contiguous() if is_transposed else parameter
+        parameters[name] = parameter.detach().requires_grad_()
+        weights[name] = parameters[name].mT if is_transposed else parameters[name] * 1
+        weights[name].register_hook(functools.partial(kept.__setitem__, name))
+    sample(**weights).sum().backward()
+    expected = output_and_gradients(sample)
+    for name, weight in weights.items():
+        assert kept[name].stride() == weight.stride()
+        grad = parameters[name].grad
+        assert grad is not None
+        assert grad.is_contiguous()
+        checks.assert_close(kept[name], expected[name])
+
+
+def test_bitwise_repeatable_at_a_size_that_uses_threads():
+    sample = experts("dropped", T=400, H=128, I=96)
+    first = output_and_gradients(sample)
+    for _ in range(3):
+        for name, got in output_and_gradients(sample).items():
+            assert torch.equal(got, first[name]), name
+
+
+# A block around the op, compiled, checkpointed and exported.
+
+
+recomputing_block = functools.partial(experts_block, recompute="pre_activation")
+BLOCKS = {"saving": experts_block, "recomputing": recomputing_block}
+blocks = pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+
+
+def assert_same(got: list[Tensor], want: list[Tensor]) -> None:
+    for position, (actual, expected) in enumerate(zip(got, want, strict=True)):
+        checks.assert_close(actual, expected, what=f"output or gradient {position}")
+
+
+@blocks
+@dtypes
+def test_block_equals_the_unfused_one(block, dtype):
+    hidden, weights = make_tokens(40, dtype), make_weights(dtype)
+    got = loss_and_gradients(block, hidden, weights)
+    assert_same(got, loss_and_gradients(unfused_block, hidden, weights))
+
+
+@blocks
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inductor_equals_eager(block, dtype):
+    hidden, weights = make_tokens(7, dtype), make_weights(dtype)
+    eager = loss_and_gradients(block, hidden, weights)
+    compiled = loss_and_gradients(torch.compile(block, fullgraph=True), hidden, weights)
+    assert all(got.norm() > 0 for got in compiled)
+    assert_same(compiled, eager)
+
+
+@blocks
+def test_token_counts_share_compilations(block):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(block, fullgraph=True, backend=counter)
+    weights = make_weights()
+    for num_tokens in (2, 3, 5, 8, 13):
+        got = loss_and_gradients(compiled, make_tokens(num_tokens), weights)
+        assert_same(got, loss_and_gradients(block, make_tokens(num_tokens), weights))
+    assert counter.frame_count <= 2
+    for num_tokens in (0, 1):
+        before = counter.frame_count
+        got = loss_and_gradients(compiled, make_tokens(num_tokens), weights)
+        assert_same(got, loss_and_gradients(block, make_tokens(num_tokens), weights))
+        assert counter.frame_count <= before + 1
+
+
+def test_unbacked_token_count():
+    weights = make_weights()
+
+    def chosen_tokens(hidden, wanted):
+        return experts_block(hidden[wanted], weights)
+
+    hidden, wanted = make_tokens(9), torch.arange(9) % 2 == 0
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(chosen_tokens, fullgraph=True, backend="aot_eager")
+        got = compiled(hidden, wanted)
+    checks.assert_close(got, experts_block(hidden[wanted], weights))
+
+
+def test_graphs():
+    """Forward and backward are one node each; what is recomputed is no tensor between them."""
+    routing = ["moe.topk_routing.default: float32[3, 2], int32[3, 2]"]
+    grads = "float32[3, 8], float32[4, 12, 8], float32[4, 8, 6], float32[3, 2]"
+    backward = [
+        f"moe.fused_experts_backward.default: {grads}, float32[0], float32[0]",
+        "moe.topk_routing_backward.default: float32[3, 4]",
+    ]
+    for block, z in ((experts_block, "6, 12"), (recomputing_block, "0")):
+        forward = (
+            f"moe.fused_experts_forward.default: float32[3, 8], float32[{z}], int32[4], int32[6], "
+            "int32[6]"
+        )
+        assert compiled_graphs(block) == {"forward": [*routing, forward], "backward": backward}
+
+
+def test_transposed_weights_under_compile():
+    """The order of the gradient is known when it is traced."""
+    weights = make_weights()
+    stored = [weights.gate_up_proj.detach().mT.contiguous(), weights.down_proj.detach().mT.clone()]
+    leaves = [tensor.requires_grad_() for tensor in stored]
+
+    def block(hidden, up, down):
+        return experts_block(hidden, Weights(weights.router, up.mT, down.mT))
+
+    hidden = make_tokens(6)
+    expected = torch.autograd.grad(block(hidden, *leaves).sum(), leaves)
+    compiled = torch.compile(block, fullgraph=True)
+    assert_same(list(torch.autograd.grad(compiled(hidden, *leaves).sum(), leaves)), list(expected))
+
+
+def save_experts(ctx, func, *args, **kwargs):
+    if func is moe.fused_experts_forward.default:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.MUST_RECOMPUTE
+
+
+def checkpointed(**options: Any) -> Any:
+    def block(hidden, weights):
+        def on_tensors(hidden, *tensors):
+            return experts_block(hidden, Weights(*tensors))
+
+        return checkpoint(
+            on_tensors, hidden, *weights.tensors(), use_reentrant=False, **options
+        )  # fmt: skip
+
+    return block
+
+
+SELECTIVE = {
+    "context_fn": functools.partial(create_selective_checkpoint_contexts, save_experts)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "runs"), [({}, 2), (SELECTIVE, 1)], ids=["full", "selective"])
+def test_checkpointing(options, runs):
+    block, hidden, weights = checkpointed(**options), make_tokens(7), make_weights()
+    expected = loss_and_gradients(experts_block, hidden, weights)
+    with CountCalls() as counted:
+        loss_and_gradients(block, make_tokens(7), make_weights())
+    assert counted.calls["fused_experts_forward"] == runs
+    assert counted.calls["topk_routing"] == 2
+    assert counted.calls["fused_experts"] == 0
+    assert_same(loss_and_gradients(block, hidden, weights), expected)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    assert_same(loss_and_gradients(compiled, hidden, weights), expected)
+    graphs = compiled_graphs(block)
+    recomputed = sum(op.startswith("moe.fused_experts_forward") for op in graphs["backward"])
+    assert recomputed == runs - 1
+
+
+def test_compiled_autograd_equals_eager():
+    hidden, weights = make_tokens(6), make_weights()
+    expected = loss_and_gradients(experts_block, hidden, weights)
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        output = torch.compile(experts_block, backend="aot_eager")(hidden, weights)
+        tangent = torch.linspace(-1, 1, output.numel()).view(output.shape)
+        torch.compile(lambda: output.backward(tangent), backend="aot_eager")()
+    grads = [tensor.grad for tensor in (hidden, *weights.tensors())]
+    assert_same([output, *(grad for grad in grads if grad is not None)], expected)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_grad(context):
+    hidden, weights = make_tokens(6), make_weights()
+    expected = experts_block(hidden, weights)
+    with context(), CountCalls() as counted:
+        output = experts_block(hidden, weights)
+    assert counted.calls == {"topk_routing": 1, "fused_experts": 1}
+    assert torch.equal(output, expected)
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        weights = make_weights()
+        self.router, self.gate_up_proj, self.down_proj = map(torch.nn.Parameter, weights.tensors())
+
+    def forward(self, hidden):
+        return experts_block(hidden, Weights(self.router, self.gate_up_proj, self.down_proj))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_program_holds_the_op_and_any_token_count(strict):
+    block = Block()
+    num_tokens = torch.export.Dim("num_tokens", min=2, max=4096)
+    program = torch.export.export(
+        block, (make_tokens(5).detach(),), dynamic_shapes=({0: num_tokens},), strict=strict
+    )
+    assert [str(n.target) for n in program.graph.nodes].count("moe.fused_experts.default") == 1
+    buffer = io.BytesIO()
+    torch.export.save(program.run_decompositions(), buffer)
+    buffer.seek(0)
+    loaded = torch.export.load(buffer)
+    assert [str(n.target) for n in loaded.graph.nodes].count("moe.fused_experts.default") == 1
+    for tokens in (2, 5, 19):
+        hidden = make_tokens(tokens).detach()
+        checks.assert_close(program.module()(hidden), block(hidden))
+        checks.assert_close(loaded.module()(hidden), block(hidden))
