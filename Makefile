@@ -15,6 +15,7 @@ SHELL := bash
 TORCH_VERSION := 2.13.0
 TRANSFORMERS_VERSION := 5.17.0
 TRANSFORMERS_NEWEST_VERSION := 5.23.0
+PEFT_VERSION := 0.21.2
 TORCH_PIP_ARGS ?=
 BOOTSTRAP_PYTHON ?= python3
 VENV := .venv
@@ -117,8 +118,8 @@ test-gpu: $(DEV_ENV) ## Run the GPU suite and write its report; needs a CUDA GPU
 gpu-report-check: $(DEV_ENV) ## Fail if the committed GPU report is not of the tree's kernels
 	@$(PY) -m tests.gpu.report
 
-test-transformers-newest: $(VENV_NEWEST)/.transformers-$(TRANSFORMERS_NEWEST_VERSION) ## Run tests/integrations with the newest transformers
-	$(call PYTEST,$(VENV_NEWEST)/bin/python) tests/integrations $(ARGS)
+test-transformers-newest: $(VENV_NEWEST)/.transformers-$(TRANSFORMERS_NEWEST_VERSION) ## Run tests/integrations, layers and compat with the newest transformers
+	$(call PYTEST,$(VENV_NEWEST)/bin/python) tests/integrations tests/layers tests/compat $(ARGS)
 
 lint: $(DEV_ENV) ## Check style and formatting (ruff)
 	$(PY) -m ruff check .
@@ -180,7 +181,7 @@ $(VENV)/.demo: $(VENV)/.torch-$(TORCH_VERSION) setup.py pyproject.toml
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch-$(TORCH_VERSION) setup.py pyproject.toml
-	$(INSTALL) -e '.[demo,test,dev]'
+	$(INSTALL) peft==$(PEFT_VERSION) -e '.[demo,peft,test,dev]'
 	@touch $@ $(VENV)/.demo
 
 # Layered over the environment of the checks: only transformers and what it insists on is new.

@@ -5,6 +5,8 @@ import io
 
 import pytest
 import torch
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 
 from tests import checks
 from tests.moe_block import BLOCKS, Weights, make_tokens, make_weights
@@ -56,3 +58,21 @@ def test_decomposed_and_saved_program(name):
     assert moe_ops_of(loaded) == moe_ops_of(program)
     hidden = make_tokens(11).detach()
     checks.assert_close(loaded.module()(hidden), block(hidden))
+
+
+@pytest.mark.slow
+def test_ahead_of_time_compiled_by_inductor(tmp_path):
+    """AOTInductor calls the ops through the dispatcher, for any token count."""
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        pytest.skip("Inductor finds no C++ compiler")
+    block, program = exported("fused", strict=False)
+    package = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "block.pt2")
+    )
+    loaded = torch._inductor.aoti_load_package(package)
+    for num_tokens in (2, 11):
+        hidden = make_tokens(num_tokens).detach()
+        with torch.no_grad():
+            checks.assert_close(loaded(hidden), block(hidden))

@@ -267,3 +267,12 @@ def test_bitwise_repeatable_at_a_size_that_uses_threads():
     for _ in range(3):
         for got, want in zip(run(), first, strict=True):
             assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8], ids=str)
+def test_rejects_a_quantised_weight(dtype):
+    rows, weight = torch.randn(4, 8), torch.ones(2, 4, 8).to(dtype)
+    name = str(dtype).removeprefix("torch.")
+    expected = rf"expected weight\.dtype == input\.dtype \(float32\), got {name}"
+    with pytest.raises(TypeError, match=f"^moe::grouped_gemm: {expected}$"):
+        moe.grouped_gemm(rows, weight, torch.tensor([2, 2]))

@@ -1,27 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-import re
-from pathlib import Path
-
 import pytest
 import torch
 
 from moe_ops.configs import cache
 from moe_ops.configs.kernel_config import PASSES
+from tests.pages import DOCS, run_python_blocks
 
-PAGE = Path(__file__).parents[2] / "docs" / "tuning.md"
-PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGE = DOCS / "tuning.md"
 
 
 @pytest.mark.slow
 def test_every_code_block_runs(capsys, monkeypatch):
-    """In order, in one namespace, as a reader would paste them who has no GPU."""
+    """As on a machine without a GPU."""
     pytest.importorskip("transformers")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    namespace: dict[str, object] = {}
-    text = PAGE.read_text(encoding="utf-8")
-    for block in PYTHON_BLOCK.finditer(text):
-        line = text.count("\n", 0, block.start(1))
-        exec(compile("\n" * line + block[1], str(PAGE), "exec"), namespace)
+    run_python_blocks(PAGE)
     assert capsys.readouterr().out == f"{cache.directory()}\n"
 
 

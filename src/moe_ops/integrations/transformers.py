@@ -117,9 +117,9 @@ def experts_forward(
     )
 
     up_name = "gate_up_proj" if self.has_gate else "up_proj"
-    up_weight, up_bias = _projection(self, up_name)
+    up_weight, up_bias = projection(self, up_name)
     rows = grouped_gemm(
-        _in_dtype_of(up_weight, hidden_states.reshape(-1, hidden_states.shape[-1])),
+        in_dtype_of(up_weight, hidden_states.reshape(-1, hidden_states.shape[-1])),
         up_weight,
         token_counts,
         gather_indices,
@@ -128,8 +128,8 @@ def experts_forward(
         permute_x=True,
     )
     rows = self._apply_gate(rows) if self.has_gate else self.act_fn(rows)
-    down_weight, down_bias = _projection(self, "down_proj")
-    rows = grouped_gemm(_in_dtype_of(down_weight, rows), down_weight, token_counts, bias=down_bias)
+    down_weight, down_bias = projection(self, "down_proj")
+    rows = grouped_gemm(in_dtype_of(down_weight, rows), down_weight, token_counts, bias=down_bias)
     if getattr(self, "has_post_expert_norm", False):
         rows = self.post_expert_norm(rows)
         # A norm may turn the zero rows of dropped slots into anything: a bias, or NaN without eps.
@@ -149,10 +149,10 @@ def _fused(
     top_k_weights: Tensor,
 ) -> Tensor:
     top_k = top_k_index.shape[-1]
-    up_weight, up_bias = _projection(self, "gate_up_proj" if self.has_gate else "up_proj")
-    down_weight, down_bias = _projection(self, "down_proj")
+    up_weight, up_bias = projection(self, "gate_up_proj" if self.has_gate else "up_proj")
+    down_weight, down_bias = projection(self, "down_proj")
     output = fused_experts(
-        _in_dtype_of(up_weight, hidden_states.reshape(-1, hidden_states.shape[-1])),
+        in_dtype_of(up_weight, hidden_states.reshape(-1, hidden_states.shape[-1])),
         up_weight,
         down_weight,
         top_k_index.reshape(-1, top_k),
@@ -237,14 +237,14 @@ def refuse_fp8_experts(self: object, *args: object, **kwargs: object) -> NoRetur
     )
 
 
-def _projection(experts: Experts, name: str) -> tuple[Tensor, Tensor | None]:
+def projection(experts: Experts, name: str) -> tuple[Tensor, Tensor | None]:
     """The weight called name as (num_experts, out_features, in_features), and its bias."""
     weight = getattr(experts, name)
-    bias = _in_dtype_of(weight, getattr(experts, f"{name}_bias")) if experts.has_bias else None
+    bias = in_dtype_of(weight, getattr(experts, f"{name}_bias")) if experts.has_bias else None
     return weight.transpose(1, 2) if experts.is_transposed else weight, bias
 
 
-def _in_dtype_of(weight: Tensor, tensor: Tensor) -> Tensor:
+def in_dtype_of(weight: Tensor, tensor: Tensor) -> Tensor:
     """The tensor as the GEMM wants it: fp32 residual streams and biases meet bf16 weights.
 
     Under autocast the op casts both; casting here first would bring bf16 rows to fp32 and back.

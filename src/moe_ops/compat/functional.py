@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""grouped_gemm with the arguments of Unsloth's, and the loop over experts that it stands for.
+
+T num_tokens, E num_experts, K in_features, N out_features, M = T * topk routed rows. A slot is
+token * topk + choice. Expert order is the rows grouped by expert, stable in slot order.
+"""
+
+from __future__ import annotations
+
+import torch
+
+import moe_ops
+from moe_ops.compat.indices import as_index
+from moe_ops.compat.kernel_string import kernel_string
+from moe_ops.configs.kernel_config import (
+    KernelConfigBackward_dW,
+    KernelConfigBackward_dX,
+    KernelConfigForward,
+)
+
+
+def grouped_gemm(
+    X: torch.Tensor,
+    W: torch.Tensor,
+    m_sizes: torch.Tensor,
+    topk: int,
+    gather_indices: torch.Tensor | None = None,
+    permute_x: bool = False,
+    permute_y: bool = False,
+    topk_weights: torch.Tensor | None = None,
+    fuse_mul_post: bool = False,
+    kernel_config_fwd: KernelConfigForward | None = None,
+    kernel_config_bwd_dX: KernelConfigBackward_dX | None = None,
+    kernel_config_bwd_dW: KernelConfigBackward_dW | None = None,
+    autotune: bool = False,
+    is_first_gemm: bool = True,  # noqa: ARG001
+    dX_only: bool = False,
+    dW_only: bool = False,
+) -> torch.Tensor:
+    """Multiplies each expert's rows by that expert's weight, permuted and weighted on the way.
+
+        output[i] = s * (x[i] @ W[e].T)   for each row i of expert e
+        x[i]      = X[gather_indices[i] // topk] with permute_x, else X[i]
+        s         = topk_weights.flatten()[slot] with fuse_mul_post, else 1
+        slot      = gather_indices[i], or i without gather_indices
+        with permute_y row i is stored at output[gather_indices[i]]
+
+    Args:
+        X ((T, K) with permute_x, else (M, K), floating): rows in token order with permute_x, else
+            in expert order. In any strides, as all tensors here.
+        W ((E, N, K) or (E * N, K), dtype of X): one matrix per expert; its gradient has W's shape.
+        m_sizes ((E,), any integer): rows of each expert, at least 0. Rows past their sum belong to
+            no expert and come out as zero.
+        topk (int): slots per token.
+        gather_indices ((M,), any integer, or None): slot of each row in expert order; needed by
+            permute_x and permute_y.
+        permute_x (bool): gather the rows of X from token order. Not together with permute_y.
+        permute_y (bool): store the rows of the output in slot order.
+        topk_weights ((T, topk) or (M,), floating, or None): router weight of each slot, in slot
+            order. Not used, and without a gradient, where fuse_mul_post is False: fuse_mul_post is
+            the switch, and who turns it off multiplies the weights in afterwards.
+        fuse_mul_post (bool): multiply by topk_weights, in fp32 before the downcast; in training as
+            in inference.
+        kernel_config_fwd (KernelConfigForward or None): how the forward is computed on a GPU. A
+            GEMM without a configuration gets what `moe_ops.tune` found, else what the package
+            ships for the GPU, else what a few rules compute. Configurations change the numbers by
+            the order of sums at most.
+        kernel_config_bwd_dX (KernelConfigBackward_dX or None): the same of the gradient of X.
+        kernel_config_bwd_dW (KernelConfigBackward_dW or None): the same of the gradient of W.
+        autotune (bool): let the configurations be chosen, as above; so it excludes kernel_config_*.
+            No call tunes, whatever this says: tuning is `moe_ops.tune`, ahead of training.
+        is_first_gemm (bool): taken and not used: nothing here depends on which GEMM of a layer it
+            is.
+        dX_only (bool): in the backward, compute no gradient of W. (That of topk_weights is part of
+            the GEMM of dX.)
+        dW_only (bool): in the backward, compute the gradient of W alone, none of X and
+            topk_weights. Not together with dX_only.
+
+    Returns:
+        output ((M, N), dtype of X): rows in slot order with permute_y, else in expert order.
+
+    Raises:
+        ValueError: arguments exclude each other, or a shape does not fit. Where the op raises it,
+            moe::grouped_gemm, it names the op's arguments: `input` is X, `weight` the W of three
+            dimensions, `token_counts` m_sizes, `top_k` topk.
+        TypeError: a dtype does not fit, or a configuration is that of another GEMM.
+
+    Differentiable in X, W and, with fuse_mul_post, topk_weights. An input that requires no gradient
+    costs none: no GEMM is launched and nothing allocated for it. The same inputs give the same
+    bits.
+
+    Source: the arguments are those of Unsloth's grouped_gemm (github.com/unslothai/unsloth).
+    """
+    if dX_only and dW_only:
+        raise _error("expected at most one of dX_only and dW_only, got both")
+    if fuse_mul_post and topk_weights is None:
+        raise _error("expected topk_weights with fuse_mul_post=True, got None")
+    config = kernel_string(kernel_config_fwd, kernel_config_bwd_dX, kernel_config_bwd_dW)
+    if autotune and config is not None:
+        raise _error(
+            "expected autotune=False with kernel_config_fwd, kernel_config_bwd_dX or "
+            "kernel_config_bwd_dW, got True"
+        )
+    token_counts = as_index(m_sizes, "grouped_gemm", "m_sizes")
+    if gather_indices is not None:
+        gather_indices = as_index(gather_indices, "grouped_gemm", "gather_indices")
+    weight = _as_3d(W, m_sizes.numel())
+    weights = _as_2d(topk_weights, topk) if fuse_mul_post and topk_weights is not None else None
+    # What is detached needs no gradient: the op then launches nothing for it.
+    if dX_only:
+        weight = weight.detach()
+    if dW_only:
+        X = X.detach()
+        weights = None if weights is None else weights.detach()
+    return moe_ops.grouped_gemm(
+        X,
+        weight,
+        token_counts,
+        gather_indices,
+        weights,
+        top_k=topk,
+        permute_x=permute_x,
+        permute_y=permute_y,
+        kernel_config=config,
+    )
+
+
+def torch_grouped_gemm(
+    X: torch.Tensor, W: torch.Tensor, m_sizes: torch.Tensor, transpose: bool = True
+) -> torch.Tensor:
+    """Multiplies each expert's rows by that expert's weight, in a loop over the experts.
+
+        output[i] = X[i] @ W[e].T, or X[i] @ W[e] without transpose, for each row i of expert e
+
+    The readable reference of `grouped_gemm`, in torch's own ops and in their precision. It reads
+    m_sizes on the host.
+
+    Args:
+        X ((M, K), floating): rows in expert order.
+        W ((E, N, K), or (E, K, N) without transpose, dtype of X): one matrix per expert.
+        m_sizes ((E,), any integer): rows of each expert, with a sum of at most M.
+        transpose (bool): whether W holds its matrices as (N, K).
+
+    Returns:
+        output ((M, N), dtype of X): rows in expert order; those of no expert are zero.
+
+    Raises:
+        TypeError: m_sizes is not of an integer dtype.
+
+    Differentiable in X and W, any number of times.
+    """
+    counts = as_index(m_sizes, "torch_grouped_gemm", "m_sizes").tolist()
+    num_rest = X.shape[0] - sum(counts)
+    *groups, _ = X.split([*counts, num_rest])
+    matrices = W.mT if transpose else W
+    products = [rows @ matrix for rows, matrix in zip(groups, matrices, strict=True)]
+    return torch.cat([*products, X.new_zeros(num_rest, matrices.shape[2])])
+
+
+def _error(text: str) -> ValueError:
+    return ValueError(f"moe_ops.compat.grouped_gemm: {text}")
+
+
+def _as_3d(W: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """W as (E, N, K), a view in any strides."""
+    if W.dim() == 3:
+        return W
+    if W.dim() != 2:
+        raise _error(f"expected W to have 2 or 3 dimensions, got {W.dim()}")
+    if num_experts < 1 or W.shape[0] % num_experts:
+        expected = f"W.shape[0] to be a multiple of m_sizes.numel() ({num_experts})"
+        raise _error(f"expected {expected}, got {W.shape[0]}")
+    return W.unflatten(0, (num_experts, W.shape[0] // num_experts))
+
+
+def _as_2d(topk_weights: torch.Tensor, topk: int) -> torch.Tensor:
+    """topk_weights as (T, topk)."""
+    if topk_weights.dim() != 1 or topk < 1:
+        return topk_weights
+    if topk_weights.shape[0] % topk:
+        expected = f"topk_weights.shape[0] to be a multiple of topk ({topk})"
+        raise _error(f"expected {expected}, got {topk_weights.shape[0]}")
+    return topk_weights.unflatten(0, (topk_weights.shape[0] // topk, topk))

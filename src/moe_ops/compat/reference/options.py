@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the options of the fused blocks must not say together."""
+
+from __future__ import annotations
+
+from moe_ops.configs.kernel_config import (
+    KernelConfigBackward_dW,
+    KernelConfigBackward_dX,
+    KernelConfigForward,
+)
+
+
+def check_gradients(owner: str, *, dW_only: bool, dX_only: bool) -> None:
+    """Raises ValueError where both are asked for: neither gradient would be left."""
+    if dW_only and dX_only:
+        raise ValueError(f"{owner}: expected dW_only or dX_only or neither, got both")
+
+
+def check_tuning(
+    owner: str,
+    autotune: bool,
+    kernel_config_fwd: KernelConfigForward | None,
+    kernel_config_bwd_dW: KernelConfigBackward_dW | None,
+    kernel_config_bwd_dX: KernelConfigBackward_dX | None,
+) -> None:
+    """Raises where a configuration is that of another GEMM, or given and to be chosen, too.
+
+    Raises:
+        TypeError: a configuration of another class.
+        ValueError: a configuration with autotune=True.
+    """
+    for name, kind, config in (
+        ("kernel_config_fwd", KernelConfigForward, kernel_config_fwd),
+        ("kernel_config_bwd_dW", KernelConfigBackward_dW, kernel_config_bwd_dW),
+        ("kernel_config_bwd_dX", KernelConfigBackward_dX, kernel_config_bwd_dX),
+    ):
+        if config is None:
+            continue
+        if not isinstance(config, kind):
+            got = type(config).__name__
+            raise TypeError(f"{owner}: expected {name} to be a {kind.__name__}, got {got}")
+        if autotune:
+            raise ValueError(
+                f"{owner}: expected {name}=None with autotune=True, got a {kind.__name__}; "
+                f"configurations are used with autotune=False"
+            )

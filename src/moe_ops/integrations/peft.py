@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train PEFT's LoRA adapters of transformers' experts without merging them into the weights.
+
+PEFT adapts experts through `LoraConfig(target_parameters=[...])`: around each forward it replaces the
+parameter by base + delta, which makes a tensor of the size of the weight, and a gradient of that size
+on the way back to the adapters. enable() gives the wrappers of one model another forward, which
+reads the same adapters and computes with moe_ops.layers.lora. Everything else stays PEFT's own:
+configuration, parameters, saving, loading, merging, switching adapters off.
+
+It is a call for one model, and not a registration, since PEFT offers no place to register a forward
+for its ParamWrapper, and since it then reaches models that are wrapped or loaded already. The wrappers
+keep their class, whose name PEFT compares when it adds another adapter; they get an attribute
+`forward`, as accelerate's hooks do it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator
+from types import MethodType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from moe_ops.integrations.transformers import IMPLEMENTATION, Experts, in_dtype_of, projection
+from moe_ops.layers.lora import LoraWeights, lora_experts
+
+MINIMUM_VERSION = "0.21"
+
+_needs = f"moe_ops.integrations.peft: expected peft >= {MINIMUM_VERSION}"
+try:
+    import peft
+    from peft.tuners.lora.layer import ParamWrapper
+except ImportError as error:
+    raise ImportError(f"{_needs}, got none that can be imported: {error}") from error
+if torch.torch_version.TorchVersion(peft.__version__) < MINIMUM_VERSION:
+    raise ImportError(f"{_needs}, got {peft.__version__}")
+
+logger = logging.getLogger("moe_ops")
+
+
+def enable(model: nn.Module) -> list[str]:
+    """Compute the LoRA adapters of a model's experts beside the frozen weights, not merged into them.
+
+        y = base(x) + sum over active adapters of scaling * (x @ lora_A[e].T) @ lora_B[e].T
+
+    for the targeted ones of gate_up_proj (up_proj without a gate) and down_proj, with the model's
+    own activation between them. Call it once, after PEFT has wrapped the model and before
+    torch.compile; adapters that are added later are included. The experts must run with
+    `experts_implementation="moe_ops"`.
+
+    What split LoRA does not cover goes through PEFT's own, merged path, and the logger "moe_ops" says
+    why, once for each reason: experts that run on another implementation, targeted biases, quantised
+    or sharded weights, experts with a norm of their own, and hooks on modules that would be passed
+    by. PEFT itself refuses dropout, DoRA and an adapter for each sample where parameters are adapted.
+
+    Args:
+        model: a PeftModel, or any module that holds one's layers.
+
+    Returns:
+        names: of the experts modules that split LoRA computes from now on.
+
+    Raises:
+        ValueError: the model has no experts with adapters on their parameters.
+        ImportError: on import of this module, if peft is missing or older than 0.21.
+    """
+    wrappers = dict(_outermost_wrappers(model))
+    if not wrappers:
+        raise ValueError(
+            "moe_ops.integrations.peft.enable: expected a model with LoRA adapters on the parameters "
+            f"of its experts (LoraConfig(target_parameters=[...])), got {type(model).__name__} "
+            "without"
+        )
+    enabled = []
+    for name, wrapper in wrappers.items():
+        reason = _obstacle(list(_chain(wrapper)))
+        if "forward" in wrapper.__dict__ and not _is_ours(wrapper):
+            reason = f"the wrapper of {name} has a forward of its own"
+        else:
+            wrapper.__dict__["forward"] = MethodType(forward, wrapper)
+        if reason is None:
+            enabled.append(name)
+        else:
+            _log_once(reason)
+    return enabled
+
+
+def disable(model: nn.Module) -> None:
+    """Give the wrappers that enable() changed PEFT's own forward back.
+
+    Args:
+        model: what enable() was called with.
+    """
+    for _, wrapper in _outermost_wrappers(model):
+        if _is_ours(wrapper):
+            del wrapper.__dict__["forward"]
+
+
+def forward(self: ParamWrapper, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Forward of PEFT's wrapper around an experts module: split where possible, else PEFT's own.
+
+    Args:
+        self: the outermost wrapper of the experts module.
+        hidden_states ((..., hidden_size), floating): rows in token order.
+        *args: top_k_index and top_k_weights, as transformers gives them to its experts.
+        **kwargs: adapter_names, which PEFT may give.
+
+    Returns:
+        hidden_states ((..., hidden_size), the dtype of hidden_states): the weighted sum of each
+            token's experts.
+    """
+    wrappers = list(_chain(self))
+    if not _is_merged_in_part(wrappers):
+        reason = _obstacle(wrappers)
+        if reason is None and (kwargs or len(args) != 2):
+            reason = "the experts were called with other arguments than transformers gives them"
+        if reason is None:
+            return _split(wrappers, hidden_states, *args)
+        # Dynamo would break the graph there, and enable() has said what does not change.
+        if not torch.compiler.is_compiling():
+            _log_once(reason)
+    output: Tensor = ParamWrapper.forward(self, hidden_states, *args, **kwargs)
+    return output
+
+
+def adapter_weights(wrapper: ParamWrapper, adapter_name: str) -> LoraWeights:
+    """One adapter of PEFT's wrapper, as moe_ops.layers.lora takes it.
+
+    PEFT packs the adapters of all experts into two linear layers: lora_A.weight
+    (num_experts * rank, in_features) has the experts slowest, lora_B.weight (out_features,
+    rank * num_experts) has them fastest.
+
+    Args:
+        wrapper: a wrapper of a parameter (num_experts, out_features, in_features), or of its
+            transpose in experts with is_transposed.
+        adapter_name: one of its adapters.
+
+    Returns:
+        weights: lora_A (num_experts, rank, in_features) and lora_B (num_experts, out_features, rank),
+            views of PEFT's parameters, and PEFT's scaling. scaling * lora_B[e] @ lora_A[e] is
+            wrapper.get_delta_weight(adapter_name)[e], transposed where the experts are.
+    """
+    lora_a, lora_b = wrapper.lora_A[adapter_name], wrapper.lora_B[adapter_name]
+    assert isinstance(lora_a, nn.Linear)
+    assert isinstance(lora_b, nn.Linear)
+    return LoraWeights(
+        lora_a.weight.unflatten(0, (wrapper.num_experts, -1)),
+        lora_b.weight.unflatten(1, (-1, wrapper.num_experts)).permute(2, 0, 1),
+        wrapper.scaling[adapter_name],
+    )
+
+
+def _split(
+    wrappers: list[ParamWrapper], hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    experts = cast(Experts, wrappers[-1].base_layer)
+    up_name = _up_name(experts)
+    adapters = {
+        wrapper.parameter_name: [
+            adapter_weights(wrapper, name)
+            for name in wrapper.active_adapters
+            if name in wrapper.lora_A
+        ]
+        for wrapper in wrappers
+    }
+    up_weight, up_bias = projection(experts, up_name)
+    down_weight, down_bias = projection(experts, "down_proj")
+    top_k = top_k_index.shape[-1]
+    output = lora_experts(
+        in_dtype_of(up_weight, hidden_states.reshape(-1, hidden_states.shape[-1])),
+        up_weight,
+        down_weight,
+        top_k_index.reshape(-1, top_k),
+        top_k_weights.reshape(-1, top_k),
+        adapters.get(up_name, ()),
+        adapters.get("down_proj", ()),
+        up_bias,
+        down_bias,
+        experts._apply_gate if experts.has_gate else experts.act_fn,
+    )
+    return output.reshape(hidden_states.shape).to(hidden_states.dtype)
+
+
+def _is_merged_in_part(wrappers: list[ParamWrapper]) -> bool:
+    """Whether no adapter is to be added here, or PEFT has merged one already."""
+    active = [name for w in wrappers for name in w.active_adapters if name in w.lora_A]
+    return not active or any(w.disable_adapters or w.merged for w in wrappers)
+
+
+def _obstacle(wrappers: list[ParamWrapper]) -> str | None:
+    """Why these wrappers, outermost first, cannot go through split LoRA; None where they can."""
+    experts = wrappers[-1].base_layer
+    name = type(experts).__name__
+    if not _is_experts(experts):
+        return f"{name} does not go through transformers' experts interface"
+    implementation = getattr(experts.config, "_experts_implementation", None)
+    if implementation != IMPLEMENTATION:
+        return f'{name} runs with experts_implementation="{implementation}"'
+    if getattr(experts, "has_post_expert_norm", False):
+        return f"{name} has a norm after each expert"
+    for module in [*wrappers[1:], experts]:
+        if _is_hooked(module):
+            return f"{type(module).__name__} in {name} has hooks or a forward of its own"
+    for parameter in (_up_name(experts), "down_proj"):
+        weight = getattr(experts, parameter)
+        if type(weight) is not nn.Parameter or weight.dtype not in _DTYPES:
+            return f"{parameter} of {name} is a {type(weight).__name__} of {weight.dtype}"
+    for wrapper in wrappers:
+        parameter = wrapper.parameter_name
+        if parameter not in (_up_name(experts), "down_proj"):
+            return f"{parameter} of {name} is adapted"
+    return None
+
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _up_name(experts: Experts | nn.Module) -> str:
+    return "gate_up_proj" if experts.has_gate else "up_proj"
+
+
+def _is_experts(module: nn.Module) -> bool:
+    return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _chain(wrapper: nn.Module) -> Iterator[ParamWrapper]:
+    """The wrapper and those nested in it, one for each adapted parameter, outermost first."""
+    while isinstance(wrapper, ParamWrapper):
+        yield wrapper
+        wrapper = wrapper.base_layer
+
+
+def _outermost_wrappers(model: nn.Module) -> Iterator[tuple[str, ParamWrapper]]:
+    """The wrappers of experts in the model, with the names they have there."""
+    inner = {id(nested) for m in model.modules() for nested in list(_chain(m))[1:]}
+    for name, module in model.named_modules():
+        if not isinstance(module, ParamWrapper) or id(module) in inner:
+            continue
+        # PEFT wraps parameters of any module, such as the weight of a linear layer.
+        experts = module.get_base_layer()
+        if _is_experts(experts) or getattr(experts, module.parameter_name).ndim == 3:
+            yield name, module
+
+
+def _is_ours(wrapper: ParamWrapper) -> bool:
+    return getattr(wrapper.__dict__.get("forward"), "__func__", None) is forward
+
+
+@functools.cache
+def _log_once(reason: str) -> None:
+    logger.warning("moe_ops.integrations.peft: PEFT's own path merges the adapters: %s", reason)

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The experts of an MoE layer, and the MLP that its shared expert is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_ops import fused_experts
+
+
+class Experts(nn.Module):
+    """Compute each token's experts, and their weighted sum.
+
+    It is moe::fused_experts with its parameters; the options are that op's, which checks them when
+    the module is called (docs/ops/fused_experts.md has the equation).
+
+    Args:
+        num_experts (int): number of experts.
+        hidden_size (int): size of a token's hidden state.
+        intermediate_size (int): size between an expert's projections.
+        activation (str): "silu", "gelu", "gelu_tanh", "relu", "relu_squared" or "swiglu_oai".
+        gated (bool): whether the activation of one half of the up projection multiplies the other.
+        interleaved (bool): whether gate and up rows take turns, or all gate rows stand first.
+        bias (bool): whether both projections have biases.
+        activation_limit (float or None): clamps gate and up before the activation (gpt-oss).
+        weights_before (bool): multiply the router weights with the experts' input, not with their
+            output (Llama 4).
+        recompute (str): "none", or "pre_activation" to save no activation of the experts and
+            compute it again in the backward.
+        kernel_config (str or None): what moe_ops.kernel_config() makes; None chooses by shape.
+        device, dtype: of the parameters.
+
+    Parameters, in Hugging Face's layout, U being 2 * intermediate_size where gated, else
+    intermediate_size:
+        gate_up_proj (num_experts, U, hidden_size); its name is up_proj where not gated.
+        down_proj (num_experts, hidden_size, intermediate_size).
+        gate_up_proj_bias or up_proj_bias (num_experts, U), down_proj_bias (num_experts,
+            hidden_size), or None.
+
+    Each expert begins as two nn.Linear do: weights and biases uniform in +-1 / sqrt(input size).
+
+    Source: the experts of Mixtral (arXiv:2401.04088).
+    """
+
+    down_proj: nn.Parameter
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: str = "silu",
+        gated: bool = True,
+        interleaved: bool = False,
+        bias: bool = False,
+        activation_limit: float | None = None,
+        weights_before: bool = False,
+        recompute: str = "none",
+        kernel_config: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.gated = gated
+        self.interleaved = interleaved
+        self.activation_limit = activation_limit
+        self.weights_before = weights_before
+        self.recompute = recompute
+        self.kernel_config = kernel_config
+
+        def add_projection(name: str, out_size: int, in_size: int) -> None:
+            def parameter(*shape: int) -> nn.Parameter:
+                return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
+
+            self.register_parameter(name, parameter(out_size, in_size))
+            self.register_parameter(f"{name}_bias", parameter(out_size) if bias else None)
+
+        self._up_name = "gate_up_proj" if gated else "up_proj"
+        add_projection(self._up_name, (2 if gated else 1) * intermediate_size, hidden_size)
+        add_projection("down_proj", hidden_size, intermediate_size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the parameters, as after to_empty()."""
+        for name in (self._up_name, "down_proj"):
+            weight, bias = self.projection(name)
+            bound = weight.shape[2] ** -0.5
+            nn.init.uniform_(weight, -bound, bound)
+            if bias is not None:
+                nn.init.uniform_(bias, -bound, bound)
+
+    def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """Send each token through its experts.
+
+        Args:
+            hidden_states ((T, hidden_size), the parameters' dtype): one row per token.
+            topk_ids ((T, top_k), int32 or int64): the experts of each token; ids outside
+                [0, num_experts) are dropped.
+            topk_weights ((T, top_k), floating): their weights.
+
+        Returns:
+            output ((T, hidden_size), the dtype of hidden_states): weighted and summed in fp32.
+
+        Raises:
+            ValueError, TypeError: from moe::fused_experts, for what it has not got.
+
+        Differentiable in hidden_states, topk_weights and the parameters.
+        """
+        up_weight, up_bias = self.projection(self._up_name)
+        down_weight, down_bias = self.projection("down_proj")
+        return fused_experts(
+            hidden_states,
+            up_weight,
+            down_weight,
+            topk_ids,
+            topk_weights,
+            up_bias,
+            down_bias,
+            self.activation,
+            self.gated,
+            self.interleaved,
+            self.activation_limit,
+            self.weights_before,
+            self.recompute,
+            self.kernel_config,
+        )
+
+    def projection(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """The weight of that name, and its bias."""
+        return getattr(self, name), getattr(self, f"{name}_bias")
+
+    def extra_repr(self) -> str:
+        """The sizes and the activation, for print(module)."""
+        num_experts, hidden_size, intermediate_size = self.down_proj.shape
+        return (
+            f"num_experts={num_experts}, hidden_size={hidden_size}, "
+            f"intermediate_size={intermediate_size}, activation={self.activation!r}"
+        )
+
+
+# moe::fused_experts' names, but for swiglu_oai, which is more than a function of the gate.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda gate: F.gelu(gate, approximate="tanh"),
+    "relu": F.relu,
+    "relu_squared": lambda gate: F.relu(gate).square(),
+}
+
+
+class GatedMLP(nn.Module):
+    """Compute a gated MLP without biases, as shared experts are: down(act(gate(x)) * up(x)).
+
+    Args:
+        hidden_size (int): size of a token's hidden state.
+        intermediate_size (int): size between the projections.
+        activation (str): "silu", "gelu", "gelu_tanh", "relu" or "relu_squared".
+        device, dtype: of the parameters, which nn.Linear makes and initialises.
+
+    Raises:
+        ValueError: an activation other than these.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: str = "silu",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                "moe_ops.layers.GatedMLP: expected activation to be one of "
+                f"{', '.join(ACTIVATIONS)}, got {activation!r}"
+            )
+
+        def linear(in_size: int, out_size: int) -> nn.Linear:
+            return nn.Linear(in_size, out_size, bias=False, device=device, dtype=dtype)
+
+        self.activation = activation
+        self.gate_proj = linear(hidden_size, intermediate_size)
+        self.up_proj = linear(hidden_size, intermediate_size)
+        self.down_proj = linear(intermediate_size, hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map hidden_states (..., hidden_size) to an output of the same shape."""
+        gate = ACTIVATIONS[self.activation](self.gate_proj(hidden_states))
+        output: Tensor = self.down_proj(gate * self.up_proj(hidden_states))
+        return output

@@ -1,0 +1,397 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA on experts without merged weights: two thin grouped GEMMs beside each frozen one.
+
+T num_tokens, H hidden_size, I intermediate_size, E num_experts, K top_k, R = T * K routed rows,
+r rank, U = 2 * I where gated, else I.
+
+For a row x of expert e,
+
+    y = base(x) + scaling * (x @ lora_A[e].T) @ lora_B[e].T
+
+The base weight stays as it is, so a frozen one gets no gradient GEMM and no gradient tensor, and
+nothing of the size of the weight is made in a step.
+
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_ops.layers.experts import ACTIVATIONS, Experts
+from moe_ops.ops.grouped_gemm import grouped_gemm
+from moe_ops.ops.routing_indices import routing_indices
+from moe_ops.ops.unpermute import unpermute
+
+_HERE = "moe_ops.layers.lora"
+
+
+class LoraWeights(NamedTuple):
+    """One adapter of one projection of every expert.
+
+    lora_A (num_experts, rank, in_features), lora_B (num_experts, out_features, rank), in any strides
+    and any floating dtype. An expert's delta weight is scaling * lora_B[e] @ lora_A[e].
+    """
+
+    lora_A: Tensor  # noqa: N815
+    lora_B: Tensor  # noqa: N815
+    scaling: float
+
+
+def lora_grouped_gemm(
+    input: Tensor,
+    weight: Tensor,
+    token_counts: Tensor,
+    adapters: Sequence[LoraWeights],
+    gather_indices: Tensor | None = None,
+    topk_weights: Tensor | None = None,
+    bias: Tensor | None = None,
+    top_k: int = 1,
+    permute_x: bool = False,
+    permute_y: bool = False,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Multiply each expert's rows by its weight, and add what the adapters say.
+
+        y[i] = topk_weights[i] * (x[i] @ weight[e].T + bias[e]
+                                  + sum over adapters of scaling * (x[i] @ lora_A[e].T) @ lora_B[e].T)
+
+    Rows are gathered, weighted and stored as moe_ops.grouped_gemm does it: the first thin GEMM gathers
+    as the base does (permute_x), the second one weights and scatters (permute_y), so that the sum is
+    of the same rows.
+
+    Args:
+        input ((M, in_features), floating): rows in token order with permute_x, else in expert order.
+        weight ((num_experts, out_features, in_features), dtype of input): the base weight.
+        token_counts ((num_experts,), index): rows of each expert.
+        adapters: LoraWeights that are added up; they are multiplied in the dtype of weight. With
+            none of them this is moe_ops.grouped_gemm.
+        gather_indices ((R,), index): slot of each row in expert order.
+        topk_weights ((R / top_k, top_k), floating): router weight of each slot.
+        bias ((num_experts, out_features), dtype of weight): bias of the base.
+        top_k: slots of a token.
+        permute_x: gather the rows of input through gather_indices.
+        permute_y: store the rows of output through gather_indices.
+        dropout_p: probability with which an element of the adapters' input is zero, the others being
+            divided by 1 - dropout_p. With permute_x all slots of a token see the same zeros.
+
+    Returns:
+        output ((R, out_features), dtype of input): R = M * top_k with permute_x, else M.
+
+    Raises:
+        ValueError: an adapter's shape does not fit weight; dropout_p is not in [0, 1); what
+            moe_ops.grouped_gemm refuses.
+        TypeError: a dtype that moe_ops.grouped_gemm refuses, such as that of a quantised weight.
+
+    Differentiable in input, weight, topk_weights, bias and the adapters. A gradient that nobody asks
+    for costs no GEMM. Deterministic but for the dropout.
+    """
+    _check_dropout("lora_grouped_gemm", "dropout_p", dropout_p)
+    output = grouped_gemm(
+        input,
+        weight,
+        token_counts,
+        gather_indices,
+        topk_weights,
+        bias,
+        top_k,
+        permute_x=permute_x,
+        permute_y=permute_y,
+    )
+    for adapter in adapters:
+        _check(adapter, weight)
+        x = F.dropout(input, dropout_p) if dropout_p else input
+        low_rank = grouped_gemm(
+            x,
+            adapter.lora_A.to(weight.dtype),
+            token_counts,
+            gather_indices,
+            top_k=top_k,
+            permute_x=permute_x,
+        )
+        # The scale goes to the narrow tensor, whose gradient is as narrow.
+        delta = grouped_gemm(
+            low_rank * adapter.scaling,
+            adapter.lora_B.to(weight.dtype),
+            token_counts,
+            gather_indices,
+            topk_weights,
+            top_k=top_k,
+            permute_y=permute_y,
+        )
+        output = output + delta
+    return output
+
+
+def lora_experts(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_lora: Sequence[LoraWeights] = (),
+    down_lora: Sequence[LoraWeights] = (),
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str | Callable[[Tensor], Tensor] = "silu",
+    gated: bool = True,
+    interleaved: bool = False,
+    activation_limit: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Compute a whole layer of experts with adapters on one or both of its projections.
+
+        z         = lora(x[t], gate_up_proj[e]) + gate_up_bias[e]    for each slot (t, k), e = topk_ids[t, k]
+        output[t] = sum_k topk_weights[t, k] * (lora(act(z), down_proj[e]) + down_bias[e])
+
+    Args:
+        hidden_states ((T, H), floating): rows in token order.
+        gate_up_proj ((E, U, H), dtype of hidden_states): the frozen up projection.
+        down_proj ((E, H, I), dtype of hidden_states): the frozen down projection.
+        topk_ids ((T, K), int32 or int64): expert of each slot; ids outside [0, E) are dropped.
+        topk_weights ((T, K), floating): router weight of each slot.
+        gate_up_lora: adapters of gate_up_proj, lora_A (E, r, H) and lora_B (E, U, r).
+        down_lora: adapters of down_proj, lora_A (E, r, I) and lora_B (E, H, r).
+        gate_up_bias ((E, U), dtype of hidden_states): bias of the up projection.
+        down_bias ((E, H), dtype of hidden_states): bias of the down projection.
+        activation: one of those that moe_ops.fused_experts knows, or a function from z (R, U) to
+            the input (R, I) of the down projection. A function is called as it is: gated,
+            interleaved and activation_limit are for the names.
+        gated: whether the activation of one half of z multiplies the other.
+        interleaved: whether gate and up take turns in z.
+        activation_limit: clamps gate and up before the activation.
+        dropout_p: as lora_grouped_gemm has it, for both projections.
+
+    Returns:
+        output ((T, H), dtype of hidden_states).
+
+    Raises:
+        ValueError: an unknown activation; what lora_grouped_gemm and the ops refuse.
+        TypeError: a dtype that the ops refuse.
+
+    Differentiable in hidden_states, topk_weights, the adapters, and the projections and biases if
+    they require it. Deterministic but for the dropout.
+    """
+    top_k = topk_ids.shape[-1]
+    counts, gather, scatter = routing_indices(topk_ids, gate_up_proj.shape[0])
+    z = lora_grouped_gemm(
+        hidden_states,
+        gate_up_proj,
+        counts,
+        gate_up_lora,
+        gather,
+        bias=gate_up_bias,
+        top_k=top_k,
+        permute_x=True,
+        dropout_p=dropout_p,
+    )
+    if callable(activation):
+        rows = activation(z)
+    else:
+        rows = _activate(z, activation, gated, interleaved, activation_limit)
+    rows = lora_grouped_gemm(
+        rows, down_proj, counts, down_lora, bias=down_bias, dropout_p=dropout_p
+    )
+    return unpermute(rows, gather, topk_weights, top_k, scatter)
+
+
+class GroupedLora(nn.Module):
+    """The adapter of one projection of every expert, as trainable parameters.
+
+    lora_A (num_experts, rank, in_features) is drawn as nn.Linear draws its weight, lora_B
+    (num_experts, out_features, rank) is zero, so that training starts from the base model.
+
+    Args:
+        num_experts, in_features, out_features: sizes of the projection's weight.
+        rank: width of the adapter, at least 1.
+        lora_alpha: scaling is lora_alpha / rank, or lora_alpha / sqrt(rank) with use_rslora.
+        use_rslora: scale as rank-stabilised LoRA does.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        lora_alpha: float = 16.0,
+        *,
+        use_rslora: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"{_HERE}.GroupedLora: expected rank >= 1, got {rank}")
+        self.scaling = lora_alpha / (math.sqrt(rank) if use_rslora else rank)
+        self.lora_A = nn.Parameter(
+            torch.empty(num_experts, rank, in_features, device=device, dtype=dtype)
+        )
+        self.lora_B = nn.Parameter(
+            torch.empty(num_experts, out_features, rank, device=device, dtype=dtype)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw lora_A anew and zero lora_B."""
+        bound = self.lora_A.shape[2] ** -0.5
+        nn.init.uniform_(self.lora_A, -bound, bound)
+        nn.init.zeros_(self.lora_B)
+
+    def weights(self) -> LoraWeights:
+        """The parameters as lora_grouped_gemm takes them."""
+        return LoraWeights(self.lora_A, self.lora_B, self.scaling)
+
+    def delta_weight(self) -> Tensor:
+        """What merging adds to the weight, (num_experts, out_features, in_features)."""
+        return self.scaling * (self.lora_B @ self.lora_A)
+
+    def extra_repr(self) -> str:
+        """Sizes, for print(module)."""
+        num_experts, rank, in_features = self.lora_A.shape
+        return (
+            f"num_experts={num_experts}, in_features={in_features}, "
+            f"out_features={self.lora_B.shape[1]}, rank={rank}, scaling={self.scaling:g}"
+        )
+
+
+class LoraExperts(nn.Module):
+    """A layer of frozen experts with trainable adapters; it stands where the layer stood.
+
+    Args:
+        experts: the layer, whose parameters are frozen here and not copied.
+        rank: width of the adapters.
+        lora_alpha: as GroupedLora has it.
+        use_rslora: as GroupedLora has it.
+        targets: the projections that get an adapter, of the experts' up projection ("gate_up_proj",
+            or "up_proj" where they are not gated) and "down_proj"; both where None.
+        lora_dropout: dropout_p of lora_grouped_gemm in training mode.
+
+    Raises:
+        ValueError: other targets; a dropout_p outside [0, 1); experts with weights_before, which is
+            not supported here; a rank below 1.
+    """
+
+    def __init__(
+        self,
+        experts: Experts,
+        rank: int,
+        lora_alpha: float = 16.0,
+        *,
+        use_rslora: bool = False,
+        targets: Sequence[str] | None = None,
+        lora_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self._up_name = "gate_up_proj" if experts.gated else "up_proj"
+        known = (self._up_name, "down_proj")
+        targets = known if targets is None else targets
+        if not targets or not set(targets) <= set(known):
+            raise ValueError(f"{_HERE}.LoraExperts: expected targets of {known}, got {targets!r}")
+        if experts.weights_before:
+            raise ValueError(f"{_HERE}.LoraExperts: expected experts without weights_before")
+        _check_dropout("LoraExperts", "lora_dropout", lora_dropout)
+        self.experts = experts.requires_grad_(False)
+        self.lora_dropout = lora_dropout
+        self.adapters = nn.ModuleDict()
+        for name in targets:
+            weight = getattr(experts, name)
+            num_experts, out_features, in_features = weight.shape
+            self.adapters[name] = GroupedLora(
+                num_experts, in_features, out_features, rank, lora_alpha,
+                use_rslora=use_rslora, device=weight.device, dtype=weight.dtype,
+            )  # fmt: skip
+
+    def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """The weighted sum of each token's experts, (T, H); see lora_experts."""
+        experts, up_name = self.experts, self._up_name
+        up_weight, up_bias = experts.projection(up_name)
+        down_weight, down_bias = experts.projection("down_proj")
+        return lora_experts(
+            hidden_states,
+            up_weight,
+            down_weight,
+            topk_ids,
+            topk_weights,
+            self._weights(up_name),
+            self._weights("down_proj"),
+            up_bias,
+            down_bias,
+            experts.activation,
+            experts.gated,
+            experts.interleaved,
+            experts.activation_limit,
+            self.lora_dropout if self.training else 0.0,
+        )
+
+    @torch.no_grad()
+    def merge(self) -> Experts:
+        """Add the adapters to the weights, in place, and return the layer without them.
+
+        This module must not be used after it.
+        """
+        for name in self.adapters:
+            getattr(self.experts, name).add_(self._adapter(name).delta_weight())
+        return self.experts
+
+    def _weights(self, name: str) -> tuple[LoraWeights, ...]:
+        return (self._adapter(name).weights(),) if name in self.adapters else ()
+
+    def _adapter(self, name: str) -> GroupedLora:
+        adapter = self.adapters[name]
+        assert isinstance(adapter, GroupedLora)
+        return adapter
+
+
+def _activate(
+    z: Tensor, activation: str, gated: bool, interleaved: bool, limit: float | None
+) -> Tensor:
+    """The input (R, I) of the down projection, of z (R, U); in fp32 (fp64 for fp64), rounded once."""
+    is_oai = activation == "swiglu_oai"
+    if not is_oai and activation not in ACTIVATIONS:
+        raise ValueError(
+            f"{_HERE}.lora_experts: expected activation to be one of "
+            f"{', '.join([*ACTIVATIONS, 'swiglu_oai'])}, got {activation!r}"
+        )
+    if is_oai and not gated:
+        raise ValueError(
+            f"{_HERE}.lora_experts: expected gated with swiglu_oai, which multiplies by up"
+        )
+    if limit is not None and limit <= 0:
+        raise ValueError(f"{_HERE}.lora_experts: expected activation_limit > 0, got {limit}")
+    gate = z.to(torch.promote_types(z.dtype, torch.float32))
+    factor = None
+    if gated:
+        gate, up = (gate[:, 0::2], gate[:, 1::2]) if interleaved else gate.chunk(2, dim=-1)
+        factor = up if limit is None else up.clamp(-limit, limit)
+        factor = factor + 1 if is_oai else factor
+    gate = gate if limit is None else gate.clamp(max=limit)
+    rows = gate * torch.sigmoid(1.702 * gate) if is_oai else ACTIVATIONS[activation](gate)
+    return (rows if factor is None else rows * factor).to(z.dtype)
+
+
+def _check_dropout(function: str, name: str, probability: float) -> None:
+    if not 0.0 <= probability < 1.0:
+        raise ValueError(f"{_HERE}.{function}: expected 0 <= {name} < 1, got {probability}")
+
+
+def _check(adapter: LoraWeights, weight: Tensor) -> None:
+    num_experts, out_features, in_features = weight.shape
+    a, b = tuple(adapter.lora_A.shape), tuple(adapter.lora_B.shape)
+    if len(a) != 3 or a[1] < 1 or (a[0], a[2]) != (num_experts, in_features):
+        raise ValueError(
+            f"{_HERE}.lora_grouped_gemm: expected lora_A of shape "
+            f"(num_experts, rank, in_features) = ({num_experts}, rank, {in_features}), got {a}"
+        )
+    if b != (num_experts, out_features, a[1]):
+        raise ValueError(
+            f"{_HERE}.lora_grouped_gemm: expected lora_B of shape "
+            f"(num_experts, out_features, rank) = ({num_experts}, {out_features}, {a[1]}), got {b}"
+        )

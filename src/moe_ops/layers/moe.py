@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Mixture-of-Experts layer, and how the configs and blocks of transformers describe theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_ops.layers.experts import Experts, GatedMLP
+from moe_ops.layers.router import Router
+
+
+class MoE(nn.Module):
+    """Send each token through the experts that a router chooses, and through a shared one.
+
+        router_logits, topk_weights, topk_ids = router(hidden_states)
+        output = experts(hidden_states, topk_ids, topk_weights)
+               + sigmoid(shared_expert_gate(hidden_states)) * shared_expert(hidden_states)
+
+    Args:
+        router (Router): chooses the experts.
+        experts (Experts): the experts.
+        shared_expert (nn.Module or None): what every token goes through besides, such as a
+            GatedMLP.
+        shared_expert_gate (nn.Module or None): one logit per token, such as
+            nn.Linear(hidden_size, 1), whose sigmoid multiplies the shared expert's output
+            (Qwen2-MoE). None stands for a factor of one.
+
+    Every part that holds parameters has reset_parameters(), for use after to_empty().
+
+    Raises:
+        ValueError: shared_expert_gate without shared_expert.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        experts: Experts,
+        shared_expert: nn.Module | None = None,
+        shared_expert_gate: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if shared_expert is None and shared_expert_gate is not None:
+            raise ValueError(
+                "moe_ops.layers.MoE: expected shared_expert where shared_expert_gate is given, "
+                "got None"
+            )
+        self.router = router
+        self.experts = experts
+        self.shared_expert = shared_expert
+        self.shared_expert_gate = shared_expert_gate
+        # Set by from_config: whether its model's blocks keep the experts' projections transposed.
+        self._transposed: bool | None = None
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Any,
+        layer_idx: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> MoE:
+        """Make the MoE layer of a model that transformers has, from its config.
+
+        Args:
+            config (object): a config of transformers, or any object with the same attributes; its
+                model_type is one of qwen3_moe, qwen2_moe, mixtral, olmoe, deepseek_v3, glm4_moe,
+                gpt_oss and llama4_text.
+            layer_idx (int or None): the decoder layer that this is in, which is refused if it has
+                no experts; None does not ask. The layer is the same for all.
+            device (torch.device, str or None): of the parameters.
+            dtype (torch.dtype or None): of the parameters; the config's own is not read.
+
+        Returns:
+            layer (MoE): with weights of its own; load_from() takes a block's.
+
+        Raises:
+            ValueError: another model_type, a layer without experts, or a setting that this layer
+                has not got.
+        """
+        model_type = getattr(config, "model_type", None)
+        if model_type not in _BLOCKS:
+            raise ValueError(
+                "moe_ops.layers.MoE.from_config: expected config.model_type to be one of "
+                f"{', '.join(_BLOCKS)}, got {model_type!r}"
+            )
+        block = _BLOCKS[model_type](config)
+        if layer_idx is not None and not block.has_experts(layer_idx):
+            raise ValueError(
+                "moe_ops.layers.MoE.from_config: expected layer_idx of a layer with experts in "
+                f"this {model_type} config, got {layer_idx}"
+            )
+        hidden_size = config.hidden_size
+        place: Any = {"device": device, "dtype": dtype}
+        router = Router(hidden_size, top_k=config.num_experts_per_tok, **block.router, **place)
+        num_experts = block.router["num_experts"]
+        experts = Experts(num_experts, hidden_size, **block.experts, **place)
+        shared_expert = shared_expert_gate = None
+        if block.shared_intermediate_size is not None:
+            activation = block.experts["activation"]
+            shared_expert = GatedMLP(
+                hidden_size, block.shared_intermediate_size, activation, **place
+            )
+        if block.shared_expert_gate:
+            shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, **place)
+        layer = cls(router, experts, shared_expert, shared_expert_gate)
+        layer._transposed = block.transposed
+        return layer
+
+    def load_from(self, block: nn.Module) -> MoE:
+        """Copy the weights of transformers' own block of the same model.
+
+        Args:
+            block (nn.Module): a Qwen3MoeSparseMoeBlock, DeepseekV3MoE, GptOssMLP or Llama4TextMoe,
+                whichever the config that this layer was made from belongs to. Its tensors are
+                copied, in this layer's dtypes and to its devices.
+
+        Returns:
+            self (MoE): the layer, which now computes what the block does.
+
+        Raises:
+            ValueError: the layer does not come from from_config, or the block's state has other
+                names or shapes.
+        """
+        if self._transposed is None:
+            raise ValueError(
+                "moe_ops.layers.MoE.load_from: expected a layer made by MoE.from_config, "
+                "got one made of parts"
+            )
+        theirs = {
+            _our_name(name): _our_layout(name, tensor, self._transposed)
+            for name, tensor in block.state_dict().items()
+        }
+        ours = self.state_dict()
+        for name in sorted(ours.keys() | theirs.keys()):
+            expected, got = (
+                str(tuple(state[name].shape)) if name in state else "no such tensor"
+                for state in (ours, theirs)
+            )
+            if expected != got:
+                raise ValueError(
+                    f"moe_ops.layers.MoE.load_from: expected {name} to be {expected}, "
+                    f"got {got} in {type(block).__name__}"
+                )
+        self.load_state_dict(theirs)
+        return self
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the layer.
+
+        Args:
+            hidden_states ((..., hidden_size), the parameters' dtype): T tokens in any shape.
+
+        Returns:
+            output ((..., hidden_size), the dtype of hidden_states).
+            router_logits ((T, num_experts), as the router has them): for load_balancing_loss.
+
+        Differentiable, both, in hidden_states and the parameters.
+        """
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        router_logits, topk_weights, topk_ids = self.router(tokens)
+        output = self.experts(tokens, topk_ids, topk_weights)
+        if self.shared_expert is not None:
+            shared = self.shared_expert(tokens)
+            if self.shared_expert_gate is not None:
+                shared = torch.sigmoid(self.shared_expert_gate(tokens)) * shared
+            output = output + shared
+        return output.reshape(hidden_states.shape), router_logits
+
+
+# What transformers calls the parts of its blocks, where it is not what MoE calls them.
+_OUR_NAMES = {"gate": "router", "shared_experts": "shared_expert"}
+
+
+def _our_name(name: str) -> str:
+    part, _, rest = name.partition(".")
+    return f"{_OUR_NAMES.get(part, part)}.{rest}"
+
+
+def _our_layout(name: str, tensor: Tensor, transposed: bool) -> Tensor:
+    is_projection = name in {"experts.gate_up_proj", "experts.down_proj"}
+    return tensor.transpose(1, 2) if transposed and is_projection else tensor
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What a config says of its model's MoE blocks."""
+
+    router: dict[str, Any]  # arguments of Router
+    experts: dict[str, Any]  # arguments of Experts
+    shared_intermediate_size: int | None = None
+    shared_expert_gate: bool = False
+    transposed: bool = False  # the experts' projections are (num_experts, in, out)
+    has_experts: Callable[[int], bool] = lambda _: True
+
+
+# moe::fused_experts' names for the activations that configs name.
+_ACTIVATIONS = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "relu2": "relu_squared",
+}  # fmt: skip
+
+
+def _experts(config: Any, intermediate_size: int) -> dict[str, Any]:
+    if config.hidden_act not in _ACTIVATIONS:
+        raise ValueError(
+            "moe_ops.layers.MoE.from_config: expected config.hidden_act to be one of "
+            f"{', '.join(_ACTIVATIONS)}, got {config.hidden_act!r}"
+        )
+    activation = _ACTIVATIONS[config.hidden_act]
+    return {"intermediate_size": intermediate_size, "activation": activation}
+
+
+def _qwen3_moe(config: Any) -> _Block:
+    return _Block(
+        router={"num_experts": config.num_experts, "renormalize": config.norm_topk_prob},
+        experts=_experts(config, config.moe_intermediate_size),
+        has_experts=lambda layer_idx: (
+            layer_idx not in config.mlp_only_layers
+            and (layer_idx + 1) % config.decoder_sparse_step == 0
+        ),
+    )
+
+
+def _qwen2_moe(config: Any) -> _Block:
+    return replace(
+        _qwen3_moe(config),
+        shared_intermediate_size=config.shared_expert_intermediate_size,
+        shared_expert_gate=True,
+    )
+
+
+def _mixtral(config: Any) -> _Block:
+    if config.router_jitter_noise != 0:
+        raise ValueError(
+            "moe_ops.layers.MoE.from_config: expected config.router_jitter_noise == 0, "
+            f"got {config.router_jitter_noise}"
+        )
+    return _Block(
+        router={"num_experts": config.num_local_experts, "renormalize": True},
+        experts=_experts(config, config.intermediate_size),
+    )
+
+
+def _olmoe(config: Any) -> _Block:
+    return _Block(
+        router={"num_experts": config.num_experts, "renormalize": config.norm_topk_prob},
+        experts=_experts(config, config.intermediate_size),
+    )
+
+
+def _deepseek_v3(config: Any) -> _Block:
+    return _Block(
+        router={
+            "num_experts": config.n_routed_experts,
+            "score_function": "sigmoid",
+            "renormalize": config.norm_topk_prob,
+            "num_groups": config.n_group,
+            "top_groups": config.topk_group,
+            "scaling_factor": config.routed_scaling_factor,
+            "selection_bias": True,
+            "logits_dtype": torch.float32,
+        },
+        experts=_experts(config, config.moe_intermediate_size),
+        shared_intermediate_size=config.moe_intermediate_size * config.n_shared_experts,
+        has_experts=lambda layer_idx: layer_idx >= config.first_k_dense_replace,
+    )
+
+
+def _gpt_oss(config: Any) -> _Block:
+    return _Block(
+        router={"num_experts": config.num_local_experts, "score_before_topk": False, "bias": True},
+        experts={
+            "intermediate_size": config.intermediate_size,
+            "activation": "swiglu_oai",
+            "interleaved": True,
+            "bias": True,
+            # A constant of transformers' class too: its config has no say in it.
+            "activation_limit": 7.0,
+        },
+        transposed=True,
+    )
+
+
+def _llama4_text(config: Any) -> _Block:
+    return _Block(
+        router={
+            "num_experts": config.num_local_experts,
+            "score_function": "sigmoid",
+            "score_before_topk": False,
+        },
+        experts={**_experts(config, config.intermediate_size), "weights_before": True},
+        shared_intermediate_size=config.intermediate_size,
+        transposed=True,
+        has_experts=lambda layer_idx: layer_idx in config.moe_layers,
+    )
+
+
+_BLOCKS: dict[str, Callable[[Any], _Block]] = {
+    "qwen3_moe": _qwen3_moe,
+    "qwen2_moe": _qwen2_moe,
+    "mixtral": _mixtral,
+    "olmoe": _olmoe,
+    "deepseek_v3": _deepseek_v3,
+    "glm4_moe": _deepseek_v3,
+    "gpt_oss": _gpt_oss,
+    "llama4_text": _llama4_text,
+}

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The router of an MoE layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_ops import topk_routing
+
+
+class Router(nn.Module):
+    """Choose each token's experts, and how much each of them counts.
+
+        router_logits          = hidden_states @ weight.T + bias
+        topk_weights, topk_ids = moe::topk_routing(router_logits, top_k, e_score_correction_bias, ...)
+
+    The options from score_function to scaling_factor are those of moe::topk_routing, which checks
+    them when the router is called (docs/ops/topk_routing.md).
+
+    Args:
+        hidden_size (int): size of a token's hidden state.
+        num_experts (int): experts to choose from.
+        top_k (int): experts per token.
+        bias (bool): whether the linear map has a bias (gpt-oss).
+        score_function (str): "softmax" or "sigmoid".
+        score_before_topk (bool): score all experts and select by score, or select by logit and
+            score the selected alone.
+        renormalize (bool): divide each token's weights by their sum.
+        num_groups (int): groups of neighbouring experts.
+        top_groups (int): groups that each token may choose from.
+        group_score (str): what ranks the groups, "top2_sum" or "max".
+        scaling_factor (float): multiplies the weights.
+        selection_bias (bool): whether there is a buffer e_score_correction_bias, which is added to
+            the scores for the selection alone (DeepSeek-V3). It begins at zero and has no gradient:
+            a training loop moves it by the experts' load.
+        logits_dtype (torch.dtype or None): what the linear map is computed in; None is the dtype of
+            weight. DeepSeek-V3 has fp32 here. Autocast has the last word, as in transformers.
+        device, dtype: of the parameters. The buffer is made in fp32 whatever dtype is.
+
+    weight and bias begin as those of nn.Linear do, uniform in +-1 / sqrt(hidden_size).
+
+    Source: Shazeer et al., 2017 (arXiv:1701.06538); groups and bias from DeepSeek-V3
+    (arXiv:2412.19437).
+    """
+
+    e_score_correction_bias: Tensor | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        bias: bool = False,
+        score_function: str = "softmax",
+        score_before_topk: bool = True,
+        renormalize: bool = False,
+        num_groups: int = 1,
+        top_groups: int = 1,
+        group_score: str = "top2_sum",
+        scaling_factor: float = 1.0,
+        selection_bias: bool = False,
+        logits_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.score_function = score_function
+        self.score_before_topk = score_before_topk
+        self.renormalize = renormalize
+        self.num_groups = num_groups
+        self.top_groups = top_groups
+        self.group_score = group_score
+        self.scaling_factor = scaling_factor
+        self.logits_dtype = logits_dtype
+        self.weight = nn.Parameter(
+            torch.empty(num_experts, hidden_size, device=device, dtype=dtype)
+        )
+        self.bias = (
+            nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if bias else None
+        )
+        # In bf16 the small steps that balance the load would be lost.
+        self.register_buffer(
+            "e_score_correction_bias",
+            torch.empty(num_experts, device=device, dtype=torch.float32)
+            if selection_bias
+            else None,
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the parameters and the buffer, as after to_empty()."""
+        bound = self.weight.shape[1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+        if self.e_score_correction_bias is not None:
+            nn.init.zeros_(self.e_score_correction_bias)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Route each token.
+
+        Args:
+            hidden_states ((T, hidden_size), floating): one row per token.
+
+        Returns:
+            router_logits ((T, num_experts), logits_dtype or the dtype of weight): before any score.
+            topk_weights ((T, top_k), fp32, or fp64 for fp64 logits): weight of each choice.
+            topk_ids ((T, top_k), int32): the experts, in order of descending choice.
+
+        Raises:
+            ValueError, TypeError: from moe::topk_routing, for an option or a dtype it has not got.
+
+        router_logits and topk_weights are differentiable in hidden_states, weight and bias.
+        """
+        router_logits = self._logits(hidden_states)
+        topk_weights, topk_ids = topk_routing(
+            router_logits,
+            self.top_k,
+            self.e_score_correction_bias,
+            self.score_function,
+            self.score_before_topk,
+            self.renormalize,
+            self.num_groups,
+            self.top_groups,
+            self.group_score,
+            self.scaling_factor,
+        )
+        return router_logits, topk_weights, topk_ids
+
+    def _logits(self, hidden_states: Tensor) -> Tensor:
+        dtype = self.logits_dtype
+        if dtype is None:
+            return F.linear(hidden_states, self.weight, self.bias)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.linear(hidden_states.to(dtype), self.weight.to(dtype), bias)
+
+    def extra_repr(self) -> str:
+        """The sizes, for print(module)."""
+        num_experts, hidden_size = self.weight.shape
+        return f"hidden_size={hidden_size}, num_experts={num_experts}, top_k={self.top_k}"

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+
+from tests.pages import DOCS, has_only_python_blocks, run_python_blocks
+
+pytest.importorskip("transformers")
+
+
+def test_every_code_block_runs():
+    """The page's own comparisons are the assertions."""
+    torch.manual_seed(0)
+    assert has_only_python_blocks(DOCS / "compat.md")
+    run_python_blocks(DOCS / "compat.md")

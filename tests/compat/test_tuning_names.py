@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configurations where Unsloth's users import them from, and their way into the ops."""
+
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+
+import moe_ops
+from moe_ops.compat import grouped_gemm, kernel_string
+from moe_ops.compat.kernels import tuning
+from moe_ops.compat.kernels.tuning import (
+    KernelConfigBackward_dW,
+    KernelConfigBackward_dX,
+    KernelConfigForward,
+)
+from tests.compat.functional_problem import MoeOps, problem
+
+CONFIGS: dict[str, Any] = {
+    "kernel_config_fwd": KernelConfigForward(BLOCK_M=128, BLOCK_N=64, BLOCK_K=32),
+    "kernel_config_bwd_dX": KernelConfigBackward_dX(BLOCK_N=32, flatten=False, tail_tiles=True),
+    "kernel_config_bwd_dW": KernelConfigBackward_dW(BLOCK_K=16, group_m=3, use_tma_load_x=True),
+}
+PASSES = {
+    "kernel_config_fwd": "forward",
+    "kernel_config_bwd_dX": "backward_dX",
+    "kernel_config_bwd_dW": "backward_dW",
+}
+over_given = pytest.mark.parametrize(
+    "given", [list(CONFIGS), *([name] for name in CONFIGS), list(CONFIGS)[1:], []], ids=" ".join
+)
+
+
+def expected_string(given: dict[str, Any]) -> str | None:
+    named = {PASSES[name]: config for name, config in given.items()}
+    return moe_ops.kernel_config(**named) if named else None
+
+
+def string_of(args) -> str | None:
+    """An op's last argument; where it has its default, None, the dispatcher leaves it out."""
+    return args[-1] if isinstance(args[-1], str) else None
+
+
+def leaves():
+    call = problem().call(permute_x=False, permute_y=True, weighted=True)
+    for name in ("X", "W", "topk_weights"):
+        call[name].requires_grad_()
+    return call
+
+
+def test_names_are_those_of_moe_ops():
+    for name in ("KernelConfigForward", "KernelConfigBackward_dX", "KernelConfigBackward_dW"):
+        assert getattr(tuning, name) is getattr(moe_ops, name)
+
+
+@over_given
+def test_they_reach_every_op(given):
+    configs = {name: CONFIGS[name] for name in given}
+    with MoeOps() as ops:
+        grouped_gemm(**leaves(), **configs).sum().backward()
+    found = {name: string_of(args) for name, args in ops.calls}
+    text = expected_string(configs)
+    assert found == {"grouped_gemm": text, "grouped_gemm_dx": text, "grouped_gemm_dw": text}
+
+
+def test_the_string_is_made_once(monkeypatch):
+    made = []
+
+    def counting(*configs):
+        made.append(configs)
+        return moe_ops.kernel_config(*configs)
+
+    monkeypatch.setattr(kernel_string, "kernel_config", counting)
+    kernel_string._cached_string.cache_clear()
+    call = leaves()
+    for _ in range(3):
+        # Equal, and another object each time.
+        grouped_gemm(**call, kernel_config_fwd=KernelConfigForward(BLOCK_M=32))
+    assert made == [(KernelConfigForward(BLOCK_M=32), None, None)]
+
+
+class Graphs:
+    """A backend that keeps the kernel_config of each moe op in the graphs it is given."""
+
+    def __init__(self) -> None:
+        self.found: list[dict[str, str | None]] = []
+        self.backend = aot_autograd(fw_compiler=self._record, bw_compiler=self._record)
+
+    def _record(self, module: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        arguments = {
+            str(node.target).removeprefix("moe.").removesuffix(".default"): string_of(node.args)
+            for node in module.graph.nodes
+            if str(node.target).startswith("moe.")
+        }
+        self.found.append(arguments)
+        return make_boxed_func(module)
+
+
+@over_given
+def test_they_compile_and_reach_every_op_of_the_graphs(given):
+    configs = {name: CONFIGS[name] for name in given}
+    graphs, call = Graphs(), leaves()
+    eager = torch.autograd.grad(grouped_gemm(**call, **configs).sum(), [call["X"], call["W"]])
+    compiled = torch.compile(grouped_gemm, fullgraph=True, backend=graphs.backend)
+    found = torch.autograd.grad(compiled(**call, **configs).sum(), [call["X"], call["W"]])
+    for got, want in zip(found, eager, strict=True):
+        assert torch.equal(got, want)
+    text = expected_string(configs)
+    forward, backward = graphs.found
+    assert forward == {"grouped_gemm": text}
+    assert backward == {"grouped_gemm_dx": text, "grouped_gemm_dw": text}
+
+
+def test_compiled_code_follows_the_configuration():
+    """Another value compiles again, with that value; an equal configuration does not."""
+    graphs, call = Graphs(), problem().call(False, permute_y=False, weighted=False)
+    compiled = torch.compile(grouped_gemm, fullgraph=True, backend=graphs.backend)
+    # The same integers in turn: Dynamo must not take one that changes for a symbol.
+    for block in (64, 64, 32, 16, 128, 16):
+        compiled(**call, kernel_config_fwd=KernelConfigForward(BLOCK_M=block))
+    texts = [
+        expected_string({"kernel_config_fwd": KernelConfigForward(BLOCK_M=block)})
+        for block in (64, 32, 16, 128)
+    ]
+    assert graphs.found == [{"grouped_gemm": text} for text in texts]
+
+
+def test_a_configuration_made_in_compiled_code():
+    graphs, call = Graphs(), problem().call(False, permute_y=False, weighted=False)
+
+    @torch.compile(fullgraph=True, backend=graphs.backend)
+    def function(call):
+        config = KernelConfigForward(BLOCK_M=16, num_stages=2, use_tma_load_w=True)
+        return grouped_gemm(**call, kernel_config_fwd=config)
+
+    function(call)
+    config = KernelConfigForward(BLOCK_M=16, num_stages=2, use_tma_load_w=True)
+    assert graphs.found == [{"grouped_gemm": expected_string({"kernel_config_fwd": config})}]
+
+
+def test_an_exported_program_keeps_the_configuration():
+    call = problem().call(permute_x=False, permute_y=True, weighted=True)
+
+    class Projection(torch.nn.Module):
+        def forward(self, X, W):
+            return grouped_gemm(**{**call, "X": X, "W": W}, **CONFIGS)
+
+    exported = torch.export.export(Projection(), (call["X"], call["W"]))
+    (text,) = (
+        node.args[-1] for node in exported.graph.nodes if str(node.target).startswith("moe.")
+    )
+    assert text == expected_string(CONFIGS)
+    assert torch.equal(exported.module()(call["X"], call["W"]), grouped_gemm(**call))

@@ -1,0 +1,427 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT's LoRA on experts through split LoRA: PEFT's numbers, without PEFT's merged weights."""
+
+import copy
+import dataclasses
+import logging
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.integrations.comparison import TOLERANCE, relative_error
+from tests.integrations.tiny_models import MODELS as TINY_MODELS
+from tests.integrations.tiny_models import NUM_EXPERTS, make_model, run_step
+from tests.pages import DOCS, has_only_python_blocks, run_python_blocks
+
+pytest.importorskip("peft", reason="the peft extra is not installed")
+
+import peft
+
+from moe_ops.integrations import peft as moe_ops_peft
+
+BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+PREFIX = "base_model.model.model.layers.0.mlp.experts"
+MODELS = ["qwen3_moe", "mixtral", "olmoe", "gpt_oss"]
+PAGE = DOCS / "lora.md"
+
+
+@pytest.fixture(autouse=True)
+def _every_reason_is_logged():
+    moe_ops_peft._log_once.cache_clear()
+
+
+@pytest.fixture
+def input_ids():
+    return torch.randint(3, 48, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def config(targets=BOTH, **options):
+    # Adapters whose lora_B is not zero: their gradients are then both worth a comparison.
+    options = {"r": 8, "lora_alpha": 16, "init_lora_weights": False, **options}
+    return peft.LoraConfig(target_parameters=list(targets), **options)
+
+
+def wrapped_model(name="qwen3_moe", dtype=torch.float32, **options):
+    model = make_model(name, dtype)
+    model.set_experts_implementation("moe_ops")
+    return peft.get_peft_model(model, config(**options))
+
+
+def split_model(*args, **options):
+    model = wrapped_model(*args, **options)
+    assert moe_ops_peft.enable(model) == [PREFIX]
+    return model
+
+
+def assert_same_step(actual, expected, dtype=torch.float32):
+    (output, gradients), (expected_output, expected_gradients) = actual, expected
+    assert relative_error(output, expected_output) <= TOLERANCE[dtype]
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
+        assert (gradients[name] is None) == (gradient is None), name
+        if gradient is not None:
+            assert gradient.norm() > 0, name
+            error = relative_error(gradients[name], gradient)
+            assert error <= TOLERANCE[dtype], f"{name}: {error:.2e}"
+
+
+class MoeCalls(TorchDispatchMode):
+    """The moe ops that run, with their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.largest = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.namespace == "moe":
+            self.calls.append((func._schema.name.removeprefix("moe::"), args))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return out
+
+    def names(self):
+        return [name for name, _ in self.calls]
+
+    def is_split(self):
+        """Whether a GEMM has the rank of config() for its width."""
+        gemms = [args for name, args in self.calls if name == "grouped_gemm"]
+        return any(args[1].shape[1] == 8 for args in gemms)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("targets", [BOTH, BOTH[:1], BOTH[1:]], ids=["both", "up", "down"])
+def test_equals_peft(name, targets, input_ids):
+    """Outputs and gradients are those of PEFT's merged weights; frozen parameters have none."""
+    model = wrapped_model(name, targets=targets)
+    expected = run_step(model, input_ids)
+    assert moe_ops_peft.enable(model) == [PREFIX]
+    with MoeCalls() as calls:
+        actual = run_step(model, input_ids)
+    assert calls.is_split()
+    assert "fused_experts_forward" not in calls.names()
+    assert_same_step(actual, expected)
+    trained = {key for key, gradient in actual[1].items() if gradient is not None}
+    assert trained == {key for key in actual[1] if "lora_" in key}
+    assert len(trained) == 2 * len(targets)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 64])
+def test_ranks(rank, input_ids):
+    model = wrapped_model(r=rank, use_rslora=True)
+    expected = run_step(model, input_ids)
+    moe_ops_peft.enable(model)
+    assert_same_step(run_step(model, input_ids), expected)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_packing_gives_peft_delta_weight(name):
+    """lora_A has experts slowest, lora_B fastest; gpt-oss stores its weights transposed."""
+    model = wrapped_model(name)
+    for wrapper in wrappers(model):
+        lora_a, lora_b, scaling = moe_ops_peft.adapter_weights(wrapper, "default")
+        assert lora_a.shape[:2] == (NUM_EXPERTS, 8)
+        assert lora_b.shape[::2] == (NUM_EXPERTS, 8)
+        assert scaling == 2
+        # Neither packing is the other: taking one for the other must show.
+        assert not torch.equal(lora_b, lora_b.reshape(NUM_EXPERTS, 8, -1).mT)
+        delta = scaling * (lora_b @ lora_a)
+        expected = wrapper.get_delta_weight("default")
+        transposed = wrapper.get_base_layer().is_transposed
+        assert transposed == (name == "gpt_oss")
+        assert relative_error(delta.mT if transposed else delta, expected) <= 1e-6
+        for view, packed in ((lora_a, wrapper.lora_A), (lora_b, wrapper.lora_B)):
+            assert view.data_ptr() == packed["default"].weight.data_ptr()
+
+
+def wrappers(model):
+    found = [m for m in model.modules() if type(m).__name__ == "ParamWrapper"]
+    assert found
+    return found
+
+
+def test_no_merged_weight_and_no_base_gradient(input_ids):
+    """Of the GEMMs that contract over rows, there are the adapters' alone."""
+    model = split_model()
+    with MoeCalls() as calls:
+        run_step(model, input_ids[:1, :4])
+    shapes, hidden, inter = [], 32, 24
+    for name, args in calls.calls:
+        assert name != "fused_experts_backward"
+        if name == "grouped_gemm_dw":
+            grad_output, x = args[:2]
+            shapes.append((grad_output.shape[1], x.shape[1]))
+    assert sorted(shapes) == sorted([(8, hidden), (2 * inter, 8), (8, inter), (hidden, 8)])
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == ("lora_" in name), name
+    assert calls.largest < model.get_parameter(f"{PREFIX}.base_layer.base_layer.down_proj").numel()
+
+
+def test_bf16_model(input_ids):
+    """PEFT keeps adapters of a bf16 model in fp32; gradients are fp32 too."""
+    model = wrapped_model(dtype=torch.bfloat16)
+    reference = copy.deepcopy(model).float()
+    expected, peft_own = run_step(reference, input_ids), run_step(model, input_ids)
+    moe_ops_peft.enable(model)
+    actual = run_step(model, input_ids)
+    assert actual[0].dtype == torch.bfloat16
+    for name, gradient in expected[1].items():
+        if gradient is not None:
+            assert actual[1][name].dtype == torch.float32
+            # Two roundings on the way, to PEFT's one of the merged weight.
+            allowed = 1.5 * relative_error(peft_own[1][name], gradient) + TOLERANCE[torch.bfloat16]
+            assert relative_error(actual[1][name], gradient) <= allowed, name
+
+
+@pytest.mark.parametrize(("name", "which"), [("qwen3_moe", "peft"), ("gpt_oss", "inner")])
+def test_compiled_step(name, which, input_ids):
+    """One graph, of the PeftModel or of the model in it; PEFT's own forward does not compile so."""
+    model = split_model(name)
+    model = model if which == "peft" else model.get_base_model()
+    expected = run_step(model, input_ids)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    output, gradients = run_step(compiled, input_ids)
+    gradients = {key.removeprefix("_orig_mod."): value for key, value in gradients.items()}
+    assert_same_step((output, gradients), expected)
+
+
+def test_save_and_load(tmp_path, input_ids):
+    model = split_model()
+    expected = run_step(model, input_ids)
+    model.save_pretrained(tmp_path)
+    saved = peft.PeftModel.from_pretrained(fresh_base(), tmp_path, is_trainable=True)
+    assert_same_step(run_step(saved, input_ids), expected)
+    moe_ops_peft.enable(saved)
+    assert_same_step(run_step(saved, input_ids), expected)
+
+
+def fresh_base():
+    base = make_model("qwen3_moe")
+    base.set_experts_implementation("moe_ops")
+    return base
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_merge_and_unload(name, input_ids):
+    """PEFT's own; before, merged in place, unmerged again, and unloaded, the numbers are the same."""
+    model = split_model(name)
+    expected = run_step(model, input_ids)[0]
+    model.merge_adapter()
+    with MoeCalls() as calls:
+        merged = model(input_ids=input_ids, use_cache=False)[0]
+    assert "fused_experts_forward" in calls.names() or "fused_experts" in calls.names()
+    assert relative_error(merged, expected) <= TOLERANCE[torch.float32]
+    model.unmerge_adapter()
+    assert relative_error(run_step(model, input_ids)[0], expected) <= TOLERANCE[torch.float32]
+    unloaded = model.merge_and_unload()
+    assert not [n for n, _ in unloaded.named_parameters() if "lora_" in n]
+    output = unloaded(input_ids=input_ids, use_cache=False)[0]
+    assert relative_error(output, expected) <= TOLERANCE[torch.float32]
+
+
+def test_disabled_adapters_give_the_base(input_ids):
+    model = split_model()
+    adapted = run_step(model, input_ids)[0]
+    base = fresh_base()(input_ids=input_ids, use_cache=False)[0]
+    with model.disable_adapter():
+        output = model(input_ids=input_ids, use_cache=False)[0]
+    assert relative_error(output, base) <= TOLERANCE[torch.float32]
+    assert relative_error(adapted, base) > 0.05
+
+
+def test_several_adapters(input_ids):
+    """One added after enable(), each alone, and both at once."""
+    model = split_model()
+    model.add_adapter("second", config(r=3, lora_alpha=9))
+    split = moe_ops_peft.enable(model)
+    assert split == [PREFIX]
+    outputs = []
+    for active in ("default", "second", ["default", "second"]):
+        model.base_model.set_adapter(active)
+        moe_ops_peft.enable(model)
+        with MoeCalls() as calls:
+            actual = run_step(model, input_ids)
+        assert "grouped_gemm" in calls.names()
+        moe_ops_peft.disable(model)
+        with MoeCalls() as calls:
+            expected = run_step(model, input_ids)
+        assert "grouped_gemm" not in calls.names(), "disable() did nothing"
+        assert_same_step(actual, expected)
+        outputs.append(actual[0])
+    assert relative_error(outputs[0], outputs[1]) > 0.05
+    assert relative_error(outputs[0], outputs[2]) > 0.05
+
+
+def test_deepcopy_is_split_and_its_own(input_ids):
+    model = split_model()
+    expected = run_step(model, input_ids)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for wrapper in wrappers(model):
+            wrapper.lora_B["default"].weight.zero_()
+    with MoeCalls() as calls:
+        actual = run_step(twin, input_ids)
+    assert "grouped_gemm" in calls.names()
+    assert_same_step(actual, expected)
+
+
+def eager_experts(model):
+    model.get_base_model().set_experts_implementation("eager")
+
+
+def hooked_experts(model):
+    experts = model.get_submodule(f"{PREFIX}.base_layer.base_layer")
+    experts.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def hooked_wrapper(model):
+    wrapper = model.get_submodule(f"{PREFIX}.base_layer")
+    wrapper.register_forward_pre_hook(lambda module, args: (args[0] * 2, *args[1:]))
+
+
+def experts_with_a_norm(model):
+    experts = model.get_submodule(f"{PREFIX}.base_layer.base_layer")
+    experts.has_post_expert_norm, experts.post_expert_norm = True, torch.nn.Tanh()
+
+
+class Packed(torch.nn.Parameter):
+    """As quantisers make them."""
+
+
+def packed_weight(model):
+    experts = model.get_submodule(f"{PREFIX}.base_layer.base_layer")
+    experts.down_proj = Packed(experts.down_proj.data, requires_grad=False)
+
+
+FALLBACKS = {
+    "eager": (eager_experts, 'runs with experts_implementation="eager"'),
+    "hooked experts": (hooked_experts, "Qwen3MoeExperts in Qwen3MoeExperts has hooks"),
+    "hooked wrapper": (hooked_wrapper, "ParamWrapper in Qwen3MoeExperts has hooks"),
+    "norm": (experts_with_a_norm, "Qwen3MoeExperts has a norm after each expert"),
+    "packed": (packed_weight, "down_proj of Qwen3MoeExperts is a Packed of torch.float32"),
+}
+
+
+@pytest.mark.parametrize("case", FALLBACKS)
+def test_falls_back_with_a_reason(case, input_ids, caplog):
+    """After enable(): PEFT's own path and numbers, and one line that says why."""
+    change, reason = FALLBACKS[case]
+    model = split_model()
+    unchanged = run_step(model, input_ids)[0]
+    change(model)
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING, logger="moe_ops"), MoeCalls() as calls:
+        actual = run_step(model, input_ids)
+        run_step(model, input_ids)
+    assert not calls.is_split()
+    (record,) = caplog.records
+    assert "PEFT's own path merges the adapters" in record.getMessage()
+    assert reason in record.getMessage()
+    moe_ops_peft.disable(model)
+    assert_same_step(actual, run_step(model, input_ids))
+    assert (relative_error(actual[0], unchanged) > 0.01) == (case not in ("eager", "packed"))
+
+
+def test_other_arguments_fall_back(input_ids, caplog):
+    """By keyword: PEFT's path, which takes them, and its numbers."""
+    wrapper = split_model().get_submodule(PREFIX)
+    x, ids, weights = torch.randn(5, 32), torch.randint(NUM_EXPERTS, (5, 2)), torch.rand(5, 2)
+    expected = wrapper(x, ids, weights)
+    with caplog.at_level(logging.WARNING, logger="moe_ops"), MoeCalls() as calls:
+        actual = wrapper(x, ids, top_k_weights=weights)
+    assert not calls.is_split()
+    assert "other arguments" in caplog.text
+    assert relative_error(actual, expected) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "reason"),
+    [
+        ("gpt_oss", ["mlp.experts.gate_up_proj_bias"], "gate_up_proj_bias of GptOssExperts"),
+        ("gpt_oss", [*BOTH, "mlp.experts.down_proj_bias"], "down_proj_bias of GptOssExperts"),
+    ],
+)
+def test_targeted_biases_fall_back(name, targets, reason, input_ids, caplog):
+    model = wrapped_model(name, targets=targets)
+    expected = run_step(model, input_ids)
+    with caplog.at_level(logging.WARNING, logger="moe_ops"):
+        assert moe_ops_peft.enable(model) == []
+    assert reason in caplog.text
+    assert_same_step(run_step(model, input_ids), expected)
+
+
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"use_dora": True}])
+def test_peft_refuses(options):
+    """What split LoRA has no answer to never reaches it."""
+    with pytest.raises(ValueError, match="ParamWrapper does not work"):
+        wrapped_model(**options)
+
+
+def test_other_modules_keep_their_adapters(input_ids, caplog):
+    """Linear layers and parameters that are no experts are PEFT's, and nothing is said of them."""
+    targets = [*BOTH, "self_attn.q_proj.weight"]
+    model = wrapped_model(targets=targets, target_modules=["v_proj"])
+    expected = run_step(model, input_ids)
+    with caplog.at_level(logging.WARNING, logger="moe_ops"):
+        assert moe_ops_peft.enable(model) == [PREFIX]
+    assert not caplog.records
+    assert_same_step(run_step(model, input_ids), expected)
+
+
+class OtherExperts(torch.nn.Module):
+    """Stacked weights outside of transformers' experts interface, as Llama 4 has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(NUM_EXPERTS, 5, 6))
+
+    def forward(self, x):
+        return torch.einsum("ebi,eoi->ebo", x, self.weight)
+
+
+def test_experts_outside_of_the_interface_fall_back(caplog):
+    module = torch.nn.Sequential(OtherExperts())
+    model = peft.get_peft_model(module, config(["0.weight"]))
+    x = torch.randn(NUM_EXPERTS, 3, 6)
+    expected = model(x)
+    with caplog.at_level(logging.WARNING, logger="moe_ops"):
+        assert moe_ops_peft.enable(model) == []
+    assert "OtherExperts does not go through transformers' experts interface" in caplog.text
+    assert torch.equal(model(x), expected)
+
+
+def test_forward_of_another_library_stays(input_ids, caplog):
+    """As accelerate puts one on a module that it moves between devices."""
+    model = wrapped_model()
+    wrapper = model.get_submodule(PREFIX)
+    wrapper.forward = lambda *args: type(wrapper).forward(wrapper, *args) * 0
+    expected = run_step(model, input_ids)[0]
+    with caplog.at_level(logging.WARNING, logger="moe_ops"):
+        assert moe_ops_peft.enable(model) == []
+    assert f"the wrapper of {PREFIX} has a forward of its own" in caplog.text
+    moe_ops_peft.disable(model)
+    assert torch.equal(run_step(model, input_ids)[0], expected)
+
+
+def test_one_expert(input_ids, monkeypatch):
+    tiny = TINY_MODELS["qwen3_moe"]
+    options = {**tiny.options, "num_experts": 1, "num_experts_per_tok": 1}
+    monkeypatch.setitem(TINY_MODELS, "one", dataclasses.replace(tiny, options=options))
+    model = wrapped_model("one")
+    expected = run_step(model, input_ids)
+    assert moe_ops_peft.enable(model) == [PREFIX]
+    assert_same_step(run_step(model, input_ids), expected)
+
+
+def test_rejects_models_without_adapted_experts():
+    model = peft.get_peft_model(make_model("qwen3_moe"), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"^moe_ops\.integrations\.peft\.enable: expected a model"):
+        moe_ops_peft.enable(model)
+
+
+def test_every_code_block_of_the_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert has_only_python_blocks(PAGE)
+    run_python_blocks(PAGE)

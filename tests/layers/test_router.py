@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Router: its variants against plain loops, its choices against those of transformers' routers."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from moe_ops.layers import MoE, Router
+from tests import checks, oracle
+
+HIDDEN_SIZE, NUM_EXPERTS, NUM_TOKENS = 16, 12, 40
+
+# One for each option of moe::topk_routing, and the combinations that models have.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "softmax": {},
+    "renormalised": {"renormalize": True},
+    "bias": {"bias": True},
+    "selected_then_softmax": {"bias": True, "score_before_topk": False},
+    "sigmoid": {"score_function": "sigmoid"},
+    "selected_then_sigmoid": {"score_function": "sigmoid", "score_before_topk": False},
+    "scaled": {"scaling_factor": 2.5},
+    "selection_bias": {"score_function": "sigmoid", "selection_bias": True, "renormalize": True},
+    "groups_by_two": {"num_groups": 4, "top_groups": 2},
+    "groups_by_one": {"num_groups": 3, "top_groups": 1, "group_score": "max"},
+    "deepseek_v3": {
+        "score_function": "sigmoid",
+        "renormalize": True,
+        "num_groups": 4,
+        "top_groups": 2,
+        "scaling_factor": 2.5,
+        "selection_bias": True,
+        "logits_dtype": torch.float32,
+    },
+}
+# Arguments of Router that moe::topk_routing has not got.
+OF_ROUTER = ("bias", "selection_bias", "logits_dtype")
+over_variants = pytest.mark.parametrize("name", list(VARIANTS))
+
+
+def make_router(name, dtype=torch.float64):
+    router = Router(HIDDEN_SIZE, NUM_EXPERTS, 3, **VARIANTS[name], dtype=dtype)
+    if router.e_score_correction_bias is not None:
+        # As much as the scores differ by.
+        router.e_score_correction_bias.normal_(std=0.1)
+    return router
+
+
+def make_tokens(dtype=torch.float64):
+    return torch.randn(NUM_TOKENS, HIDDEN_SIZE, dtype=dtype, requires_grad=True)
+
+
+def expected_routing(router, name, hidden_states):
+    """Logits by one sum for each token and expert, and the oracle's routing of them."""
+    options = {key: value for key, value in VARIANTS[name].items() if key not in OF_ROUTER}
+    dtype = router.logits_dtype or hidden_states.dtype
+    tokens, weight = hidden_states.to(dtype), router.weight.to(dtype)
+    rows = [torch.stack([(token * row).sum() for row in weight]) for token in tokens]
+    logits = torch.stack(rows)
+    if router.bias is not None:
+        logits = logits + router.bias
+    bias = router.e_score_correction_bias
+    return logits, *oracle.topk_routing(logits, router.top_k, bias, **options)
+
+
+@over_variants
+def test_matches_reference(name):
+    """Values, choices, and the gradient of the input and the parameters through both outputs."""
+    router, hidden_states = make_router(name), make_tokens()
+    *expected, expected_ids = expected_routing(router, name, hidden_states)
+    *outputs, topk_ids = router(hidden_states)
+    assert torch.equal(topk_ids.long(), expected_ids.long())
+    assert topk_ids.dtype == torch.int32
+    wanted = [hidden_states, *router.parameters()]
+    tangents = [torch.randn_like(output) for output in outputs]
+    found = [*outputs, *torch.autograd.grad(outputs, wanted, tangents)]
+    tangents = [tangent.to(each.dtype) for tangent, each in zip(tangents, expected, strict=True)]
+    expected += torch.autograd.grad(expected, wanted, tangents)
+    for actual, want in zip(found, expected, strict=True):
+        checks.assert_close(actual, want, dtype=router.logits_dtype)
+
+
+@pytest.mark.parametrize("name", ["selection_bias", "deepseek_v3"])
+def test_selection_bias_selects_alone(name):
+    """Another bias chooses others; equal choices have equal weights; the bias has no gradient."""
+    router, hidden_states = make_router(name), make_tokens()
+    _, weights, ids = router(hidden_states)
+    assert "e_score_correction_bias" in dict(router.named_buffers())
+    assert "e_score_correction_bias" not in dict(router.named_parameters())
+    router.e_score_correction_bias.zero_()
+    _, unbiased_weights, unbiased_ids = router(hidden_states)
+    in_order, unbiased_in_order = ids.sort(1), unbiased_ids.sort(1)
+    is_same = (in_order.values == unbiased_in_order.values).all(1)
+    assert 0 < is_same.sum() < NUM_TOKENS
+    torch.testing.assert_close(
+        weights.gather(1, in_order.indices)[is_same],
+        unbiased_weights.gather(1, unbiased_in_order.indices)[is_same],
+    )
+
+
+def test_bf16_keeps_weights_in_fp32():
+    router = make_router("deepseek_v3", torch.bfloat16)
+    assert router.e_score_correction_bias.dtype == torch.float32
+    hidden_states = make_tokens(torch.bfloat16)
+    logits, topk_weights, _ = router(hidden_states)
+    assert (logits.dtype, topk_weights.dtype) == (torch.float32, torch.float32)
+    exact = F.linear(hidden_states.double(), router.weight.double())
+    checks.assert_close(logits, exact)
+    plain_logits, plain_weights, _ = make_router("softmax", torch.bfloat16)(hidden_states)
+    assert (plain_logits.dtype, plain_weights.dtype) == (torch.bfloat16, torch.float32)
+
+
+@over_variants
+def test_initialisation(name):
+    """As nn.Linear has it, the selection bias at zero."""
+    torch.manual_seed(0)
+    router = Router(64, 128, 3, **{**VARIANTS[name], "num_groups": 1, "top_groups": 1})
+    bound = 64**-0.5
+    for parameter in router.parameters():
+        assert 0.9 * bound < parameter.abs().max() <= bound
+        assert parameter.mean().abs() < 0.2 * bound
+    for buffer in router.buffers():
+        assert not buffer.any()
+
+
+def test_wrong_options_are_the_ops_errors():
+    hidden_states = torch.randn(2, HIDDEN_SIZE)
+    with pytest.raises(ValueError, match=r"moe::topk_routing: expected .*top_k"):
+        Router(HIDDEN_SIZE, 4, 5)(hidden_states)
+    with pytest.raises(ValueError, match=r"moe::topk_routing: expected score_function"):
+        Router(HIDDEN_SIZE, 4, 2, score_function="tanh")(hidden_states)
+
+
+def transformers_models():
+    try:
+        from tests.layers.layer_models import MODELS
+    except ModuleNotFoundError:
+        return []
+    return list(MODELS)
+
+
+@pytest.mark.parametrize("name", transformers_models())
+def test_chooses_as_transformers_does(name):
+    """The same experts with the same weights, for many tokens."""
+    from tests.layers import layer_models
+
+    block = layer_models.make_block(name)
+    router = MoE.from_config(layer_models.make_config(name)).load_from(block).router
+    tokens = layer_models.make_hidden_states(shape=(500,))
+    expected = layer_models.routing_of(block, tokens)
+    logits, topk_weights, topk_ids = router(tokens)
+    actual = layer_models.spread(topk_weights, topk_ids, logits.shape[1])
+    assert torch.equal(actual != 0, expected != 0)
+    checks.assert_close(actual, expected)
+    if router.e_score_correction_bias is not None:
+        router.e_score_correction_bias.zero_()
+        assert not torch.equal(router(tokens)[2], topk_ids), "the bias was not felt"
+    if router.top_groups < router.num_groups:
+        router.num_groups = router.top_groups = 1
+        assert not torch.equal(router(tokens)[2], topk_ids), "the groups were not felt"
