@@ -18,21 +18,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import os
 import shlex
 import sys
 import tempfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from examples import train_qwen3_moe as pretraining
-    from examples.train_qwen3_moe import Compiler, Run, Text, flag, option
 else:
     import train_qwen3_moe as pretraining
-    from train_qwen3_moe import Compiler, Run, Text, flag, option
 
 try:
     import peft
@@ -56,15 +53,15 @@ MB = 1e6
 class Settings(pretraining.Settings):
     """What a run is: that of the base model's training with other sizes, and the adapters."""
 
-    steps: int = option(120, "optimizer steps with adapters")
-    base_steps: int = option(120, "optimizer steps that train the base model before")
-    batch_size: int = option(8, "windows in a batch; 32 on a GPU")
-    context: int = option(128, "bytes in a window")
-    hidden_size: int = option(64, "width of the model, a multiple of 64")
-    intermediate_size: int = option(128, "width of an expert")
-    learning_rate: float = option(1e-2, "peak learning rate")
-    rank: int = option(8, "rank of the adapters")
-    lora_alpha: float = option(16.0, "the adapters are scaled by this over the rank")
+    steps: int = pretraining.option(120, "optimizer steps with adapters")
+    base_steps: int = pretraining.option(120, "optimizer steps that train the base model before")
+    batch_size: int = pretraining.option(8, "windows in a batch; 32 on a GPU")
+    context: int = pretraining.option(128, "bytes in a window")
+    hidden_size: int = pretraining.option(64, "width of the model, a multiple of 64")
+    intermediate_size: int = pretraining.option(128, "width of an expert")
+    learning_rate: float = pretraining.option(1e-2, "peak learning rate")
+    rank: int = pretraining.option(8, "rank of the adapters")
+    lora_alpha: float = pretraining.option(16.0, "the adapters are scaled by this over the rank")
 
 
 def main() -> int:
@@ -77,17 +74,21 @@ def main() -> int:
         print("stopped while the base model was trained; nothing is kept")
         return 130
     model = add_adapters(base, settings)
-    run = Run(base, torch.optim.AdamW(trainable(base), settings.learning_rate, weight_decay=0.0))
+    run = pretraining.Run(
+        base, torch.optim.AdamW(trainable(base), settings.learning_rate, weight_decay=0.0)
+    )
     if checkpoint is not None:
-        restore(run, checkpoint, text)
+        if checkpoint["text_checksum"] != text.checksum:
+            pretraining.fail("--resume: the checkpoint was trained on another Python's reference")
+        pretraining.restore(run, checkpoint)
     heldout_loss, _ = pretraining.evaluate(base, heldout)
     run.heldout_losses.setdefault(0, heldout_loss)
 
-    compiler = Compiler()
+    compiler = pretraining.Compiler()
     describe(run, settings, text, compiler)
     is_complete = pretraining.train(run, settings, text, heldout, compiler)
     path = output_dir / "checkpoint.pt"
-    save_checkpoint(path, run, settings, text)
+    pretraining.save_checkpoint(path, run, settings, text, CHECKPOINT_FORMAT)
     if not is_complete:
         command = shlex.join([sys.executable, sys.argv[0], "--resume", str(path)])
         print(f"stopped after step {run.step} of {settings.steps}; go on with\n  {command}")
@@ -95,17 +96,17 @@ def main() -> int:
     return report(run, model, heldout, compiler)
 
 
-def read_chapters() -> Text:
+def read_chapters() -> pretraining.Text:
     """What help() has on the language, one chapter in eight held out."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        fail("this Python has no pydoc_data, whose text the adapters are trained on")
+        pretraining.fail("this Python has no pydoc_data, whose text the adapters are trained on")
     train, heldout = bytearray(), bytearray()
     for name, chapter in sorted(topics.items()):
         is_heldout = zlib.crc32(name.encode()) % 8 == 0
         (heldout if is_heldout else train).extend(chapter.encode())
-    return Text(
+    return pretraining.Text(
         torch.frombuffer(train, dtype=torch.uint8),
         torch.frombuffer(heldout, dtype=torch.uint8),
         zlib.crc32(heldout, zlib.crc32(train)),
@@ -116,11 +117,11 @@ def train_base(model: Qwen3MoeForCausalLM, settings: Settings) -> bool:
     """Trains all weights on Python's sources, a little; False if Ctrl-C ended it early."""
     text = pretraining.read_text()
     settings = dataclasses.replace(settings, steps=settings.base_steps, learning_rate=4e-3)
-    run = Run(model, pretraining.make_optimizer(model, settings))
+    run = pretraining.Run(model, pretraining.make_optimizer(model, settings))
     heldout = pretraining.heldout_batches(text, settings)
     before, _ = pretraining.evaluate(model, heldout)
     print(f"base      training all weights on Python's sources, {settings.steps} steps")
-    compiler = Compiler()
+    compiler = pretraining.Compiler()
     compiler.name = "aot_eager"  # these few steps would not pay Inductor's minute
     if not pretraining.train(run, settings, text, heldout, compiler):
         return False
@@ -166,7 +167,9 @@ def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
     return logits.double()
 
 
-def describe(run: Run, settings: Settings, text: Text, compiler: Compiler) -> None:
+def describe(
+    run: pretraining.Run, settings: Settings, text: pretraining.Text, compiler: pretraining.Compiler
+) -> None:
     """Says what is about to be trained, on what and how."""
     total, adapters = num_bytes(list(run.model.parameters())), num_bytes(trainable(run.model))
     print(
@@ -188,7 +191,12 @@ def describe(run: Run, settings: Settings, text: Text, compiler: Compiler) -> No
     sys.stdout.flush()
 
 
-def report(run: Run, model: peft.PeftModel, heldout: Sequence[Tensor], compiler: Compiler) -> int:
+def report(
+    run: pretraining.Run,
+    model: peft.PeftModel,
+    heldout: Sequence[Tensor],
+    compiler: pretraining.Compiler,
+) -> int:
     """Says what came out of it, and merges the adapters; returns the exit status."""
     before = run.heldout_losses[0]
     after, _ = pretraining.evaluate(run.model, heldout)
@@ -220,65 +228,7 @@ def report(run: Run, model: peft.PeftModel, heldout: Sequence[Tensor], compiler:
     return 0 if is_same and is_learned else 1
 
 
-# From here on it is plumbing: checkpoints and the command line.
-
-
-def save_checkpoint(path: Path, run: Run, settings: Settings, text: Text) -> None:
-    """Writes it whole or not at all: what was there stays until the new one is complete."""
-    checkpoint = {
-        "format": CHECKPOINT_FORMAT,
-        "settings": dataclasses.asdict(settings),
-        "text_checksum": text.checksum,
-        "model": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "step": run.step,
-        "train_losses": run.train_losses,
-        "heldout_losses": run.heldout_losses,
-    }
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint; raises ValueError with the reason if it is not one."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
-    except Exception as error:  # what torch.load raises for other files depends on their bytes
-        raise ValueError(f"{path} is not a checkpoint of this script") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of this script")
-    return checkpoint
-
-
-def restore(run: Run, checkpoint: dict[str, Any], text: Text) -> None:
-    """Puts the run where the checkpoint left it."""
-    if checkpoint["text_checksum"] != text.checksum:
-        fail("--resume: the checkpoint was trained on another Python's reference")
-    run.model.load_state_dict(checkpoint["model"])
-    run.optimizer.load_state_dict(checkpoint["optimizer"])
-    run.step = checkpoint["step"]
-    run.train_losses = checkpoint["train_losses"]
-    run.heldout_losses = checkpoint["heldout_losses"]
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exits with the message."""
-        fail(message)
-
-
-def fail(message: str) -> NoReturn:
-    """Exits as a command does that cannot do what it is asked to."""
-    print(f"finetune_lora.py: {message}", file=sys.stderr)
-    sys.exit(2)
+# From here on it is plumbing: the command line.
 
 
 def check(settings: Settings) -> None:
@@ -294,11 +244,13 @@ def check(settings: Settings) -> None:
 
 def parse_arguments() -> tuple[Settings, Path, dict[str, Any] | None]:
     """The settings of the run, where its output goes, and the checkpoint that it resumes, if any."""
-    parser = OneLineParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
+    parser = pretraining.OneLineParser(
+        description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
+    )
     for field in dataclasses.fields(Settings):
         if "help" in field.metadata:
             parser.add_argument(
-                flag(field.name),
+                pretraining.flag(field.name),
                 type=type(field.default),
                 default=argparse.SUPPRESS,
                 metavar="N" if isinstance(field.default, int) else "X",
@@ -317,11 +269,13 @@ def parse_arguments() -> tuple[Settings, Path, dict[str, Any] | None]:
             defaults: dict[str, Any] = {"device": "cuda", "batch_size": 32} if on_gpu else {}
             settings = Settings(**defaults | given)
         else:
-            checkpoint = load_checkpoint(resume)
+            checkpoint = pretraining.load_checkpoint(resume, CHECKPOINT_FORMAT)
             settings = Settings(**checkpoint["settings"])
             for name, value in given.items():
                 if value != (before := getattr(settings, name)):
-                    raise ValueError(f"{flag(name)} {value}: the run to resume has {before}")
+                    raise ValueError(
+                        f"{pretraining.flag(name)} {value}: the run to resume has {before}"
+                    )
         check(settings)
         output_dir = output_dir or (resume.parent if resume else DEFAULT_OUTPUT_DIR)
         output_dir.mkdir(parents=True, exist_ok=True)

@@ -113,7 +113,9 @@ def main() -> int:
     model = build_model(settings)
     run = Run(model, make_optimizer(model, settings))
     if checkpoint is not None:
-        restore(run, checkpoint, text)
+        if checkpoint["text_checksum"] != text.checksum:
+            fail("--resume: the checkpoint was trained on another Python's standard library")
+        restore(run, checkpoint)
     # In a resumed run, too: transformers' hooks that catch the router's logits are put in place by a
     # first forward, and cannot be while it is compiled.
     heldout_loss, _ = evaluate(model, heldout)
@@ -464,10 +466,12 @@ def inductor_problem() -> str | None:
     return None if header.exists() else f"Inductor needs {header}, which is not there"
 
 
-def save_checkpoint(path: Path, run: Run, settings: Settings, text: Text) -> None:
+def save_checkpoint(
+    path: Path, run: Run, settings: Settings, text: Text, checkpoint_format: str = CHECKPOINT_FORMAT
+) -> None:
     """Writes it whole or not at all: what was there stays until the new one is complete."""
     checkpoint = {
-        "format": CHECKPOINT_FORMAT,
+        "format": checkpoint_format,
         "settings": dataclasses.asdict(settings),
         "text_checksum": text.checksum,
         "model": run.model.state_dict(),
@@ -484,7 +488,7 @@ def save_checkpoint(path: Path, run: Run, settings: Settings, text: Text) -> Non
     unfinished.replace(path)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, checkpoint_format: str = CHECKPOINT_FORMAT) -> dict[str, Any]:
     """Reads a checkpoint; raises ValueError with the reason if it is not one."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -492,15 +496,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: {error.strerror}") from error
     except Exception as error:  # what torch.load raises for other files depends on their bytes
         raise ValueError(f"{path} is not a checkpoint of this script") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != checkpoint_format:
         raise ValueError(f"{path} is not a checkpoint of this script")
     return checkpoint
 
 
-def restore(run: Run, checkpoint: dict[str, Any], text: Text) -> None:
+def restore(run: Run, checkpoint: dict[str, Any]) -> None:
     """Puts the run where the checkpoint left it."""
-    if checkpoint["text_checksum"] != text.checksum:
-        fail("--resume: the checkpoint was trained on another Python's standard library")
     run.model.load_state_dict(checkpoint["model"])
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     run.step = checkpoint["step"]
@@ -561,7 +563,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def fail(message: str) -> NoReturn:
     """Exits as a command does that cannot do what it is asked to."""
-    print(f"train_qwen3_moe.py: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
 
 

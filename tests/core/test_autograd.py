@@ -147,6 +147,25 @@ def test_double_backward_is_refused_where_the_backward_is_opaque(name):
     assert refused >= len(names)
 
 
+@pytest.mark.parametrize("recompute", ["none", "pre_activation"])
+@pytest.mark.parametrize("name", ["hidden_states", "gate_up_bias"])
+def test_double_backward_of_frozen_experts_is_refused(name, recompute):
+    """Where no weight requires a gradient, and none comes with the gradient of the output."""
+    arguments = {
+        "hidden_states": torch.randn(5, 8),
+        "gate_up_proj": torch.randn(4, 12, 8),
+        "down_proj": torch.randn(4, 8, 6),
+        "topk_ids": torch.randint(4, (5, 2)),
+        "topk_weights": torch.rand(5, 2),
+        "gate_up_bias": torch.randn(4, 12),
+    }
+    leaf = arguments[name].requires_grad_()
+    output = torch.ops.moe.fused_experts(**arguments, recompute=recompute)
+    (first,) = torch.autograd.grad(output.sum(), leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match="moe::fused_experts_backward: has no gradient"):
+        torch.autograd.grad(first.square().sum(), leaf)
+
+
 def test_double_backward_works_where_the_backward_is_an_op_with_a_gradient():
     for name in ("permute", "unpermute"):
         sample = seeded_sample(

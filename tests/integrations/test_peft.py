@@ -4,6 +4,7 @@
 import copy
 import dataclasses
 import logging
+import pickle
 
 import pytest
 import torch
@@ -254,10 +255,12 @@ def test_several_adapters(input_ids):
     assert relative_error(outputs[0], outputs[2]) > 0.05
 
 
-def test_deepcopy_is_split_and_its_own(input_ids):
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_is_split_and_its_own(copied, input_ids):
     model = split_model()
     expected = run_step(model, input_ids)
-    twin = copy.deepcopy(model)
+    twin = copied(model)
+    assert moe_ops_peft.enable(twin) == moe_ops_peft.enable(model)
     with torch.no_grad():
         for wrapper in wrappers(model):
             wrapper.lora_B["default"].weight.zero_()

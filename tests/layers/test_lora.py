@@ -347,11 +347,10 @@ def experts(**flags):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: LoraExperts(experts(), 0), "GroupedLora: expected rank >= 1, got 0"),
+        (lambda: LoraExperts(experts(), 0), "LoraExperts: expected rank >= 1, got 0"),
         (lambda: LoraExperts(experts(), 2, targets=[]), "LoraExperts: expected targets of"),
         (lambda: LoraExperts(experts(), 2, targets=["gate"]), "LoraExperts: expected targets of"),
         (lambda: LoraExperts(experts(), 2, lora_dropout=1.0), "expected 0 <= lora_dropout < 1"),
-        (lambda: LoraExperts(experts(weights_before=True), 2), "without weights_before"),
         (lambda: lora_grouped_gemm(*GEMM, [], dropout_p=-0.1), "expected 0 <= dropout_p < 1"),
         (lambda: run_activation("swish"), "lora_experts: expected activation to be one of silu"),
         (lambda: run_activation("swiglu_oai", gated=False), "expected gated with swiglu_oai"),
@@ -368,3 +367,34 @@ def run_activation(activation, **flags):
         torch.ones(1, 4), torch.ones(1, 6, 4), torch.ones(1, 4, 3), torch.zeros(1, 1).int(),
         torch.ones(1, 1), activation=activation, **flags,
     )  # fmt: skip
+
+
+def test_nan_weight_of_a_dropped_slot_is_not_read():
+    ids = torch.tensor([[0, -1], [1, 3]])
+    weights = torch.tensor([[0.5, float("nan")], [0.2, 0.3]])
+    arguments = torch.randn(2, 8), torch.randn(4, 12, 8), torch.randn(4, 8, 6), ids
+    expected = moe_ops.fused_experts(*arguments, weights)
+    torch.testing.assert_close(lora_experts(*arguments, weights), expected)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("weights_before", True), ("recompute", "pre_activation"), ("kernel_config", "{}")],
+)
+def test_rejects_options_of_the_experts_that_it_has_not_got(option, value):
+    expected = rf"expected experts with {option}="
+    experts = Experts(4, 8, 6, **{option: value})
+    with pytest.raises(ValueError, match=expected):
+        LoraExperts(experts, 2)
+    assert all(parameter.requires_grad for parameter in experts.parameters())
+    layer = LoraExperts(Experts(4, 8, 6), 2)
+    setattr(layer.experts, option, value)
+    with pytest.raises(ValueError, match=expected):
+        layer(torch.randn(3, 8), torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1))
+
+
+def test_a_refused_rank_leaves_the_experts_as_they_were():
+    experts = Experts(4, 8, 6)
+    with pytest.raises(ValueError, match="rank >= 1, got 0"):
+        LoraExperts(experts, 0)
+    assert all(parameter.requires_grad for parameter in experts.parameters())

@@ -142,3 +142,16 @@ def test_rejects(logits, mask, message):
 def test_rejects_too_many_choices():
     with pytest.raises(ValueError, match=r"moe::topk_routing: expected .*top_k"):
         load_balancing_loss(torch.zeros(4, 6), 6, 7)
+
+
+def test_padding_is_not_read():
+    logits = torch.randn(6, 4)
+    mask = torch.tensor([1, 1, 1, 1, 0, 0])
+    padded = logits.clone()
+    padded[4:] = float("nan")
+    padded.requires_grad_()
+    loss = load_balancing_loss(padded, 4, 2, mask)
+    torch.testing.assert_close(loss, load_balancing_loss(logits[:4], 4, 2))
+    (gradient,) = torch.autograd.grad(loss, padded)
+    assert gradient[:4].any()
+    assert torch.equal(gradient[4:], torch.zeros(2, 4))

@@ -303,3 +303,17 @@ def test_load_from_rejects_another_block():
 def test_load_from_rejects_a_layer_of_parts():
     with pytest.raises(ValueError, match=r"load_from: expected a layer made by MoE.from_config"):
         MoE(Router(16, 4, 2), Experts(4, 16, 8)).load_from(make_block("qwen3_moe"))
+
+
+@pytest.mark.parametrize(("num_experts", "hidden_size"), [(4, 8), (8, 4)])
+def test_rejects_a_router_of_other_experts(num_experts, hidden_size):
+    experts = Experts(4, 4, 6)
+    expected = rf"\(4, 4\), got \({num_experts}, {hidden_size}\)"
+    with pytest.raises(ValueError, match=expected):
+        MoE(Router(hidden_size, num_experts, 2), experts)
+
+
+@pytest.mark.parametrize("layer_idx", [-1, 10**6])
+def test_rejects_a_layer_that_the_model_has_not(layer_idx):
+    with pytest.raises(ValueError, match=f"layer_idx of a layer with experts.*got {layer_idx}"):
+        MoE.from_config(make_config("qwen3_moe"), layer_idx)

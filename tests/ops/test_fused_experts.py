@@ -251,25 +251,26 @@ def saved_by(sample: Sample, wanted: list[str]) -> tuple[list[Tensor], dict[str,
 
 
 SAVED_ALWAYS = ["gate_up_proj", "down_proj", "topk_weights"]
-# For which gradients, with weights_before or not, which arguments and whether z.
+# For which gradients, with weights_before or not, which arguments and whether z. What z depends on
+# and what needs a gradient is kept to see second derivatives.
 SAVED = [
-    (["hidden_states"], False, [], True),
-    (["hidden_states"], True, [], True),
+    (["hidden_states"], False, ["hidden_states"], True),
+    (["hidden_states"], True, ["hidden_states"], True),
     (["gate_up_proj"], False, ["hidden_states"], True),
     (["down_proj"], False, [], True),
     (["topk_weights"], False, ["down_bias"], True),
     (["topk_weights"], True, ["hidden_states"], True),
-    (["gate_up_bias"], False, [], True),
+    (["gate_up_bias"], False, ["gate_up_bias"], True),
     (["down_bias"], False, [], False),
     (["down_bias"], True, [], False),
-    (GRADS, False, ["hidden_states", "down_bias"], True),
-    (GRADS, True, ["hidden_states"], True),
+    (GRADS, False, ["hidden_states", "gate_up_bias", "down_bias"], True),
+    (GRADS, True, ["hidden_states", "gate_up_bias"], True),
 ]
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize(("wanted", "weights_before", "names", "keeps_z"), SAVED, ids=str)
-def test_saves_what_the_needed_gradients_read_alone(
+def test_saves_what_the_needed_gradients_need_alone(
     wanted, weights_before, names, keeps_z, recompute
 ):
     sample = experts(weights_before=weights_before, recompute=recompute)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator
-from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -79,7 +78,8 @@ def enable(model: nn.Module) -> list[str]:
         if "forward" in wrapper.__dict__ and not _is_ours(wrapper):
             reason = f"the wrapper of {name} has a forward of its own"
         else:
-            wrapper.__dict__["forward"] = MethodType(forward, wrapper)
+            # Not a method, which would be pickled as the class's own forward.
+            wrapper.__dict__["forward"] = functools.partial(forward, wrapper)
         if reason is None:
             enabled.append(name)
         else:
@@ -200,6 +200,7 @@ def _obstacle(wrappers: list[ParamWrapper]) -> str | None:
         return f'{name} runs with experts_implementation="{implementation}"'
     if getattr(experts, "has_post_expert_norm", False):
         return f"{name} has a norm after each expert"
+    # PEFT's own path runs no hooks on the adapters either.
     for module in [*wrappers[1:], experts]:
         if _is_hooked(module):
             return f"{type(module).__name__} in {name} has hooks or a forward of its own"
@@ -255,7 +256,7 @@ def _outermost_wrappers(model: nn.Module) -> Iterator[tuple[str, ParamWrapper]]:
 
 
 def _is_ours(wrapper: ParamWrapper) -> bool:
-    return getattr(wrapper.__dict__.get("forward"), "__func__", None) is forward
+    return getattr(wrapper.__dict__.get("forward"), "func", None) is forward
 
 
 @functools.cache

@@ -90,7 +90,7 @@ class Experts(nn.Module):
         """Initialise the parameters, as after to_empty()."""
         for name in (self._up_name, "down_proj"):
             weight, bias = self.projection(name)
-            bound = weight.shape[2] ** -0.5
+            bound = max(weight.shape[2], 1) ** -0.5
             nn.init.uniform_(weight, -bound, bound)
             if bias is not None:
                 nn.init.uniform_(bias, -bound, bound)

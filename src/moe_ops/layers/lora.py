@@ -198,7 +198,10 @@ def lora_experts(
     rows = lora_grouped_gemm(
         rows, down_proj, counts, down_lora, bias=down_bias, dropout_p=dropout_p
     )
-    return unpermute(rows, gather, topk_weights, top_k, scatter)
+    # The weight of a dropped slot is nobody's, and may be NaN.
+    is_dropped = (topk_ids < 0) | (topk_ids >= gate_up_proj.shape[0])
+    weights = topk_weights.masked_fill(is_dropped, 0.0)
+    return unpermute(rows, gather, weights, top_k, scatter)
 
 
 class GroupedLora(nn.Module):
@@ -228,8 +231,7 @@ class GroupedLora(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"{_HERE}.GroupedLora: expected rank >= 1, got {rank}")
+        _check_rank("GroupedLora", rank)
         self.scaling = lora_alpha / (math.sqrt(rank) if use_rslora else rank)
         self.lora_A = nn.Parameter(
             torch.empty(num_experts, rank, in_features, device=device, dtype=dtype)
@@ -275,8 +277,8 @@ class LoraExperts(nn.Module):
         lora_dropout: dropout_p of lora_grouped_gemm in training mode.
 
     Raises:
-        ValueError: other targets; a dropout_p outside [0, 1); experts with weights_before, which is
-            not supported here; a rank below 1.
+        ValueError: other targets; a dropout_p outside [0, 1); experts with weights_before, recompute
+            or a kernel_config, which are not supported here, whenever they are set; a rank below 1.
     """
 
     def __init__(
@@ -295,9 +297,9 @@ class LoraExperts(nn.Module):
         targets = known if targets is None else targets
         if not targets or not set(targets) <= set(known):
             raise ValueError(f"{_HERE}.LoraExperts: expected targets of {known}, got {targets!r}")
-        if experts.weights_before:
-            raise ValueError(f"{_HERE}.LoraExperts: expected experts without weights_before")
+        _check_experts(experts)
         _check_dropout("LoraExperts", "lora_dropout", lora_dropout)
+        _check_rank("LoraExperts", rank)
         self.experts = experts.requires_grad_(False)
         self.lora_dropout = lora_dropout
         self.adapters = nn.ModuleDict()
@@ -312,6 +314,7 @@ class LoraExperts(nn.Module):
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """The weighted sum of each token's experts, (T, H); see lora_experts."""
         experts, up_name = self.experts, self._up_name
+        _check_experts(experts)
         up_weight, up_bias = experts.projection(up_name)
         down_weight, down_bias = experts.projection("down_proj")
         return lora_experts(
@@ -333,7 +336,7 @@ class LoraExperts(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> Experts:
-        """Add the adapters to the weights, in place, and return the layer without them.
+        """Add the adapters to the weights, in place, and return the layer, still frozen, without them.
 
         This module must not be used after it.
         """
@@ -364,7 +367,7 @@ def _activate(
         raise ValueError(
             f"{_HERE}.lora_experts: expected gated with swiglu_oai, which multiplies by up"
         )
-    if limit is not None and limit <= 0:
+    if limit is not None and not limit > 0:
         raise ValueError(f"{_HERE}.lora_experts: expected activation_limit > 0, got {limit}")
     gate = z.to(torch.promote_types(z.dtype, torch.float32))
     factor = None
@@ -375,6 +378,23 @@ def _activate(
     gate = gate if limit is None else gate.clamp(max=limit)
     rows = gate * torch.sigmoid(1.702 * gate) if is_oai else ACTIVATIONS[activation](gate)
     return (rows if factor is None else rows * factor).to(z.dtype)
+
+
+def _check_experts(experts: Experts) -> None:
+    for option, expected in (
+        ("weights_before", False),
+        ("recompute", "none"),
+        ("kernel_config", None),
+    ):
+        if (got := getattr(experts, option)) != expected:
+            raise ValueError(
+                f"{_HERE}.LoraExperts: expected experts with {option}={expected!r}, got {got!r}"
+            )
+
+
+def _check_rank(function: str, rank: int) -> None:
+    if rank < 1:
+        raise ValueError(f"{_HERE}.{function}: expected rank >= 1, got {rank}")
 
 
 def _check_dropout(function: str, name: str, probability: float) -> None:

@@ -67,12 +67,14 @@ def _layer_sums(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each expert's slots (E,) and summed probability (E,), and the number of tokens, all counted."""
     num_tokens, num_experts = logits.shape
-    probabilities = logits.softmax(1, dtype=torch.promote_types(logits.dtype, torch.float32))
     if attention_mask is None:
         counted = logits.new_ones(num_tokens, dtype=torch.long)
     else:
         counted = (attention_mask.reshape(-1).to(logits.device) != 0).long()
-        probabilities = probabilities * counted[:, None]
+        # Before the softmax: padding may be NaN, in the backward too.
+        logits = logits.masked_fill(counted[:, None] == 0, 0.0)
+    probabilities = logits.softmax(1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    probabilities = probabilities * counted[:, None]
     _, topk_ids = topk_routing(logits.detach(), top_k)
     # Whole numbers: the order in which they are added up does not matter.
     slots = counted.new_zeros(num_experts).scatter_add_(

@@ -33,7 +33,8 @@ class MoE(nn.Module):
     Every part that holds parameters has reset_parameters(), for use after to_empty().
 
     Raises:
-        ValueError: shared_expert_gate without shared_expert.
+        ValueError: shared_expert_gate without shared_expert; a router of another number of experts
+            or another hidden_size than the experts'.
     """
 
     def __init__(
@@ -48,6 +49,12 @@ class MoE(nn.Module):
             raise ValueError(
                 "moe_ops.layers.MoE: expected shared_expert where shared_expert_gate is given, "
                 "got None"
+            )
+        num_experts, hidden_size, _ = experts.down_proj.shape
+        if tuple(router.weight.shape) != (num_experts, hidden_size):
+            raise ValueError(
+                "moe_ops.layers.MoE: expected router.weight to be (num_experts, hidden_size) as the "
+                f"experts have them ({num_experts}, {hidden_size}), got {tuple(router.weight.shape)}"
             )
         self.router = router
         self.experts = experts
@@ -90,7 +97,8 @@ class MoE(nn.Module):
                 f"{', '.join(_BLOCKS)}, got {model_type!r}"
             )
         block = _BLOCKS[model_type](config)
-        if layer_idx is not None and not block.has_experts(layer_idx):
+        is_layer = layer_idx is None or 0 <= layer_idx < config.num_hidden_layers
+        if layer_idx is not None and not (is_layer and block.has_experts(layer_idx)):
             raise ValueError(
                 "moe_ops.layers.MoE.from_config: expected layer_idx of a layer with experts in "
                 f"this {model_type} config, got {layer_idx}"
@@ -125,13 +133,19 @@ class MoE(nn.Module):
 
         Raises:
             ValueError: the layer does not come from from_config, or the block's state has other
-                names or shapes.
+                names or shapes. A block of another model with the same names and shapes is taken.
         """
         if self._transposed is None:
             raise ValueError(
                 "moe_ops.layers.MoE.load_from: expected a layer made by MoE.from_config, "
                 "got one made of parts"
             )
+        for module in (self, block):
+            if any(tensor.is_meta for tensor in module.state_dict().values()):
+                raise ValueError(
+                    "moe_ops.layers.MoE.load_from: expected tensors with data, got meta tensors in "
+                    f"{type(module).__name__}"
+                )
         theirs = {
             _our_name(name): _our_layout(name, tensor, self._transposed)
             for name, tensor in block.state_dict().items()
@@ -178,8 +192,8 @@ _OUR_NAMES = {"gate": "router", "shared_experts": "shared_expert"}
 
 
 def _our_name(name: str) -> str:
-    part, _, rest = name.partition(".")
-    return f"{_OUR_NAMES.get(part, part)}.{rest}"
+    part, dot, rest = name.partition(".")
+    return f"{_OUR_NAMES.get(part, part)}{dot}{rest}"
 
 
 def _our_layout(name: str, tensor: Tensor, transposed: bool) -> Tensor:

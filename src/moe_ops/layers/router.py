@@ -37,7 +37,8 @@ class Router(nn.Module):
             a training loop moves it by the experts' load.
         logits_dtype (torch.dtype or None): what the linear map is computed in; None is the dtype of
             weight. DeepSeek-V3 has fp32 here. Autocast has the last word, as in transformers.
-        device, dtype: of the parameters. The buffer is made in fp32 whatever dtype is.
+        device, dtype: of the parameters. The buffer is made in fp32 whatever dtype is;
+            module.to(dtype) casts it with the rest.
 
     weight and bias begin as those of nn.Linear do, uniform in +-1 / sqrt(hidden_size).
 
@@ -93,7 +94,7 @@ class Router(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise the parameters and the buffer, as after to_empty()."""
-        bound = self.weight.shape[1] ** -0.5
+        bound = max(self.weight.shape[1], 1) ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)

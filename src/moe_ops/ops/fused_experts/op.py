@@ -36,12 +36,14 @@ def _save(ctx: Any, args: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) ->
     reads_activation = x or gate_up or down or weights or gate_up_b
     recomputes = reads_activation and recompute == "pre_activation"
     reads_hidden_states = gate_up or (weights and weights_before) or recomputes
+    # What the pre-activation depends on is kept where it needs a gradient, read or not: by that the
+    # backward op sees that it is asked for a second derivative.
     ctx.save_for_backward(
-        hidden_states if reads_hidden_states else None,
+        hidden_states if reads_hidden_states or x else None,
         gate_up_proj,
         down_proj,
         topk_weights,
-        gate_up_bias if recomputes else None,
+        gate_up_bias if recomputes or gate_up_b else None,
         down_bias if weights and not weights_before else None,
         pre_activation if reads_activation and not recomputes else None,
         *routing,
