@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from moe_ops.configs.choose import Device
-from moe_ops.ops import gemm_launching, launching
+from moe_ops.ops import gemm_launching, hopper_launching, launching, tma_launching
 
 # By the name of the architecture; shared memory is what one block may have.
 GPUS = {
@@ -73,6 +73,8 @@ def compiling_for(device: Device) -> Iterator[list[Resources]]:
         mock.patch.object(triton.runtime.driver, "_active", _Driver(device.capability)),
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(gemm_launching, "device_of", return_value=device),
+        mock.patch.object(hopper_launching, "device_of", return_value=device),
+        mock.patch.object(tma_launching, "device_of", return_value=device),
         mock.patch.object(launching, "compute_capability", return_value=device.capability),
     ):
         yield found

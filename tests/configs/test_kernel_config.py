@@ -53,12 +53,23 @@ def configs(name: str) -> st.SearchStrategy[KernelConfig]:
         "programs_per_sm": st.integers(1, 32),
         **{f"BLOCK_{letter}": block for letter in "MNK"},
     }
+    specialized: dict[str, Any] = {
+        "num_warps": 8, "programs_per_sm": 1, "epilogue_subtile": 1, "launch_pdl": False,
+        "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128,
+    }  # fmt: skip
     declared = {f.name: drawn.get(f.name, st.booleans()) for f in fields(PASSES[name])}
 
     def is_valid(values: dict[str, Any]) -> bool:
         return not values.get("tail_tiles") or (not values["flatten"] and values["BLOCK_M"] >= 32)
 
-    return st.fixed_dictionaries(declared).filter(is_valid).map(lambda v: PASSES[name](**v))
+    def made(values: dict[str, Any]) -> KernelConfig:
+        if values["warp_specialize"]:
+            values = values | specialized | dict.fromkeys(use_tma, True)
+            values |= {"tail_tiles": False} if "tail_tiles" in values else {}
+        return PASSES[name](**values)
+
+    use_tma = [field for field in declared if field.startswith("use_tma_")]
+    return st.fixed_dictionaries(declared).filter(is_valid).map(made)
 
 
 @given(st.fixed_dictionaries({}, optional={name: configs(name) for name in PASSES}))
@@ -94,6 +105,10 @@ INVALID = [
     ({"epilogue_subtile": 3}, ValueError, "epilogue_subtile in (1, 2), got 3"),
     ({"use_tma_store": None}, TypeError, "use_tma_store of type bool, got None (NoneType)"),
 ]  # fmt: skip
+SPECIALIZED: dict[str, Any] = {
+    "warp_specialize": True, "num_warps": 8, "use_tma_load_x": True, "use_tma_load_w": True,
+    "use_tma_store": True,
+}  # fmt: skip
 TAIL_TILES = [
     ({"tail_tiles": True}, ValueError, "not (tail_tiles and flatten)"),
     ({"tail_tiles": True, "flatten": False, "BLOCK_M": 16}, ValueError, "BLOCK_M >= 32"),
@@ -105,6 +120,21 @@ TAIL_TILES = [
     [
         *[(name, *case) for name in PASSES for case in INVALID],
         *[(name, *case) for name in ("forward", "backward_dX") for case in TAIL_TILES],
+        *[
+            ("forward", SPECIALIZED | values, ValueError, reason)
+            for values, reason in [
+                ({"num_warps": 4}, "num_warps=8 with warp_specialize, got 4"),
+                ({"programs_per_sm": 2}, "programs_per_sm=1 with warp_specialize, got 2"),
+                ({"epilogue_subtile": 2}, "epilogue_subtile=1 with warp_specialize, got 2"),
+                ({"launch_pdl": True}, "launch_pdl=False with warp_specialize, got True"),
+                ({"use_tma_load_x": False}, "use_tma_load_x=True with warp_specialize, got False"),
+                ({"use_tma_store": False}, "use_tma_store=True with warp_specialize, got False"),
+                ({"BLOCK_M": 64}, "with warp_specialize, got 64x128 over 64"),
+                ({"BLOCK_M": 256, "BLOCK_N": 256}, "with warp_specialize, got 256x256 over 64"),
+                ({"BLOCK_K": 16}, "with warp_specialize, got 128x128 over 16"),
+                ({"tail_tiles": True, "flatten": False}, "not (tail_tiles and warp_specialize)"),
+            ]
+        ],
     ],
 )
 def test_refuses_a_value_with_the_reason(name, values, error, reason):

@@ -50,6 +50,13 @@ TMA_DW = {"use_tma_load_dy": True, "use_tma_load_x": True}
 STORE = {"use_tma_store": True}
 # Each has a term of the estimate that no other has, or is the widest of its kind.
 CASES: dict[str, tuple[KernelConfig, dict[str, bool], tuple[str, ...]]] = {
+    "specialized": (
+        forward(128, 256, 64, 8, 3, warp_specialize=True, **TMA, **STORE),
+        {},
+        (),
+    ),
+    "specialized dX": (dx(128, 32, 256, 8, 6, warp_specialize=True, **TMA_DX, **STORE), {}, ()),
+    "specialized dW": (dw(32, 128, 256, 8, 6, warp_specialize=True, **TMA_DW, **STORE), {}, ()),
     "pointers store in halves": (forward(128, 256, 64, 8, 3, **TMA), {}, ()),
     "pointers store at once": (forward(128, 128, 64, 8, 4), {}, ()),
     "fewer rows than the tile has": (forward(128, 64, 64, 4, 3), {}, ()),

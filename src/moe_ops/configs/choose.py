@@ -71,6 +71,10 @@ class Device:
         return self.capability >= (9, 0)
 
 
+# The compute capability's first number.
+HOPPER = 9
+
+
 @functools.cache
 def device_of(device: torch.device) -> Device:
     """The facts of a torch device."""
@@ -140,7 +144,7 @@ def _heuristic_gemm(problem: Problem, device: Device) -> KernelConfig:
     contracted = problem.in_features if problem.kind == "forward" else problem.out_features
     # What comes after the product of an activation takes the registers of half a tile at most.
     subtile = 2 if {"gated", "activated"} & set(problem.flags) else 1
-    stages, per_sm, store = 3, 1, False
+    stages, per_sm, store, is_specialized = 3, 1, False, False
     if problem.dtype == "float32":
         m, n, k, warps, has_tma = 64, 64, 32, 4, False
     elif device.capability < (8, 0):
@@ -163,8 +167,10 @@ def _heuristic_gemm(problem: Problem, device: Device) -> KernelConfig:
     ):
         # The activation's own registers leave room for half of the widest tile.
         m, n, k, warps, stages, store = 128, 128, 64, 8, 4, True
+    elif device.capability[0] == HOPPER and has_tma and set(problem.flags) <= {"transposed"}:
+        m, n, k, warps, store, is_specialized = 128, 256, 64, 8, True, True
     elif (
-        device.capability[0] == 9
+        device.capability[0] == HOPPER
         and has_tma
         and not {"gather", "gated"} & set(problem.flags)
         and ("scatter" in problem.flags or contracted <= 256)
@@ -182,6 +188,7 @@ def _heuristic_gemm(problem: Problem, device: Device) -> KernelConfig:
         "epilogue_subtile": subtile if has_tma else 1,
         # Flattened, the dots spill on Blackwell.
         "flatten": has_tma and not (has_dots and device.capability >= (10, 0)),
+        "warp_specialize": is_specialized,
     }  # fmt: skip
     if problem.kind == "forward":
         return KernelConfigForward(BLOCK_N=n, BLOCK_K=k, use_tma_load_x=has_tma, **common)
@@ -198,6 +205,11 @@ def _heuristic_dw(problem: Problem, device: Device) -> KernelConfigBackward_dW:
         return KernelConfigBackward_dW(
             BLOCK_M=32, BLOCK_N=128, BLOCK_K=128, num_warps=8, num_stages=3, flatten=False
         )
+    if device.capability[0] == HOPPER and min(problem.out_features, problem.in_features) >= 128:
+        return KernelConfigBackward_dW(
+            BLOCK_M=32, BLOCK_N=128, BLOCK_K=256, num_warps=8, num_stages=6, group_m=4,
+            use_tma_load_dy=True, use_tma_load_x=True, use_tma_store=True, warp_specialize=True,
+        )  # fmt: skip
     # Two programs an SM: one stores its tile while the other multiplies. With many rows that does
     # not pay for the narrower tile.
     is_long = problem.rows >= 2048
@@ -223,7 +235,9 @@ def shared_memory(config: KernelConfig, problem: Problem, device: Device) -> int
     fp32 that is not tf32, and a quarter where widths are no multiples of 16: those are not
     pipelined. On other GPUs they take this or less.
     """
-    rows, columns, contracted = _tile(config, problem)
+    rows, columns, contracted = config.tile
+    if problem.kind == "backward_dW" and "transposed" in problem.flags:
+        rows, columns = columns, rows
     size = 4 if problem.dtype == "float32" else 2
     # What is stored at a time.
     columns_stored = columns // config.epilogue_subtile
@@ -253,9 +267,10 @@ def shared_memory(config: KernelConfig, problem: Problem, device: Device) -> int
         exchanged = _exchanged(rows, columns_stored, config.num_warps) if in_parts else tile
     # A flattened loop loads the next tile's operands at that time; otherwise theirs are free. The
     # inner loop of dW is as long as an expert: Triton does not flatten it.
+    barriers = 2 * _BARRIERS if config.warp_specialize else _BARRIERS
     if config.flatten and not isinstance(config, KernelConfigBackward_dW):
-        return operands + exchanged + stored + _BARRIERS
-    return max(operands, exchanged) + stored + _BARRIERS
+        return operands + exchanged + stored + barriers
+    return max(operands, exchanged) + stored + barriers
 
 
 def _exchanged(rows: int, columns: int, num_warps: int) -> int:
@@ -268,18 +283,9 @@ def _exchanged(rows: int, columns: int, num_warps: int) -> int:
     return min(rows, 16 * num_warps) * columns * 2 // (2 if rows_at_once <= 8 else 1)
 
 
-# Bytes, at most: 8 for each buffer that a descriptor loads, and their alignment.
+# Bytes, at most: 8 for each buffer that a descriptor loads, and their alignment; twice as many where
+# warps of two kinds wait for each other.
 _BARRIERS = 256
-
-
-def _tile(config: KernelConfig, problem: Problem) -> tuple[int, int, int]:
-    """Rows and columns of the output's tile as it is stored, elements contracted at a step."""
-    m, n, k = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
-    if isinstance(config, KernelConfigForward):
-        return m, n, k
-    if isinstance(config, KernelConfigBackward_dX):
-        return m, k, n
-    return (k, n, m) if "transposed" in problem.flags else (n, k, m)
 
 
 def fitting(config: KernelConfig, problem: Problem, device: Device) -> KernelConfig:
@@ -294,5 +300,7 @@ def fitting(config: KernelConfig, problem: Problem, device: Device) -> KernelCon
         widest = max(("BLOCK_K", "BLOCK_N", "BLOCK_M"), key=lambda name: getattr(config, name))
         if getattr(config, widest) == 16:
             break
-        config = replace(config, **{widest: getattr(config, widest) // 2})
+        halved = {widest: getattr(config, widest) // 2}
+        # Which has its own least blocks.
+        config = replace(config, warp_specialize=False, **halved)
     return config

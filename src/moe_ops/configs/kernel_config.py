@@ -39,6 +39,10 @@ class KernelConfig:
         use_tma_store (bool): store the output through a tensor descriptor where one applies.
         epilogue_subtile (int): 1, or 2 to store a tile in two halves, one after the other, which
             takes half of the shared memory and leaves it to another stage.
+        warp_specialize (bool): one warp loads while the others, 8 in two groups, multiply and store,
+            each group half of a tile. It applies on Hopper (compute capability 9.x) to 16-bit
+            operands that descriptors load, where no row is gathered or scattered and nothing is
+            added to the product; elsewhere the other fields serve without it.
         launch_pdl (bool): launch while the kernel before it ends (programmatic dependent launch),
             where forward and dX run on a GPU of compute capability 9.0 or newer. For short launches.
 
@@ -65,6 +69,7 @@ class KernelConfig:
     use_tma_store: bool = False
     epilogue_subtile: int = 1
     launch_pdl: bool = False
+    warp_specialize: bool = False
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -91,6 +96,30 @@ class KernelConfig:
         for count in ("group_m", "programs_per_sm"):
             if getattr(self, count) < 1:
                 raise ValueError(f"{name}: expected {count} >= 1, got {getattr(self, count)}")
+        if self.warp_specialize:
+            self._check_warp_specialize()
+
+    @property
+    def tile(self) -> tuple[int, int, int]:
+        """Rows and columns of the output's tile, elements contracted at a step."""
+        return self.BLOCK_M, self.BLOCK_N, self.BLOCK_K
+
+    def _check_warp_specialize(self) -> None:
+        rows, columns, contracted = self.tile
+        # A group multiplies 64 rows at least, and has 64 * 256 numbers in its registers at most.
+        if min(rows, columns) < 128 or rows * columns > 128 * 256 or contracted < 32:
+            raise ValueError(
+                f"{type(self).__name__}: expected a tile of 128x128, 128x256 or 256x128, contracted "
+                f"over 32 or more, with warp_specialize, got {rows}x{columns} over {contracted}"
+            )
+        loads = [field.name for field in fields(self) if field.name.startswith("use_tma_")]
+        needed = {"num_warps": 8, "programs_per_sm": 1, "epilogue_subtile": 1}
+        needed |= dict.fromkeys(loads, True) | {"launch_pdl": False}
+        for name, value in needed.items():
+            if (got := getattr(self, name)) != value:
+                raise ValueError(
+                    f"{type(self).__name__}: expected {name}={value} with warp_specialize, got {got}"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as `from_dict` and JSON take them."""
@@ -158,6 +187,10 @@ class KernelConfigBackward_dX(KernelConfig):  # noqa: N801
         super().__post_init__()
         _check_tail_tiles(self, self.tail_tiles)
 
+    @property
+    def tile(self) -> tuple[int, int, int]:  # noqa: D102  as the base class says
+        return self.BLOCK_M, self.BLOCK_K, self.BLOCK_N
+
 
 @dataclass(frozen=True)
 class KernelConfigBackward_dW(KernelConfig):  # noqa: N801
@@ -171,9 +204,15 @@ class KernelConfigBackward_dW(KernelConfig):  # noqa: N801
     use_tma_load_dy: bool = False
     use_tma_load_x: bool = False
 
+    @property
+    def tile(self) -> tuple[int, int, int]:  # noqa: D102  as the base class says
+        return self.BLOCK_N, self.BLOCK_K, self.BLOCK_M
+
 
 def _check_tail_tiles(config: KernelConfig, tail_tiles: bool) -> None:
     name = type(config).__name__
+    if tail_tiles and config.warp_specialize:
+        raise ValueError(f"{name}: expected not (tail_tiles and warp_specialize), got both")
     if tail_tiles and config.flatten:
         raise ValueError(f"{name}: expected not (tail_tiles and flatten), got both")
     if tail_tiles and config.BLOCK_M < 32:

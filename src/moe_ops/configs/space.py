@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 
-from moe_ops.configs.choose import Device, Problem, fitting, heuristic, shared_memory
+from moe_ops.configs.choose import HOPPER, Device, Problem, fitting, heuristic, shared_memory
 from moe_ops.configs.kernel_config import (
     KernelConfig,
     KernelConfigBackward_dW,
@@ -18,7 +18,7 @@ from moe_ops.configs.kernel_config import (
     KernelConfigForward,
 )
 
-MAX_CANDIDATES = 32
+MAX_CANDIDATES = 36
 
 _Tile = tuple[int, int, int, int, int]
 
@@ -36,6 +36,8 @@ _TMA_TILES = (
 # while the other multiplies.
 _TMA_HALVES = ((128, 256, 64, 8, 4), (256, 128, 64, 8, 4), (128, 256, 64, 8, 3))
 _TMA_PAIRS = ((128, 128, 32, 4, 4), (128, 128, 64, 4, 3), (64, 256, 32, 4, 4))
+# One warp loads, two groups multiply, on Hopper.
+_SPECIALIZED = ((128, 256, 64, 8, 3), (128, 256, 32, 8, 6), (256, 128, 64, 8, 3))
 _POINTER_TILES = (
     (128, 128, 32, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 4, 4), (128, 256, 32, 8, 3),
     (256, 128, 32, 8, 3), (128, 64, 64, 4, 3), (64, 128, 64, 4, 3), (64, 128, 32, 4, 4),
@@ -65,6 +67,7 @@ _DW_TMA_TILES = (
 )  # fmt: skip
 _DW_HALVES = ((128, 256, 64, 8, 4), (256, 128, 64, 8, 4), (128, 256, 32, 8, 8))
 _DW_PAIRS = ((128, 128, 64, 4, 3), (128, 128, 32, 4, 6), (128, 128, 32, 4, 4))
+_DW_SPECIALIZED = ((128, 256, 32, 8, 6), (128, 256, 64, 8, 3), (256, 128, 32, 8, 6))
 _DW_POINTER_TILES = (
     (128, 128, 32, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 4, 4), (128, 256, 32, 8, 3),
     (256, 128, 32, 8, 3), (128, 256, 64, 8, 3), (64, 256, 32, 8, 3), (128, 64, 64, 4, 3),
@@ -125,6 +128,10 @@ def _of_gemm(problem: Problem, device: Device) -> Iterator[KernelConfig]:
     # An expert of few rows wastes the larger part of a high tile: those come last.
     base.sort(key=lambda config: problem.rows <= 64 < config.BLOCK_M)
     yield from base[:5]
+    if tma and device.capability[0] == HOPPER and set(problem.flags) <= {"transposed"}:
+        for tile in _SPECIALIZED:
+            config = _gemm(problem, tile, tma=True)
+            yield replace(config, use_tma_store=True, warp_specialize=True)
     if tma:
         store = "scatter" not in problem.flags
         for tile in _TMA_HALVES:
@@ -181,6 +188,9 @@ def _of_dw(problem: Problem, device: Device) -> Iterator[KernelConfig]:
         tiles = _DW_FEW_ROWS_TILES + _DW_POINTER_TILES if few else _DW_POINTER_TILES
     base = [_dw(tile, tma=tma) for tile in tiles]
     yield from base[:4]
+    if tma and device.capability[0] == HOPPER:
+        for tile in _DW_SPECIALIZED:
+            yield replace(_dw(tile, tma=True), warp_specialize=True)
     if tma and not few:
         yield from (replace(_dw(tile, tma=True), epilogue_subtile=2) for tile in _DW_HALVES)
         for tile in _DW_PAIRS:

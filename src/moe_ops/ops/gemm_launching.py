@@ -13,7 +13,6 @@ from typing import Any, NoReturn, cast
 
 import torch
 from triton.runtime.errors import OutOfResources
-from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_ops.configs import cache
@@ -31,7 +30,9 @@ from moe_ops.kernels.grouped_gemm import (
     grouped_gemm_kernel,
 )
 from moe_ops.kernels.schedule import expert_offsets_kernel, tile_schedule_kernel
+from moe_ops.ops import hopper_launching
 from moe_ops.ops.launching import cdiv, launch_on, next_power_of_2, refuse_bf16, sum_rows
+from moe_ops.ops.tma_launching import describe
 
 # Row tiles of at most so many rows find their place themselves: a schedule is one launch more.
 _FINDS_TILES_ROWS = 32
@@ -226,6 +227,8 @@ class GroupedGemm:
         self.make_schedule(
             y if zeros_tail else None, self.gather if self.scatter_y else None, shared
         )
+        if y is not None and self._is_bare(bias, dots) and self._launch_on_hopper(y):
+            return
         x_desc, b_desc = self.describe_operands(tiling.block_m)
         y_desc = self._describe_output(y, tiling.block_m)
         x_tail_desc = y_tail_desc = None
@@ -247,6 +250,25 @@ class GroupedGemm:
                     TMA_Y=y_desc is not None, TAIL_TILES=tiling.tail_tiles,
                     **self.options(x_desc, b_desc, bias),
                 )  # fmt: skip
+        except OutOfResources as error:
+            refuse_too_large(error, self.kernel_config)
+
+    def _is_bare(self, bias: torch.Tensor | None, dots: torch.Tensor | None) -> bool:
+        """Whether all that there is to do is to multiply rows that stay where they are."""
+        is_moved = self.x_divisor > 0 or self.scatter_y
+        return not is_moved and self.scale is None and bias is None and dots is None
+
+    def _launch_on_hopper(self, y: torch.Tensor) -> bool:
+        """Launches the kernel of kernels/hopper.py, where that is asked for and can be."""
+        tiling, schedule = self.tiling, self.schedule
+        if not tiling.config.warp_specialize or schedule is None:
+            return False
+        programs = self.programs(self.tiles_n)
+        try:
+            return hopper_launching.grouped_gemm(
+                self.x, self.b, y, schedule.tiles, schedule.max_tiles, programs,
+                (tiling.block_m, tiling.block_n, tiling.block_k), tiling.config,
+            )  # fmt: skip
         except OutOfResources as error:
             refuse_too_large(error, self.kernel_config)
 
@@ -364,17 +386,22 @@ def grad_weight(
         if transposed:
             block_left, block_right = block_right, block_left
             tma_left, tma_right = tma_right, tma_left
-        columns = block_right // config.epilogue_subtile
-        left_desc = describe(left, (block_m, block_left), ragged=True) if tma_left else None
-        right_desc = describe(right, (block_m, block_right), ragged=True) if tma_right else None
-        desc = describe(stored, (1, block_left, columns)) if config.use_tma_store else None
         tiles_left = cdiv(left.shape[1], block_left)
         tiles = num_experts * tiles_left * cdiv(right.shape[1], block_right)
         programs = min(device.num_sms * config.programs_per_sm, tiles)
+        columns = block_right // config.epilogue_subtile
         try:
+            if config.warp_specialize and hopper_launching.grad_weight(
+                left, right, stored, offsets, programs, (block_m, block_left, block_right), config
+            ):
+                return stored.transpose(1, 2) if transposed else stored
+            left_desc = describe(left, (block_m, block_left), ragged=True) if tma_left else None
+            right_desc = describe(right, (block_m, block_right), ragged=True) if tma_right else None
+            desc = describe(stored, (1, block_left, columns)) if config.use_tma_store else None
             with launch_on(g):
                 grouped_gemm_bwd_dw_kernel[(programs,)](
-                    left, left_desc, right, right_desc, stored, desc, offsets, *sizes, *left.stride(), *right.stride(),
+                    left, left_desc, right, right_desc, stored, desc, offsets,
+                    *sizes, *left.stride(), *right.stride(),
                     BLOCK_M=block_m, BLOCK_N=block_left, BLOCK_D=block_right, GROUP=config.group_m,
                     PRECISION=_precision(g.dtype), TMA_G=left_desc is not None,
                     TMA_X=right_desc is not None, TMA_DW=desc is not None,
@@ -415,42 +442,6 @@ def sum_neighbours(rows: torch.Tensor, top_k: int) -> torch.Tensor:
     """(T * top_k, H) -> (T, H): the sum of every top_k neighbouring rows."""
     slots = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
     return sum_rows(rows, slots, None, top_k)
-
-
-def describe(
-    tensor: torch.Tensor, block: tuple[int, ...], ragged: bool = False
-) -> TensorDescriptor | None:
-    """A descriptor of the tensor in such blocks; None where it can have none.
-
-    It needs Hopper or newer, elements, and a 16-byte address and strides. A ragged one begins and
-    ends at the rows that the kernel says (triton.tools.ragged_tma).
-    """
-    if not device_of(tensor.device).has_tma or tensor.data_ptr() % 16 != 0:
-        return None
-    fields = _descriptor_fields(tensor.shape, tensor.stride(), tensor.dtype, block, ragged)
-    if fields is None:
-        return None
-    # Its constructor would check again, at the cost of a launch, what does not change.
-    descriptor = object.__new__(TensorDescriptor)
-    descriptor.__dict__.update(fields, base=tensor)
-    return descriptor
-
-
-@functools.lru_cache(maxsize=4096)
-def _descriptor_fields(
-    shape: torch.Size,
-    stride: tuple[int, ...],
-    dtype: torch.dtype,
-    block: tuple[int, ...],
-    ragged: bool,
-) -> dict[str, Any] | None:
-    """What a TensorDescriptor has beside its tensor."""
-    *outer, inner = stride
-    if 0 in shape or inner != 1 or any(s <= 0 or s * dtype.itemsize % 16 for s in outer):
-        return None
-    alike = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-    make = create_ragged_descriptor if ragged else TensorDescriptor.from_tensor
-    return dict(vars(make(alike, list(block))))
 
 
 def strides(matrix: torch.Tensor | None) -> tuple[int, ...]:

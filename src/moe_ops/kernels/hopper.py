@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grouped GEMMs for Hopper, in Gluon: one warp loads, two groups of four warps multiply and store.
+
+The same products as in kernels/grouped_gemm.py, whose letters these are, for 16-bit operands that
+descriptors describe. Each group has half of a tile's rows. The loading warp runs ahead through a ring
+of STAGES buffers, out of one tile into the next: while a group stores, the other multiplies, and the
+next tile's operands are on their way. With the loads in the groups' own loop, as Triton pipelines
+them, each tile would begin by waiting for its first operands and end with nothing to multiply.
+
+A buffer of the ring is `full` once its bytes have come, `empty` once both groups have multiplied it.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from moe_ops.kernels.grouped_gemm import tile_of
+
+# Triton 3.6 has the one name, later ones the other.
+_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+# Where a ragged descriptor's rows end (triton.tools.ragged_tma).
+_RAGGED_END = gl.constexpr(1 << 30)
+_GROUPS = gl.constexpr(2)
+# The kernel's own warps are the first group; beside it run the second one and the loading warp, which
+# needs next to no registers and leaves them to the accumulators.
+_WORKER_WARPS = gl.constexpr([4, 1])
+_WORKER_REGISTERS = gl.constexpr([240, 24])
+
+
+@gluon.jit
+def _new_ring(STAGES: gl.constexpr):
+    """The barriers of a ring: full, empty."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=_GROUPS)
+    fence_async_shared()
+    return full, empty
+
+
+@gluon.jit
+def _next_buffer(full, empty, step, num_bytes: gl.constexpr, STAGES: gl.constexpr):
+    """Waits until the step's buffer is empty; its number, and the barrier that the bytes tell."""
+    stage = step % STAGES
+    mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+    barrier = full.index(stage)
+    mbarrier.expect(barrier, num_bytes)
+    return stage, barrier
+
+
+@gluon.jit
+def _multiply(
+    left, right, full, empty, step, num_steps,
+    GROUP: gl.constexpr, LEFT_IS_KM: gl.constexpr, RIGHT_IS_NK: gl.constexpr,
+    ROWS: gl.constexpr, COLS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The sum over num_steps buffers of the group's left (ROWS, DEPTH) @ right (DEPTH, COLS), fp32.
+
+    Zeros where there are no steps. Begins at the ring's step `step`; returns the one after it, too.
+    """
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
+    acc = gl.zeros([ROWS, COLS], gl.float32, layout)
+    for i in range(num_steps):
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        a = left.index(stage * _GROUPS + GROUP)
+        if LEFT_IS_KM:
+            a = a.reshape([DEPTH, ROWS]).permute((1, 0))
+        b = right.index(stage)
+        b = b.reshape([COLS, DEPTH]).permute((1, 0)) if RIGHT_IS_NK else b.reshape([DEPTH, COLS])
+        acc = warpgroup_mma(a, b, acc, is_async=True)
+        # The product before this one is done, so its buffer is free.
+        acc = warpgroup_mma_wait(1, deps=[acc])
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=i > 0)
+        step += 1
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=num_steps > 0)
+    return acc, step
+
+
+@gluon.jit
+def _store_tile(desc, buffer, acc, place):
+    """Stores acc at `place` of the descriptor, through the group's buffer, and does not wait."""
+    tile = acc.to(desc.dtype)
+    # Of the tile before.
+    tma.store_wait(0)
+    buffer.reshape(acc.shape).store(tile)
+    fence_async_shared()
+    _store(desc, place, buffer)
+
+
+@gluon.jit
+def _scheduled_tile(t, tiles_ptr, max_tiles, tiles_m, tiles_n, GROUP_M: gl.constexpr):
+    """Expert, first row and end row, and column tile of position t."""
+    tile_m, tile_n = tile_of(t, tiles_m, tiles_n, GROUP_M)
+    e = gl.load(tiles_ptr + tile_m)
+    first = gl.load(tiles_ptr + max_tiles + tile_m)
+    end = gl.load(tiles_ptr + 2 * max_tiles + tile_m)
+    return e, first, end, tile_n
+
+
+@gluon.jit
+def _gemm_load(
+    x_desc, b_desc, ring,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
+    B_IS_NK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    ROWS: gl.constexpr = BLOCK_M // _GROUPS
+    BYTES: gl.constexpr = (BLOCK_M + BLOCK_N) * BLOCK_K * x_desc.dtype.primitive_bitwidth // 8
+    xs, bs, full, empty, tiles_ptr, max_tiles, tiles_n, K = ring
+    tiles_m = gl.load(tiles_ptr + 3 * max_tiles)
+    step = 0
+    for t in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+        e, first, _, tile_n = _scheduled_tile(t, tiles_ptr, max_tiles, tiles_m, tiles_n, GROUP_M)
+        n0 = tile_n * BLOCK_N
+        for k0 in range(0, K, BLOCK_K):
+            stage, barrier = _next_buffer(full, empty, step, BYTES, STAGES)
+            for group in gl.static_range(_GROUPS):
+                x = xs.index(stage * _GROUPS + group)
+                _load(x_desc, [first + group * ROWS, k0], barrier, x)
+            if B_IS_NK:
+                _load(b_desc, [e, n0, k0], barrier, bs.index(stage))
+            else:
+                _load(b_desc, [e, k0, n0], barrier, bs.index(stage))
+            step += 1
+
+
+@gluon.jit
+def _gemm_multiply(
+    y_desc, ys, ring, GROUP: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
+    B_IS_NK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    ROWS: gl.constexpr = BLOCK_M // _GROUPS
+    xs, bs, full, empty, tiles_ptr, max_tiles, tiles_n, K = ring
+    tiles_m = gl.load(tiles_ptr + 3 * max_tiles)
+    step = 0
+    for t in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+        _, first, end, tile_n = _scheduled_tile(t, tiles_ptr, max_tiles, tiles_m, tiles_n, GROUP_M)
+        y, step = _multiply(
+            xs, bs, full, empty, step, gl.cdiv(K, BLOCK_K),
+            GROUP, False, B_IS_NK, ROWS, BLOCK_N, BLOCK_K, STAGES,
+        )  # fmt: skip
+        row = _RAGGED_END - (end - first) + GROUP * ROWS
+        _store_tile(y_desc, ys.index(GROUP), y, [_RAGGED_END, end, row, tile_n * BLOCK_N])
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["max_tiles"])
+def grouped_gemm_hopper_kernel(
+    x_desc, b_desc, y_desc, tiles_ptr, max_tiles, N, K,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
+    B_IS_NK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """y[row] = x[row] @ b[e], rows in expert order; grouped_gemm_kernel without what that adds.
+
+    Grid (any,), persistent. Writes the rows of the schedule's tiles alone.
+    """
+    ROWS: gl.constexpr = BLOCK_M // _GROUPS
+    B_SHAPE: gl.constexpr = [1, BLOCK_N, BLOCK_K] if B_IS_NK else [1, BLOCK_K, BLOCK_N]
+    tiles_n = gl.cdiv(N, BLOCK_N)
+    xs = gl.allocate_shared_memory(x_desc.dtype, [STAGES * _GROUPS, ROWS, BLOCK_K], x_desc.layout)
+    bs = gl.allocate_shared_memory(b_desc.dtype, [STAGES] + B_SHAPE, b_desc.layout)
+    ys = gl.allocate_shared_memory(y_desc.dtype, [_GROUPS, 1, 1, ROWS, BLOCK_N], y_desc.layout)
+    full, empty = _new_ring(STAGES)
+    ring = (xs, bs, full, empty, tiles_ptr, max_tiles, tiles_n, K)
+    gl.warp_specialize(
+        [
+            (
+                _gemm_multiply,
+                (y_desc, ys, ring, 0, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, B_IS_NK, STAGES),
+            ),
+            (
+                _gemm_multiply,
+                (y_desc, ys, ring, 1, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, B_IS_NK, STAGES),
+            ),
+            (
+                _gemm_load,
+                (x_desc, b_desc, ring, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, B_IS_NK, STAGES),
+            ),
+        ],
+        _WORKER_WARPS,
+        _WORKER_REGISTERS,
+    )
+
+
+@gluon.jit
+def _dw_tile(
+    t, offsets_ptr, num_experts, tiles_n, tiles_d,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, GROUP_N: gl.constexpr,
+):  # fmt: skip
+    """Expert, its first row and end row, and the first n and d of position t."""
+    e = t // (tiles_n * tiles_d)
+    tile_n, tile_d = tile_of(t % (tiles_n * tiles_d), tiles_n, tiles_d, GROUP_N)
+    start = gl.load(offsets_ptr + e)
+    end = gl.load(offsets_ptr + num_experts + e)
+    return e, start, end, tile_n * BLOCK_N, tile_d * BLOCK_D
+
+
+@gluon.jit
+def _dw_load(
+    g_desc, x_desc, ring,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, GROUP_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    ROWS: gl.constexpr = BLOCK_N // _GROUPS
+    BYTES: gl.constexpr = BLOCK_M * (BLOCK_N + BLOCK_D) * x_desc.dtype.primitive_bitwidth // 8
+    gs, xs, full, empty, offsets_ptr, num_experts, tiles_n, tiles_d = ring
+    step = 0
+    for t in range(gl.program_id(0), num_experts * tiles_n * tiles_d, gl.num_programs(0)):
+        _, start, end, n0, d0 = _dw_tile(
+            t, offsets_ptr, num_experts, tiles_n, tiles_d, BLOCK_N, BLOCK_D, GROUP_N
+        )
+        for m0 in range(0, end - start, BLOCK_M):
+            stage, barrier = _next_buffer(full, empty, step, BYTES, STAGES)
+            row = _RAGGED_END - (end - start) + m0
+            for group in gl.static_range(_GROUPS):
+                g = gs.index(stage * _GROUPS + group)
+                _load(g_desc, [_RAGGED_END, end, row, n0 + group * ROWS], barrier, g)
+            _load(x_desc, [_RAGGED_END, end, row, d0], barrier, xs.index(stage))
+            step += 1
+
+
+@gluon.jit
+def _dw_multiply(
+    dw_desc, dws, ring, GROUP: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, GROUP_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    ROWS: gl.constexpr = BLOCK_N // _GROUPS
+    gs, xs, full, empty, offsets_ptr, num_experts, tiles_n, tiles_d = ring
+    step = 0
+    for t in range(gl.program_id(0), num_experts * tiles_n * tiles_d, gl.num_programs(0)):
+        e, start, end, n0, d0 = _dw_tile(
+            t, offsets_ptr, num_experts, tiles_n, tiles_d, BLOCK_N, BLOCK_D, GROUP_N
+        )
+        dw, step = _multiply(
+            gs, xs, full, empty, step, gl.cdiv(end - start, BLOCK_M),
+            GROUP, True, False, ROWS, BLOCK_D, BLOCK_M, STAGES,
+        )  # fmt: skip
+        _store_tile(dw_desc, dws.index(GROUP), dw, [e, n0 + GROUP * ROWS, d0])
+    tma.store_wait(0)
+
+
+@gluon.jit
+def grouped_gemm_bwd_dw_hopper_kernel(
+    g_desc, x_desc, dw_desc, offsets_ptr, num_experts, N, D,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, GROUP_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """dw[e] (N, D) = sum over the rows m of expert e of outer(g[m], x[m]); zeros without rows.
+
+    Grid (any,), persistent. Rows past an expert's end are zero-filled by the hardware. Writes all of dw.
+    """
+    ROWS: gl.constexpr = BLOCK_N // _GROUPS
+    tiles_n = gl.cdiv(N, BLOCK_N)
+    tiles_d = gl.cdiv(D, BLOCK_D)
+    gs = gl.allocate_shared_memory(
+        g_desc.dtype, [STAGES * _GROUPS, 1, 1, BLOCK_M, ROWS], g_desc.layout
+    )
+    xs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], x_desc.layout)
+    dws = gl.allocate_shared_memory(dw_desc.dtype, [_GROUPS, 1, ROWS, BLOCK_D], dw_desc.layout)
+    full, empty = _new_ring(STAGES)
+    ring = (gs, xs, full, empty, offsets_ptr, num_experts, tiles_n, tiles_d)
+    gl.warp_specialize(
+        [
+            (_dw_multiply, (dw_desc, dws, ring, 0, BLOCK_M, BLOCK_N, BLOCK_D, GROUP_N, STAGES)),
+            (_dw_multiply, (dw_desc, dws, ring, 1, BLOCK_M, BLOCK_N, BLOCK_D, GROUP_N, STAGES)),
+            (_dw_load, (g_desc, x_desc, ring, BLOCK_M, BLOCK_N, BLOCK_D, GROUP_N, STAGES)),
+        ],
+        _WORKER_WARPS,
+        _WORKER_REGISTERS,
+    )

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensor descriptors: what the tensor memory accelerator (TMA) of Hopper and newer loads and stores."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from triton.tools.ragged_tma import create_ragged_descriptor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moe_ops.configs.choose import device_of
+
+
+def describe(
+    tensor: torch.Tensor, block: tuple[int, ...], ragged: bool = False
+) -> TensorDescriptor | None:
+    """A descriptor of the tensor in such blocks; None where it can have none.
+
+    It needs Hopper or newer, elements, and a 16-byte address and strides. A ragged one begins and
+    ends at the rows that the kernel says (triton.tools.ragged_tma).
+    """
+    if not device_of(tensor.device).has_tma or tensor.data_ptr() % 16 != 0:
+        return None
+    fields = _descriptor_fields(tensor.shape, tensor.stride(), tensor.dtype, block, ragged)
+    if fields is None:
+        return None
+    # Its constructor would check again, at the cost of a launch, what does not change.
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.__dict__.update(fields, base=tensor)
+    return descriptor
+
+
+@functools.lru_cache(maxsize=4096)
+def _descriptor_fields(
+    shape: torch.Size,
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    block: tuple[int, ...],
+    ragged: bool,
+) -> dict[str, Any] | None:
+    """What a TensorDescriptor has beside its tensor."""
+    *outer, inner = stride
+    if 0 in shape or inner != 1 or any(s <= 0 or s * dtype.itemsize % 16 for s in outer):
+        return None
+    alike = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    make = create_ragged_descriptor if ragged else TensorDescriptor.from_tensor
+    return dict(vars(make(alike, list(block))))
+
+
+def describe_for_gluon(
+    tensor: torch.Tensor, block: tuple[int, ...], ragged: bool = False
+) -> Any | None:
+    """The same for kernels in Gluon, whose descriptors say how a block lies in shared memory."""
+    plain = describe(tensor, block, ragged)
+    if plain is None:
+        return None
+    make, layout = _gluon_layout(tuple(plain.block_shape), tensor.dtype)
+    descriptor = object.__new__(make)
+    descriptor.__dict__.update(vars(plain), layout=layout)
+    return descriptor
+
+
+@functools.lru_cache(maxsize=4096)
+def _gluon_layout(block: tuple[int, ...], dtype: torch.dtype) -> tuple[type, Any]:
+    """Gluon's class of descriptors, and the layout that it gives such a block."""
+    # Experimental: not to be imported where no kernel needs it.
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Described
+
+    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
+    return Described, gl.NVMMASharedLayout.get_default_for(list(block), element)
