@@ -39,6 +39,9 @@ SIZES = {
     "decode-8": Sizes(num_tokens=128),
     "decode-32": Sizes(num_tokens=512),
     "prefill-64": Sizes(num_tokens=1024),
+    # LoRA's two products beside the up projection.
+    "lora-A": Sizes(out_features=16),
+    "lora-B": Sizes(in_features=16),
     # Rows that no descriptor reads and no vector instruction spans.
     "uneven": Sizes(out_features=1533, in_features=2043),
 }

@@ -139,6 +139,33 @@ def test_descriptors_are_used_where_there_are_some():
 
 
 @pytest.mark.parametrize("kind", PASSES)
+def test_warps_are_specialized_on_hopper_where_nothing_but_a_product_is_asked_for(kind):
+    bare = Problem(kind, "bfloat16", 128, 1536, 2048, 1024)
+    assert heuristic(bare, HOPPER).warp_specialize
+    others = [replace(bare, dtype="float32")]
+    if kind != "backward_dW":
+        flags = ("gather", "scatter", "scale", "bias", "dots")
+        others += [replace(bare, rows=32), *(replace(bare, flags=(flag,)) for flag in flags)]
+    for problem in others:
+        assert not heuristic(problem, HOPPER).warp_specialize, problem
+    for name in ("99 KiB, sm_89", "164 KiB, sm_80"):
+        assert not heuristic(bare, DEVICES[name]).warp_specialize
+    blackwell = replace(HOPPER, capability=(10, 0))
+    assert not heuristic(bare, blackwell).warp_specialize
+
+
+@pytest.mark.parametrize("kind", PASSES)
+@pytest.mark.parametrize("rank", [1, 3, 8, 16, 64])
+def test_blocks_are_no_wider_than_the_rank_of_lora(kind, rank):
+    for sides in ((rank, 2048), (1536, rank)):
+        config = heuristic(Problem(kind, "bfloat16", 128, *sides, 1024), HOPPER)
+        widths = (config.BLOCK_N, config.BLOCK_K)
+        blocks = dict(zip(sides, widths, strict=True))
+        assert blocks.pop(rank) == max(16, 1 << (rank - 1).bit_length())
+        assert next(iter(blocks.values())) >= 32
+
+
+@pytest.mark.parametrize("kind", PASSES)
 @pytest.mark.parametrize("memory", [0, 1025, 4 * KIB, 16 * KIB, 48 * KIB, 99 * KIB, 227 * KIB])
 def test_fitting_ends_and_only_shrinks(kind, memory):
     device = Device("x", (9, 0), memory, 1)

@@ -44,7 +44,12 @@ def tile(m: int, columns: int, depth: int, warps: int, stages: int, **more: Any)
 
 
 LOADED = {"use_tma_load_dy": True, "use_tma_load_x": True}
+SPECIALIZED = {"warp_specialize": True, "use_tma_store": True}
 CONFIGS = {
+    "specialized": (
+        tile(128, 256, 64, 8, 3, use_tma_load_w=True, **SPECIALIZED),
+        dw(32, 128, 256, 8, 6, **LOADED, **SPECIALIZED),
+    ),
     "wide": (tile(128, 256, 64, 8, 3, **TMA), dw(64, 128, 256, 8, 3, **LOADED)),
     "low": (tile(64, 256, 64, 4, 4, **TMA), dw(32, 128, 128, 4, 4, programs_per_sm=2, **LOADED)),
     "tail tiles": (
@@ -86,7 +91,7 @@ CASES = [
     (name, mode)
     for name in CONFIGS
     for mode in MODES
-    if name not in ("wide", "low") or "weights" not in mode
+    if name not in ("wide", "low", "specialized") or "weights" not in mode
 ]
 
 

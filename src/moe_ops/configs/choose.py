@@ -73,6 +73,10 @@ class Device:
 
 # The compute capability's first number.
 HOPPER = 9
+# Mean rows per expert up to which a product is bound by reading the weight.
+FEW_ROWS = 32
+# The largest side of a weight that is taken for a LoRA's rank.
+_NARROW = 64
 
 
 @functools.cache
@@ -129,9 +133,32 @@ def shipped(device_name: str) -> dict[str, KernelConfig]:
 
 def heuristic(problem: Problem, device: Device) -> KernelConfig:
     """A configuration by rules, without tuning: it compiles and fits the GPU's shared memory."""
-    if problem.kind == "backward_dW":
-        return fitting(_heuristic_dw(problem, device), problem, device)
-    return fitting(_heuristic_gemm(problem, device), problem, device)
+    is_dw = problem.kind == "backward_dW"
+    config = _heuristic_dw(problem, device) if is_dw else _heuristic_gemm(problem, device)
+    return fitting(_narrowed(config, problem), problem, device)
+
+
+def _narrowed(config: KernelConfig, problem: Problem) -> KernelConfig:
+    """For a weight with a side of a LoRA's rank, blocks no wider than that.
+
+    Such products are bound by the matrix of rows that they read or write: several programs an SM
+    keep that going.
+    """
+    sides = {"BLOCK_N": problem.out_features, "BLOCK_K": problem.in_features}
+    narrow = {
+        name: max(16, 1 << (side - 1).bit_length())
+        for name, side in sides.items()
+        if side <= _NARROW and problem.rows > FEW_ROWS
+    }
+    narrow = {name: size for name, size in narrow.items() if size < getattr(config, name)}
+    if not narrow:
+        return config
+    others = {name: min(getattr(config, name), 128) for name in sides if name not in narrow}
+    warps = 8 if "dots" in problem.flags else 4
+    return replace(
+        config, num_warps=warps, num_stages=4, programs_per_sm=2, epilogue_subtile=1,
+        warp_specialize=False, **narrow, **others,
+    )  # fmt: skip
 
 
 def _heuristic_gemm(problem: Problem, device: Device) -> KernelConfig:
@@ -149,7 +176,7 @@ def _heuristic_gemm(problem: Problem, device: Device) -> KernelConfig:
         m, n, k, warps, has_tma = 64, 64, 32, 4, False
     elif device.capability < (8, 0):
         m, n, k, warps, has_tma = 64, 64, 16, 8, False
-    elif problem.rows <= 32:
+    elif problem.rows <= FEW_ROWS:
         # Decoding: a few rows an expert, bound by reading the weights. Descriptors gain nothing
         # there and cost host time.
         m, n, per_sm = (16, 64, 4) if problem.rows <= 8 else (32, 128, 2)

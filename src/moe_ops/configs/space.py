@@ -10,7 +10,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 
-from moe_ops.configs.choose import HOPPER, Device, Problem, fitting, heuristic, shared_memory
+from moe_ops.configs.choose import (
+    FEW_ROWS,
+    HOPPER,
+    Device,
+    Problem,
+    fitting,
+    heuristic,
+    shared_memory,
+)
 from moe_ops.configs.kernel_config import (
     KernelConfig,
     KernelConfigBackward_dW,
@@ -21,9 +29,6 @@ from moe_ops.configs.kernel_config import (
 MAX_CANDIDATES = 36
 
 _Tile = tuple[int, int, int, int, int]
-
-# Mean rows per expert up to which a product is bound by reading the weight.
-_FEW_ROWS = 32
 
 # (rows, columns, contracted elements, num_warps, num_stages) of a tile of forward and of dX, the most
 # promising first; for dW (out_features, in_features, contracted rows, ...).
@@ -107,7 +112,7 @@ def _has_tma(problem: Problem, device: Device) -> bool:
 def _of_gemm(problem: Problem, device: Device) -> Iterator[KernelConfig]:
     has_cores = _has_tensor_cores(problem, device)
     tma = has_cores and _has_tma(problem, device)
-    if problem.rows <= _FEW_ROWS:
+    if problem.rows <= FEW_ROWS:
         tiles = _FEW_ROWS_TILES if has_cores else _PLAIN_FEW_ROWS_TILES
         height, other = (16, 32) if problem.rows <= 16 else (32, 16)
         base = [_gemm(problem, (height, *tile), programs_per_sm=4) for tile in tiles]
@@ -178,7 +183,7 @@ def _gemm(
 def _of_dw(problem: Problem, device: Device) -> Iterator[KernelConfig]:
     has_cores = _has_tensor_cores(problem, device)
     tma = has_cores and _has_tma(problem, device)
-    few = problem.rows <= _FEW_ROWS
+    few = problem.rows <= FEW_ROWS
     tiles: tuple[_Tile, ...]
     if not has_cores:
         tiles = _PLAIN_TILES

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels for Hopper alone, against fp64 and against the kernels for every GPU.
+
+T tokens, K top_k, R = T * K rows, E experts, N out_features, D in_features.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import moe_ops
+from moe_ops.ops import gemm_launching, hopper_launching
+from tests.gpu.gemm_problem import check, problem
+from tests.gpu.on_device import DEVICE
+
+pytestmark = pytest.mark.gpu
+
+# Every dimension of the last has a part of a tile alone.
+SHAPES = [(1500, 2, 4, 512, 768), (700, 4, 6, 712, 328), (300, 2, 3, 8, 16)]
+TILES = [(128, 256, 64, 3), (128, 256, 32, 6), (256, 128, 64, 3), (128, 128, 64, 4)]
+ROUTINGS = ("uniform", "zipf", "hot_and_empty", "dropped", "all_dropped")
+
+
+def config(rows: int, columns: int, depth: int, stages: int) -> str:
+    common: dict[str, Any] = {
+        "num_warps": 8, "num_stages": stages, "use_tma_store": True, "warp_specialize": True,
+    }  # fmt: skip
+    return moe_ops.kernel_config(
+        moe_ops.KernelConfigForward(
+            BLOCK_M=rows, BLOCK_N=columns, BLOCK_K=depth,
+            use_tma_load_x=True, use_tma_load_w=True, **common,
+        ),
+        moe_ops.KernelConfigBackward_dX(
+            BLOCK_M=rows, BLOCK_K=columns, BLOCK_N=depth,
+            use_tma_load_dy=True, use_tma_load_w=True, **common,
+        ),
+        moe_ops.KernelConfigBackward_dW(
+            BLOCK_N=rows, BLOCK_K=columns, BLOCK_M=depth,
+            use_tma_load_dy=True, use_tma_load_x=True, **common,
+        ),
+    )  # fmt: skip
+
+
+def tell(launch: Callable[..., bool], said: list[bool], *args: Any) -> bool:
+    said.append(launch(*args))
+    return said[-1]
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """What the launchers said, by name: that they launched a kernel of kernels/hopper.py, or not."""
+    said: dict[str, list[bool]] = {"grouped_gemm": [], "grad_weight": []}
+    for name, answers in said.items():
+        launch = functools.partial(tell, getattr(hopper_launching, name), answers)
+        monkeypatch.setattr(hopper_launching, name, launch)
+    return said
+
+
+CASES = [
+    (shape, tile, (torch.bfloat16, torch.float16)[i % 2], ("contiguous", "transposed")[i // 2 % 2],
+     ROUTINGS[i % 5])
+    for i, (shape, tile) in enumerate(itertools.product(SHAPES, TILES))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "tile", "dtype", "layout", "routing"), CASES)
+def test_forward_and_gradients(shape, tile, dtype, layout, routing, served):
+    given = problem(shape, dtype, routing=routing, layout=layout)
+    given.arguments["kernel_config"] = config(*tile)
+    check(given)
+    assert served == {"grouped_gemm": [True, True], "grad_weight": [True]}
+
+
+def test_what_descriptors_cannot_describe_is_served_by_the_other_kernels(served):
+    given = problem((600, 2, 3, 100, 68), torch.bfloat16)
+    given.arguments["kernel_config"] = config(*TILES[0])
+    check(given)
+    assert served == {"grouped_gemm": [False, False], "grad_weight": [False]}
+
+
+def test_is_chosen_without_a_configuration(served):
+    check(problem((1500, 2, 4, 512, 768), torch.bfloat16))
+    assert served == {"grouped_gemm": [True, True], "grad_weight": [True]}
+
+
+def operands(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
+    """g (R, N), x (R, D) and the expert's offsets, at several tiles a program."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    counts = torch.randint(0, 400, (64,), generator=generator, device=DEVICE, dtype=torch.int32)
+    num_rows = int(counts.sum())
+    g, x = (
+        torch.randn(num_rows, n, generator=generator, device=DEVICE).to(dtype) for n in (768, 1024)
+    )
+    return g, x, gemm_launching.expert_offsets(counts, num_rows)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_dw_is_that_of_the_other_kernel_bit_for_bit(transposed):
+    """Both add up the same products in the same order."""
+    plain = moe_ops.kernel_config(backward_dW=moe_ops.KernelConfigBackward_dW(flatten=False))
+    g, x, offsets = operands()
+    expected = gemm_launching.grad_weight(g, x, offsets, transposed, plain)
+    for _ in range(20):
+        found = gemm_launching.grad_weight(g, x, offsets, transposed, config(128, 256, 32, 6))
+        assert torch.equal(found, expected)
+
+
+def test_waits_for_nothing_under_a_graph(served):
+    given = problem((1500, 2, 4, 512, 768), torch.bfloat16, routing="zipf", poison=False)
+    arguments = {**given.arguments, "kernel_config": config(*TILES[0])}
+    expected = torch.ops.moe.grouped_gemm(**arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = torch.ops.moe.grouped_gemm(**arguments)
+    output.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(output, expected)
+    assert served["grouped_gemm"] == [True, True]
+
+
+def test_weights_of_more_than_2_31_elements(served):
+    """Of the last expert: what came before it has been passed over."""
+    num_experts, out_features, in_features = 70, 4096, 7680
+    counts = torch.zeros(num_experts, dtype=torch.int32, device=DEVICE)
+    counts[-1] = 200
+    x = torch.randn(200, in_features, device=DEVICE).bfloat16()
+    g = torch.randn(200, out_features, device=DEVICE).bfloat16()
+    offsets = gemm_launching.expert_offsets(counts, 200)
+    dw = gemm_launching.grad_weight(g, x, offsets, False, config(128, 256, 32, 6))
+    assert dw.numel() > 2**31
+    assert not dw[:-1].any()
+    assert reference_error(dw[-1], g.float().t() @ x.float()) < 4e-3
+    y = torch.ops.moe.grouped_gemm(g, dw.transpose(1, 2), counts, kernel_config=config(*TILES[0]))
+    assert reference_error(y, g.float() @ dw[-1].float()) < 4e-3
+    assert served == {"grouped_gemm": [True], "grad_weight": [True]}
+
+
+def reference_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.float() - expected).norm() / expected.norm())
