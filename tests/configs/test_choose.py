@@ -158,7 +158,9 @@ def test_warps_are_specialized_on_hopper_where_nothing_but_a_product_is_asked_fo
 @pytest.mark.parametrize("rank", [1, 3, 8, 16, 64])
 def test_blocks_are_no_wider_than_the_rank_of_lora(kind, rank):
     for sides in ((rank, 2048), (1536, rank)):
-        config = heuristic(Problem(kind, "bfloat16", 128, *sides, 1024), HOPPER)
+        config = heuristic(
+            replace(PROBLEM, kind=kind, out_features=sides[0], in_features=sides[1]), HOPPER
+        )
         widths = (config.BLOCK_N, config.BLOCK_K)
         blocks = dict(zip(sides, widths, strict=True))
         assert blocks.pop(rank) == max(16, 1 << (rank - 1).bit_length())

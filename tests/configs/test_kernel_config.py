@@ -109,6 +109,18 @@ SPECIALIZED: dict[str, Any] = {
     "warp_specialize": True, "num_warps": 8, "use_tma_load_x": True, "use_tma_load_w": True,
     "use_tma_store": True,
 }  # fmt: skip
+NOT_SPECIALIZED: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"num_warps": 4}, ValueError, "num_warps=8 with warp_specialize, got 4"),
+    ({"programs_per_sm": 2}, ValueError, "programs_per_sm=1 with warp_specialize, got 2"),
+    ({"epilogue_subtile": 2}, ValueError, "epilogue_subtile=1 with warp_specialize, got 2"),
+    ({"launch_pdl": True}, ValueError, "launch_pdl=False with warp_specialize, got True"),
+    ({"use_tma_load_x": False}, ValueError, "use_tma_load_x=True with warp_specialize, got False"),
+    ({"use_tma_store": False}, ValueError, "use_tma_store=True with warp_specialize, got False"),
+    ({"BLOCK_M": 64}, ValueError, "with warp_specialize, got 64x128 over 64"),
+    ({"BLOCK_M": 256, "BLOCK_N": 256}, ValueError, "with warp_specialize, got 256x256 over 64"),
+    ({"BLOCK_K": 16}, ValueError, "with warp_specialize, got 128x128 over 16"),
+    ({"tail_tiles": True, "flatten": False}, ValueError, "not (tail_tiles and warp_specialize)"),
+]
 TAIL_TILES = [
     ({"tail_tiles": True}, ValueError, "not (tail_tiles and flatten)"),
     ({"tail_tiles": True, "flatten": False, "BLOCK_M": 16}, ValueError, "BLOCK_M >= 32"),
@@ -120,21 +132,7 @@ TAIL_TILES = [
     [
         *[(name, *case) for name in PASSES for case in INVALID],
         *[(name, *case) for name in ("forward", "backward_dX") for case in TAIL_TILES],
-        *[
-            ("forward", SPECIALIZED | values, ValueError, reason)
-            for values, reason in [
-                ({"num_warps": 4}, "num_warps=8 with warp_specialize, got 4"),
-                ({"programs_per_sm": 2}, "programs_per_sm=1 with warp_specialize, got 2"),
-                ({"epilogue_subtile": 2}, "epilogue_subtile=1 with warp_specialize, got 2"),
-                ({"launch_pdl": True}, "launch_pdl=False with warp_specialize, got True"),
-                ({"use_tma_load_x": False}, "use_tma_load_x=True with warp_specialize, got False"),
-                ({"use_tma_store": False}, "use_tma_store=True with warp_specialize, got False"),
-                ({"BLOCK_M": 64}, "with warp_specialize, got 64x128 over 64"),
-                ({"BLOCK_M": 256, "BLOCK_N": 256}, "with warp_specialize, got 256x256 over 64"),
-                ({"BLOCK_K": 16}, "with warp_specialize, got 128x128 over 16"),
-                ({"tail_tiles": True, "flatten": False}, "not (tail_tiles and warp_specialize)"),
-            ]
-        ],
+        *[("forward", {**SPECIALIZED, **values}, *told) for values, *told in NOT_SPECIALIZED],
     ],
 )
 def test_refuses_a_value_with_the_reason(name, values, error, reason):

@@ -145,7 +145,7 @@ def _narrowed(config: KernelConfig, problem: Problem) -> KernelConfig:
     keep that going.
     """
     sides = {"BLOCK_N": problem.out_features, "BLOCK_K": problem.in_features}
-    narrow = {
+    narrow: dict[str, Any] = {
         name: max(16, 1 << (side - 1).bit_length())
         for name, side in sides.items()
         if side <= _NARROW and problem.rows > FEW_ROWS
@@ -153,7 +153,9 @@ def _narrowed(config: KernelConfig, problem: Problem) -> KernelConfig:
     narrow = {name: size for name, size in narrow.items() if size < getattr(config, name)}
     if not narrow:
         return config
-    others = {name: min(getattr(config, name), 128) for name in sides if name not in narrow}
+    others: dict[str, Any] = {
+        name: min(getattr(config, name), 128) for name in sides if name not in narrow
+    }
     warps = 8 if "dots" in problem.flags else 4
     return replace(
         config, num_warps=warps, num_stages=4, programs_per_sm=2, epilogue_subtile=1,

@@ -57,7 +57,7 @@ def describe_for_gluon(
     if plain is None:
         return None
     make, layout = _gluon_layout(tuple(plain.block_shape), tensor.dtype)
-    descriptor = object.__new__(make)
+    descriptor: Any = object.__new__(make)
     descriptor.__dict__.update(vars(plain), layout=layout)
     return descriptor
 
