@@ -41,6 +41,7 @@ from benchmarks.cuda.experts import (
 )
 from benchmarks.cuda.timing import OURS, Bench, Case, Record
 from benchmarks.suite import Shape
+from moe_ops.compat.reference.moe_block import Qwen3MoeFusedGroupedGEMMBlock
 from moe_ops.layers import MoE
 
 # What is compared: OURS is layers.MoE, COMPAT the fused block of moe_ops.compat, EAGER and COMPILED
@@ -144,8 +145,6 @@ def layer(block: RoutedBlock) -> nn.Module:
 
 def compat(block: RoutedBlock) -> nn.Module:
     """The fused block of moe_ops.compat on the block's weights."""
-    from moe_ops.compat.reference.moe_block import Qwen3MoeFusedGroupedGEMMBlock
-
     return Qwen3MoeFusedGroupedGEMMBlock(
         config_of(block.shape), block.gate, block.gate_up_proj, block.down_proj
     )
@@ -184,9 +183,8 @@ def transformers_block(block: RoutedBlock, experts_implementation: str) -> nn.Mo
 
 def modules_of(block: RoutedBlock, backend: str | None) -> dict[str, Module]:
     """What is compared, by name; without a backend nothing that is compiled."""
-    modules: dict[str, nn.Module] = {OURS: layer(block)}
+    modules: dict[str, nn.Module] = {OURS: layer(block), COMPAT: compat(block)}
     if experts.HAS_TRANSFORMERS:
-        modules[COMPAT] = compat(block)
         modules[LOOP] = transformers_block(block, "eager")
         modules[EAGER] = transformers_block(block, "grouped_mm")
     else:
@@ -240,7 +238,7 @@ def facts() -> dict[str, Any]:
     for key, names in peers.facts().items():
         whose[key] = {name: what for name, what in names.items() if name == UNSLOTH}
     if not experts.HAS_TRANSFORMERS:
-        whose["absent"] |= dict.fromkeys((LOOP, COMPAT), "no module transformers")
+        whose["absent"][LOOP] = "no module transformers"
     return whose
 
 
@@ -290,13 +288,10 @@ def measure(bench: Bench, shape: Shape, name: str) -> Iterator[Record]:
     block = RoutedBlock(bench, shape)
     peer = implementation(block, unsloth(block))
     peer.call(BOTH, block.topk_ids, block.grad_output)()
-    ours = {OURS: implementation(block, layer(block))}
-    if experts.HAS_TRANSFORMERS:
-        ours[COMPAT] = implementation(block, compat(block))
-    comparison = Comparison(block, block.topk_ids, {**ours, name: peer})
-    ratios = {name: (name, OURS)}
-    if COMPAT in ours:
-        ratios[f"compat: {name}"] = (name, COMPAT)
+    ours = {OURS: layer(block), COMPAT: compat(block)}
+    implementations = {who: implementation(block, module) for who, module in ours.items()}
+    comparison = Comparison(block, block.topk_ids, {**implementations, name: peer})
+    ratios = {name: (name, OURS), f"compat: {name}": (name, COMPAT)}
     for pass_name in PASSES:
         case: Record = {"shape": shape.name, "pass": pass_name, "peer": name}
         yield {**case, **comparison.measure(pass_name, ratios)}

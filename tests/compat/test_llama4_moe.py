@@ -250,33 +250,3 @@ def logged(function, name, log):
         return function(*args)
 
     return call
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the side stream is CUDA's")
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_side_stream(checkpointed):
-    # Long enough products that a stream that does not wait is found out.
-    torch.manual_seed(0)
-    config = llama4_config(top_k=2)
-    config.hidden_size, config.intermediate_size = 1024, 2048
-    block = Llama4GroupedGemmTextMoe(config).cuda()
-    alone = Llama4GroupedGemmTextMoe(config, overlap_router_shared=False).cuda()
-    alone.copy_weights(block)
-    for _ in range(5):
-        x = torch.randn(4096, 1024, device="cuda")
-        tangents = torch.randn(4096, 1024, device="cuda"), torch.randn(4096, 4, device="cuda")
-        results = []
-        for module in (block, alone):
-            leaf = x.clone().requires_grad_()
-            module.zero_grad()
-            # Its memory is the caching allocator's again when the backward has read it.
-            hidden = leaf * 1.0
-            outputs = (
-                checkpoint(module, hidden, use_reentrant=False) if checkpointed else module(hidden)
-            )
-            del hidden
-            torch.autograd.backward(outputs, tangents)
-            results.append([*outputs, leaf.grad, *(p.grad for p in module.parameters())])
-        for actual, expected in zip(*results, strict=True):
-            assert_close(actual, expected)
