@@ -279,11 +279,12 @@ def test_config_without_transformers(monkeypatch, hidden_act):
     )  # fmt: skip
     given = {name: getattr(hf.experts.config, name) for name in names}
     config: Any = types.SimpleNamespace(**given, hidden_act=hidden_act)
+    weights: Any = transformers_weights(hf)
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setitem(sys.modules, "transformers.activations", None)
     if hidden_act != "silu":
         with pytest.raises(ImportError):
-            Qwen3MoeFusedGroupedGEMMBlock(config, *transformers_weights(hf))
+            Qwen3MoeFusedGroupedGEMMBlock(config, *weights)
         return
-    block = Qwen3MoeFusedGroupedGEMMBlock(config, *transformers_weights(hf))
+    block = Qwen3MoeFusedGroupedGEMMBlock(config, *weights)
     assert_close(block(x)[0], hf(x))
