@@ -149,7 +149,7 @@ def step(
 ) -> Step:
     """Output, router logits, and the gradients of the input and of what is trained, by name."""
     leaves = _leaves(module, tokens)
-    outputs, grads = _run(module if call is None else call, tokens, tangents)
+    outputs, grads = run(module if call is None else call, tokens, tangents)
     found = torch.autograd.grad(outputs, list(leaves.values()), grads)
     return {**_named(outputs), **dict(zip(leaves, found, strict=True))}
 
@@ -161,7 +161,7 @@ def backward_step(
     leaves = _leaves(module, tokens)
     for leaf in leaves.values():
         leaf.grad = None
-    outputs, grads = _run(call, tokens, tangents)
+    outputs, grads = run(call, tokens, tangents)
     torch.autograd.backward(outputs, grads)
     found = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     assert found.keys() == leaves.keys()
@@ -174,7 +174,7 @@ def _leaves(module: nn.Module, tokens: Tensor) -> Step:
     return {"gradient of the input": tokens, **trained}
 
 
-def _run(
+def run(
     call: Call, tokens: Tensor, tangents: tuple[Tensor, Tensor]
 ) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
     outputs = call(tokens)

@@ -60,6 +60,10 @@ class Given:
     def expected(self) -> layers_problem.Step:
         return step(self.on_cpu, self.tokens.clone().requires_grad_(), self.tangents)
 
+    def outputs(self) -> Any:
+        """Those of the module, and their tangents."""
+        return layers_problem.run(self.module, self.leaf, self.device_tangents)
+
     def run(self, call: Any = None) -> layers_problem.Step:
         return step(self.module, self.leaf, self.device_tangents, call)
 
@@ -154,6 +158,21 @@ def test_training_never_synchronizes(name):
         given.run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("option", ["dX_only", "dW_only"])
+@pytest.mark.parametrize("name", ["compat-qwen3", "compat-llama4"])
+def test_partial_gradients_equal_the_full_ones(name, option):
+    given = Given(name, torch.float32)
+    full = given.expected()
+    setattr(given.module, option, True)
+    torch.autograd.backward(*given.outputs())
+    found = {f"gradient of {n}": p.grad for n, p in given.module.named_parameters()}
+    found["gradient of the input"] = given.leaf.grad
+    left_out = {n for n in found if (n == "gradient of the input") is (option == "dW_only")}
+    assert {n for n, gradient in found.items() if gradient is None} == left_out
+    for what in found.keys() - left_out:
+        checks.assert_close(found[what].cpu(), full[what], what=what)
 
 
 KERNEL_CONFIGS: dict[str, Any] = {
