@@ -278,7 +278,10 @@ def _experts(cases: list[Record]) -> Iterator[str]:
         "MiB of memory beside the inputs: kept for backward, without the output; the output; the "
         "most at once in forward and backward, and the gradients in it.\n"
     )
-    yield from _table("shape|routing|implementation|kept|output|peak|gradients", _memory(cases))
+    yield from _table(
+        "shape|routing|implementation|kept|output|peak|gradients",
+        _memory(cases, "shape", "routing"),
+    )
 
 
 def _ratio_of_some(case: Record, name: str) -> str:
@@ -287,11 +290,12 @@ def _ratio_of_some(case: Record, name: str) -> str:
     return _ratio(case, name) if compared else "-"
 
 
-def _memory(cases: list[Record]) -> Iterator[list[object]]:
+def _memory(cases: list[Record], *keys: str) -> Iterator[list[object]]:
+    """A row for each implementation, which begins with what the case has under `keys`."""
     for case in cases:
         for who, mib in case.get("mib", {}).items():
             amounts = (_number(mib.get(what), ".0f") for what in MEMORY)
-            yield [case["shape"], case["routing"], who, *amounts]
+            yield [*(case[key] for key in keys), who, *amounts]
 
 
 def _experts_kernels(cases: list[Record]) -> Iterator[str]:
@@ -365,6 +369,93 @@ def _experts_peers(cases: list[Record]) -> Iterator[str]:
     yield from _table("shape|peer|pass|theirs, ms|ours, ms|ratio|kept|peak|first call", rows)
 
 
+def _lora(cases: list[Record]) -> Iterator[str]:
+    yield (
+        "Adapters of rank 16 on both projections of frozen experts, gradients of the input, the "
+        "router weights and the adapters. Times of torch's grouped_mm over ours: eager over eager, "
+        "compiled over eager and its aim, compiled over compiled; ours over the floor; ours with "
+        "lora_B copied into the experts' order, and with a checkpoint, over ours without.\n"
+    )
+    names = ("eager", "compiled", "both compiled", "copied", "checkpoint", "checkpoint, compiled")
+    rows = [
+        [
+            *(case[key] for key in ("shape", "layout", "pass")),
+            *(_milliseconds(case, who) for who in ("moe_ops", "moe_ops compiled")),
+            *(_ratio_of_some(case, name) for name in names[:2]),
+            _number(case.get("aim"), ".2f"),
+            _ratio_of_some(case, names[2]),
+            _number(case.get("of_floor"), ".2f"),
+            *(_ratio_of_some(case, name) for name in names[3:]),
+        ]
+        for case in cases
+    ]
+    header = "shape|layout|pass|ours, ms|compiled, ms|eager|compiled|aim|both compiled|floor"
+    yield from _table("|".join([header, *names[3:]]), rows)
+    yield "MiB beside the inputs, as of the experts; eager and compiled are torch's grouped_mm.\n"
+    header = "shape|layout|implementation|kept|output|peak|gradients"
+    yield from _table(header, _memory(cases, "shape", "layout"))
+
+
+def _blocks(cases: list[Record]) -> Iterator[str]:
+    yield (
+        "Qwen3-MoE's block with its router. Times over moe_ops.layers.MoE: of transformers' loop over "
+        "the experts, of its grouped_mm, eager and compiled, and of the last over ours compiled; then "
+        "the same over the fused block of moe_ops.compat.\n"
+    )
+    names = ("loop", "eager", "compiled", "both compiled")
+    both = [case for case in cases if "peer" not in case]
+    rows = [
+        [
+            *(case[key] for key in ("shape", "pass")),
+            *(_ratio_of_some(case, f"{of}{name}") for of in ("", "compat: ") for name in names),
+            _number(case.get("of_floor"), ".2f"),
+        ]
+        for case in both
+    ]
+    header = "|".join(["shape|pass", *names, *(f"compat: {name}" for name in names), "floor"])
+    yield from _table(header, rows)
+    yield (
+        "ms, and the MiB that a step keeps for backward and takes at most beside its inputs; "
+        "backward is what forward leaves of a step.\n"
+    )
+    header = "shape|implementation|forward|backward|forward+backward|kept|peak"
+    yield from _table(header, _steps(both))
+    peers = [case for case in cases if "peer" in case]
+    if peers:
+        yield "Other libraries' blocks, each in a process of its own beside ours: time over ours.\n"
+        rows = [
+            [
+                *(case[key] for key in ("shape", "peer", "pass")),
+                *(_milliseconds(case, who) for who in (case["peer"], "moe_ops", "moe_ops compat")),
+                *(_ratio_of_some(case, f"{of}{case['peer']}") for of in ("", "compat: ")),
+            ]
+            for case in peers
+        ]
+        header = "shape|peer|pass|theirs, ms|ours, ms|compat, ms|ratio|compat: ratio"
+        yield from _table(header, rows)
+
+
+def _steps(cases: list[Record]) -> Iterator[list[object]]:
+    for shape in dict.fromkeys(case["shape"] for case in cases):
+        of_pass = {case["pass"]: case for case in cases if case["shape"] == shape}
+        medians = {
+            name: {who: median for who, (_, median, _) in case["milliseconds"].items()}
+            for name, case in of_pass.items()
+        }
+        forward, step = (medians.get(name, {}) for name in ("forward", "forward+backward"))
+        mib = of_pass.get("forward+backward", {}).get("mib", {})
+        for who in dict.fromkeys([*forward, *step]):
+            times = forward.get(who), step.get(who)
+            rest = None if None in times else step[who] - forward[who]
+            amounts = (mib.get(who, {}).get(what) for what in ("kept", "peak"))
+            yield [
+                shape,
+                who,
+                *(_number(time, ".2f") for time in (times[0], rest, times[1])),
+                *(_number(amount, ".0f") for amount in amounts),
+            ]
+
+
 TABLES: dict[str, Callable[[list[Record]], Iterator[str]]] = {
     "ceilings": _ceilings,
     "gemm": _gemm,
@@ -377,6 +468,8 @@ TABLES: dict[str, Callable[[list[Record]], Iterator[str]]] = {
     "experts-kernels": _experts_kernels,
     "experts-first-call": _experts_first_call,
     "experts-peers": _experts_peers,
+    "lora": _lora,
+    "blocks": _blocks,
 }
 
 
@@ -488,6 +581,28 @@ def _plot_experts(cases: list[Record], plt: Any) -> Any:
     return figure
 
 
+def _plot_blocks(cases: list[Record], plt: Any) -> Any:
+    """transformers' blocks' times over that of layers.MoE, a panel for each of its experts."""
+    peers = ("loop", "eager", "compiled")
+    own = [case for case in cases if "peer" not in case]
+    shown = [peer for peer in peers if any(peer in case["errors"] for case in own)]
+    figure, panels = plt.subplots(
+        len(shown), figsize=(9, 3 * len(shown)), sharex=True, squeeze=False, layout="constrained"
+    )
+    for (axes,), peer in zip(panels, shown, strict=True):
+        heights = {
+            (case["shape"], case["pass"]): _median_ratio(case, peer)
+            for case in own
+            if peer in case["errors"]
+        }
+        _bars(axes, heights, ("forward", "forward+backward"))
+        whose = "loop over experts" if peer == "loop" else f"grouped_mm, {peer}"
+        axes.set_ylabel("transformers / ours")
+        axes.set_title(f"transformers' {whose}: above 1 ours is faster", fontsize=10)
+    _legend(figure, panels[0][0])
+    return figure
+
+
 def _legend(figure: Any, axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
@@ -514,6 +629,7 @@ PLOTS: dict[str, tuple[str, Callable[[list[Record], Any], Any]]] = {
     "gemm": ("grouped_gemm against torch._grouped_mm by shape", _plot_gemm),
     "rows": ("bandwidth of the ops that move rows by shape", _plot_rows),
     "experts": ("the expert block against transformers' grouped_mm by shape", _plot_experts),
+    "blocks": ("the block with its router against transformers' by shape", _plot_blocks),
 }
 
 

@@ -65,6 +65,10 @@ BLOCK_AIMS = {
     "large": 1.15,
 }
 BLOCK_ROUTINGS = ("uniform", "zipf")
+# LoRA on frozen experts: the same of adapters on both projections.
+LORA_AIMS = {"qwen3-30b": 1.2}
+# Measured with their router, as blocks of a model.
+BLOCKS = ("qwen3-30b", "olmoe", "fine-grained")
 
 # What Triton's interpreter can run.
 TINY_SUITE = (Shape("tiny", 12, 32, 16, 4, 2),)

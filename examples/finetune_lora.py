@@ -238,6 +238,12 @@ def check(settings: Settings) -> None:
         raise ValueError(f"--base-steps must be at least 1, got {settings.base_steps}")
     if settings.rank < 1:
         raise ValueError(f"--rank must be at least 1, got {settings.rank}")
+    # The product of wider factors has no higher rank.
+    if settings.rank > (most := min(settings.hidden_size, settings.intermediate_size)):
+        sizes = "--hidden-size and --intermediate-size"
+        raise ValueError(
+            f"--rank must be at most the lesser of {sizes} ({most}), got {settings.rank}"
+        )
     if not 0 < settings.lora_alpha < math.inf:
         raise ValueError(f"--lora-alpha must be above 0, got {settings.lora_alpha}")
 

@@ -25,7 +25,18 @@ from typing import Any
 import torch
 
 from benchmarks import suite
-from benchmarks.cuda import decode, dispatch, experts, first_call, gemm, peers, routing, rows
+from benchmarks.cuda import (
+    blocks,
+    decode,
+    dispatch,
+    experts,
+    first_call,
+    gemm,
+    lora,
+    peers,
+    routing,
+    rows,
+)
 from benchmarks.cuda.timing import (
     OURS,
     Bench,
@@ -42,7 +53,7 @@ from benchmarks.timing import write
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 logger = logging.getLogger("moe_ops.benchmarks")
 
-PEERS = "experts-peers"
+PEERS, BLOCKS = "experts-peers", "blocks"
 PARTS: dict[str, Callable[[Bench, list[Shape]], Iterator[Case]]] = {
     "gemm": gemm.cases,
     "rows": rows.cases,
@@ -53,6 +64,8 @@ PARTS: dict[str, Callable[[Bench, list[Shape]], Iterator[Case]]] = {
     "experts": experts.cases,
     "experts-kernels": experts.kernels_cases,
     "experts-first-call": experts.first_call_cases,
+    "lora": lora.cases,
+    BLOCKS: functools.partial(blocks.cases, until=math.inf),
     # Last, since it takes what time there is.
     PEERS: functools.partial(peers.cases, until=math.inf),
 }
@@ -60,6 +73,7 @@ PARTS: dict[str, Callable[[Bench, list[Shape]], Iterator[Case]]] = {
 FACTS: dict[str, Callable[[], Mapping[str, object]]] = {
     "experts": experts.grouped_mm_facts,
     PEERS: peers.facts,
+    BLOCKS: blocks.facts,
 }
 
 
@@ -155,7 +169,10 @@ def main() -> int:
     print(json.dumps(facts), flush=True)
 
     name, complete = device_name(device), True
-    parts = PARTS | {PEERS: functools.partial(peers.cases, until=until)}
+    parts = PARTS | {
+        PEERS: functools.partial(peers.cases, until=until),
+        BLOCKS: functools.partial(blocks.cases, until=until),
+    }
     for part, cases_of in parts.items():
         if part not in args.only:
             continue

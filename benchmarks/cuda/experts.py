@@ -91,6 +91,10 @@ class Block:
     def leaves(self) -> tuple[Tensor, ...]:
         return self.hidden_states, self.gate_up_proj, self.down_proj, self.topk_weights
 
+    def flops(self, name: str) -> int:
+        """Of the products of a pass."""
+        return flops(self.shape, name)
+
     def route(self, routing: str) -> Tensor:
         """topk_ids of one of suite.ROUTINGS."""
         shape = self.shape
@@ -269,15 +273,20 @@ def flops(shape: Shape, name: str) -> int:
     return forward if name == FORWARD else 3 * forward
 
 
-def floor_milliseconds(bench: Bench, shape: Shape, name: str) -> float:
+def floor_milliseconds(
+    bench: Bench, shape: Shape, name: str, num_flops: int | None = None
+) -> float:
     """The products at the dense ceiling, and the sums over slots at that of copying.
+
+    num_flops: of the products, where they are others than those of the experts alone.
 
     Forward reads R rows and writes T, the combine; backward does so once more, for the gradient of
     hidden_states. A product can do every other movement of rows on its way.
     """
     row_bytes = shape.hidden_size * bench.dtype.itemsize
     moved = (shape.num_rows + shape.num_tokens) * row_bytes * (1 if name == FORWARD else 2)
-    products = flops(shape, name) / bench.ceilings["dense_tflops"] / 1e9
+    num_flops = flops(shape, name) if num_flops is None else num_flops
+    products = num_flops / bench.ceilings["dense_tflops"] / 1e9
     return products + moved / bench.ceilings["copy_tbs"] / 1e9
 
 
@@ -323,7 +332,8 @@ class Comparison:
         expected = block.expected(topk_ids)
         for who, implementation in self.implementations.items():
             # Ours alone: what torch compiles would be compiled again without it.
-            poison = poisoned_memory() if who.startswith(OURS) else nullcontext()
+            is_poisoned = who.startswith(OURS) and COMPILED not in who
+            poison = poisoned_memory() if is_poisoned else nullcontext()
             found = dict.fromkeys(PASSES, math.nan)
             try:
                 with poison:
@@ -358,6 +368,7 @@ class Comparison:
             more: calls that were found right elsewhere.
         """
         shape, more = self.block.shape, more or {}
+        num_flops = self.block.flops(name)
         errors = {**self.errors[name], **dict.fromkeys(more, 0.0)}
         record = compare(self.bench, {**self.calls(name), **more}, errors, ratios)
         for who in more:
@@ -365,10 +376,10 @@ class Comparison:
         if self.failed:
             record["failed"] = self.failed
         record["tflops"] = {
-            who: rounded(flops(shape, name) / median / 1e9)
+            who: rounded(num_flops / median / 1e9)
             for who, (_, median, _) in record["milliseconds"].items()
         }
-        floor = floor_milliseconds(self.bench, shape, name)
+        floor = floor_milliseconds(self.bench, shape, name, num_flops)
         record["floor_milliseconds"] = rounded(floor)
         if OURS in record["milliseconds"]:
             record["of_floor"] = rounded(record["milliseconds"][OURS][1] / floor)

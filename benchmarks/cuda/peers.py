@@ -235,6 +235,11 @@ def cases(bench: Bench, shapes: Iterable[Shape], until: float) -> Iterator[Case]
 
 def run_peer(bench: Bench, shape: Shape, name: str, until: float) -> Iterator[Record]:
     """In a process of its own, which ends at `until` at the latest."""
+    return run_apart("benchmarks.cuda.peers", bench, shape, name, until)
+
+
+def run_apart(module: str, bench: Bench, shape: Shape, name: str, until: float) -> Iterator[Record]:
+    """The records of a peer that `module`, which ends in `serve`, measures in another process."""
     given = {
         "peer": name,
         "device": str(bench.device),
@@ -244,7 +249,7 @@ def run_peer(bench: Bench, shape: Shape, name: str, until: float) -> Iterator[Re
         "ceilings": bench.ceilings,
         "shape": shape_sizes(shape),
     }
-    command = [sys.executable, "-m", "benchmarks.cuda.peers", json.dumps(given)]
+    command = [sys.executable, "-m", module, json.dumps(given)]
     # Infinite in the tests.
     seconds = min(max(until - time.monotonic(), _LEAST_SECONDS), 3600.0)
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
@@ -278,17 +283,17 @@ def measure(bench: Bench, shape: Shape, name: str) -> Iterator[Record]:
         yield {**case, "pass": pass_name, **comparison.measure(pass_name, {name: (name, OURS)})}
 
 
-def main() -> None:
-    given = json.loads(sys.argv[1])
+def serve(measured: Callable[[Bench, Shape, str], Iterator[Record]], given: dict[str, Any]) -> None:
+    """What the process that `run_apart` starts does with what it is given."""
     torch.manual_seed(0)
     device = torch.device(given["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
     bench = Bench(device, given["tiny"], given["seconds"], given["least_turns"], given["ceilings"])
     bench.warm_up(0.5 if device.type == "cuda" else 0.0)
-    records = list(measure(bench, Shape(*given["shape"]), given["peer"]))
+    records = list(measured(bench, Shape(*given["shape"]), given["peer"]))
     print(_RECORDS + json.dumps(records), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    serve(measure, json.loads(sys.argv[1]))

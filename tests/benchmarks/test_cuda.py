@@ -15,7 +15,8 @@ pytest.importorskip("triton")
 
 import moe_ops
 from benchmarks import suite
-from benchmarks.cuda.__main__ import PARTS, PEERS, run_part
+from benchmarks.cuda import experts, lora
+from benchmarks.cuda.__main__ import BLOCKS, PARTS, PEERS, run_part
 from benchmarks.cuda.experts import EAGER, RECOMPUTE
 from benchmarks.cuda.gemm import OURS_PERMUTED, PASSES, Gemm, few_experts
 from benchmarks.cuda.timing import (
@@ -32,6 +33,7 @@ from benchmarks.cuda.timing import (
 ROOT = Path(__file__).resolve().parents[2]
 # Run apart, on the CPU implementation: interpreted, whole blocks take minutes.
 EXPERTS = [part for part in PARTS if part.startswith("experts")]
+LAYERS = ["lora", BLOCKS]
 CEILINGS = {"dense_tflops": 800.0, "copy_tbs": 4.0, "read_tbs": 4.0}
 
 
@@ -73,7 +75,7 @@ def read_results(folder, parts):
 
 @pytest.mark.slow
 def test_whole_flow(tmp_path):
-    parts = [part for part in PARTS if part not in EXPERTS]
+    parts = [part for part in PARTS if part not in [*EXPERTS, *LAYERS]]
     done = run_tiny(tmp_path, "--only", ",".join(parts))
     assert done.returncode == 0, done.stdout + done.stderr
     cases = {part: result["cases"] for part, result in read_results(tmp_path, parts).items()}
@@ -111,6 +113,22 @@ def test_flow_of_the_experts(tmp_path):
     assert cases[PEERS] or peers["absent"]
     for name in peers["absent"]:
         assert name in done.stdout
+
+
+@pytest.mark.slow
+def test_flow_of_the_layers(tmp_path):
+    done = run_tiny(tmp_path, "--only", ",".join(LAYERS), environ={"TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = read_results(tmp_path, LAYERS)
+    cases = {part: result["cases"] for part, result in found.items()}
+    assert [(c["layout"], c["pass"]) for c in cases["lora"]] == [
+        (layout, name) for layout in lora.LAYOUTS for name in experts.PASSES
+    ]
+    assert len(cases[BLOCKS]) >= 2
+    assert all(EAGER in c["ratio"] for part in LAYERS for c in cases[part] if "peer" not in c)
+    whose = found[BLOCKS]["environment"]
+    assert "grouped_mm" in whose
+    assert ("unsloth" in whose["absent"]) is not ("unsloth" in whose["present"])
 
 
 @pytest.mark.slow

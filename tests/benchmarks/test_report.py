@@ -48,6 +48,22 @@ def experts_case(name, ratio, **more):
     }
 
 
+def block_case(name, milliseconds, ratio, **more):
+    return {
+        "shape": "olmoe",
+        "pass": name,
+        "errors": {"moe_ops": 0.01, "loop": 0.01},
+        "milliseconds": {
+            "moe_ops": [milliseconds] * 3,
+            "loop": [20.0 * milliseconds] * 3,
+            "unsloth": [3.0] * 3,
+        },
+        "ratio": ratio,
+        "of_floor": 1.35,
+        **more,
+    }
+
+
 def kernel_case(shape, kernel, nth, milliseconds, share, **more):
     case = {"shape": shape, "kernel": kernel, "nth": nth, "milliseconds": milliseconds}
     return {**case, "share": share, **more}
@@ -146,6 +162,29 @@ CASES = {
             "first_call_seconds": 6.5,
         }
     ],
+    "lora": [
+        {
+            "shape": "olmoe",
+            "layout": "PEFT",
+            "pass": "forward+backward",
+            "errors": {"moe_ops": 0.01, "eager": 0.01, "compiled": 0.01},
+            "milliseconds": {"moe_ops": [7.0, 7.5, 8.0]},
+            "ratio": {"eager": [1.3, 1.4, 1.5], "copied": [0.9, 1.0, 1.1]},
+            "wrong": ["compiled"],
+            "aim": 1.2,
+            "mib": {"moe_ops": {"kept": 700.4, "output": 64.0, "peak": 1500.0, "gradients": 90.0}},
+        }
+    ],
+    "blocks": [
+        block_case("forward", 2.5, {"loop": [7.9, 8.0, 8.1], "compat: loop": [6.9, 7.0, 7.1]}),
+        block_case(
+            "forward+backward",
+            9.0,
+            {"loop": [4.9, 5.0, 5.1]},
+            mib={"moe_ops": {"kept": 388.4, "peak": 2000.6}},
+        ),
+        block_case("forward", 2.5, {"unsloth": [1.4, 1.5, 1.6]}, peer="unsloth"),
+    ],
 }
 
 
@@ -198,6 +237,12 @@ def test_cuda_tables(folder):
         "| gemm 1 | 1.000 (10%, 1.25x) | 3.000 (20%) |\n| rows 1 | - | 2.000 (15%) |\n| gemm 2 |",
         "| large | warm | 1.5 | 0.02 |",
         "| scattermoe | forward+backward | 11.25 | 7.50 | 1.50 (1.40-1.60) | 1378 / 388 | - / 2000 |",
+        "| olmoe | PEFT | forward+backward | 7.50 | - | 1.40 (1.30-1.50) | wrong | 1.20 | - | - | 1.00 (",
+        "| olmoe | PEFT | moe_ops | 700 | 64 | 1500 | 90 |",
+        "| olmoe | forward | 8.00 (7.90-8.10) | - | - | - | 7.00 (6.90-7.10) | - | - | - | 1.35 |",
+        "| olmoe | moe_ops | 2.50 | 6.50 | 9.00 | 388 | 2001 |",
+        "| olmoe | loop | 50.00 | 130.00 | 180.00 | - | - |",
+        "| olmoe | unsloth | forward | 3.00 | 2.50 | - | 1.50 (1.40-1.60) | - |",
         "grouped_mm transformers 5.17.0",
         "absent liger: no module liger_kernel",
     ):
@@ -219,7 +264,7 @@ def test_plots(folder):
     pytest.importorskip("matplotlib")
     write_cuda(folder)
     text = render(folder)
-    for name in ("h200_gemm.png", "h200_rows.png", "h200_experts.png"):
+    for name in ("h200_gemm.png", "h200_rows.png", "h200_experts.png", "h200_blocks.png"):
         assert (folder / "images" / name).read_bytes().startswith(b"\x89PNG")
         assert f"(images/{name})" in text
 

@@ -241,3 +241,11 @@ def test_reference_loop(transpose):
     found = torch.autograd.grad(output, leaves, tangent)
     for got, want in zip(found, torch.autograd.grad(expected, leaves, tangent), strict=True):
         checks.assert_close(got, want)
+    flat = W.flatten(0, 1)
+    assert torch.equal(torch_grouped_gemm(X, flat, m_sizes, transpose=transpose), output)
+    for wrong, reason in (
+        (flat[1:], "a multiple of m_sizes.numel"),
+        (flat[0], "2 or 3 dimensions"),
+    ):
+        with pytest.raises(ValueError, match=rf"^moe_ops\.compat\.torch_grouped_gemm: .*{reason}"):
+            torch_grouped_gemm(X, wrong, m_sizes, transpose=transpose)

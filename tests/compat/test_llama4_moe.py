@@ -110,6 +110,58 @@ def test_compiled_equals_eager(top_k):
     assert_same(block, block, compiled(x), block(x), x)
 
 
+# What each leaves without a gradient.
+PARTIAL = {"dW_only": {"input"}, "dX_only": {n for n, _ in llama4_block().named_parameters()}}
+
+
+def gradients_by_name(block: Any, call: Any, x: Any, tangents: Any) -> dict[str, Any]:
+    leaf = x.detach().requires_grad_()
+    block.zero_grad()
+    torch.autograd.backward(call(leaf), tangents)
+    return {"input": leaf.grad, **{name: p.grad for name, p in block.named_parameters()}}
+
+
+@pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("option", PARTIAL)
+def test_partial_gradients_equal_the_full_ones(option, compiles):
+    hf, x = llama4_block(2), tokens(2, 7)
+    tangents = tangents_of(*hf(x))
+    block = our_llama4_block(hf, **{option: True})
+    compiled: Any = torch.compile(block, fullgraph=True, backend="aot_eager")
+    want = gradients_by_name(hf, hf, x, tangents)
+    got = gradients_by_name(block, compiled if compiles else block, x, tangents)
+    assert {name for name, grad in got.items() if grad is None} == PARTIAL[option]
+    for name in got.keys() - PARTIAL[option]:
+        assert want[name].norm() > 0, name
+        assert_close(got[name], want[name], what=name)
+
+
+def test_backward_does_only_what_is_asked_for():
+    hf, x = llama4_block(2), tokens(2, 7)
+    tangents: Any = tangents_of(*hf(x))
+
+    def ops(**options: Any) -> list[str]:
+        outputs = our_llama4_block(hf, **options)(x)
+        with RecordOps() as recorded:
+            torch.autograd.backward(outputs, tangents)
+        return sorted(recorded.calls)
+
+    dX = ["grouped_gemm_dx down", "grouped_gemm_dx up"]
+    dW = ["grouped_gemm_dw down", "grouped_gemm_dw up"]
+    # The router and the three projections of the shared expert: two products each.
+    assert ops() == sorted([*dX, *dW, *["mm"] * 8])
+    assert ops(dX_only=True) == sorted([*dX, *["mm"] * 4])
+    # The router's weight is in the rows of the first GEMM, so its dX is needed. The router and the
+    # shared expert's first two projections have no input gradient.
+    assert ops(dW_only=True) == sorted([*dX, *dW, *["mm"] * 5])
+
+
+def test_rejects_both_partial_gradients():
+    expected = "Llama4GroupedGemmTextMoe: expected dW_only or dX_only or neither, got both"
+    with pytest.raises(ValueError, match=expected):
+        Llama4GroupedGemmTextMoe(llama4_config(), dW_only=True, dX_only=True)
+
+
 def test_autocast_equals_transformers():
     hf, x = llama4_block(2).bfloat16().float(), tokens(4, 16).detach().bfloat16().float()
     x.requires_grad_()
@@ -250,33 +302,3 @@ def logged(function, name, log):
         return function(*args)
 
     return call
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the side stream is CUDA's")
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_side_stream(checkpointed):
-    # Long enough products that a stream that does not wait is found out.
-    torch.manual_seed(0)
-    config = llama4_config(top_k=2)
-    config.hidden_size, config.intermediate_size = 1024, 2048
-    block = Llama4GroupedGemmTextMoe(config).cuda()
-    alone = Llama4GroupedGemmTextMoe(config, overlap_router_shared=False).cuda()
-    alone.copy_weights(block)
-    for _ in range(5):
-        x = torch.randn(4096, 1024, device="cuda")
-        tangents = torch.randn(4096, 1024, device="cuda"), torch.randn(4096, 4, device="cuda")
-        results = []
-        for module in (block, alone):
-            leaf = x.clone().requires_grad_()
-            module.zero_grad()
-            # Its memory is the caching allocator's again when the backward has read it.
-            hidden = leaf * 1.0
-            outputs = (
-                checkpoint(module, hidden, use_reentrant=False) if checkpointed else module(hidden)
-            )
-            del hidden
-            torch.autograd.backward(outputs, tangents)
-            results.append([*outputs, leaf.grad, *(p.grad for p in module.parameters())])
-        for actual, expected in zip(*results, strict=True):
-            assert_close(actual, expected)

@@ -2,6 +2,8 @@
 """The Qwen3-MoE blocks: their numbers are transformers', their weights come from there."""
 
 import copy
+import sys
+import types
 from typing import Any
 
 import pytest
@@ -265,3 +267,24 @@ def test_rejects_the_configuration_of_another_gemm():
             autotune=False,
             kernel_config_bwd_dW=config,  # type: ignore[arg-type]
         )
+
+
+@pytest.mark.parametrize("hidden_act", ["silu", "gelu"])
+def test_config_without_transformers(monkeypatch, hidden_act):
+    """Any object with the config's attributes; only other activations are transformers' own."""
+    hf, x = qwen3_block(), tokens(2, 7)
+    names = (
+        "num_experts", "num_experts_per_tok", "norm_topk_prob", "hidden_size",
+        "moe_intermediate_size",
+    )  # fmt: skip
+    given = {name: getattr(hf.experts.config, name) for name in names}
+    config: Any = types.SimpleNamespace(**given, hidden_act=hidden_act)
+    weights: Any = transformers_weights(hf)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers.activations", None)
+    if hidden_act != "silu":
+        with pytest.raises(ImportError):
+            Qwen3MoeFusedGroupedGEMMBlock(config, *weights)
+        return
+    block = Qwen3MoeFusedGroupedGEMMBlock(config, *weights)
+    assert_close(block(x)[0], hf(x))

@@ -127,12 +127,14 @@ def test_compiled_code_follows_the_configuration():
     assert graphs.found == [{"grouped_gemm": text} for text in texts]
 
 
-def test_a_configuration_made_in_compiled_code():
+@pytest.mark.parametrize("name", ["BLOCK_M", "BLOCK_SIZE_M"])
+def test_a_configuration_made_in_compiled_code(name):
+    rows: Any = {name: 16}
     graphs, call = Graphs(), problem().call(False, permute_y=False, weighted=False)
 
     @torch.compile(fullgraph=True, backend=graphs.backend)
     def function(call):
-        config = KernelConfigForward(BLOCK_M=16, num_stages=2, use_tma_load_w=True)
+        config = KernelConfigForward(num_stages=2, use_tma_load_w=True, **rows)
         return grouped_gemm(**call, kernel_config_fwd=config)
 
     function(call)

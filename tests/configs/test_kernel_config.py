@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configurations, their form as one string, and the way of that string into the ops."""
 
+import copy
+import dataclasses
 import json
+import pickle
 import re
 from dataclasses import fields
 from typing import Any
@@ -85,6 +88,29 @@ def test_aliases(name):
     assert parse(json.dumps({name: sizes})) == {name: expected}
     with pytest.raises(ValueError, match="BLOCK_M is given twice"):
         PASSES[name].from_dict({"BLOCK_M": 32, "BLOCK_SIZE_M": 32})
+
+
+@passes
+def test_aliases_of_the_constructor(name):
+    kind: Any = PASSES[name]
+    config = kind(BLOCK_SIZE_M=32, BLOCK_N=64, BLOCK_SIZE_K=16)
+    assert config == kind(BLOCK_M=32, BLOCK_N=64, BLOCK_K=16)
+    assert (config.BLOCK_SIZE_M, config.BLOCK_SIZE_N, config.BLOCK_SIZE_K) == (32, 64, 16)
+    assert repr(config) == repr(kind(32, 64, 16))
+    assert kind.from_dict(config.to_dict()) == config
+    for twin in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert twin == config
+    smaller = dataclasses.replace(config, BLOCK_M=16)
+    assert (smaller.BLOCK_SIZE_M, config.BLOCK_SIZE_M) == (16, 32)
+    # Whatever the values are: BLOCK_M's own default is one that can be given.
+    for args, other in (((), {"BLOCK_M": 128}), ((32,), {}), ((), {"BLOCK_M": 32})):
+        expected = rf"^{kind.__name__}: BLOCK_M is given twice, once as BLOCK_SIZE_M$"
+        with pytest.raises(ValueError, match=expected):
+            kind(*args, **other, BLOCK_SIZE_M=32)
+    with pytest.raises(ValueError, match=r"BLOCK_K to be a power of two .* got 24"):
+        kind(BLOCK_SIZE_K=24)
+    with pytest.raises(TypeError, match=r"BLOCK_N of type int, got 64\.0 \(float\)"):
+        kind(BLOCK_SIZE_N=64.0)
 
 
 INVALID = [

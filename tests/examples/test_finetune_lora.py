@@ -198,6 +198,11 @@ BAD_ARGUMENTS = {
     "--steps 0": "--steps must be at least 1, got 0",
     "--base-steps 0": "--base-steps must be at least 1, got 0",
     "--rank 0": "--rank must be at least 1, got 0",
+    "--rank 100000000": (
+        "--rank must be at most the lesser of --hidden-size and --intermediate-size (64), "
+        "got 100000000"
+    ),
+    "--rank 33 --hidden-size 64 --intermediate-size 32": "--intermediate-size (32), got 33",
     "--rank few": "argument --rank: invalid int value: 'few'",
     "--lora-alpha 0": "--lora-alpha must be above 0, got 0.0",
     "--lora-alpha nan": "--lora-alpha must be above 0, got nan",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA on experts: the sums, the gradients, and what a step with a frozen base does not do."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -18,30 +19,15 @@ from moe_ops.layers.lora import (
     lora_grouped_gemm,
 )
 from tests import oracle
+from tests.layers import lora_problem
+from tests.layers.lora_problem import merged, randn
 from tests.tolerances import RELATIVE_NORM, relative_error
 
 NUM_TOKENS, TOP_K, NUM_EXPERTS, HIDDEN, INTER = 12, 2, 4, 10, 6
 RANKS = (1, 3, 8, 64)
 
 
-def randn(*shape, dtype=torch.float64, scale=1.0):
-    return (torch.randn(*shape, dtype=torch.float64) * scale).to(dtype)
-
-
-def make_adapter(out_features, in_features, rank, dtype=torch.float64, scaling=2.0):
-    """Both factors non-zero, unlike at the start of training, and of about the weight's size."""
-    lora_a = randn(NUM_EXPERTS, rank, in_features, dtype=dtype, scale=in_features**-0.5)
-    lora_b = randn(NUM_EXPERTS, out_features, rank, dtype=dtype, scale=rank**-0.5)
-    return LoraWeights(lora_a.requires_grad_(), lora_b.requires_grad_(), scaling)
-
-
-def merged(weight, adapters):
-    """What LoRA says the weight is, expert by expert, in fp64."""
-    total = weight.double()
-    for lora_a, lora_b, scaling in adapters:
-        deltas = [b.double() @ a.double() for a, b in zip(lora_a, lora_b, strict=True)]
-        total = total + scaling * torch.stack(deltas)
-    return total
+make_adapter = functools.partial(lora_problem.make_adapter, NUM_EXPERTS)
 
 
 def draw_ids(routing="uniform", num_tokens=NUM_TOKENS):

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """MoE against transformers' own blocks, and what a module has to survive."""
 
+import collections
 import copy
 import pickle
 import re
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("transformers", reason="the transformers extra is not installed")
 
 from moe_ops.layers import Experts, GatedMLP, MoE, Router
+from moe_ops.layers.moe import _BLOCKS, _CLASSES
 from tests.layers.layer_models import (
     HIDDEN_SIZE,
     MODELS,
@@ -288,9 +291,14 @@ def test_rejects_a_setting_it_has_not_got(name, attribute, value):
 def test_load_from_rejects_another_block():
     layer = MoE.from_config(make_config("qwen3_moe"))
     before = copy.deepcopy(layer.state_dict())
-    missing = r"expected shared_expert.* to be no such tensor, got \(.*\) in Qwen2MoeSparseMoeBlock"
+    missing = r"expected shared_expert.* to be no such tensor, got \(.*\) in Sequential"
     with pytest.raises(ValueError, match=missing):
-        layer.load_from(make_block("qwen2_moe"))
+        layer.load_from(as_a_class_of_ones_own(make_block("qwen2_moe")))
+    for other in ("qwen2_moe", "mixtral", "olmoe"):
+        name = type(make_block(other)).__name__
+        expected = rf"expected a Qwen3MoeSparseMoeBlock, .*, got a {name}$"
+        with pytest.raises(ValueError, match=expected):
+            layer.load_from(make_block(other))
     shape = r"expected experts.down_proj to be \(8, 32, 24\), got \(8, 32, 12\) in "
     config = make_config("qwen3_moe")
     config.moe_intermediate_size = 12
@@ -298,6 +306,46 @@ def test_load_from_rejects_another_block():
         layer.load_from(type(make_block("qwen3_moe"))(config))
     for key, value in layer.state_dict().items():
         assert torch.equal(value, before[key]), key
+
+
+def as_a_class_of_ones_own(block):
+    return nn.Sequential(collections.OrderedDict(block.named_children()))
+
+
+def test_load_from_takes_a_class_of_ones_own():
+    """By names and shapes, of whichever model; and a subclass of the model's own block."""
+    hidden_states = make_hidden_states()
+    expected = make_layer("qwen3_moe")(hidden_states)[0]
+    block = make_block("qwen3_moe")
+    subclass = make_block("qwen3_moe")
+    subclass.__class__ = type("Mine", (type(subclass),), {})
+    for taken in (as_a_class_of_ones_own(block), subclass):
+        layer = MoE.from_config(make_config("qwen3_moe")).load_from(taken)
+        assert torch.equal(layer(hidden_states)[0], expected)
+
+
+def test_every_model_has_its_class():
+    for name, (_, block_class, _) in MODELS.items():
+        assert _CLASSES[make_config(name).model_type] == block_class
+    assert _CLASSES.keys() == _BLOCKS.keys()
+
+
+def test_from_config_of_a_subclass():
+    class Named(MoE):
+        def __init__(self, *parts, name="layer"):
+            super().__init__(*parts)
+            self.name = name
+
+    class Other(MoE):
+        def __init__(self, config):
+            pass
+
+    layer: Any = Named.from_config(make_config("qwen3_moe")).load_from(make_block("qwen3_moe"))
+    assert (type(layer), layer.name) == (Named, "layer")
+    with pytest.raises(
+        TypeError, match=r"from_config: expected the constructor of Other to take ro"
+    ):
+        Other.from_config(make_config("qwen3_moe"))
 
 
 def test_load_from_rejects_a_layer_of_parts():

@@ -104,7 +104,7 @@ def grouped_gemm(
     token_counts = as_index(m_sizes, "grouped_gemm", "m_sizes")
     if gather_indices is not None:
         gather_indices = as_index(gather_indices, "grouped_gemm", "gather_indices")
-    weight = _as_3d(W, m_sizes.numel())
+    weight = _as_3d("grouped_gemm", W, m_sizes.numel())
     weights = _as_2d(topk_weights, topk) if fuse_mul_post and topk_weights is not None else None
     # What is detached needs no gradient: the op then launches nothing for it.
     if dX_only:
@@ -137,7 +137,8 @@ def torch_grouped_gemm(
 
     Args:
         X ((M, K), floating): rows in expert order.
-        W ((E, N, K), or (E, K, N) without transpose, dtype of X): one matrix per expert.
+        W ((E, N, K), or (E, K, N) without transpose, dtype of X): one matrix per expert; the first
+            two dimensions may be one, as `grouped_gemm` takes them.
         m_sizes ((E,), any integer): rows of each expert, with a sum of at most M.
         transpose (bool): whether W holds its matrices as (N, K).
 
@@ -145,6 +146,7 @@ def torch_grouped_gemm(
         output ((M, N), dtype of X): rows in expert order; those of no expert are zero.
 
     Raises:
+        ValueError: W has other dimensions, or its first one of two is no multiple of E.
         TypeError: m_sizes is not of an integer dtype.
 
     Differentiable in X and W, any number of times.
@@ -152,24 +154,25 @@ def torch_grouped_gemm(
     counts = as_index(m_sizes, "torch_grouped_gemm", "m_sizes").tolist()
     num_rest = X.shape[0] - sum(counts)
     *groups, _ = X.split([*counts, num_rest])
+    W = _as_3d("torch_grouped_gemm", W, len(counts))
     matrices = W.mT if transpose else W
     products = [rows @ matrix for rows, matrix in zip(groups, matrices, strict=True)]
     return torch.cat([*products, X.new_zeros(num_rest, matrices.shape[2])])
 
 
-def _error(text: str) -> ValueError:
-    return ValueError(f"moe_ops.compat.grouped_gemm: {text}")
+def _error(text: str, function: str = "grouped_gemm") -> ValueError:
+    return ValueError(f"moe_ops.compat.{function}: {text}")
 
 
-def _as_3d(W: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """W as (E, N, K), a view in any strides."""
+def _as_3d(function: str, W: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """W as (E, N, K), a view in any strides; an error names the function."""
     if W.dim() == 3:
         return W
     if W.dim() != 2:
-        raise _error(f"expected W to have 2 or 3 dimensions, got {W.dim()}")
+        raise _error(f"expected W to have 2 or 3 dimensions, got {W.dim()}", function)
     if num_experts < 1 or W.shape[0] % num_experts:
         expected = f"W.shape[0] to be a multiple of m_sizes.numel() ({num_experts})"
-        raise _error(f"expected {expected}, got {W.shape[0]}")
+        raise _error(f"expected {expected}, got {W.shape[0]}", function)
     return W.unflatten(0, (num_experts, W.shape[0] // num_experts))
 
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import functools
 import json
+import operator
 import re
-from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, TypeVar
 
 # What many Triton kernels call the sides of a tile.
 _ALIASES = {f"BLOCK_SIZE_{letter}": f"BLOCK_{letter}" for letter in "MNK"}
@@ -24,6 +25,9 @@ C = TypeVar("C", bound="KernelConfig")
 @dataclass(frozen=True)
 class KernelConfig:
     """What the three configurations have in common.
+
+    BLOCK_SIZE_M, BLOCK_SIZE_N and BLOCK_SIZE_K are BLOCK_M, BLOCK_N and BLOCK_K, as arguments (by
+    name) and to read.
 
     Attributes:
         BLOCK_M (int): rows of a tile; a power of two from 16 to 256.
@@ -51,7 +55,7 @@ class KernelConfig:
     pointers serve, with the same result.
 
     Raises:
-        ValueError: a field is out of its range.
+        ValueError: a field is out of its range, or given under both of its names.
         TypeError: a field has another type.
     """
 
@@ -71,13 +75,19 @@ class KernelConfig:
     launch_pdl: bool = False
     warp_specialize: bool = False
 
+    if TYPE_CHECKING:
+        # What _take_aliases adds to the constructor.
+        BLOCK_SIZE_M: int = field(default=128, kw_only=True)
+        BLOCK_SIZE_N: int = field(default=128, kw_only=True)
+        BLOCK_SIZE_K: int = field(default=64, kw_only=True)
+
     def __post_init__(self) -> None:
         name = type(self).__name__
-        for field in fields(self):
-            value, kind = getattr(self, field.name), type(field.default)
+        for declared in fields(self):
+            value, kind = getattr(self, declared.name), type(declared.default)
             if type(value) is not kind:
-                got = f"{value!r} ({type(value).__name__})"
-                raise TypeError(f"{name}: expected {field.name} of type {kind.__name__}, got {got}")
+                expected, got = f"{declared.name} of type {kind.__name__}", type(value).__name__
+                raise TypeError(f"{name}: expected {expected}, got {value!r} ({got})")
         for block in ("BLOCK_M", "BLOCK_N", "BLOCK_K"):
             size = getattr(self, block)
             if not 16 <= size <= 256 or size & (size - 1):
@@ -139,7 +149,7 @@ class KernelConfig:
             got = f"{values!r} ({type(values).__name__})"
             raise TypeError(f"{cls.__name__}: expected a dict of fields, got {got}")
         named: dict[str, Any] = {}
-        known = {field.name for field in fields(cls)}
+        known = {declared.name for declared in fields(cls)}
         for given, value in values.items():
             name = _ALIASES.get(given, given)
             if name not in known:
@@ -150,6 +160,27 @@ class KernelConfig:
         return cls(**named)
 
 
+def _take_aliases(cls: type[C]) -> type[C]:
+    """Lets the constructor take BLOCK_SIZE_* for BLOCK_*, which then read the same."""
+    made = cls.__init__
+    names = [declared.name for declared in fields(cls)]
+
+    @functools.wraps(made)
+    def init(self: C, *args: Any, **given: Any) -> None:
+        for alias, name in _ALIASES.items():
+            if alias in given:
+                if name in given or names.index(name) < len(args):
+                    raise ValueError(f"{cls.__name__}: {name} is given twice, once as {alias}")
+                given[name] = given.pop(alias)
+        made(self, *args, **given)
+
+    cls.__init__ = init  # type: ignore[assignment]
+    for alias, name in _ALIASES.items():
+        setattr(cls, alias, property(operator.attrgetter(name)))
+    return cls
+
+
+@_take_aliases
 @dataclass(frozen=True)
 class KernelConfigForward(KernelConfig):
     """Configuration of grouped_gemm: tiles of BLOCK_M by BLOCK_N, contracted over BLOCK_K.
@@ -169,6 +200,7 @@ class KernelConfigForward(KernelConfig):
         _check_tail_tiles(self, self.tail_tiles)
 
 
+@_take_aliases
 @dataclass(frozen=True)
 class KernelConfigBackward_dX(KernelConfig):  # noqa: N801
     """Configuration of grouped_gemm_dx: tiles of BLOCK_M by BLOCK_K, contracted over BLOCK_N.
@@ -192,6 +224,7 @@ class KernelConfigBackward_dX(KernelConfig):  # noqa: N801
         return self.BLOCK_M, self.BLOCK_K, self.BLOCK_N
 
 
+@_take_aliases
 @dataclass(frozen=True)
 class KernelConfigBackward_dW(KernelConfig):  # noqa: N801
     """Configuration of grouped_gemm_dw: tiles of BLOCK_N by BLOCK_K, contracted over BLOCK_M.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -60,7 +61,9 @@ class MoE(nn.Module):
         self.experts = experts
         self.shared_expert = shared_expert
         self.shared_expert_gate = shared_expert_gate
-        # Set by from_config: whether its model's blocks keep the experts' projections transposed.
+        # Set by from_config: the model, and whether its blocks keep the experts' projections
+        # transposed.
+        self._model_type: str | None = None
         self._transposed: bool | None = None
 
     @classmethod
@@ -89,6 +92,7 @@ class MoE(nn.Module):
         Raises:
             ValueError: another model_type, a layer without experts, or a setting that this layer
                 has not got.
+            TypeError: a subclass whose constructor does not take the arguments of this one.
         """
         model_type = getattr(config, "model_type", None)
         if model_type not in _BLOCKS:
@@ -116,7 +120,17 @@ class MoE(nn.Module):
             )
         if block.shared_expert_gate:
             shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, **place)
-        layer = cls(router, experts, shared_expert, shared_expert_gate)
+        parts = (router, experts, shared_expert, shared_expert_gate)
+        try:
+            inspect.signature(cls).bind(*parts)
+        except TypeError as error:
+            raise TypeError(
+                f"moe_ops.layers.MoE.from_config: expected the constructor of {cls.__name__} to take "
+                f"router, experts, shared_expert and shared_expert_gate, got one that does not: "
+                f"{error}"
+            ) from None
+        layer = cls(*parts)
+        layer._model_type = model_type
         layer._transposed = block.transposed
         return layer
 
@@ -132,10 +146,11 @@ class MoE(nn.Module):
             self (MoE): the layer, which now computes what the block does.
 
         Raises:
-            ValueError: the layer does not come from from_config, or the block's state has other
-                names or shapes. A block of another model with the same names and shapes is taken.
+            ValueError: the layer does not come from from_config, the block is transformers' block
+                of another model, or its state has other names or shapes. A class of yours is taken
+                by the names and shapes in its state.
         """
-        if self._transposed is None:
+        if self._model_type is None or self._transposed is None:
             raise ValueError(
                 "moe_ops.layers.MoE.load_from: expected a layer made by MoE.from_config, "
                 "got one made of parts"
@@ -146,6 +161,13 @@ class MoE(nn.Module):
                     "moe_ops.layers.MoE.load_from: expected tensors with data, got meta tensors in "
                     f"{type(module).__name__}"
                 )
+        known = [c.__name__ for c in type(block).__mro__ if c.__name__ in _CLASSES.values()]
+        expected_class = _CLASSES[self._model_type]
+        if known and known[0] != expected_class:
+            raise ValueError(
+                f"moe_ops.layers.MoE.load_from: expected a {expected_class}, as the config that this "
+                f"layer was made from says, got a {type(block).__name__}"
+            )
         theirs = {
             _our_name(name): _our_layout(name, tensor, self._transposed)
             for name, tensor in block.state_dict().items()
@@ -324,4 +346,16 @@ _BLOCKS: dict[str, Callable[[Any], _Block]] = {
     "glm4_moe": _deepseek_v3,
     "gpt_oss": _gpt_oss,
     "llama4_text": _llama4_text,
+}
+
+# transformers' blocks, several of which have the same names and shapes in their state.
+_CLASSES = {
+    "qwen3_moe": "Qwen3MoeSparseMoeBlock",
+    "qwen2_moe": "Qwen2MoeSparseMoeBlock",
+    "mixtral": "MixtralSparseMoeBlock",
+    "olmoe": "OlmoeSparseMoeBlock",
+    "deepseek_v3": "DeepseekV3MoE",
+    "glm4_moe": "Glm4MoeMoE",
+    "gpt_oss": "GptOssMLP",
+    "llama4_text": "Llama4TextMoe",
 }

@@ -53,7 +53,7 @@ class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
     Raises:
         ValueError: a weight of another shape; dW_only and dX_only; autotune and a kernel_config.
         TypeError: a kernel_config is that of another GEMM.
-        ImportError: transformers is not installed.
+        ImportError: transformers is not installed, and hidden_act is another than "silu".
     """
 
     def __init__(

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
 from moe_ops.compat import get_routing_indices, grouped_gemm, permute, unpermute
-from moe_ops.compat.reference.options import check_tuning
+from moe_ops.compat.reference.options import check_gradients, check_tuning
 from moe_ops.compat.reference.weights import check_equal
 
 if TYPE_CHECKING:
@@ -53,9 +54,13 @@ class Llama4GroupedGemmTextMoe(Llama4TextMoe):
         kernel_config_fwd, kernel_config_bwd_dW, kernel_config_bwd_dX (KernelConfigForward,
             KernelConfigBackward_dW, KernelConfigBackward_dX, or None): for both projections, with
             autotune=False.
+        dW_only (bool): no gradient of the block's input is computed. Those of all weights, the
+            router's and the shared expert's included, are those of a full backward.
+        dX_only (bool): no gradient of any weight is computed; that of the input is the full one,
+            with what comes through the router and the shared expert.
 
     Raises:
-        ValueError: autotune and a kernel_config.
+        ValueError: dW_only and dX_only; autotune and a kernel_config.
         TypeError: a kernel_config is that of another GEMM.
 
     Source: the layer of Llama 4, as transformers/models/llama4/modeling_llama4.py has it.
@@ -71,9 +76,12 @@ class Llama4GroupedGemmTextMoe(Llama4TextMoe):
         kernel_config_fwd: KernelConfigForward | None = None,
         kernel_config_bwd_dW: KernelConfigBackward_dW | None = None,
         kernel_config_bwd_dX: KernelConfigBackward_dX | None = None,
+        dW_only: bool = False,
+        dX_only: bool = False,
     ) -> None:
         super().__init__(config)  # type: ignore[no-untyped-call]
         name = type(self).__name__
+        check_gradients(name, dW_only=dW_only, dX_only=dX_only)
         check_tuning(name, autotune, kernel_config_fwd, kernel_config_bwd_dW, kernel_config_bwd_dX)
         self.overlap_router_shared = overlap_router_shared
         self.permute_x = permute_x
@@ -82,6 +90,8 @@ class Llama4GroupedGemmTextMoe(Llama4TextMoe):
         self.kernel_config_fwd = kernel_config_fwd
         self.kernel_config_bwd_dW = kernel_config_bwd_dW
         self.kernel_config_bwd_dX = kernel_config_bwd_dX
+        self.dW_only = dW_only
+        self.dX_only = dX_only
         # transformers leaves it to the model to fill these, whose memory is uninitialised here.
         for weight in (self.experts.gate_up_proj, self.experts.down_proj):
             nn.init.normal_(weight, std=config.initializer_range)
@@ -140,12 +150,15 @@ class Llama4GroupedGemmTextMoe(Llama4TextMoe):
                 leading dimensions of hidden_states.
             router_logits ((T, E), floating): for an auxiliary loss.
 
-        Differentiable in hidden_states and every parameter, from both results.
+        Differentiable in hidden_states, unless dW_only, and every parameter, unless dX_only, from
+        both results.
         """
         tokens = hidden_states.reshape(-1, self.hidden_dim)
+        if self.dW_only:
+            tokens = tokens.detach()
         if self.overlap_router_shared and tokens.is_cuda and not torch.compiler.is_compiling():
             return self._overlapped(tokens)
-        shared = self.shared_expert(tokens)
+        shared = self._shared_expert(tokens)
         router_logits, topk_weights, topk_ids = self.run_router(tokens)
         return shared + self._routed_experts(tokens, topk_weights, topk_ids), router_logits
 
@@ -155,7 +168,7 @@ class Llama4GroupedGemmTextMoe(Llama4TextMoe):
         # the block is checkpointed, that is where it is computed again.
         side.wait_stream(current)
         with torch.cuda.stream(side):
-            shared = self.shared_expert(tokens)
+            shared = self._shared_expert(tokens)
         # Freed by the backward while the side stream still reads it, its memory is not to be reused.
         tokens.record_stream(side)
         router_logits, topk_weights, topk_ids = self.run_router(tokens)
@@ -163,6 +176,15 @@ class Llama4GroupedGemmTextMoe(Llama4TextMoe):
         current.wait_stream(side)
         shared.record_stream(current)
         return shared + routed, router_logits
+
+    def _shared_expert(self, tokens: Tensor) -> Tensor:
+        shared: Tensor
+        if self.dX_only:
+            detached = {name: p.detach() for name, p in self.shared_expert.named_parameters()}
+            shared = functional_call(self.shared_expert, detached, (tokens,))
+        else:
+            shared = self.shared_expert(tokens)
+        return shared
 
     def run_router(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each token's experts and their weights.
@@ -176,7 +198,8 @@ class Llama4GroupedGemmTextMoe(Llama4TextMoe):
             topk_ids ((T, K), int64): chosen by torch.topk as in transformers, so that bf16 logits
                 that tie give the same experts there and here.
         """
-        router_logits = F.linear(hidden_states, self.router.weight)
+        weight = self.router.weight.detach() if self.dX_only else self.router.weight
+        router_logits = F.linear(hidden_states, weight)
         topk_logits, topk_ids = torch.topk(router_logits, self.top_k, dim=-1)
         topk_weights = torch.sigmoid(topk_logits.float()).to(router_logits.dtype)
         return router_logits, topk_weights, topk_ids
@@ -224,6 +247,7 @@ class Llama4GroupedGemmTextMoe(Llama4TextMoe):
             kernel_config_bwd_dW=self.kernel_config_bwd_dW,
             kernel_config_bwd_dX=self.kernel_config_bwd_dX,
             autotune=self.autotune,
+            dX_only=self.dX_only,
         )
 
 

@@ -45,7 +45,7 @@ class Qwen3MoeGroupedGEMMBlock(nn.Module):
 
     Raises:
         ValueError: a weight has another shape than the config says.
-        ImportError: transformers is not installed.
+        ImportError: transformers is not installed, and hidden_act is another than "silu".
 
     Source: the layer of Qwen3 (arXiv:2505.09388).
     """
@@ -58,14 +58,12 @@ class Qwen3MoeGroupedGEMMBlock(nn.Module):
         self, config: Qwen3MoeConfig, gate: Tensor, gate_up_proj: Tensor, down_proj: Tensor
     ) -> None:
         super().__init__()
-        from transformers.activations import ACT2FN
-
         self.config = config
         self.num_experts: int = config.num_experts
         self.top_k: int = config.num_experts_per_tok
         self.norm_topk_prob: bool = config.norm_topk_prob
         self.hidden_size: int = config.hidden_size
-        self.act_fn: Callable[[Tensor], Tensor] = ACT2FN[config.hidden_act]
+        self.act_fn: Callable[[Tensor], Tensor] = _activation(config.hidden_act)
         intermediate_size, name = config.moe_intermediate_size, type(self).__name__
         for argument, tensor, sizes in (
             ("gate", gate, (self.num_experts, self.hidden_size)),
@@ -219,6 +217,16 @@ class Qwen3MoeGroupedGEMMBlock(nn.Module):
 
     def _second_gemm(self, rows: Tensor, token_counts: Tensor, gather_indices: Tensor) -> Tensor:
         return torch_grouped_gemm(rows, self.down_proj, token_counts)
+
+
+def _activation(name: str) -> Callable[[Tensor], Tensor]:
+    """transformers' function of that name; that of Qwen3 itself needs no transformers."""
+    if name == "silu":
+        return F.silu
+    from transformers.activations import ACT2FN
+
+    activation: Callable[[Tensor], Tensor] = ACT2FN[name]
+    return activation
 
 
 def _as_parameter(tensor: Tensor) -> nn.Parameter:
