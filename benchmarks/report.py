@@ -380,7 +380,7 @@ def _lora(cases: list[Record]) -> Iterator[str]:
     rows = [
         [
             *(case[key] for key in ("shape", "layout", "pass")),
-            *(_milliseconds(case, who) for who in ("moe_ops", "moe_ops compiled")),
+            *(_milliseconds(case, who) for who in ("moe_ops", "moe_ops compiled", "compiled")),
             *(_ratio_of_some(case, name) for name in names[:2]),
             _number(case.get("aim"), ".2f"),
             _ratio_of_some(case, names[2]),
@@ -389,7 +389,10 @@ def _lora(cases: list[Record]) -> Iterator[str]:
         ]
         for case in cases
     ]
-    header = "shape|layout|pass|ours, ms|compiled, ms|eager|compiled|aim|both compiled|floor"
+    header = (
+        "shape|layout|pass|ours, ms|ours compiled, ms|grouped_mm compiled, ms"
+        "|eager|compiled|aim|both compiled|floor"
+    )
     yield from _table("|".join([header, *names[3:]]), rows)
     yield "MiB beside the inputs, as of the experts; eager and compiled are torch's grouped_mm.\n"
     header = "shape|layout|implementation|kept|output|peak|gradients"

@@ -69,6 +69,12 @@ PARTS: dict[str, Callable[[Bench, list[Shape]], Iterator[Case]]] = {
     # Last, since it takes what time there is.
     PEERS: functools.partial(peers.cases, until=math.inf),
 }
+# What is compiled before anything is measured, by several processes.
+AHEAD: dict[str, Callable[[Bench, list[Shape]], dict[str, Callable[[], None]]]] = {
+    "experts": experts.jobs_ahead,
+    "lora": lora.jobs_ahead,
+    BLOCKS: blocks.jobs_ahead,
+}
 # What a part's results say of the part.
 FACTS: dict[str, Callable[[], Mapping[str, object]]] = {
     "experts": experts.grouped_mm_facts,
@@ -159,9 +165,12 @@ def main() -> int:
     if device.type == "cuda" and args.compilers and "gemm" in args.only:
         print("compiling", flush=True)
         gemm.compile_ahead(bench, shapes, args.compilers)
-    if device.type == "cuda" and args.compilers and "experts" in args.only:
-        print("compiling the experts", flush=True)
-        experts.compile_ahead(bench, shapes, args.compilers)
+    jobs: dict[str, Callable[[], None]] = {}
+    for part, jobs_of in AHEAD.items():
+        jobs |= jobs_of(bench, shapes) if part in args.only else {}
+    if device.type == "cuda" and args.compilers and jobs:
+        print("compiling the experts and the layers", flush=True)
+        experts.compile_ahead(jobs, args.compilers)
     warm_up_seconds = 2.0 if device.type == "cuda" else 0.0
     bench.warm_up(warm_up_seconds)
     bench.ceilings = ceilings(bench)

@@ -242,9 +242,30 @@ def facts() -> dict[str, Any]:
     return whose
 
 
+def measured(bench: Bench, shapes: Iterable[Shape]) -> list[Shape]:
+    """The shapes that this part measures."""
+    return [shape for shape in shapes if shape.name in suite.BLOCKS or bench.tiny]
+
+
+def jobs_ahead(bench: Bench, shapes: Iterable[Shape]) -> dict[str, Callable[[], None]]:
+    """What `experts.compile_ahead` is given, of every shape."""
+    return {
+        f"block {shape.name}": functools.partial(compile_blocks, bench, shape)
+        for shape in measured(bench, shapes)
+    }
+
+
+def compile_blocks(bench: Bench, shape: Shape, backend: str = "inductor") -> None:
+    """Leaves in the caches on disk what Triton and Inductor compile for a shape."""
+    block = RoutedBlock(bench, shape)
+    modules = {n: m for n, m in modules_of(block, backend).items() if n not in (LOOP, EAGER)}
+    made = [implementation(block, module) for module in modules.values()]
+    experts.run_once(block, block.topk_ids, made)
+
+
 def cases(bench: Bench, shapes: Iterable[Shape], until: float) -> Iterator[Case]:
     """Every shape, then Unsloth's block on each, which `until` (time.monotonic) may cut short."""
-    chosen = [shape for shape in shapes if shape.name in suite.BLOCKS or bench.tiny]
+    chosen = measured(bench, shapes)
     for shape in chosen:
         yield shape.name, functools.partial(run_blocks, bench, shape)
     if UNSLOTH not in peers.absent():

@@ -449,26 +449,37 @@ def run_dynamic(block: Block, module: nn.Module, backend: str = "inductor") -> I
 
 def compile_block(bench: Bench, shape: Shape) -> None:
     """Leaves in the caches on disk what Triton and Inductor compile for a shape."""
-    torch._inductor.config.compile_threads = 1
     block = Block(bench, shape)
-    topk_ids = block.route("uniform")
     static = grouped_mm(block, compiled(grouped_mm_module(block), dynamic=False))
-    for implementation in (ours(block), ours(block, "pre_activation"), static):
-        for name in PASSES:
-            implementation.call(name, topk_ids, block.grad_output)()
-    bench.synchronize()
-    del block, static, implementation
+    run_once(block, block.route("uniform"), (ours(block), ours(block, "pre_activation"), static))
+    del block, static
     free()
 
 
-def compile_ahead(bench: Bench, shapes: Iterable[Shape], processes: int) -> None:
-    """All shapes at once: one after the other would take longer than measuring them."""
+def jobs_ahead(bench: Bench, shapes: Iterable[Shape]) -> dict[str, Callable[[], None]]:
+    """What `compile_ahead` is given, of every shape."""
+    return {shape.name: functools.partial(compile_block, bench, shape) for shape in shapes}
+
+
+def run_once(block: Block, topk_ids: Tensor, implementations: Iterable[Implementation]) -> None:
+    """Forward, and forward and backward, of each: it leaves in the caches what is compiled."""
+    torch._inductor.config.compile_threads = 1
+    # A process may have had another job before.
+    torch._dynamo.reset()
+    for implementation in implementations:
+        for name in PASSES:
+            implementation.call(name, topk_ids, block.grad_output)()
+    block.bench.synchronize()
+
+
+def compile_ahead(jobs: Mapping[str, Callable[[], None]], processes: int) -> None:
+    """All jobs at once: one after the other would take longer than measuring what they compile."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
-        jobs = {pool.submit(compile_block, bench, shape): shape.name for shape in shapes}
-        for job in concurrent.futures.as_completed(jobs):
+        running = {pool.submit(run): label for label, run in jobs.items()}
+        for job in concurrent.futures.as_completed(running):
             if (error := job.exception()) is not None:
-                print(f"compiling {jobs[job]} ahead: {first_line(error)}", flush=True)
+                print(f"compiling {running[job]} ahead: {first_line(error)}", flush=True)
 
 
 # Kernel by kernel

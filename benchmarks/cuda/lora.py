@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import suite
+from benchmarks.cuda import experts
 from benchmarks.cuda.experts import (
     BOTH,
     COMPILED,
@@ -266,11 +267,29 @@ RATIOS = {
 }
 
 
+def measured(bench: Bench, shapes: Iterable[Shape]) -> dict[str, tuple[Shape, str]]:
+    """By label, the shapes and layouts that this part measures."""
+    chosen = [shape for shape in shapes if shape.name in suite.LORA_AIMS or bench.tiny]
+    return {f"{shape.name} {layout}": (shape, layout) for shape in chosen for layout in LAYOUTS}
+
+
 def cases(bench: Bench, shapes: Iterable[Shape]) -> Iterator[Case]:
-    for shape in shapes:
-        if shape.name in suite.LORA_AIMS or bench.tiny:
-            for layout in LAYOUTS:
-                yield f"{shape.name} {layout}", functools.partial(run_lora, bench, shape, layout)
+    for label, (shape, layout) in measured(bench, shapes).items():
+        yield label, functools.partial(run_lora, bench, shape, layout)
+
+
+def jobs_ahead(bench: Bench, shapes: Iterable[Shape]) -> dict[str, Callable[[], None]]:
+    """What `experts.compile_ahead` is given, of every shape and layout."""
+    return {
+        f"lora {label}": functools.partial(compile_lora, bench, shape, layout)
+        for label, (shape, layout) in measured(bench, shapes).items()
+    }
+
+
+def compile_lora(bench: Bench, shape: Shape, layout: str, backend: str = "inductor") -> None:
+    """Leaves in the caches on disk what Triton and Inductor compile for it."""
+    block = LoraBlock(bench, shape, layout)
+    experts.run_once(block, block.route("uniform"), implementations_of(block, backend).values())
 
 
 def run_lora(

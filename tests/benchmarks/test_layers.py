@@ -5,9 +5,11 @@ import json
 import math
 import os
 import sys
+from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
@@ -132,6 +134,44 @@ def test_wrong_lora_has_no_ratio(which):
     record = Comparison(block, block.route("uniform"), found).measure(BOTH, {EAGER: (EAGER, OURS)})
     assert record["wrong"] == [OURS]
     assert record["ratio"] == {}
+
+
+@pytest.mark.parametrize("part", ["lora", blocks.COMPAT])
+def test_compiled_ahead_is_what_is_measured(monkeypatch, part):
+    """Every compiled implementation, and none is compiled again by the comparison."""
+    counter: Any = CompileCounterWithBackend("aot_eager")
+    here = bench(Bf16Bench)
+    if part == "lora":
+        lora.compile_lora(here, TINY, LAYOUTS[0], counter)
+    else:
+        blocks.compile_blocks(here, TINY, counter)
+    ahead = counter.frame_count
+    torch._dynamo.reset()
+    counter.clear()
+    run = lora.run_lora(here, TINY, LAYOUTS[0], counter) if part == "lora" else None
+    assert list(run or blocks.run_blocks(here, TINY, counter))
+    assert counter.frame_count == ahead > 0
+
+
+def test_jobs_are_of_what_is_measured():
+    here = Bench(torch.device("cpu"))
+    assert list(lora.jobs_ahead(here, suite.SUITE)) == [
+        f"lora {name} {layout}" for name in suite.LORA_AIMS for layout in LAYOUTS
+    ]
+    assert list(blocks.jobs_ahead(here, suite.SUITE)) == [f"block {name}" for name in suite.BLOCKS]
+
+
+def do_nothing():
+    pass
+
+
+def fail():
+    raise RuntimeError("no such device\nand more")
+
+
+def test_a_job_that_fails_is_told(capfd):
+    experts.compile_ahead({"good": do_nothing, "bad": fail}, 2)
+    assert capfd.readouterr().out == "compiling bad ahead: RuntimeError: no such device\n"
 
 
 # Blocks

@@ -13,7 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_ops.compat.reference.moe_block import Qwen3MoeFusedGroupedGEMMBlock
+from moe_ops.compat.reference.moe_block import (
+    Qwen3MoeFusedGroupedGEMMBlock,
+    Qwen3MoeGroupedGEMMBlock,
+)
 from moe_ops.layers import Experts, MoE, Router
 from moe_ops.layers.lora import LoraExperts
 from tests import checks
@@ -82,15 +85,19 @@ def qwen3_block(**options: Any) -> nn.Module:
     )
 
 
-def llama4_block(
-    hidden_size: int = HIDDEN, sizes: dict[str, int] | None = None, **options: Any
-) -> Any:
+def llama4_config(hidden_size: int, sizes: dict[str, int]) -> Any:
     transformers = pytest.importorskip(
         "transformers", reason="the Llama 4 block is a subclass of transformers' Llama4TextMoe"
     )
+    return transformers.Llama4TextConfig(hidden_size=hidden_size, **sizes)
+
+
+def llama4_block(
+    hidden_size: int = HIDDEN, sizes: dict[str, int] | None = None, **options: Any
+) -> Any:
+    config = llama4_config(hidden_size, sizes or _LOCAL)
     from moe_ops.compat.reference.layers.llama4_moe import Llama4GroupedGemmTextMoe
 
-    config = transformers.Llama4TextConfig(hidden_size=hidden_size, **(sizes or _LOCAL))
     return Llama4GroupedGemmTextMoe(config, **options)
 
 
@@ -111,6 +118,19 @@ def make(name: str, **options: Any) -> nn.Module:
             fan_in = parameter.shape[-1] if parameter.dim() > 1 else 4
             parameter.normal_(std=fan_in**-0.5)
     return module.bfloat16().float()
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """What computes the same in torch's own ops, with the same parameters; else the module."""
+    if isinstance(module, Qwen3MoeFusedGroupedGEMMBlock):
+        weights = module.gate, module.gate_up_proj, module.down_proj
+        return Qwen3MoeGroupedGEMMBlock(module.config, *weights)
+    if type(module).__name__ == "Llama4GroupedGemmTextMoe":
+        config = llama4_config(HIDDEN, _LOCAL)
+        block: nn.Module = type(module).__mro__[1](config)
+        block.load_state_dict(module.state_dict())
+        return block
+    return module
 
 
 def on_device(module: nn.Module, dtype: torch.dtype) -> Any:
