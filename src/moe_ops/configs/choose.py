@@ -38,7 +38,8 @@ class Problem:
         rows: the mean number of rows per expert, rounded up to a power of two.
         flags: what else the kernel does, of "gather" (rows of x are gathered), "scatter" (rows of
             the output are scattered), "scale" (they are multiplied by topk_weights), "bias", "dots"
-            (the router gradient), "transposed" (the weight is a transposed view), in this order.
+            (the router gradient), "transposed" (the weight is a transposed view), "fp8" (the weight
+            is, with scales), in this order.
     """
 
     kind: str
@@ -136,7 +137,7 @@ def _heuristic_gemm(problem: Problem, device: Device) -> KernelConfig:
     # by number, whose addresses take registers that the tile then lacks.
     is_even = problem.out_features % 16 == 0 and problem.in_features % 16 == 0
     has_tma = device.has_tma and is_even
-    has_dots = "dots" in problem.flags
+    has_dots, is_fp8 = "dots" in problem.flags, "fp8" in problem.flags
     contracted = problem.in_features if problem.kind == "forward" else problem.out_features
     # What comes after the product of an activation takes the registers of half a tile at most.
     subtile = 2 if {"gated", "activated"} & set(problem.flags) else 1
@@ -153,6 +154,11 @@ def _heuristic_gemm(problem: Problem, device: Device) -> KernelConfig:
         if m == 32 and device.shared_memory < 160 * 1024:
             # Fewer steps ahead, so that an SM holds both programs.
             stages = 2
+    elif is_fp8:
+        # A second accumulator takes the registers of a wider tile, so that fewer columns share the
+        # decoding of each weight: as many rows as there are.
+        m, n, k, warps = (64 if problem.rows <= 64 else 128), 128, 128 if has_tma else 64, 8
+        store = has_tma and not has_dots
     elif has_tma and has_dots:
         # The rows that x @ b is multiplied with take the registers of a wider tile.
         m, n, k, warps, stages = 128, 128, 64, 8, 4
@@ -181,7 +187,7 @@ def _heuristic_gemm(problem: Problem, device: Device) -> KernelConfig:
         "programs_per_sm": per_sm, "use_tma_store": store, "use_tma_load_w": has_tma,
         "epilogue_subtile": subtile if has_tma else 1,
         # Flattened, the dots spill on Blackwell.
-        "flatten": has_tma and not (has_dots and device.capability >= (10, 0)),
+        "flatten": has_tma and not (has_dots and device.capability >= (10, 0)) and not is_fp8,
     }  # fmt: skip
     if problem.kind == "forward":
         return KernelConfigForward(BLOCK_N=n, BLOCK_K=k, use_tma_load_x=has_tma, **common)
