@@ -143,13 +143,15 @@ def _heuristic_gemm(problem: Problem, device: Device) -> KernelConfig:
     subtile = 2 if {"gated", "activated"} & set(problem.flags) else 1
     stages, per_sm, store = 3, 1, False
     if problem.dtype == "float32":
-        m, n, k, warps, has_tma = 64, 64, 32, 4, False
+        m, n, has_tma = 64, 64, False
+        # FP8 weights take a second accumulator.
+        k, warps = (16, 8) if is_fp8 else (32, 4)
     elif device.capability < (8, 0):
         m, n, k, warps, has_tma = 64, 64, 16, 8, False
     elif problem.rows <= 32:
         # Decoding: a few rows an expert, bound by reading the weights. Descriptors gain nothing
         # there and cost host time.
-        m, n, per_sm = (16, 64, 4) if problem.rows <= 8 else (32, 128, 2)
+        m, n, per_sm = (16, 64, 4) if problem.rows <= 8 else (32, 64 if is_fp8 else 128, 2)
         k, warps, has_tma = 128, 4, False
         if m == 32 and device.shared_memory < 160 * 1024:
             # Fewer steps ahead, so that an SM holds both programs.
@@ -157,8 +159,8 @@ def _heuristic_gemm(problem: Problem, device: Device) -> KernelConfig:
     elif is_fp8:
         # A second accumulator takes the registers of a wider tile, so that fewer columns share the
         # decoding of each weight: as many rows as there are.
-        m, n, k, warps = (64 if problem.rows <= 64 else 128), 128, 128 if has_tma else 64, 8
-        store = has_tma and not has_dots
+        m, n = 64 if problem.rows <= 64 else 128, 128 if is_even else 64
+        k, warps, store = 128 if has_tma else 64 if is_even else 32, 8, has_tma and not has_dots
     elif has_tma and has_dots:
         # The rows that x @ b is multiplied with take the registers of a wider tile.
         m, n, k, warps, stages = 128, 128, 64, 8, 4
@@ -227,7 +229,8 @@ def shared_memory(config: KernelConfig, problem: Problem, device: Device) -> int
 
     On Hopper Triton 3.6 to 3.9 take some percent less at most for 16-bit operands, half of it for
     fp32 that is not tf32, and a quarter where widths are no multiples of 16: those are not
-    pipelined. On other GPUs they take this or less.
+    pipelined. FP8 weights, which count as what they are decoded to, take up to a fifth less. On
+    other GPUs they take this or less.
     """
     rows, columns, contracted = _tile(config, problem)
     size = 4 if problem.dtype == "float32" else 2
