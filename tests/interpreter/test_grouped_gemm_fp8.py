@@ -117,5 +117,5 @@ def test_refuses_tail_tiles():
     given = fp8_problem(DECODE, torch.float16, device=CPU)
     config = moe_ops.KernelConfigForward(BLOCK_M=32, flatten=False, tail_tiles=True)
     given.arguments["kernel_config"] = moe_ops.kernel_config(config)
-    with pytest.raises(ValueError, match="^moe::grouped_gemm_fp8: expected tail_tiles=False"):
+    with pytest.raises(ValueError, match=r"^moe::grouped_gemm_fp8: expected tail_tiles=False"):
         given.run()

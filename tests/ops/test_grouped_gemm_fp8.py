@@ -20,7 +20,7 @@ moe = torch.ops.moe
 FP8 = torch.float8_e4m3fn
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 dtypes = pytest.mark.parametrize("dtype", FLOATING, ids=str)
-# (permute_x, permute_y, weighted)
+# permute_x, permute_y, weighted: all but both permutations.
 FLAGS = [(x, y, w) for x, y, w in itertools.product((False, True), repeat=3) if not (x and y)]
 flags = pytest.mark.parametrize(("permute_x", "permute_y", "weighted"), FLAGS)
 CPU = torch.device("cpu")
