@@ -140,9 +140,10 @@ def test_training_of_experts(gpu, mode):
 @pytest.mark.parametrize(("gpu", "size"), [(gpu, size) for gpu in GPUS for size in SIZES])
 def test_fp8_weights(gpu, size):
     """GPUs without FP8 too; on sm_90 transposed weights and more dtypes where it matters most."""
-    dtypes, layouts, modes = (F16 if gpu == "sm_75" else BF16,), (False,), EVERY_FLAG[1:]
-    if gpu == "sm_90" and size == "training":
-        dtypes, layouts, modes = (BF16, F16, F32), (False, True), ("plain", *EVERY_FLAG)
+    matters_most = gpu == "sm_90" and size == "training"
+    dtypes = [BF16, F16, F32] if matters_most else [F16 if gpu == "sm_75" else BF16]
+    layouts = [False, True] if matters_most else [False]
+    modes = ["plain", *EVERY_FLAG] if matters_most else [EVERY_FLAG[1]]
     for dtype, transposed, mode in itertools.product(dtypes, layouts, modes):
         made = calls.grouped_gemm_fp8(SIZES[size], dtype, transposed=transposed, **MODES[mode])
         named = {f"{mode} {dtype} {name} {transposed=}": call for name, call in made.items()}

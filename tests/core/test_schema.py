@@ -81,7 +81,7 @@ def test_list_of_flags():
 def test_advice_for_every_quantised_dtype_but_those_that_have_their_own():
     advice = {"quantised": "dequantise it", "int8": "use int4", "any": "give  another"}
     op = read(changed(arguments__input__advice=advice))
-    found = op.argument("input").advice
+    found = dict(op.argument("input").advice)
     assert found.pop("any") == "give another"
     assert found.pop("int8") == "use int4"
     assert found == dict.fromkeys(set(schema.QUANTISED) - {"int8"}, "dequantise it")

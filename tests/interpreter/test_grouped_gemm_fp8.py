@@ -31,9 +31,7 @@ def test_pointers(mode, dtype):
 def test_descriptors(mode, layout, hopper):  # noqa: F811
     shape = (140, 2, 3, 144, 208)
     flags = FP8_MODES[mode]
-    check(
-        fp8_problem(shape, torch.float16, routing="dropped", layout=layout, device=CPU, **flags)
-    )
+    check(fp8_problem(shape, torch.float16, routing="dropped", layout=layout, device=CPU, **flags))
     # The weight in forward and dX, and the rows of both where they are read in order.
     assert len(hopper) >= 2
 
@@ -82,10 +80,9 @@ def test_every_code(dtype):
 
 
 def configs(blocks: tuple[int, int, int], **more: Any) -> str:
-    common = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), blocks, strict=True))
+    more.update(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), blocks, strict=True))
     return moe_ops.kernel_config(
-        moe_ops.KernelConfigForward(**common, **more),
-        moe_ops.KernelConfigBackward_dX(**common, **more),
+        moe_ops.KernelConfigForward(**more), moe_ops.KernelConfigBackward_dX(**more)
     )
 
 
@@ -106,7 +103,8 @@ def test_configurations(mode, blocks):
 def test_refuses_a_tile_of_several_scales(name, kind):
     made = {"forward": moe_ops.KernelConfigForward, "backward_dX": moe_ops.KernelConfigBackward_dX}
     given = fp8_problem(DECODE, torch.float16, device=CPU)
-    config: dict[str, Any] = {kind: made[kind](**{name: 256})}
+    block: dict[str, Any] = {name: 256}
+    config: dict[str, Any] = {kind: made[kind](**block)}
     given.arguments["kernel_config"] = moe_ops.kernel_config(**config)
     expected = f"^moe::grouped_gemm_fp8: expected {name} <= 128 in kernel_config, .*, got 256$"
     with pytest.raises(ValueError, match=expected):

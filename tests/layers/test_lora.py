@@ -453,7 +453,9 @@ def test_rejects_quantised_weights_without_scales():
 def test_rejects_scales_with_a_bias_or_another_weight():
     x, weight, counts = GEMM
     quantised, scale = moe_ops.quantize_fp8(weight)
-    with pytest.raises(ValueError, match=r"lora_grouped_gemm: expected bias=None with weight_scale"):
+    with pytest.raises(
+        ValueError, match=r"lora_grouped_gemm: expected bias=None with weight_scale"
+    ):
         lora_grouped_gemm(x, quantised, counts, [], bias=torch.ones(2, 3), weight_scale=scale)
     with pytest.raises(TypeError, match=r"grouped_gemm_fp8: expected weight\.dtype .* got int8;"):
         lora_grouped_gemm(x, weight.to(torch.int8), counts, [], weight_scale=scale)

@@ -201,7 +201,8 @@ def test_gradients_not_needed_are_not_computed(needed):
 
 @pytest.mark.parametrize("permute", ["permute_x", "permute_y"])
 def test_opcheck(permute):
-    arguments, _ = with_leaves(call(sizes=(20, 140), **{permute: True}))
+    flags: dict[str, Any] = {permute: True}
+    arguments, _ = with_leaves(call(sizes=(20, 140), **flags))
     with checks.fp8_can_be_compared():
         torch.library.opcheck(moe.grouped_gemm_fp8.default, tuple(arguments.values()))
 

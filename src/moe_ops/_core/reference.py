@@ -199,11 +199,11 @@ def _advice(argument: Argument) -> Iterator[tuple[str, str, str]]:
     for given, text in argument.advice.items():
         if given != argument.dtype:
             said.setdefault(text, []).append(given)
-    for text, given in said.items():
-        if given == ["any"]:
+    for text, dtypes in said.items():
+        if dtypes == ["any"]:
             yield "TypeError or ValueError", "", f"Another {argument.name}: {text}."
         else:
-            yield "TypeError", "", f"{argument.name} in {' or '.join(given)}: {text}."
+            yield "TypeError", "", f"{argument.name} in {' or '.join(dtypes)}: {text}."
 
 
 def _differentiable(schema: OpSchema) -> str:

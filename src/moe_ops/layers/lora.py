@@ -72,8 +72,8 @@ def lora_grouped_gemm(
 
     Args:
         input ((M, in_features), floating): rows in token order with permute_x, else in expert order.
-        weight ((num_experts, out_features, in_features), dtype of input, or float8_e4m3fn with
-            weight_scale): the base weight.
+        weight ((num_experts, out_features, in_features), dtype of input or float8_e4m3fn): the base
+            weight; one in FP8 comes with its weight_scale.
         token_counts ((num_experts,), index): rows of each expert.
         adapters: LoraWeights that are added up; they are multiplied in the dtype of weight, or of
             input where the weight is FP8. With none of them this is moe_ops.grouped_gemm, or

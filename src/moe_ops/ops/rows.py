@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of experts, and moving rows between token order and expert order, in PyTorch: what several
-cpu.py share.
+"""Rows of experts, and moving them to and from token order: what several cpu.py share.
 
 T num_tokens, K top_k, R = T * K routed rows; slot = token * K + k.
 
