@@ -271,6 +271,25 @@ def grouped_gemm(
     return torch.stack(output)
 
 
+def dequantized(weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """weight (E, N, D), weight_scale (E, ceil(N / 128), ceil(D / 128)) -> (E, N, D)."""
+    weight, weight_scale = to_fp64(weight, weight_scale)
+    output = weight.clone()
+    for expert, row, column in itertools.product(*map(range, weight_scale.shape)):
+        block = output[expert, 128 * row : 128 * (row + 1), 128 * column : 128 * (column + 1)]
+        block *= weight_scale[expert, row, column]
+    return output
+
+
+def grouped_gemm_fp8(
+    input: Tensor, weight: Tensor, weight_scale: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """The other arguments are those of grouped_gemm, which has a bias after topk_weights."""
+    if len(args) > 3:
+        args = (*args[:3], None, *args[3:])
+    return grouped_gemm(input, dequantized(weight, weight_scale), *args, **kwargs)
+
+
 def activated(gate: Tensor, activation: str) -> Tensor:
     """The activation of gate; swiglu_oai's is the factor of up + 1."""
     if activation == "silu":
@@ -498,6 +517,12 @@ def grouped_gemm_dx(
         "permute_y": permute_y,
     }
     return needed_gradients(grouped_gemm, arguments, ["input", "topk_weights"], grad_output, needs)
+
+
+def grouped_gemm_fp8_dx(
+    grad_output: Tensor, weight: Tensor, weight_scale: Tensor, **others: Any
+) -> tuple[Tensor | None, ...]:
+    return grouped_gemm_dx(grad_output, dequantized(weight, weight_scale), bias=None, **others)
 
 
 def grouped_gemm_dw(

@@ -13,8 +13,10 @@ from moe_ops.configs.kernel_config import (
     KernelConfigForward,
     kernel_config,
 )
+from moe_ops.ops.fp8 import dequantize_fp8, quantize_fp8
 from moe_ops.ops.fused_experts import fused_experts
 from moe_ops.ops.grouped_gemm import grouped_gemm
+from moe_ops.ops.grouped_gemm_fp8 import grouped_gemm_fp8
 from moe_ops.ops.permute import permute
 from moe_ops.ops.routing_indices import routing_indices
 from moe_ops.ops.topk_routing import topk_routing
@@ -27,10 +29,13 @@ __all__ = [
     "KernelConfigBackward_dW",
     "KernelConfigBackward_dX",
     "KernelConfigForward",
+    "dequantize_fp8",
     "fused_experts",
     "grouped_gemm",
+    "grouped_gemm_fp8",
     "kernel_config",
     "permute",
+    "quantize_fp8",
     "routing_indices",
     "topk_routing",
     "tune",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_ops.ops.fused_experts import launch as fused_experts
 from moe_ops.ops.grouped_gemm import launch as gemm
+from moe_ops.ops.grouped_gemm_fp8 import launch as gemm_fp8
 from moe_ops.ops.permute import launch as permute
 from moe_ops.ops.routing_indices import launch as routing_indices
 from moe_ops.ops.topk_routing import launch as topk_routing
@@ -88,6 +89,44 @@ def grouped_gemm(
         "dw": lambda: gemm.grouped_gemm_dw(
             grad, x, *routing, *flags, [True, bias], transposed, kernel_config
         ),
+    }
+    return {**calls, "dx-dots": dx(True)} if weights else calls
+
+
+def grouped_gemm_fp8(
+    sizes: Sizes,
+    dtype: torch.dtype,
+    *,
+    permute_x: bool = False,
+    permute_y: bool = False,
+    weights: bool = False,
+    bias: bool = False,
+    transposed: bool = False,
+    kernel_config: str | None = None,
+) -> dict[str, Call]:
+    """The forward and the backward of one call, by name; there is no bias, whatever `bias` says."""
+    rows = sizes.num_tokens * sizes.top_k
+    num_experts, out_features, in_features = (
+        sizes.num_experts, sizes.out_features, sizes.in_features
+    )  # fmt: skip
+    x = _empty(sizes.num_tokens if permute_x else rows, in_features, dtype=dtype)
+    stored = (in_features, out_features) if transposed else (out_features, in_features)
+    weight = _empty(num_experts, *stored, dtype=torch.float8_e4m3fn)
+    weight = weight.transpose(1, 2) if transposed else weight
+    blocks = (-(-out_features // 128), -(-in_features // 128))
+    block_scale = _empty(num_experts, *blocks, dtype=torch.float32)
+    scale = _empty(sizes.num_tokens, sizes.top_k, dtype=torch.float32) if weights else None
+    grad = _empty(rows, out_features, dtype=dtype)
+    flags = (sizes.top_k, permute_x, permute_y)
+    routing = (weight, block_scale, _empty(num_experts), _empty(rows), scale)
+
+    def dx(dots: bool) -> Call:
+        needs = [True, dots]
+        return lambda: gemm_fp8.grouped_gemm_fp8_dx(grad, *routing, x, *flags, needs, kernel_config)
+
+    calls: dict[str, Call] = {
+        "forward": lambda: gemm_fp8.grouped_gemm_fp8(x, *routing, *flags, kernel_config),
+        "dx": dx(False),
     }
     return {**calls, "dx-dots": dx(True)} if weights else calls
 

@@ -6,6 +6,7 @@ moe_ops chooses, the specialisation that Triton makes.
 """
 
 import importlib
+import itertools
 import json
 import os
 import pkgutil
@@ -85,6 +86,8 @@ def test_every_kernel_compiles(gpu):
         named.update({f"{size} {name}": call for name, call in made.items()})
     made = calls.experts(SIZES["training"], dtype)
     named.update({f"experts {name}": call for name, call in made.items()})
+    made = calls.grouped_gemm_fp8(SIZES["training"], dtype)
+    named.update({f"fp8 {name}": call for name, call in made.items()})
     gather = calls.grouped_gemm(SIZES["training"], dtype, **MODES["permute_y-weights"])
     plain = calls.grouped_gemm(SIZES["training"], F32)
     bare = calls.grouped_gemm(SIZES["training"], dtype)
@@ -135,6 +138,30 @@ def test_training_of_experts(gpu, mode):
             made = calls.experts(SIZES[size], dtype, transposed=transposed, **flags)
             named = {f"{size} {name} {transposed=}": call for name, call in made.items()}
             check(GPUS[gpu], named, stack_limit(gpu, size))
+
+
+@pytest.mark.parametrize(("gpu", "size"), [(gpu, size) for gpu in GPUS for size in SIZES])
+def test_fp8_weights(gpu, size):
+    """GPUs without FP8 too; on sm_90 transposed weights and more dtypes where it matters most."""
+    matters_most = gpu == "sm_90" and size == "training"
+    dtypes = [BF16, F16, F32] if matters_most else [F16 if gpu == "sm_75" else BF16]
+    layouts = [False, True] if matters_most else [False]
+    modes = ["plain", *EVERY_FLAG] if matters_most else [EVERY_FLAG[1]]
+    for dtype, transposed, mode in itertools.product(dtypes, layouts, modes):
+        made = calls.grouped_gemm_fp8(SIZES[size], dtype, transposed=transposed, **MODES[mode])
+        named = {f"{mode} {dtype} {name} {transposed=}": call for name, call in made.items()}
+        check(GPUS[gpu], named, stack_limit(gpu, size))
+
+
+@pytest.mark.parametrize("gpu", TENSOR_CORES)
+def test_fp8_weights_are_multiplied_by_tensor_cores(gpu):
+    device = GPUS[gpu]
+    for name, call in calls.grouped_gemm_fp8(SIZES["training"], BF16).items():
+        ptx = "".join(kernel.ptx for kernel in compile_all(device, [call]))
+        assert TENSOR_CORES[gpu] in ptx, name
+        assert ("cp.async.bulk.tensor" in ptx) == device.has_tma, name
+        # FP8 instructions would bind the kernel to newer GPUs.
+        assert "e4m3" not in ptx, name
 
 
 @pytest.mark.parametrize("gpu", TENSOR_CORES)

@@ -18,7 +18,7 @@ from tests.strategies import seeded_sample
 # What autograd calls, not users.
 INNER_OPS = {
     "topk_routing_backward", "unpermute_backward", "grouped_gemm_dx", "grouped_gemm_dw",
-    "fused_experts_forward", "fused_experts_backward",
+    "grouped_gemm_fp8_dx", "fused_experts_forward", "fused_experts_backward",
 }  # fmt: skip
 PUBLIC = sorted(set(SCHEMAS) - INNER_OPS)
 ANNOTATIONS = {
@@ -37,14 +37,16 @@ public_functions = pytest.mark.parametrize("name", PUBLIC)
 
 def test_every_op_is_known():
     assert set(SCHEMAS) == INNER_OPS | set(PUBLIC)
-    configuration = {
+    others = {
+        "dequantize_fp8",
+        "quantize_fp8",
         "KernelConfigBackward_dW",
         "KernelConfigBackward_dX",
         "KernelConfigForward",
         "kernel_config",
         "tune",
     }
-    assert set(moe_ops.__all__) == set(PUBLIC) | configuration
+    assert set(moe_ops.__all__) == set(PUBLIC) | others
 
 
 @public_functions

@@ -7,6 +7,7 @@ import textwrap
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from moe_ops._core import schema
@@ -75,6 +76,32 @@ def test_list_of_flags():
     assert op.argument("flip").num_flags == 3
     assert op.argument("flip").default == [True, False, True]
     assert op.argument("mode").num_flags == 0
+
+
+def test_advice_for_every_quantised_dtype_but_those_that_have_their_own():
+    advice = {"quantised": "dequantise it", "int8": "use int4", "any": "give  another"}
+    op = read(changed(arguments__input__advice=advice))
+    found = dict(op.argument("input").advice)
+    assert found.pop("any") == "give another"
+    assert found.pop("int8") == "use int4"
+    assert found == dict.fromkeys(set(schema.QUANTISED) - {"int8"}, "dequantise it")
+    assert op.argument("row_ids").advice == {}
+
+
+def test_the_named_dtypes_are_torchs():
+    names = {*schema.QUANTISED, *(name for group in schema.DTYPES.values() for name in group)}
+    assert all(isinstance(getattr(torch, name), torch.dtype) for name in names)
+
+
+def test_sizes_rounded_up():
+    """As a scale for every block of four columns has them."""
+    blocks = ["T", "(H + 3) // 4"]
+    arguments = {**document()["arguments"]}
+    arguments["row_ids"] = {"shape": blocks, "dtype": "float8_e4m3fn", "doc": "Blocks."}
+    op = read(changed(arguments=arguments))
+    sizes = {"T": 3, "H": 9, "top_k": 2}
+    assert [e.evaluate(sizes) for e in op.argument("row_ids").shape] == [3, 3]
+    assert op.argument("row_ids").dtype == "float8_e4m3fn"
 
 
 def changed(**paths):
@@ -180,6 +207,18 @@ MISTAKES = {
     "misspelt tensor key": (changed(arguments__input__type="x"), "arguments.input.type", "unknown"),
     "tensor key of a scalar": (changed(arguments__flip__grad=True), "arguments.flip.grad", "unknown"),
     "grad no flag": (changed(arguments__input__grad="yes!"), "arguments.input.grad", "true or false"),
+    "advice that is text": (
+        changed(arguments__input__advice="convert it"), "arguments.input.advice", "mapping",
+    ),
+    "advice for an unknown dtype": (
+        changed(arguments__input__advice={"float8": "x"}), "arguments.input.advice.float8", "unknown",
+    ),
+    "empty advice": (
+        changed(arguments__input__advice={"any": ""}), "arguments.input.advice.any", "expected text",
+    ),
+    "advice for a scalar": (
+        changed(arguments__flip__advice={"any": "x"}), "arguments.flip.advice", "unknown",
+    ),
     "range of a bool": (changed(arguments__flip__min=0), "arguments.flip.min", "no range"),
     "range of an unknown letter": (changed(arguments__top_k__max="Q"), "arguments.top_k.max", "'Q'"),
     "choices of a number": (

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A call of grouped_gemm with its gradients at any size, and what fp64 says of it.
+"""A call of grouped_gemm, or of grouped_gemm_fp8, with its gradients at any size, and what fp64 says
+of it.
 
 T tokens, K top_k, R = T * K rows, E experts, N out_features, D in_features.
 """
@@ -25,6 +26,15 @@ MODES: dict[str, dict[str, Any]] = {
     "permute_y-weights": {"permute_y": True, "weights": True},
     "permute_y-weights-bias": {"permute_y": True, "weights": True, "bias": True},
 }
+# FP8 weights come without a bias.
+FP8_MODES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "plain-weights": {"weights": True},
+    "permute_x": {"permute_x": True},
+    "permute_x-weights": {"permute_x": True, "weights": True},
+    "permute_y": {"permute_y": True},
+    "permute_y-weights": {"permute_y": True, "weights": True},
+}
 
 
 @dataclass
@@ -34,6 +44,7 @@ class Problem:
     arguments: dict[str, Any]
     differentiable: list[str]
     grad_output: Tensor
+    name: str = "grouped_gemm"
 
     def leaves(self) -> dict[str, Tensor]:
         return {name: self.arguments[name].requires_grad_() for name in self.differentiable}
@@ -41,14 +52,15 @@ class Problem:
     def run(self) -> tuple[Tensor, dict[str, Tensor]]:
         leaves = self.leaves()
         with checks.poisoned_memory():
-            output = moe.grouped_gemm(**{**self.arguments, **leaves})
+            output = getattr(moe, self.name)(**{**self.arguments, **leaves})
             found = torch.autograd.grad(output, list(leaves.values()), self.grad_output)
         return output.detach(), dict(zip(leaves, found, strict=True))
 
     def expected(self) -> tuple[Tensor, dict[str, Tensor]]:
-        output = reference.grouped_gemm(**self.arguments).detach()
+        function = getattr(reference, self.name)
+        output = function(**self.arguments).detach()
         call = (self.arguments, self.differentiable, self.grad_output)
-        return output, oracle.gradients(reference.grouped_gemm, *call)
+        return output, oracle.gradients(function, *call)
 
 
 def problem(
@@ -100,6 +112,37 @@ def problem(
     }
     names = ("input", "weight", "topk_weights", "bias")
     return Problem(arguments, [n for n in names if arguments[n] is not None], grad_output)
+
+
+def fp8_problem(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    layout: str = "contiguous",
+    device: torch.device = DEVICE,
+    **options: Any,
+) -> Problem:
+    """The same with an FP8 weight of all finite values, and scales from 2**-9 to 2**-6."""
+    given = problem(shape, dtype, device=device, **options)
+    generator = torch.Generator(device).manual_seed(1)
+    num_experts, out_features, in_features = given.arguments["weight"].shape
+    codes = torch.randint(
+        0, 256, (num_experts, out_features, in_features),
+        generator=generator, device=device, dtype=torch.uint8,
+    )  # fmt: skip
+    # 0x7f and 0xff are NaN.
+    weight = torch.where(codes & 0x7F == 0x7F, codes - 1, codes).view(torch.float8_e4m3fn)
+    blocks = (num_experts, -(-out_features // 128), -(-in_features // 128))
+    exponents = 3 * torch.rand(blocks, generator=generator, device=device) - 9
+    del given.arguments["bias"]
+    names = list(given.arguments)
+    given.arguments.update(weight=lay_out(weight, layout), weight_scale=exponents.exp2())
+    # In the order of the schema.
+    names.insert(2, "weight_scale")
+    given.arguments = {name: given.arguments[name] for name in names}
+    given.differentiable = [name for name in given.differentiable if name != "weight"]
+    given.name = "grouped_gemm_fp8"
+    return given
 
 
 def lay_out(weight: Tensor, layout: str) -> Tensor:

@@ -6,6 +6,8 @@ On any device, differentiable by torch's autograd; test_reference.py holds it ag
 T tokens, K top_k, R = T * K rows, E experts, D in_features, N out_features, H hidden size.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -104,6 +106,15 @@ def grouped_gemm(
         y = y * topk_weights.double().reshape(-1)[slots, None]
     target = slots if permute_y else torch.arange(len(slots), device=input.device)
     return y.new_zeros(num_rows, y.shape[1]).index_copy(0, target, y)
+
+
+def grouped_gemm_fp8(
+    input: Tensor, weight: Tensor, weight_scale: Tensor, token_counts: Tensor, **others: Any
+) -> Tensor:
+    _, out_features, in_features = weight.shape
+    scale = weight_scale.double().repeat_interleave(128, 1).repeat_interleave(128, 2)
+    dequantised = weight.double() * scale[:, :out_features, :in_features]
+    return grouped_gemm(input, dequantised, token_counts, **others)
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ from tests import checks, oracle, strategies
 from tests.gpu import reference
 from tests.strategies import seeded_sample
 
-NAMES = ("permute", "unpermute", "grouped_gemm", "routing_indices")
+NAMES = ("permute", "unpermute", "grouped_gemm", "grouped_gemm_fp8", "routing_indices")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -23,7 +23,7 @@ def test_equals_the_oracle(name):
                 torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12, msg=str(sample))
 
 
-@pytest.mark.parametrize("name", NAMES[:3])
+@pytest.mark.parametrize("name", NAMES[:4])
 def test_gradients_equal_the_oracles(name):
     for seed, variant in enumerate(strategies.variants(SCHEMAS[name])):
         sample = seeded_sample(SCHEMAS[name], seed, dtype=torch.float64, **variant)

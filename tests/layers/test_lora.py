@@ -78,6 +78,35 @@ def test_adapters_of_another_dtype(dtype):
     assert_same_gradients(actual, expected, list(adapter[:2]), dtype)
 
 
+def quantised(weight, dtype=torch.float64):
+    """FP8 weights, their scales, and what they are worth."""
+    codes, scale = moe_ops.quantize_fp8(weight)
+    return codes, scale, moe_ops.dequantize_fp8(codes, scale, dtype)
+
+
+@pytest.mark.parametrize("mode", ["plain", "permute_x", "permute_y"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_fp8_base_matches_merged_weight(mode, dtype):
+    """Of widths with several scales: rows, router weights and every gradient."""
+    counts, gather, _ = oracle.routing_indices(draw_ids("dropped"), NUM_EXPERTS)
+    num_rows = NUM_TOKENS if mode == "permute_x" else NUM_TOKENS * TOP_K
+    x = randn(num_rows, 150, dtype=dtype).requires_grad_()
+    codes, scale, weight = quantised(randn(NUM_EXPERTS, 140, 150, scale=0.1))
+    assert len(scale.unique()) == 4 * NUM_EXPERTS
+    weights = randn(NUM_TOKENS, TOP_K).requires_grad_()
+    adapters = [make_adapter(140, 150, 3, torch.float32)]
+    flags: dict[str, Any] = {} if mode == "plain" else {mode: True}
+    actual = lora_grouped_gemm(
+        x, codes, counts, adapters, gather, weights, top_k=TOP_K, weight_scale=scale, **flags
+    )
+    assert actual.dtype == dtype
+    expected = oracle.grouped_gemm(
+        x, merged(weight, adapters), counts, gather, weights, top_k=TOP_K, **flags
+    )
+    coarsest = dtype if dtype != torch.float64 else torch.float32
+    assert_same_gradients(actual, expected, [x, weights, *adapters[0][:2]], coarsest)
+
+
 ACTIVATIONS = [
     ("silu", {}),
     ("gelu", {"gated": False}),
@@ -182,6 +211,87 @@ def test_frozen_base_costs_no_gradient():
     assert len(trained) == 4
     for name in trained:
         assert module.get_parameter(name).grad.norm() > 0, name
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_quantised_experts(gated):
+    """The module on FP8 weights is the one on what these are worth, and its base gets no gradient."""
+    experts = Experts(NUM_EXPERTS, 150, 130, gated=gated)
+    worth = Experts(NUM_EXPERTS, 150, 130, gated=gated)
+    assert experts.quantize_fp8_() is experts
+    for name, parameter in worth.named_parameters():
+        scale = experts.scale(name)
+        assert scale is not None
+        parameter.data = moe_ops.dequantize_fp8(getattr(experts, name), scale, torch.float32)
+    on_fp8 = LoraExperts(experts, rank=3, dtype=torch.float32)
+    on_fp32 = LoraExperts(worth, rank=3)
+    randomise(on_fp8)
+    on_fp32.adapters.load_state_dict(on_fp8.adapters.state_dict())
+    x = randn(NUM_TOKENS, 150, dtype=torch.float32).requires_grad_()
+    weights = torch.rand(NUM_TOKENS, TOP_K)
+    results = [
+        gradients_of(lambda h, m=module: m(h, draw_ids(), weights), module, x)
+        for module in (on_fp8, on_fp32)
+    ]
+    assert len(results[0]) == 2 + 4
+    for got, want in zip(*results, strict=True):
+        assert want.norm() > 0
+        assert relative_error(got, want) <= RELATIVE_NORM[torch.float32]
+    assert all(p.grad is None and not p.requires_grad for p in experts.parameters())
+
+    output = on_fp8(x, draw_ids(), weights)
+    layer = on_fp8.merge()
+    assert layer is experts
+    assert {p.dtype for p in layer.parameters()} == {torch.float32}
+    assert relative_error(layer(x, draw_ids(), weights), output) <= RELATIVE_NORM[torch.float32]
+
+
+def test_quantised_experts_make_nothing_of_a_weights_size():
+    module, x, ids, weights = make_layer(dtype=torch.float32, sizes=(40, 48))
+    module = LoraExperts(module.experts.quantize_fp8_(), rank=3, dtype=torch.float32)
+    with Calls() as calls:
+        module(x, ids, weights).sum().backward()
+    assert calls.shapes_of("moe::grouped_gemm_dw") == sorted(
+        [(4, 3, 40), (4, 96, 3), (4, 3, 48), (4, 40, 3)]
+    )
+    num_rows = NUM_TOKENS * TOP_K
+    assert calls.shapes_of("moe::grouped_gemm_fp8_dx") == sorted([(NUM_TOKENS, 40), (num_rows, 48)])
+    assert max(torch.Size(shape).numel() for _, shape in calls.made) < 4 * 40 * 48
+
+
+def test_quantised_experts_in_a_state_dict():
+    experts = Experts(NUM_EXPERTS, 150, 130).quantize_fp8_()
+    state = experts.state_dict()
+    assert {name: value.dtype for name, value in state.items()} == {
+        "gate_up_proj": torch.float8_e4m3fn,
+        "gate_up_proj_scale": torch.float32,
+        "down_proj": torch.float8_e4m3fn,
+        "down_proj_scale": torch.float32,
+    }
+    other = Experts(NUM_EXPERTS, 150, 130).quantize_fp8_()
+    other.load_state_dict(state)
+    for name, value in state.items():
+        assert torch.equal(other.state_dict()[name].float(), value.float())
+    assert set(Experts(2, 4, 4).state_dict()) == {"gate_up_proj", "down_proj"}
+
+
+def test_adapters_of_quantised_experts_are_bf16_unless_told():
+    experts = Experts(NUM_EXPERTS, 8, 6).quantize_fp8_()
+    assert LoraExperts(experts, 2).adapters["down_proj"].lora_A.dtype == torch.bfloat16
+    assert LoraExperts(Experts(4, 8, 6), 2).adapters["down_proj"].lora_A.dtype == torch.float32
+
+
+def test_quantised_experts_alone_are_refused_with_what_to_do():
+    experts = Experts(NUM_EXPERTS, 8, 6).quantize_fp8_()
+    for rows in (torch.randn(3, 8), torch.randn(3, 8, requires_grad=True)):
+        with pytest.raises(TypeError, match=r"moe_ops\.layers\.lora\.lora_experts takes it"):
+            experts(rows, torch.zeros(3, 1).int(), torch.ones(3, 1))
+    with pytest.raises(ValueError, match="without biases that are not quantised yet, got gate_up"):
+        experts.quantize_fp8_()
+    biased = Experts(NUM_EXPERTS, 8, 6, bias=True)
+    with pytest.raises(ValueError, match="got gate_up_proj_bias"):
+        biased.quantize_fp8_()
+    assert biased.gate_up_proj.dtype == torch.float32
 
 
 def test_input_gradient_only_where_needed():
@@ -320,10 +430,21 @@ def test_rejects_adapters_that_do_not_fit(adapter, message):
         lora_grouped_gemm(*GEMM, [adapter])
 
 
-def test_rejects_quantised_weights():
+def test_rejects_quantised_weights_without_scales():
     x, weight, counts = GEMM
-    with pytest.raises(TypeError, match="moe::grouped_gemm: expected weight"):
+    with pytest.raises(TypeError, match="grouped_gemm_fp8 takes it, with its scales"):
         lora_grouped_gemm(x, weight.to(torch.float8_e4m3fn), counts, [])
+
+
+def test_rejects_scales_with_a_bias_or_another_weight():
+    x, weight, counts = GEMM
+    quantised, scale = moe_ops.quantize_fp8(weight)
+    with pytest.raises(
+        ValueError, match=r"lora_grouped_gemm: expected bias=None with weight_scale"
+    ):
+        lora_grouped_gemm(x, quantised, counts, [], bias=torch.ones(2, 3), weight_scale=scale)
+    with pytest.raises(TypeError, match=r"grouped_gemm_fp8: expected weight\.dtype .* got int8;"):
+        lora_grouped_gemm(x, weight.to(torch.int8), counts, [], weight_scale=scale)
 
 
 def experts(**flags):

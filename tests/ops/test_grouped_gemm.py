@@ -269,10 +269,30 @@ def test_bitwise_repeatable_at_a_size_that_uses_threads():
             assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8], ids=str)
-def test_rejects_a_quantised_weight(dtype):
-    rows, weight = torch.randn(4, 8), torch.ones(2, 4, 8).to(dtype)
+DEQUANTISE = (
+    "dequantise it to the dtype of input, or quantise it anew with moe_ops.quantize_fp8 and call "
+    "grouped_gemm_fp8"
+)
+QUANTISED = {
+    torch.float8_e4m3fn: "grouped_gemm_fp8 takes it, with its scales",
+    torch.float8_e5m2: DEQUANTISE,
+    torch.int8: DEQUANTISE,
+    torch.uint8: DEQUANTISE,
+}
+
+
+@pytest.mark.parametrize("dtype", QUANTISED, ids=str)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_rejects_a_quantised_weight(dtype, requires_grad):
+    """And says what to do."""
+    arguments = {
+        "input": torch.randn(4, 8, requires_grad=requires_grad),
+        "weight": torch.ones(2, 4, 8).to(dtype),
+        "token_counts": torch.tensor([2, 2]),
+    }
+    got = checks.assert_rejects(TypeError, (), moe.grouped_gemm, arguments)
     name = str(dtype).removeprefix("torch.")
-    expected = rf"expected weight\.dtype == input\.dtype \(float32\), got {name}"
-    with pytest.raises(TypeError, match=f"^moe::grouped_gemm: {expected}$"):
-        moe.grouped_gemm(rows, weight, torch.tensor([2, 2]))
+    assert got == (
+        "moe::grouped_gemm: expected weight.dtype == input.dtype (float32), "
+        f"got {name}; {QUANTISED[dtype]}"
+    )

@@ -56,6 +56,7 @@ class Functions:
 def generate(schema: OpSchema) -> Functions:
     """Compiles the check, the fake kernel and, where the schema has `flops`, the FLOP formula."""
     parts = [
+        *_advice_tables(schema),
         _function("check", schema, _Body(schema, symbolic=False).checks()),
         _function("fake", schema, _Body(schema, symbolic=True).checks() + _outputs(schema)),
     ]
@@ -69,6 +70,23 @@ def generate(schema: OpSchema) -> Functions:
     namespace = dict(_GLOBALS)
     exec(compile(source, filename, "exec"), namespace)
     return Functions(source, namespace["check"], namespace["fake"], namespace.get("flops"))
+
+
+def _advice_tables(schema: OpSchema) -> list[str]:
+    """What the functions look up when a dtype is wrong: what to do about the one given."""
+    return [
+        f"_advice_{argument.name} = {_by_dtype(argument)!r}\n"
+        for argument in schema.tensors
+        if _by_dtype(argument)
+    ]
+
+
+def _by_dtype(argument: Argument) -> dict[str, str]:
+    return {
+        dtype: f"; {text}"
+        for dtype, text in argument.advice.items()
+        if dtype not in ("any", argument.dtype)
+    }
 
 
 def _function(name: str, schema: OpSchema, body: list[str], extra: str = "") -> str:
@@ -121,13 +139,21 @@ class _Body:
             return lines
         return [f"if {argument.name} is not None:", *(f"    {line}" for line in lines)]
 
-    def message(self, expected: str, got: str) -> str:
-        """An f-string; braces in `expected` and `got` are evaluated where it stands."""
-        return f'f"moe::{self.schema.name}: expected {expected}, got {got}"'
+    def message(self, expected: str, got: str, advice: str = "") -> str:
+        """An f-string; braces in `expected`, `got` and `advice` are evaluated where it stands."""
+        return f'f"moe::{self.schema.name}: expected {expected}, got {got}{advice}"'
 
-    def require(self, condition: str, expected: str, got: str) -> list[str]:
+    def advice(self, argument: Argument, *, of_dtype: bool = False) -> str:
+        """What an error about the argument ends with."""
+        anyway = f"; {_literal(argument.advice['any'])}" if "any" in argument.advice else ""
+        if of_dtype and _by_dtype(argument):
+            given = f"_dtype_name({argument.name}.dtype)"
+            return f"{{_advice_{argument.name}.get({given}, {anyway!r})}}"
+        return anyway
+
+    def require(self, condition: str, expected: str, got: str, advice: str = "") -> list[str]:
         """A question about sizes or scalars, which a compiler may know by name alone."""
-        message = self.message(expected, got)
+        message = self.message(expected, got, advice)
         if self.symbolic:
             return [f"_check_with(ValueError, {condition}, lambda: {message})"]
         return [f"if not ({condition}):", f"    raise ValueError({message})"]
@@ -148,6 +174,7 @@ class _Body:
         message = self.message(
             f"{name}.dim() == {len(argument.shape)} ({letters})",
             f"{{{name}.dim()}} {{tuple({name}.shape)}}",
+            self.advice(argument),
         )
         return [
             *lines,
@@ -157,14 +184,16 @@ class _Body:
 
     def dtype(self, argument: Argument) -> list[str]:
         name, group = argument.name, argument.dtype
+        advice = self.advice(argument, of_dtype=True)
         if group not in DTYPES:
             message = self.message(
                 f"{name}.dtype == {group}.dtype ({{_dtype_name({group}.dtype)}})",
                 f"{{_dtype_name({name}.dtype)}}",
+                advice,
             )
             return [f"if {name}.dtype != {group}.dtype:", f"    raise TypeError({message})"]
         got = f"{{_dtype_name({name}.dtype)}}"
-        message = self.message(f"{name}.dtype in ({', '.join(DTYPES[group])})", got)
+        message = self.message(f"{name}.dtype in ({', '.join(DTYPES[group])})", got, advice)
         lines = [f"if {name}.dtype not in _group_{group}:", f"    raise TypeError({message})"]
         if group == "floating":
             narrower = ", ".join(d for d in DTYPES[group] if d != "float64")
@@ -190,6 +219,7 @@ class _Body:
                 f"{axis} == {_operand(size.expr)}",
                 f"{axis} to be a multiple of {factors}{_value(factors)}",
                 f"{{{axis}}}",
+                self.advice(size.argument),
             )
         return lines
 
@@ -199,6 +229,7 @@ class _Body:
             f"{axis} == {_operand(size.expr)}",
             f"{axis} == {self.spell(size.expr)} ({{{size.expr.source}}})",
             f"{{{axis}}}",
+            self.advice(size.argument),
         )
 
     def spell(self, expr: Expr) -> str:
@@ -238,12 +269,17 @@ class _Body:
     def where(self, expect: Expr, because: str) -> list[str]:
         shown = [self._shown(a) for a in self.schema.arguments if a.name in expect.names]
         shown += [f"{name}={{{d}}}" for d, name in self.schema.dims.items() if d in expect.names]
-        reason = because.replace("{", "{{").replace("}", "}}").replace('"', "'")
-        return self.require(expect.source, f"{self.spell(expect)} ({reason})", ", ".join(shown))
+        expected = f"{self.spell(expect)} ({_literal(because)})"
+        return self.require(expect.source, expected, ", ".join(shown))
 
     def _shown(self, argument: Argument) -> str:
         value = f"'None' if {argument.name} is None else 'a tensor'"
         return f"{argument.name}={{{value if argument.is_tensor else argument.name}}}"
+
+
+def _literal(text: str) -> str:
+    """`text` as it stands, within an f-string in double quotes."""
+    return text.replace("{", "{{").replace("}", "}}").replace('"', "'")
 
 
 def _value(source: str) -> str:

@@ -185,11 +185,25 @@ def _said(output: Output) -> str:
 def _errors(schema: OpSchema) -> Iterator[tuple[str, str, str]]:
     yield "TypeError", "", "A dtype other than those above."
     yield "ValueError", "", "A rank or a size that disagrees with the shapes above; mixed devices."
+    for argument in schema.tensors:
+        yield from _advice(argument)
     limited = [a.name for a in schema.scalars if a.minimum or a.maximum or a.choices or a.format]
     if limited:
         yield "ValueError", "", f"A value out of range or unknown: {', '.join(limited)}."
     for where in schema.where:
         yield "ValueError", "", f"Expected `{where.expect.text}`: {where.because}."
+
+
+def _advice(argument: Argument) -> Iterator[tuple[str, str, str]]:
+    said: dict[str, list[str]] = {}
+    for given, text in argument.advice.items():
+        if given != argument.dtype:
+            said.setdefault(text, []).append(given)
+    for text, dtypes in said.items():
+        if dtypes == ["any"]:
+            yield "TypeError or ValueError", "", f"Another {argument.name}: {text}."
+        else:
+            yield "TypeError", "", f"{argument.name} in {' or '.join(dtypes)}: {text}."
 
 
 def _differentiable(schema: OpSchema) -> str:

@@ -27,8 +27,14 @@ DTYPES: Mapping[str, tuple[str, ...]] = {
     "index": ("int32", "int64"),
     "float32": ("float32",),
     "int32": ("int32",),
+    "float8_e4m3fn": ("float8_e4m3fn",),
 }
 FLOAT64_DEVICES = ("cpu", "meta")
+# What quantised weights come in; `advice` may be for one of them, for all, or for any error.
+QUANTISED = (
+    "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float4_e2m1fn_x2", "int8",
+    "uint8",
+)  # fmt: skip
 
 # What the elements of a tensor stand for; the tests draw them by this word.
 VALUES = re.compile(
@@ -99,6 +105,8 @@ class Argument:
     maximum: Expr | None = None
     choices: tuple[str, ...] = ()
     format: str = ""
+    # What to do about an error, by the dtype that was given, or "any".
+    advice: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def is_tensor(self) -> bool:
@@ -261,7 +269,7 @@ class _Reader:
         "op", "since", "summary", "equation", "schema", "dims", "let", "arguments", "where",
         "outputs", "backward", "flops", "notes", "source",
     }  # fmt: skip
-    TENSOR_KEYS = {"shape", "dtype", "values", "grad", "autocast", "doc"}
+    TENSOR_KEYS = {"shape", "dtype", "values", "grad", "autocast", "advice", "doc"}
     SCALAR_KEYS = {"min", "max", "choices", "format", "doc"}
     OUTPUT_KEYS = {"shape", "dtype", "if", "column_major", "doc"}
 
@@ -458,10 +466,19 @@ class _Reader:
                 dtype=self.dtype(f"{key}.dtype", entry["dtype"], tensors, DTYPES),
                 values=self.values(f"{key}.values", entry.get("values"), names),
                 grad=self.flag(f"{key}.grad", entry.get("grad", False)),
+                advice=self.advice(f"{key}.advice", entry.get("advice", {})),
                 autocast=self.flag(f"{key}.autocast", entry.get("autocast", False)),
             )
             if kind == "Tensor":
                 tensors.append(name)
+
+    def advice(self, key: str, value: Any) -> dict[str, str]:
+        entries = self.mapping(key, value, {*QUANTISED, "quantised", "any"})
+        found = {given: self.text(f"{key}.{given}", text) for given, text in entries.items()}
+        if "quantised" in found:
+            shared = found.pop("quantised")
+            found = {**dict.fromkeys(QUANTISED, shared), **found}
+        return found
 
     def read_scalar(self, key: str, entry: dict[str, Any], argument: Argument) -> Argument:
         bounds = {

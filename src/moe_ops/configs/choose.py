@@ -38,7 +38,8 @@ class Problem:
         rows: the mean number of rows per expert, rounded up to a power of two.
         flags: what else the kernel does, of "gather" (rows of x are gathered), "scatter" (rows of
             the output are scattered), "scale" (they are multiplied by topk_weights), "bias", "dots"
-            (the router gradient), "transposed" (the weight is a transposed view), in this order.
+            (the router gradient), "transposed" (the weight is a transposed view), "fp8" (the weight
+            is, with scales), in this order.
     """
 
     kind: str
@@ -148,7 +149,7 @@ def _narrowed(config: KernelConfig, problem: Problem) -> KernelConfig:
     narrow: dict[str, Any] = {
         name: max(16, 1 << (side - 1).bit_length())
         for name, side in sides.items()
-        if side <= _NARROW and problem.rows > FEW_ROWS
+        if side <= _NARROW and problem.rows > FEW_ROWS and "fp8" not in problem.flags
     }
     narrow = {name: size for name, size in narrow.items() if size < getattr(config, name)}
     if not narrow:
@@ -169,23 +170,30 @@ def _heuristic_gemm(problem: Problem, device: Device) -> KernelConfig:
     # by number, whose addresses take registers that the tile then lacks.
     is_even = problem.out_features % 16 == 0 and problem.in_features % 16 == 0
     has_tma = device.has_tma and is_even
-    has_dots = "dots" in problem.flags
+    has_dots, is_fp8 = "dots" in problem.flags, "fp8" in problem.flags
     contracted = problem.in_features if problem.kind == "forward" else problem.out_features
     # What comes after the product of an activation takes the registers of half a tile at most.
     subtile = 2 if {"gated", "activated"} & set(problem.flags) else 1
     stages, per_sm, store, is_specialized = 3, 1, False, False
     if problem.dtype == "float32":
-        m, n, k, warps, has_tma = 64, 64, 32, 4, False
+        m, n, has_tma = 64, 64, False
+        # FP8 weights take a second accumulator.
+        k, warps = (16, 8) if is_fp8 else (32, 4)
     elif device.capability < (8, 0):
         m, n, k, warps, has_tma = 64, 64, 16, 8, False
     elif problem.rows <= FEW_ROWS:
         # Decoding: a few rows an expert, bound by reading the weights. Descriptors gain nothing
         # there and cost host time.
-        m, n, per_sm = (16, 64, 4) if problem.rows <= 8 else (32, 128, 2)
+        m, n, per_sm = (16, 64, 4) if problem.rows <= 8 else (32, 64 if is_fp8 else 128, 2)
         k, warps, has_tma = 128, 4, False
         if m == 32 and device.shared_memory < 160 * 1024:
             # Fewer steps ahead, so that an SM holds both programs.
             stages = 2
+    elif is_fp8:
+        # A second accumulator takes the registers of a wider tile, so that fewer columns share the
+        # decoding of each weight: as many rows as there are.
+        m, n = 64 if problem.rows <= 64 else 128, 128 if is_even else 64
+        k, warps, store = 128 if has_tma else 64 if is_even else 32, 8, has_tma and not has_dots
     elif has_tma and has_dots:
         # The rows that x @ b is multiplied with take the registers of a wider tile.
         m, n, k, warps, stages = 128, 128, 64, 8, 4
@@ -216,7 +224,7 @@ def _heuristic_gemm(problem: Problem, device: Device) -> KernelConfig:
         "programs_per_sm": per_sm, "use_tma_store": store, "use_tma_load_w": has_tma,
         "epilogue_subtile": subtile if has_tma else 1,
         # Flattened, the dots spill on Blackwell.
-        "flatten": has_tma and not (has_dots and device.capability >= (10, 0)),
+        "flatten": has_tma and not (has_dots and device.capability >= (10, 0)) and not is_fp8,
         "warp_specialize": is_specialized,
     }  # fmt: skip
     if problem.kind == "forward":
@@ -262,7 +270,8 @@ def shared_memory(config: KernelConfig, problem: Problem, device: Device) -> int
 
     On Hopper Triton 3.6 to 3.9 take some percent less at most for 16-bit operands, half of it for
     fp32 that is not tf32, and a quarter where widths are no multiples of 16: those are not
-    pipelined. On other GPUs they take this or less.
+    pipelined. FP8 weights, which count as what they are decoded to, take up to a fifth less. On
+    other GPUs they take this or less.
     """
     rows, columns, contracted = config.tile
     if problem.kind == "backward_dW" and "transposed" in problem.flags:

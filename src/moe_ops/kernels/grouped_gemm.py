@@ -157,31 +157,16 @@ def store_rows(
 
 
 @triton.jit
-def grouped_gemm_tile(
-    x_ptr, x_desc, b_ptr, b_desc, bias_ptr, scale_ptr, gather_ptr, y_ptr, y_desc,
-    other_ptr, dots_ptr, e, first, end, tile_n, num_rows, N, K, top_k, x_divisor, other_divisor,
-    stride_xm, stride_xk, stride_be, stride_bk, stride_bn, stride_bias_e, stride_bias_n,
+def finish_tile(
+    acc, rows, cols, in_rows, in_cols, scale_ptr, gather_ptr, y_ptr, y_desc, other_ptr, dots_ptr,
+    first, end, tile_n, num_rows, N, top_k, other_divisor,
     stride_st, stride_sk, stride_om, stride_on,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    TMA_X: tl.constexpr, TMA_B: tl.constexpr, TMA_Y: tl.constexpr, B_IS_NK: tl.constexpr,
-    EVEN_K: tl.constexpr, GATHER_X: tl.constexpr, SCATTER_Y: tl.constexpr,
-    HAS_GATHER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
-    STORE_Y: tl.constexpr, HAS_DOTS: tl.constexpr, GATHER_OTHER: tl.constexpr,
-    SUBTILE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA_Y: tl.constexpr, SCATTER_Y: tl.constexpr,
+    HAS_GATHER: tl.constexpr, HAS_SCALE: tl.constexpr, STORE_Y: tl.constexpr,
+    HAS_DOTS: tl.constexpr, GATHER_OTHER: tl.constexpr, SUBTILE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of grouped_gemm_kernel: up to BLOCK_M rows from `first`, columns of tile_n."""
-    rows = first + tl.arange(0, BLOCK_M)
-    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_rows = rows < end
-    in_cols = cols < N
-    source, in_source = source_rows(gather_ptr, rows, in_rows, num_rows, x_divisor, GATHER_X)
-    acc = multiply(
-        x_ptr, x_desc, b_ptr, b_desc, bias_ptr, source, in_source, first, e, cols, in_cols,
-        tile_n * BLOCK_N, K,
-        stride_xm, stride_xk, stride_be, stride_bk, stride_bn, stride_bias_e, stride_bias_n,
-        BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, TMA_X, TMA_B, B_IS_NK, False, EVEN_K, HAS_BIAS,
-    )  # fmt: skip
-    # Loaded here and not above: the registers of the loop are all taken.
+    """What becomes of a product acc (BLOCK_M, BLOCK_N): dots with `other`, the router weight, y."""
+    # Loaded here and not before the product: the registers of its loop are all taken.
     slots = rows
     if HAS_GATHER:
         slots = tl.load(gather_ptr + rows, mask=in_rows, other=-1)
@@ -228,6 +213,40 @@ def grouped_gemm_tile(
             store_rows(
                 y_ptr, y_desc, y, first, end, target, in_target, n0, N, BLOCK_M, BLOCK_N, TMA_Y
             )
+
+
+@triton.jit
+def grouped_gemm_tile(
+    x_ptr, x_desc, b_ptr, b_desc, bias_ptr, scale_ptr, gather_ptr, y_ptr, y_desc,
+    other_ptr, dots_ptr, e, first, end, tile_n, num_rows, N, K, top_k, x_divisor, other_divisor,
+    stride_xm, stride_xk, stride_be, stride_bk, stride_bn, stride_bias_e, stride_bias_n,
+    stride_st, stride_sk, stride_om, stride_on,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    TMA_X: tl.constexpr, TMA_B: tl.constexpr, TMA_Y: tl.constexpr, B_IS_NK: tl.constexpr,
+    EVEN_K: tl.constexpr, GATHER_X: tl.constexpr, SCATTER_Y: tl.constexpr,
+    HAS_GATHER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
+    STORE_Y: tl.constexpr, HAS_DOTS: tl.constexpr, GATHER_OTHER: tl.constexpr,
+    SUBTILE: tl.constexpr,
+):  # fmt: skip
+    """One tile of grouped_gemm_kernel: up to BLOCK_M rows from `first`, columns of tile_n."""
+    rows = first + tl.arange(0, BLOCK_M)
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_rows = rows < end
+    in_cols = cols < N
+    source, in_source = source_rows(gather_ptr, rows, in_rows, num_rows, x_divisor, GATHER_X)
+    acc = multiply(
+        x_ptr, x_desc, b_ptr, b_desc, bias_ptr, source, in_source, first, e, cols, in_cols,
+        tile_n * BLOCK_N, K,
+        stride_xm, stride_xk, stride_be, stride_bk, stride_bn, stride_bias_e, stride_bias_n,
+        BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, TMA_X, TMA_B, B_IS_NK, False, EVEN_K, HAS_BIAS,
+    )  # fmt: skip
+    finish_tile(
+        acc, rows, cols, in_rows, in_cols, scale_ptr, gather_ptr, y_ptr, y_desc, other_ptr, dots_ptr,
+        first, end, tile_n, num_rows, N, top_k, other_divisor,
+        stride_st, stride_sk, stride_om, stride_on,
+        BLOCK_M, BLOCK_N, TMA_Y, SCATTER_Y, HAS_GATHER, HAS_SCALE, STORE_Y, HAS_DOTS, GATHER_OTHER,
+        SUBTILE,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["max_tiles", "num_rows"])

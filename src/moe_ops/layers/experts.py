@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_ops import fused_experts
+from moe_ops.ops.fp8 import quantize_fp8
 
 
 class Experts(nn.Module):
@@ -40,6 +41,8 @@ class Experts(nn.Module):
         down_proj (num_experts, hidden_size, intermediate_size).
         gate_up_proj_bias or up_proj_bias (num_experts, U), down_proj_bias (num_experts,
             hidden_size), or None.
+
+    quantize_fp8_() makes the projections FP8 with scales, for moe_ops.layers.lora.LoraExperts.
 
     Each expert begins as two nn.Linear do: weights and biases uniform in +-1 / sqrt(input size).
 
@@ -80,6 +83,7 @@ class Experts(nn.Module):
 
             self.register_parameter(name, parameter(out_size, in_size))
             self.register_parameter(f"{name}_bias", parameter(out_size) if bias else None)
+            self.register_buffer(f"{name}_scale", None)
 
         self._up_name = "gate_up_proj" if gated else "up_proj"
         add_projection(self._up_name, (2 if gated else 1) * intermediate_size, hidden_size)
@@ -130,6 +134,39 @@ class Experts(nn.Module):
             self.recompute,
             self.kernel_config,
         )
+
+    @torch.no_grad()
+    def quantize_fp8_(self) -> Experts:
+        """Quantise both projections with moe_ops.quantize_fp8, in place, and freeze the layer.
+
+        The parameters become float8_e4m3fn, and the buffers gate_up_proj_scale (up_proj_scale where
+        not gated) and down_proj_scale hold the scales of their blocks. LoraExperts computes with
+        them; the forward of this module, which is moe::fused_experts, refuses them. What converts
+        a whole model, such as module.bfloat16(), would convert them too: it belongs before this.
+
+        Returns:
+            This layer.
+
+        Raises:
+            ValueError: the layer has biases, or is quantised already.
+        """
+        names = (self._up_name, "down_proj")
+        for name in names:
+            if self.projection(name)[1] is not None or self.scale(name) is not None:
+                raise ValueError(
+                    "moe_ops.layers.Experts.quantize_fp8_: expected experts without biases that are "
+                    f"not quantised yet, got {name}_bias or {name}_scale"
+                )
+        for name in names:
+            quantised, scale = quantize_fp8(getattr(self, name))
+            setattr(self, name, nn.Parameter(quantised, requires_grad=False))
+            setattr(self, f"{name}_scale", scale)
+        return self
+
+    def scale(self, name: str) -> Tensor | None:
+        """The scales of the weight of that name, where it is quantised."""
+        scale: Tensor | None = getattr(self, f"{name}_scale")
+        return scale
 
     def projection(self, name: str) -> tuple[Tensor, Tensor | None]:
         """The weight of that name, and its bias."""

@@ -9,7 +9,8 @@ For a row x of expert e,
     y = base(x) + scaling * (x @ lora_A[e].T) @ lora_B[e].T
 
 The base weight stays as it is, so a frozen one gets no gradient GEMM and no gradient tensor, and
-nothing of the size of the weight is made in a step.
+nothing of the size of the weight is made in a step. It may be FP8 with a scale for each block of
+128 x 128 weights (moe_ops.quantize_fp8): moe::grouped_gemm_fp8 dequantises it within its product.
 
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
 """
@@ -25,7 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_ops.layers.experts import ACTIVATIONS, Experts
+from moe_ops.ops.fp8 import dequantize_fp8
 from moe_ops.ops.grouped_gemm import grouped_gemm
+from moe_ops.ops.grouped_gemm_fp8 import grouped_gemm_fp8
 from moe_ops.ops.routing_indices import routing_indices
 from moe_ops.ops.unpermute import unpermute
 
@@ -56,6 +59,7 @@ def lora_grouped_gemm(
     permute_x: bool = False,
     permute_y: bool = False,
     dropout_p: float = 0.0,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     """Multiply each expert's rows by its weight, and add what the adapters say.
 
@@ -68,10 +72,12 @@ def lora_grouped_gemm(
 
     Args:
         input ((M, in_features), floating): rows in token order with permute_x, else in expert order.
-        weight ((num_experts, out_features, in_features), dtype of input): the base weight.
+        weight ((num_experts, out_features, in_features), dtype of input or float8_e4m3fn): the base
+            weight; one in FP8 comes with its weight_scale.
         token_counts ((num_experts,), index): rows of each expert.
-        adapters: LoraWeights that are added up; they are multiplied in the dtype of weight. With
-            none of them this is moe_ops.grouped_gemm.
+        adapters: LoraWeights that are added up; they are multiplied in the dtype of weight, or of
+            input where the weight is FP8. With none of them this is moe_ops.grouped_gemm, or
+            moe_ops.grouped_gemm_fp8.
         gather_indices ((R,), index): slot of each row in expert order.
         topk_weights ((R / top_k, top_k), floating): router weight of each slot.
         bias ((num_experts, out_features), dtype of weight): bias of the base.
@@ -80,36 +86,58 @@ def lora_grouped_gemm(
         permute_y: store the rows of output through gather_indices.
         dropout_p: probability with which an element of the adapters' input is zero, the others being
             divided by 1 - dropout_p. With permute_x all slots of a token see the same zeros.
+        weight_scale ((num_experts, ceil(out_features / 128), ceil(in_features / 128)), float32): the
+            scales of a weight in FP8.
 
     Returns:
         output ((R, out_features), dtype of input): R = M * top_k with permute_x, else M.
 
     Raises:
-        ValueError: an adapter's shape does not fit weight; dropout_p is not in [0, 1); what
-            moe_ops.grouped_gemm refuses.
-        TypeError: a dtype that moe_ops.grouped_gemm refuses, such as that of a quantised weight.
+        ValueError: an adapter's shape does not fit weight; dropout_p is not in [0, 1); bias and
+            weight_scale together; what moe_ops.grouped_gemm and moe_ops.grouped_gemm_fp8 refuse.
+        TypeError: a dtype that these refuse, such as that of a weight quantised otherwise.
 
-    Differentiable in input, weight, topk_weights, bias and the adapters. A gradient that nobody asks
-    for costs no GEMM. Deterministic but for the dropout.
+    Differentiable in input, weight, topk_weights, bias and the adapters, but for a weight in FP8. A
+    gradient that nobody asks for costs no GEMM. Deterministic but for the dropout.
     """
     _check_dropout("lora_grouped_gemm", "dropout_p", dropout_p)
-    output = grouped_gemm(
-        input,
-        weight,
-        token_counts,
-        gather_indices,
-        topk_weights,
-        bias,
-        top_k,
-        permute_x=permute_x,
-        permute_y=permute_y,
-    )
+    if weight_scale is None:
+        dtype = weight.dtype
+        output = grouped_gemm(
+            input,
+            weight,
+            token_counts,
+            gather_indices,
+            topk_weights,
+            bias,
+            top_k,
+            permute_x=permute_x,
+            permute_y=permute_y,
+        )
+    else:
+        if bias is not None:
+            raise ValueError(
+                f"{_HERE}.lora_grouped_gemm: expected bias=None with weight_scale, which "
+                "moe_ops.grouped_gemm_fp8 has not got, got a tensor"
+            )
+        dtype = input.dtype
+        output = grouped_gemm_fp8(
+            input,
+            weight,
+            weight_scale,
+            token_counts,
+            gather_indices,
+            topk_weights,
+            top_k,
+            permute_x=permute_x,
+            permute_y=permute_y,
+        )
     for adapter in adapters:
         _check(adapter, weight)
         x = F.dropout(input, dropout_p) if dropout_p else input
         low_rank = grouped_gemm(
             x,
-            adapter.lora_A.to(weight.dtype),
+            adapter.lora_A.to(dtype),
             token_counts,
             gather_indices,
             top_k=top_k,
@@ -118,7 +146,7 @@ def lora_grouped_gemm(
         # The scale goes to the narrow tensor, whose gradient is as narrow.
         delta = grouped_gemm(
             low_rank * adapter.scaling,
-            adapter.lora_B.to(weight.dtype),
+            adapter.lora_B.to(dtype),
             token_counts,
             gather_indices,
             topk_weights,
@@ -144,6 +172,8 @@ def lora_experts(
     interleaved: bool = False,
     activation_limit: float | None = None,
     dropout_p: float = 0.0,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
 ) -> Tensor:
     """Compute a whole layer of experts with adapters on one or both of its projections.
 
@@ -152,8 +182,8 @@ def lora_experts(
 
     Args:
         hidden_states ((T, H), floating): rows in token order.
-        gate_up_proj ((E, U, H), dtype of hidden_states): the frozen up projection.
-        down_proj ((E, H, I), dtype of hidden_states): the frozen down projection.
+        gate_up_proj ((E, U, H), dtype of hidden_states, or float8_e4m3fn): the frozen up projection.
+        down_proj ((E, H, I), dtype of hidden_states, or float8_e4m3fn): the frozen down projection.
         topk_ids ((T, K), int32 or int64): expert of each slot; ids outside [0, E) are dropped.
         topk_weights ((T, K), floating): router weight of each slot.
         gate_up_lora: adapters of gate_up_proj, lora_A (E, r, H) and lora_B (E, U, r).
@@ -167,6 +197,8 @@ def lora_experts(
         interleaved: whether gate and up take turns in z.
         activation_limit: clamps gate and up before the activation.
         dropout_p: as lora_grouped_gemm has it, for both projections.
+        gate_up_scale ((E, ceil(U / 128), ceil(H / 128)), float32): the scales of gate_up_proj in FP8.
+        down_scale ((E, ceil(H / 128), ceil(I / 128)), float32): the scales of down_proj in FP8.
 
     Returns:
         output ((T, H), dtype of hidden_states).
@@ -176,7 +208,7 @@ def lora_experts(
         TypeError: a dtype that the ops refuse.
 
     Differentiable in hidden_states, topk_weights, the adapters, and the projections and biases if
-    they require it. Deterministic but for the dropout.
+    they require it (a projection in FP8 cannot). Deterministic but for the dropout.
     """
     top_k = topk_ids.shape[-1]
     counts, gather, scatter = routing_indices(topk_ids, gate_up_proj.shape[0])
@@ -190,13 +222,20 @@ def lora_experts(
         top_k=top_k,
         permute_x=True,
         dropout_p=dropout_p,
+        weight_scale=gate_up_scale,
     )
     if callable(activation):
         rows = activation(z)
     else:
         rows = _activate(z, activation, gated, interleaved, activation_limit)
     rows = lora_grouped_gemm(
-        rows, down_proj, counts, down_lora, bias=down_bias, dropout_p=dropout_p
+        rows,
+        down_proj,
+        counts,
+        down_lora,
+        bias=down_bias,
+        dropout_p=dropout_p,
+        weight_scale=down_scale,
     )
     # The weight of a dropped slot is nobody's, and may be NaN.
     is_dropped = (topk_ids < 0) | (topk_ids >= gate_up_proj.shape[0])
@@ -268,13 +307,15 @@ class LoraExperts(nn.Module):
     """A layer of frozen experts with trainable adapters; it stands where the layer stood.
 
     Args:
-        experts: the layer, whose parameters are frozen here and not copied.
+        experts: the layer, whose parameters are frozen here and not copied; also one after
+            Experts.quantize_fp8_().
         rank: width of the adapters.
         lora_alpha: as GroupedLora has it.
         use_rslora: as GroupedLora has it.
         targets: the projections that get an adapter, of the experts' up projection ("gate_up_proj",
             or "up_proj" where they are not gated) and "down_proj"; both where None.
         lora_dropout: dropout_p of lora_grouped_gemm in training mode.
+        dtype: of the adapters; None for that of the experts' weights, bfloat16 where these are FP8.
 
     Raises:
         ValueError: other targets; a dropout_p outside [0, 1); experts with weights_before, recompute
@@ -290,6 +331,7 @@ class LoraExperts(nn.Module):
         use_rslora: bool = False,
         targets: Sequence[str] | None = None,
         lora_dropout: float = 0.0,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self._up_name = "gate_up_proj" if experts.gated else "up_proj"
@@ -306,9 +348,10 @@ class LoraExperts(nn.Module):
         for name in targets:
             weight = getattr(experts, name)
             num_experts, out_features, in_features = weight.shape
+            usual = weight.dtype if experts.scale(name) is None else torch.bfloat16
             self.adapters[name] = GroupedLora(
                 num_experts, in_features, out_features, rank, lora_alpha,
-                use_rslora=use_rslora, device=weight.device, dtype=weight.dtype,
+                use_rslora=use_rslora, device=weight.device, dtype=dtype or usual,
             )  # fmt: skip
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
@@ -332,17 +375,27 @@ class LoraExperts(nn.Module):
             experts.interleaved,
             experts.activation_limit,
             self.lora_dropout if self.training else 0.0,
+            experts.scale(up_name),
+            experts.scale("down_proj"),
         )
 
     @torch.no_grad()
     def merge(self) -> Experts:
         """Add the adapters to the weights, in place, and return the layer, still frozen, without them.
 
-        This module must not be used after it.
+        Weights in FP8 are dequantised to the dtype of the adapters first, both projections. This
+        module must not be used after it.
         """
+        experts = self.experts
+        (dtype, *_) = (parameter.dtype for parameter in self.adapters.parameters())
+        for name in (self._up_name, "down_proj"):
+            if (scale := experts.scale(name)) is not None:
+                weight = dequantize_fp8(getattr(experts, name), scale, dtype)
+                setattr(experts, name, nn.Parameter(weight, requires_grad=False))
+                setattr(experts, f"{name}_scale", None)
         for name in self.adapters:
-            getattr(self.experts, name).add_(self._adapter(name).delta_weight())
-        return self.experts
+            getattr(experts, name).add_(self._adapter(name).delta_weight())
+        return experts
 
     def _weights(self, name: str) -> tuple[LoraWeights, ...]:
         return (self._adapter(name).weights(),) if name in self.adapters else ()

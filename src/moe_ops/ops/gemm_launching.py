@@ -230,11 +230,11 @@ class GroupedGemm:
         if y is not None and self._is_bare(bias, dots) and self._launch_on_hopper(y):
             return
         x_desc, b_desc = self.describe_operands(tiling.block_m)
-        y_desc = self._describe_output(y, tiling.block_m)
+        y_desc = self.describe_output(y, tiling.block_m)
         x_tail_desc = y_tail_desc = None
         if tiling.tail_tiles:
             x_tail_desc, _ = self.describe_operands(tiling.block_m // 2)
-            y_tail_desc = self._describe_output(y, tiling.block_m // 2)
+            y_tail_desc = self.describe_output(y, tiling.block_m // 2)
         try:
             with launch_on(self.x):
                 grouped_gemm_kernel[(self.programs(self.tiles_n),)](
@@ -325,7 +325,8 @@ class GroupedGemm:
             b_desc = describe(described, block)
         return x_desc, b_desc
 
-    def _describe_output(self, y: torch.Tensor | None, block_m: int) -> TensorDescriptor | None:
+    def describe_output(self, y: torch.Tensor | None, block_m: int) -> TensorDescriptor | None:
+        """A descriptor of y, for tiles of block_m rows; None where pointers serve."""
         if y is None or self.scatter_y:
             return None
         columns = self.tiling.block_n // self.tiling.config.epilogue_subtile

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Moving rows between token order and expert order, in PyTorch: what several cpu.py share.
+"""Rows of experts, and moving them to and from token order: what several cpu.py share.
 
 T num_tokens, K top_k, R = T * K routed rows; slot = token * K + k.
 
@@ -29,6 +29,40 @@ def rows_of_slots(
         return scatter_indices.clamp(0, last)
     rows = torch.arange(num_rows, device=gather_indices.device)
     return torch.zeros_like(rows).scatter_(0, gather_indices.clamp(0, last).long(), rows)
+
+
+class Routing:
+    """What belongs to a row in expert order: its slot, its token, its weight."""
+
+    def __init__(
+        self,
+        gather_indices: torch.Tensor | None,
+        topk_weights: torch.Tensor | None,
+        top_k: int,
+        num_rows: int,
+        dtype: torch.dtype,
+    ) -> None:
+        if gather_indices is not None:
+            self.slots = gather_indices.clamp(0, max(num_rows - 1, 0)).long()
+            self.tokens = tokens_of_rows(gather_indices, top_k)
+        if topk_weights is not None:
+            weights = topk_weights.reshape(-1, 1)
+            if gather_indices is not None:
+                weights = weights.index_select(0, self.slots)
+            self.scale = weights.to(dtype)
+
+
+def expert_ends(token_counts: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, list[int]]:
+    """The end row of each expert, int32, and as a list.
+
+    Corrupt counts are clamped: they give unspecified values, never an access out of bounds.
+    """
+    ends = token_counts.cumsum(0, dtype=torch.int32)
+    listed: list[int] = ends.tolist()
+    if listed and (listed[0] < 0 or listed[-1] > num_rows or listed != sorted(listed)):
+        ends = token_counts.clamp(0, num_rows).cumsum(0).clamp_(0, num_rows).to(torch.int32)
+        listed = ends.tolist()
+    return ends, listed
 
 
 def sum_slots(

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from moe_ops.ops.rows import rows_of_slots, sum_slots, tokens_of_rows
+from moe_ops.ops.rows import Routing, expert_ends, rows_of_slots, sum_slots, tokens_of_rows
 
 
 def grouped_gemm(
@@ -46,7 +46,7 @@ def grouped_gemm(
 
     # The weight of a row is applied before the downcast, which needs the product in fp32.
     dtype = _product_dtype(input.dtype, exact=topk_weights is not None)
-    routing = _Routing(gather_indices, topk_weights, top_k, num_rows, dtype)
+    routing = Routing(gather_indices, topk_weights, top_k, num_rows, dtype)
     sources = routing.tokens if permute_x else None
     groups = _Groups(token_counts, num_rows)
     output = input.new_empty(num_rows, weight.shape[1])
@@ -97,7 +97,7 @@ def grouped_gemm_dx(
 
     dtype = _product_dtype(grad_output.dtype, exact=topk_weights is not None)
     accumulator = torch.promote_types(dtype, torch.float32)
-    routing = _Routing(gather_indices, topk_weights, top_k, num_rows, dtype)
+    routing = Routing(gather_indices, topk_weights, top_k, num_rows, dtype)
     sources = routing.slots if permute_y else None
     groups = _Groups(token_counts, num_rows)
     grad_rows = grad_output.new_empty(num_rows if needs[0] else 0, weight.shape[2])
@@ -162,13 +162,13 @@ def grouped_gemm_dw(
         if gather_indices is not None and permute_x:
             x = input.index_select(0, tokens_of_rows(gather_indices, top_k))
         left, right = (x, grad_output) if transposed else (grad_output, x)
-        ends, _ = _expert_ends(token_counts, num_rows)
+        ends, _ = expert_ends(token_counts, num_rows)
         stored = functional.grouped_mm(left.t(), right, offs=ends)
         return stored.mT if transposed else stored, grad_output.new_empty(0)
 
     dtype = _product_dtype(grad_output.dtype, exact=topk_weights is not None)
     accumulator = torch.promote_types(dtype, torch.float32)
-    routing = _Routing(gather_indices, topk_weights, top_k, num_rows, dtype)
+    routing = Routing(gather_indices, topk_weights, top_k, num_rows, dtype)
     groups = _Groups(token_counts, num_rows)
     grad_weight, grad_bias = grad_output.new_empty(0), grad_output.new_empty(0)
     if needs[0]:
@@ -239,24 +239,11 @@ def _grouped_mm(
 ) -> torch.Tensor:
     """functional.grouped_mm, with zeros in the tail."""
     num_rows = rows.shape[0]
-    ends, listed = _expert_ends(token_counts, num_rows)
+    ends, listed = expert_ends(token_counts, num_rows)
     output = functional.grouped_mm(rows, matrices, offs=ends)
     if listed[-1] < num_rows:
         output[listed[-1] :].zero_()
     return output
-
-
-def _expert_ends(token_counts: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, list[int]]:
-    """The end row of each expert, int32, and as a list.
-
-    Corrupt counts are clamped: they give unspecified values, never an access out of bounds.
-    """
-    ends = token_counts.cumsum(0, dtype=torch.int32)
-    listed: list[int] = ends.tolist()
-    if listed and (listed[0] < 0 or listed[-1] > num_rows or listed != sorted(listed)):
-        ends = token_counts.clamp(0, num_rows).cumsum(0).clamp_(0, num_rows).to(torch.int32)
-        listed = ends.tolist()
-    return ends, listed
 
 
 class _Groups:
@@ -270,7 +257,7 @@ class _Groups:
 
     def __init__(self, token_counts: torch.Tensor, num_rows: int) -> None:
         self.num_rows = num_rows
-        _, self.ends = _expert_ends(token_counts, num_rows)
+        _, self.ends = expert_ends(token_counts, num_rows)
         self.tail = self.ends[-1] if self.ends else 0
 
     def __iter__(self) -> Iterator[tuple[int, slice, slice, slice]]:
@@ -292,27 +279,6 @@ def _few_sizes(count: int) -> int:
     """`count`, rounded up by less than a sixteenth."""
     step = 1 << max(count.bit_length() - 5, 0)
     return -(-count // step) * step
-
-
-class _Routing:
-    """What belongs to a row in expert order: its slot, its token, its weight."""
-
-    def __init__(
-        self,
-        gather_indices: torch.Tensor | None,
-        topk_weights: torch.Tensor | None,
-        top_k: int,
-        num_rows: int,
-        dtype: torch.dtype,
-    ) -> None:
-        if gather_indices is not None:
-            self.slots = gather_indices.clamp(0, max(num_rows - 1, 0)).long()
-            self.tokens = tokens_of_rows(gather_indices, top_k)
-        if topk_weights is not None:
-            weights = topk_weights.reshape(-1, 1)
-            if gather_indices is not None:
-                weights = weights.index_select(0, self.slots)
-            self.scale = weights.to(dtype)
 
 
 def _pitch(shape: Sequence[int], stride: Sequence[int]) -> int:

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights in FP8 with a scale for each block: what they are worth, and how to make them.
+
+E num_experts, N out_features, D in_features. A weight (..., N, D) is torch.float8_e4m3fn, its scale
+(..., ceil(N / 128), ceil(D / 128)) fp32; each weight is worth its value times its block's scale.
+
+Source: the format of DeepSeek-V3's checkpoints (arXiv:2412.19437), where the scale is called
+weight_scale_inv.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+BLOCK = 128
+# The largest float8_e4m3fn.
+_LARGEST = 448.0
+
+
+def quantize_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise a weight to float8_e4m3fn with one scale for each block of 128 x 128.
+
+        weight_scale[b] = max |weight| in block b / 448, 1 where the block is zero
+        weight_fp8      = weight / weight_scale, rounded to the nearest
+
+    A weight is off by 2**-4 of itself at most, or where it is small by 2**-10 of its block's scale.
+
+    Args:
+        weight (Tensor (..., N, D), floating): matrices of any number, in any strides; the experts'
+            weights are (E, N, D). A NaN or an infinity makes its block NaN.
+
+    Returns:
+        weight_fp8 (Tensor (..., N, D), float8_e4m3fn): contiguous.
+        weight_scale (Tensor (..., ceil(N / 128), ceil(D / 128)), float32): what multiplies each block.
+
+    Raises:
+        TypeError: weight is not floating, or is FP8 already.
+        ValueError: weight has fewer than two dimensions.
+
+    Not differentiable. Deterministic bit for bit. moe_ops.grouped_gemm_fp8 takes both,
+    moe_ops.dequantize_fp8 undoes it but for the rounding.
+
+    Source: DeepSeek-V3 (arXiv:2412.19437), section 3.3.
+    """
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        name = str(weight.dtype).removeprefix("torch.")
+        raise TypeError(
+            "moe_ops.quantize_fp8: expected weight.dtype in (bfloat16, float16, float32, float64), "
+            f"got {name}"
+        )
+    if weight.dim() < 2:
+        raise ValueError(
+            f"moe_ops.quantize_fp8: expected weight.dim() >= 2, got {weight.dim()} "
+            f"{tuple(weight.shape)}"
+        )
+    quantised = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+    *_, rows, columns = weight.shape
+    scale = torch.empty(_scale_shape(weight), dtype=torch.float32, device=weight.device)
+    # One matrix after the other: what is made on the way is no larger than one.
+    for matrix, into, scales in _matrices(weight.detach(), quantised, scale):
+        values = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+        padding = (0, -columns % BLOCK, 0, -rows % BLOCK)
+        blocks = torch.nn.functional.pad(values.abs(), padding)
+        blocks = blocks.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+        largest = blocks.amax(dim=(1, 3)).float()
+        scales.copy_((largest / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny))
+        scales.masked_fill_(largest == 0, 1.0)
+        into.copy_((values / _spread(scales, rows, columns)).clamp(-_LARGEST, _LARGEST))
+    return quantised, scale
+
+
+def dequantize_fp8(
+    weight: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
+    """Multiply FP8 weights with the scales of their blocks, and round to `dtype`.
+
+        output[n, d] = weight[n, d] * weight_scale[n // 128, d // 128]
+
+    Args:
+        weight (Tensor (..., N, D), float8_e4m3fn): matrices of any number, in any strides.
+        weight_scale (Tensor (..., ceil(N / 128), ceil(D / 128)), float32): their scales.
+        dtype (torch.dtype): of the result; the product is taken in fp32 (fp64 for fp64).
+
+    Returns:
+        output (Tensor (..., N, D), dtype): contiguous. moe_ops.grouped_gemm takes it.
+
+    Raises:
+        TypeError: a dtype other than those above.
+        ValueError: weight_scale has another shape.
+
+    Not differentiable. Deterministic bit for bit.
+
+    Source: DeepSeek-V3 (arXiv:2412.19437), section 3.3.
+    """
+    for name, tensor, expected in (
+        ("weight", weight, torch.float8_e4m3fn),
+        ("weight_scale", weight_scale, torch.float32),
+    ):
+        if tensor.dtype != expected:
+            names = [str(d).removeprefix("torch.") for d in (expected, tensor.dtype)]
+            raise TypeError(
+                f"moe_ops.dequantize_fp8: expected {name}.dtype == {names[0]}, got {names[1]}"
+            )
+    shape = _scale_shape(weight)
+    if tuple(weight_scale.shape) != shape:
+        raise ValueError(
+            f"moe_ops.dequantize_fp8: expected weight_scale.shape == {shape}, one scale for each "
+            f"block of 128 x 128 weights, got {tuple(weight_scale.shape)}"
+        )
+    output = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    for matrix, scales, into in _matrices(weight, weight_scale, output):
+        into.copy_(dequantized(matrix, scales, torch.promote_types(dtype, torch.float32)))
+    return output
+
+
+def dequantized(
+    weight: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """weight (N, D) times its scales, (N, D), in `dtype`, fp32 or fp64."""
+    return weight.to(dtype).mul_(_spread(weight_scale.to(dtype), *weight.shape))
+
+
+def _scale_shape(weight: torch.Tensor) -> tuple[int, ...]:
+    *outer, rows, columns = weight.shape
+    return (*outer, -(-rows // BLOCK), -(-columns // BLOCK))
+
+
+def _matrices(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The matrices of tensors (..., rows, columns) with the same outer sizes, one by one."""
+    outer = math.prod(tensors[0].shape[:-2])
+    return zip(*(tensor.reshape(outer, *tensor.shape[-2:]) for tensor in tensors), strict=True)
+
+
+def _spread(scales: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """The scale of each element of (rows, columns)."""
+    scales = scales.repeat_interleave(BLOCK, 0)[:rows]
+    return scales.repeat_interleave(BLOCK, 1)[:, :columns]

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernel of grouped_gemm_fp8 and its dX.
+
+In GEMM letters, as kernels/grouped_gemm.py: y (M, N) = x (M, K) @ b[e] (K, N). b is float8_e4m3fn,
+read as uint8, so that GPUs without FP8 and Triton's interpreter read it too.
+"""
+
+import triton
+import triton.language as tl
+
+from moe_ops.kernels.grouped_gemm import (
+    finish_tile,
+    follow_on,
+    load_b,
+    load_x,
+    source_rows,
+    tile_of,
+)
+from moe_ops.kernels.schedule import expert_rows, find_tile, tiles_before, zero_tail
+
+
+@triton.jit
+def decode(codes):
+    """The fp32 values of float8_e4m3fn codes (uint8), all of them exact, NaN being NaN."""
+    # Sign, exponent and mantissa where fp32 has them: the value is 2**-120 of what it should be,
+    # subnormals included, since their exponents differ by that.
+    bits = codes.to(tl.int8, bitcast=True).to(tl.int32) << 20
+    values = (bits & -0x78100000).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    return tl.where((codes & 0x7F) == 0x7F, float("nan"), values)
+
+
+@triton.jit
+def multiply_fp8(
+    x_ptr, x_desc, b_ptr, b_desc, b_scale_ptr, source, in_source, first, e, cols, in_cols, n0, K,
+    stride_xm, stride_xk, stride_be, stride_bk, stride_bn, stride_se, stride_sk, stride_sn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    TMA_X: tl.constexpr, TMA_B: tl.constexpr, B_IS_NK: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """x[source] @ (b[e] * b_scale[e])[:, cols] in fp32, (BLOCK_M, BLOCK_N).
+
+    A scale is for 128 x 128 of b, which BLOCK_N and BLOCK_K divide: a step has one scale. It
+    multiplies the fp32 product of the step, whose operands are exact.
+    """
+    k = tl.arange(0, BLOCK_K)
+    # Dead code where a descriptor loads instead.
+    x_pointers = (
+        x_ptr + source[:, None].to(tl.int64) * stride_xm + k[None, :].to(tl.int64) * stride_xk
+    )
+    b_pointers = (
+        b_ptr
+        + e.to(tl.int64) * stride_be
+        + k[:, None].to(tl.int64) * stride_bk
+        + cols[None, :].to(tl.int64) * stride_bn
+    )
+    scales = b_scale_ptr + e.to(tl.int64) * stride_se + (n0 // 128).to(tl.int64) * stride_sn
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        scale = tl.load(scales + tl.cast(k0 // 128, tl.int64) * stride_sk)
+        x = load_x(x_desc, x_pointers, first, k0, in_source, k0 + k < K, TMA_X, EVEN_K)
+        b = load_b(
+            b_desc, b_pointers, e, n0, k0, in_cols, k0 + k < K,
+            TMA_B, B_IS_NK, False, EVEN_K, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        acc += tl.dot(x, decode(b).to(x.dtype), input_precision=PRECISION) * scale
+        x_pointers += tl.cast(stride_xk, tl.int64) * BLOCK_K
+        b_pointers += tl.cast(stride_bk, tl.int64) * BLOCK_K
+    return acc
+
+
+@triton.jit(do_not_specialize=["max_tiles", "num_rows"])
+def grouped_gemm_fp8_kernel(
+    x_ptr, x_desc, b_ptr, b_desc, b_scale_ptr, scale_ptr, gather_ptr,
+    y_ptr, y_desc, other_ptr, dots_ptr, counts_ptr, tiles_ptr,
+    max_tiles, num_rows, num_experts, N, K, top_k, x_divisor, other_divisor,
+    stride_xm, stride_xk, stride_be, stride_bk, stride_bn, stride_se, stride_sk, stride_sn,
+    stride_wt, stride_wk, stride_om, stride_on,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA_X: tl.constexpr, TMA_B: tl.constexpr, TMA_Y: tl.constexpr, B_IS_NK: tl.constexpr,
+    EVEN_K: tl.constexpr, GATHER_X: tl.constexpr, SCATTER_Y: tl.constexpr,
+    HAS_GATHER: tl.constexpr, HAS_SCALE: tl.constexpr,
+    STORE_Y: tl.constexpr, HAS_DOTS: tl.constexpr, GATHER_OTHER: tl.constexpr,
+    FINDS_TILES: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_W: tl.constexpr,
+    FLATTEN: tl.constexpr, SUBTILE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """y[row] = scale * (x[row] @ (b[e] * b_scale[e])), tile by tile.
+
+    Grid (any,), persistent. Dots, the schedule and the rows of no expert are as in
+    grouped_gemm_kernel.
+    """
+    if PDL:
+        follow_on()
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    if FINDS_TILES:
+        starts, ends = expert_rows(counts_ptr, num_rows, num_experts, EXPERTS)
+        tiles, upto = tiles_before(starts, ends, BLOCK_M)
+        tiles_m = tl.sum(tiles)
+        if STORE_Y:
+            zero_tail(y_ptr, gather_ptr, tl.max(ends, 0), num_rows, N, SCATTER_Y, BLOCK_W)
+    else:
+        tiles_m = tl.load(tiles_ptr + 3 * max_tiles)
+    for t in tl.range(
+        tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0),
+        flatten=FLATTEN,
+    ):  # fmt: skip
+        tile_m, tile_n = tile_of(t, tiles_m, tiles_n, GROUP_M)
+        if FINDS_TILES:
+            e, first, end = find_tile(tile_m, starts, ends, tiles, upto, BLOCK_M, EXPERTS)
+        else:
+            e = tl.load(tiles_ptr + tile_m)
+            first = tl.load(tiles_ptr + max_tiles + tile_m)
+            end = tl.load(tiles_ptr + 2 * max_tiles + tile_m)
+        rows = first + tl.arange(0, BLOCK_M)
+        cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        in_rows = rows < end
+        in_cols = cols < N
+        source, in_source = source_rows(gather_ptr, rows, in_rows, num_rows, x_divisor, GATHER_X)
+        acc = multiply_fp8(
+            x_ptr, x_desc, b_ptr, b_desc, b_scale_ptr, source, in_source, first, e, cols, in_cols,
+            tile_n * BLOCK_N, K,
+            stride_xm, stride_xk, stride_be, stride_bk, stride_bn, stride_se, stride_sk, stride_sn,
+            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, TMA_X, TMA_B, B_IS_NK, EVEN_K,
+        )  # fmt: skip
+        finish_tile(
+            acc, rows, cols, in_rows, in_cols, scale_ptr, gather_ptr, y_ptr, y_desc,
+            other_ptr, dots_ptr, first, end, tile_n, num_rows, N, top_k, other_divisor,
+            stride_wt, stride_wk, stride_om, stride_on,
+            BLOCK_M, BLOCK_N, TMA_Y, SCATTER_Y, HAS_GATHER, HAS_SCALE, STORE_Y, HAS_DOTS,
+            GATHER_OTHER, SUBTILE,
+        )  # fmt: skip
