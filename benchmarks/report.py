@@ -374,9 +374,9 @@ def _lora(cases: list[Record]) -> Iterator[str]:
         "Adapters of rank 16 on both projections of frozen experts, gradients of the input, the "
         "router weights and the adapters. Times of torch's grouped_mm over ours: eager over eager, "
         "compiled over eager and its aim, compiled over compiled; ours over the floor; ours with "
-        "lora_B copied into the experts' order, and with a checkpoint, over ours without.\n"
+        "a checkpoint over ours without.\n"
     )
-    names = ("eager", "compiled", "both compiled", "copied", "checkpoint", "checkpoint, compiled")
+    names = ("eager", "compiled", "both compiled", "checkpoint", "checkpoint, compiled")
     rows = [
         [
             *(case[key] for key in ("shape", "layout", "pass")),

@@ -41,8 +41,6 @@ from tests.gpu import reference
 RANK, SCALING = 16, 2.0
 # What is compared, beside OURS; EAGER and COMPILED are torch's grouped_mm.
 OURS_COMPILED = f"{OURS} {COMPILED}"
-# lora_B copied into experts' order in each step, which its packing is not in.
-COPIED = f"{OURS} copied"
 CHECKPOINT = "checkpoint"
 LAYOUTS = ("experts slowest", "PEFT")
 
@@ -248,7 +246,6 @@ def implementations_of(block: LoraBlock, backend: str | None) -> dict[str, Imple
         found[OURS_COMPILED] = in_ours(compiled(ours, backend))
         found[COMPILED] = in_copies(compiled(grouped_mm, backend))
     if block.layout == "PEFT":
-        found[COPIED] = in_copies(ours)
         return found
     found[f"{OURS} {CHECKPOINT}"] = in_ours(checkpointed(ours))
     if backend:
@@ -261,7 +258,6 @@ RATIOS = {
     EAGER: (EAGER, OURS),
     COMPILED: (COMPILED, OURS),
     "both compiled": (COMPILED, OURS_COMPILED),
-    "copied": (COPIED, OURS),
     CHECKPOINT: (f"{OURS} {CHECKPOINT}", OURS),
     f"{CHECKPOINT}, compiled": (f"{OURS_COMPILED} {CHECKPOINT}", OURS_COMPILED),
 }

@@ -169,7 +169,7 @@ CASES = {
             "pass": "forward+backward",
             "errors": {"moe_ops": 0.01, "eager": 0.01, "compiled": 0.01},
             "milliseconds": {"moe_ops": [7.0, 7.5, 8.0]},
-            "ratio": {"eager": [1.3, 1.4, 1.5], "copied": [0.9, 1.0, 1.1]},
+            "ratio": {"eager": [1.3, 1.4, 1.5], "checkpoint": [0.9, 1.0, 1.1]},
             "wrong": ["compiled"],
             "aim": 1.2,
             "mib": {"moe_ops": {"kept": 700.4, "output": 64.0, "peak": 1500.0, "gradients": 90.0}},

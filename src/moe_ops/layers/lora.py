@@ -143,10 +143,11 @@ def lora_grouped_gemm(
             top_k=top_k,
             permute_x=permute_x,
         )
-        # The scale goes to the narrow tensor, whose gradient is as narrow.
+        # The scale goes to the narrow tensor, whose gradient is as narrow. PEFT's lora_B has the experts
+        # fastest: copied, it is read by descriptors.
         delta = grouped_gemm(
             low_rank * adapter.scaling,
-            adapter.lora_B.to(dtype),
+            adapter.lora_B.to(dtype).contiguous(),
             token_counts,
             gather_indices,
             topk_weights,
