@@ -193,3 +193,25 @@ def check(problem: Problem, dtype: torch.dtype | None = None) -> None:
             assert ((expected != 0) | (got == 0)).all(), "a dropped slot's router gradient"
         else:
             assert_rows_close(got, expected, dtype, f"gradient of {name}")
+
+
+def check_every_code(dtype: torch.dtype, device: torch.device) -> None:
+    """All 256 FP8 numbers as weights of one row, and of its gradient: NaN is NaN, the rest is exact.
+
+    For few rows, and for enough of them that another tile is chosen.
+    """
+    codes = torch.arange(256, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+    expected = codes.to(dtype)
+    assert expected.isnan().sum() == 2
+    for num_rows in (1, 70):
+        counts = torch.tensor([num_rows], device=device)
+        rows = torch.ones(num_rows, 1, dtype=dtype, device=device)
+        scale = torch.ones(1, 2, 1, device=device)
+        output = moe.grouped_gemm_fp8(rows, codes.view(1, 256, 1), scale, counts)
+        rows = torch.ones(num_rows, 256, dtype=dtype, device=device, requires_grad=True)
+        product = moe.grouped_gemm_fp8(rows, codes.view(1, 1, 256), scale.mT, counts)
+        (gradient,) = torch.autograd.grad(product, rows, torch.ones_like(product))
+        for got in (output, gradient):
+            want = expected.expand_as(got)
+            assert torch.equal(got.isnan(), want.isnan())
+            assert torch.equal(got.nan_to_num(), want.nan_to_num())

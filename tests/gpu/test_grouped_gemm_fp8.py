@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from tests.gpu import reference
-from tests.gpu.gemm_problem import FP8_MODES, assert_rows_close, check, fp8_problem
+from tests.gpu.gemm_problem import (
+    FP8_MODES,
+    assert_rows_close,
+    check,
+    check_every_code,
+    fp8_problem,
+)
 from tests.gpu.on_device import DEVICE, DTYPES
 
 pytestmark = pytest.mark.gpu
@@ -78,17 +84,7 @@ def test_rounds_once(shape, mode, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_code(dtype):
-    """All 256 of them, one an expert and a row: NaN is NaN, what is not is exact."""
-    codes = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(256, 1, 1)
-    weight, scale = codes.view(torch.float8_e4m3fn), torch.ones(256, 1, 1, device=DEVICE)
-    counts = torch.ones(256, dtype=torch.int32, device=DEVICE)
-    rows = torch.ones(256, 1, dtype=dtype, device=DEVICE, requires_grad=True)
-    output = moe.grouped_gemm_fp8(rows, weight, scale, counts)
-    (gradient,) = torch.autograd.grad(output, rows, torch.ones_like(output))
-    expected = weight.view(256, 1).to(dtype)
-    for got in (output, gradient):
-        assert torch.equal(got.isnan(), expected.isnan())
-        assert torch.equal(got.nan_to_num(), expected.nan_to_num())
+    check_every_code(dtype, DEVICE)
 
 
 def test_training_in_a_graph():

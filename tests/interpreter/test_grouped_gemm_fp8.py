@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import moe_ops
-from tests.gpu.gemm_problem import FP8_MODES, check, fp8_problem
+from tests.gpu.gemm_problem import FP8_MODES, check, check_every_code, fp8_problem
 from tests.interpreter.interpreted import pytestmark  # noqa: F401
 from tests.interpreter.test_tiles import hopper  # noqa: F401
 
@@ -65,18 +65,7 @@ def test_routings(routing, mode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_every_code(dtype):
-    """All 256 of them, one an expert and a row: NaN is NaN, what is not is exact."""
-    codes = torch.arange(256, dtype=torch.uint8).view(256, 1, 1)
-    weight, scale = codes.view(torch.float8_e4m3fn), torch.ones(256, 1, 1)
-    counts = torch.ones(256, dtype=torch.int32)
-    rows = torch.ones(256, 1, dtype=dtype, requires_grad=True)
-    output = moe_ops.grouped_gemm_fp8(rows, weight, scale, counts)
-    (gradient,) = torch.autograd.grad(output, rows, torch.ones_like(output))
-    expected = weight.view(256, 1).to(dtype)
-    assert expected.isnan().sum() == 2
-    for got in (output, gradient):
-        assert torch.equal(got.isnan(), expected.isnan())
-        assert torch.equal(got.nan_to_num(), expected.nan_to_num())
+    check_every_code(dtype, CPU)
 
 
 def configs(blocks: tuple[int, int, int], **more: Any) -> str:

@@ -109,6 +109,8 @@ def _launch(
     y_desc = gemm.describe_output(y, tiling.block_m)
     options = gemm.options(x_desc, b_desc, bias=None)
     del options["HAS_BIAS"]
+    # Triton's interpreter decodes bits, whatever the device.
+    has_fp8 = gemm.device.capability >= (8, 9) and not gemm.x.is_cpu
     try:
         with launch_on(gemm.x):
             grouped_gemm_fp8_kernel[(gemm.programs(gemm.tiles_n),)](
@@ -120,7 +122,7 @@ def _launch(
                 TMA_Y=y_desc is not None, SCATTER_Y=gemm.scatter_y,
                 HAS_GATHER=gemm.gather is not None, HAS_SCALE=gemm.scale is not None,
                 STORE_Y=y is not None, HAS_DOTS=dots is not None, GATHER_OTHER=gather_other,
-                **options,
+                HAS_FP8=has_fp8, **options,
             )  # fmt: skip
     except OutOfResources as error:
         refuse_too_large(error, gemm.kernel_config)
