@@ -237,7 +237,7 @@ def test_cuda_tables(folder):
         "| gemm 1 | 1.000 (10%, 1.25x) | 3.000 (20%) |\n| rows 1 | - | 2.000 (15%) |\n| gemm 2 |",
         "| large | warm | 1.5 | 0.02 |",
         "| scattermoe | forward+backward | 11.25 | 7.50 | 1.50 (1.40-1.60) | 1378 / 388 | - / 2000 |",
-        "| olmoe | PEFT | forward+backward | 7.50 | - | - | 1.40 (1.30-1.50) | wrong | 1.20 | - | - | 1.00 (",
+        "| olmoe | PEFT | forward+backward | 7.50 | - | - | 1.40 (1.30-1.50) | wrong | - | 1.20 | - | 1.00 (",
         "| olmoe | PEFT | moe_ops | 700 | 64 | 1500 | 90 |",
         "| olmoe | forward | 8.00 (7.90-8.10) | - | - | - | 7.00 (6.90-7.10) | - | - | - | 1.35 |",
         "| olmoe | moe_ops | 2.50 | 6.50 | 9.00 | 388 | 2001 |",
