@@ -130,7 +130,9 @@ def first_and_second_gradients(function, arguments, names):
     return second, list(leaves)
 
 
-@pytest.mark.parametrize("name", ["grouped_gemm", "unpermute", "topk_routing", "fused_experts"])
+@pytest.mark.parametrize(
+    "name", ["grouped_gemm", "grouped_gemm_fp8", "unpermute", "topk_routing", "fused_experts"]
+)
 def test_double_backward_is_refused_where_the_backward_is_opaque(name):
     sample = every_argument(name)
     names = sample.differentiable()
@@ -212,6 +214,9 @@ def test_gradients_not_needed_are_none(name):
             ["input", "weight", "topk_weights", "bias"],
             {"grouped_gemm_dx": [True, True], "grouped_gemm_dw": [True, True]},
         ),
+        ("grouped_gemm_fp8", ["input"], {"grouped_gemm_fp8_dx": [True, False]}),
+        ("grouped_gemm_fp8", ["topk_weights"], {"grouped_gemm_fp8_dx": [False, True]}),
+        ("grouped_gemm_fp8", ["input", "topk_weights"], {"grouped_gemm_fp8_dx": [True, True]}),
         *(
             ("fused_experts", [n], {"fused_experts_backward": [n == m for m in EXPERTS]})
             for n in EXPERTS

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """grouped_gemm_fp8 at sizes of more than one tile and more than one scale, against fp64."""
 
-import itertools
 from typing import Any
 
 import pytest
@@ -79,7 +78,7 @@ def configs(blocks: tuple[int, int, int], **more: Any) -> str:
 @pytest.mark.parametrize("blocks", [(16, 64, 32), (32, 16, 128), (64, 128, 16), (128, 128, 128)])
 def test_configurations(mode, blocks):
     """16 and 32 rows find their tiles themselves, more read a schedule."""
-    for flatten, subtile in itertools.product((False, True), (1, 2)):
+    for flatten, subtile in ((False, 2), (True, 1)):
         given = fp8_problem((60, 2, 4, 136, 200), torch.float16, device=CPU, **FP8_MODES[mode])
         given.arguments["kernel_config"] = configs(
             blocks, flatten=flatten, epilogue_subtile=subtile, group_m=3, programs_per_sm=3

@@ -190,8 +190,8 @@ def _heuristic_gemm(problem: Problem, device: Device) -> KernelConfig:
             # Fewer steps ahead, so that an SM holds both programs.
             stages = 2
     elif is_fp8:
-        # A second accumulator takes the registers of a wider tile, so that fewer columns share the
-        # decoding of each weight: as many rows as there are.
+        # A second accumulator takes the registers of a wider tile. What decodes a weight serves all
+        # rows of the tile.
         m, n = 64 if problem.rows <= 64 else 128, 128 if is_even else 64
         k, warps, store = 128 if has_tma else 64 if is_even else 32, 8, has_tma and not has_dots
     elif has_tma and has_dots:

@@ -103,7 +103,8 @@ def _launch(
             y.zero_()
         return
     tiling = gemm.tiling
-    _check_config(gemm)
+    if gemm.kernel_config is not None:
+        _check_config(gemm)
     gemm.make_schedule(y, gemm.gather if gemm.scatter_y else None)
     x_desc, b_desc = gemm.describe_operands(tiling.block_m)
     y_desc = gemm.describe_output(y, tiling.block_m)
