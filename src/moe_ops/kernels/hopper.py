@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from moe_ops.kernels.activations import gated_activation
 from moe_ops.kernels.grouped_gemm import tile_of
 
 # Triton 3.6 has the one name, later ones the other.
@@ -88,11 +89,13 @@ def _multiply(
 
 
 @gluon.jit
-def _store_tile(desc, buffer, acc, place):
-    """Stores acc at `place` of the descriptor, through the group's buffer, and does not wait."""
+def _store_tile(desc, buffer, acc, place, OTHERS: gl.constexpr):
+    """Stores acc at `place` of the descriptor, through one of the group's buffers, and does not wait.
+
+    It does wait for all stores but the last OTHERS, which went through other buffers.
+    """
     tile = acc.to(desc.dtype)
-    # Of the tile before.
-    tma.store_wait(0)
+    tma.store_wait(OTHERS)
     buffer.reshape(acc.shape).store(tile)
     fence_async_shared()
     _store(desc, place, buffer)
@@ -112,22 +115,26 @@ def _scheduled_tile(t, tiles_ptr, max_tiles, tiles_m, tiles_n, GROUP_M: gl.const
 def _gemm_load(
     x_desc, b_desc, ring,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
-    B_IS_NK: gl.constexpr, STAGES: gl.constexpr,
+    B_IS_NK: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
+    """With HALVES a tile has half of its columns in each half of b's, which is stored (N, K)."""
     ROWS: gl.constexpr = BLOCK_M // _GROUPS
+    STEP_N: gl.constexpr = BLOCK_N // 2 if HALVES else BLOCK_N
     BYTES: gl.constexpr = (BLOCK_M + BLOCK_N) * BLOCK_K * x_desc.dtype.primitive_bitwidth // 8
     xs, bs, full, empty, tiles_ptr, max_tiles, tiles_n, K = ring
     tiles_m = gl.load(tiles_ptr + 3 * max_tiles)
     step = 0
     for t in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         e, first, _, tile_n = _scheduled_tile(t, tiles_ptr, max_tiles, tiles_m, tiles_n, GROUP_M)
-        n0 = tile_n * BLOCK_N
+        n0 = tile_n * STEP_N
         for k0 in range(0, K, BLOCK_K):
             stage, barrier = _next_buffer(full, empty, step, BYTES, STAGES)
             for group in gl.static_range(_GROUPS):
                 x = xs.index(stage * _GROUPS + group)
                 _load(x_desc, [first + group * ROWS, k0], barrier, x)
-            if B_IS_NK:
+            if HALVES:
+                _load(b_desc, [e, 0, n0, k0], barrier, bs.index(stage))
+            elif B_IS_NK:
                 _load(b_desc, [e, n0, k0], barrier, bs.index(stage))
             else:
                 _load(b_desc, [e, k0, n0], barrier, bs.index(stage))
@@ -151,7 +158,7 @@ def _gemm_multiply(
             GROUP, False, B_IS_NK, ROWS, BLOCK_N, BLOCK_K, STAGES,
         )  # fmt: skip
         row = _RAGGED_END - (end - first) + GROUP * ROWS
-        _store_tile(y_desc, ys.index(GROUP), y, [_RAGGED_END, end, row, tile_n * BLOCK_N])
+        _store_tile(y_desc, ys.index(GROUP), y, [_RAGGED_END, end, row, tile_n * BLOCK_N], 0)
     tma.store_wait(0)
 
 
@@ -191,6 +198,91 @@ def grouped_gemm_hopper_kernel(
         _WORKER_WARPS,
         _WORKER_REGISTERS,
     )
+
+
+@gluon.jit
+def _up_multiply(
+    z_desc, h_desc, buffers, ring, limit, GROUP: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
+    STAGES: gl.constexpr, ACTIVATION: gl.constexpr,
+    HAS_LIMIT: gl.constexpr, STORE_Z: gl.constexpr, STORE_H: gl.constexpr,
+):  # fmt: skip
+    xs, bs, full, empty, tiles_ptr, max_tiles, tiles_n, K = ring
+    ROWS: gl.constexpr = BLOCK_M // _GROUPS
+    BLOCK_I: gl.constexpr = BLOCK_N // 2
+    tiles_m = gl.load(tiles_ptr + 3 * max_tiles)
+    first_buffer = buffers.index(GROUP * 2)
+    second_buffer = buffers.index(GROUP * 2 + 1)
+    step = 0
+    for t in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+        _, first, end, tile_n = _scheduled_tile(t, tiles_ptr, max_tiles, tiles_m, tiles_n, GROUP_M)
+        z, step = _multiply(
+            xs, bs, full, empty, step, gl.cdiv(K, BLOCK_K),
+            GROUP, False, True, ROWS, BLOCK_N, BLOCK_K, STAGES,
+        )  # fmt: skip
+        gate, up = z.reshape([ROWS, 2, BLOCK_I]).permute((0, 2, 1)).split()
+        row = _RAGGED_END - (end - first) + GROUP * ROWS
+        i0 = tile_n * BLOCK_I
+        if STORE_Z:
+            _store_tile(z_desc, first_buffer, gate, [_RAGGED_END, end, row, 0, i0], 0)
+            _store_tile(z_desc, second_buffer, up, [_RAGGED_END, end, row, 1, i0], 1)
+        if STORE_H:
+            h, _, _ = gated_activation(gate, up, limit, ACTIVATION, HAS_LIMIT)
+            # Through gate's buffer, whose store is the last but one.
+            _store_tile(
+                h_desc, first_buffer, h, [_RAGGED_END, end, row, 0, i0], 1 if STORE_Z else 0
+            )
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["max_tiles"])
+def expert_up_hopper_kernel(
+    x_desc, b_desc, z_desc, h_desc, tiles_ptr, max_tiles, width, K, limit,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
+    STAGES: gl.constexpr, ACTIVATION: gl.constexpr,
+    HAS_LIMIT: gl.constexpr, STORE_Z: gl.constexpr, STORE_H: gl.constexpr,
+):  # fmt: skip
+    """z[row] = x[row] @ b[e], h[row] = act(gate) * up, rows in expert order; z = gate and up, apart.
+
+    b is stored (N, K), gate's rows before up's. Grid (any,), persistent. A tile has BLOCK_N // 2
+    columns of gate and the same of up. Writes the rows of the schedule's tiles alone, z (M, 2 *
+    width) and h (M, width), where asked for.
+    """
+    ROWS: gl.constexpr = BLOCK_M // _GROUPS
+    BLOCK_I: gl.constexpr = BLOCK_N // 2
+    tiles_n = gl.cdiv(width, BLOCK_I)
+    xs = gl.allocate_shared_memory(x_desc.dtype, [STAGES * _GROUPS, ROWS, BLOCK_K], x_desc.layout)
+    bs = gl.allocate_shared_memory(b_desc.dtype, [STAGES, 1, 2, BLOCK_I, BLOCK_K], b_desc.layout)
+    # z's and h's are alike.
+    buffers = gl.allocate_shared_memory(
+        h_desc.dtype, [_GROUPS * 2, 1, 1, ROWS, 1, BLOCK_I], h_desc.layout
+    )
+    full, empty = _new_ring(STAGES)
+    ring = (xs, bs, full, empty, tiles_ptr, max_tiles, tiles_n, K)
+    gl.warp_specialize(
+        [
+            (
+                _up_multiply,
+                (
+                    z_desc, h_desc, buffers, ring, limit, 0, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+                    STAGES, ACTIVATION, HAS_LIMIT, STORE_Z, STORE_H,
+                ),
+            ),
+            (
+                _up_multiply,
+                (
+                    z_desc, h_desc, buffers, ring, limit, 1, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+                    STAGES, ACTIVATION, HAS_LIMIT, STORE_Z, STORE_H,
+                ),
+            ),
+            (
+                _gemm_load,
+                (x_desc, b_desc, ring, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, True, STAGES, True),
+            ),
+        ],
+        _WORKER_WARPS,
+        _WORKER_REGISTERS,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -247,7 +339,7 @@ def _dw_multiply(
             gs, xs, full, empty, step, gl.cdiv(end - start, BLOCK_M),
             GROUP, True, False, ROWS, BLOCK_D, BLOCK_M, STAGES,
         )  # fmt: skip
-        _store_tile(dw_desc, dws.index(GROUP), dw, [e, n0 + GROUP * ROWS, d0])
+        _store_tile(dw_desc, dws.index(GROUP), dw, [e, n0 + GROUP * ROWS, d0], 0)
     tma.store_wait(0)
 
 

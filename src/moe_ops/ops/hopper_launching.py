@@ -56,6 +56,51 @@ def grouped_gemm(
     return True
 
 
+def expert_up(
+    x: torch.Tensor,
+    b: torch.Tensor,
+    z: torch.Tensor | None,
+    h: torch.Tensor | None,
+    tiles: torch.Tensor,
+    max_tiles: int,
+    programs: int,
+    blocks: tuple[int, int, int],
+    config: KernelConfig,
+    activation: str,
+    limit: float | None,
+) -> bool:
+    """Writes z[row] = x[row] @ b[e] and h[row] = act(gate) * up, b (E, K, 2 * width); tells whether.
+
+    The blocks are as in grouped_gemm; gate and up are the halves of z.
+    """
+    block_m, block_n, block_k = blocks
+    group_rows, block_i, width = block_m // 2, block_n // 2, b.shape[2] // 2
+    kernels = _kernels_for(x)
+    x_desc = describe_for_gluon(x, (group_rows, block_k))
+    b_halves = b.transpose(1, 2).unflatten(1, (2, width))
+    b_desc = describe_for_gluon(b_halves, (1, 2, block_i, block_k))
+    stored = [
+        None
+        if rows is None
+        else describe_for_gluon(
+            rows.unflatten(1, (-1, width)), (group_rows, 1, block_i), ragged=True
+        )
+        for rows in (z, h)
+    ]
+    z_desc, h_desc = stored[0] or stored[1], stored[1] or stored[0]
+    lacks = (z is not None and stored[0] is None) or (h is not None and stored[1] is None)
+    if kernels is None or x_desc is None or b_desc is None or lacks:
+        return False
+    with launch_on(x):
+        kernels.expert_up_hopper_kernel[(programs,)](
+            x_desc, b_desc, z_desc, h_desc, tiles, max_tiles, width, b.shape[1], limit or 0.0,
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+            GROUP_M=config.group_m, ACTIVATION=activation, HAS_LIMIT=limit is not None,
+            STORE_Z=z is not None, STORE_H=h is not None, **_options(config),
+        )  # fmt: skip
+    return True
+
+
 def grad_weight(
     left: torch.Tensor,
     right: torch.Tensor,

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from triton.runtime.errors import OutOfResources
 
+from moe_ops.ops import hopper_launching
 from moe_ops.ops.fused_experts.kernels import _expert_activation_bwd_kernel, _expert_up_kernel
 from moe_ops.ops.gemm_launching import (
     GroupedGemm,
@@ -259,6 +260,8 @@ def up_projection(
         return None
     gemm.make_schedule(z)
     halves = rows.gated and not rows.interleaved
+    if halves and bias is None and _up_on_hopper(rows, gemm, x, divisor, z, h):
+        return gemm.schedule
     width = gemm.n // 2 if rows.gated else gemm.n
     block_m, block_n = gemm.tiling.block_m, gemm.tiling.block_n
     block_i = block_n // 2 if rows.gated else block_n
@@ -286,6 +289,33 @@ def up_projection(
     except OutOfResources as error:
         refuse_too_large(error, rows.kernel_config)
     return gemm.schedule
+
+
+def _up_on_hopper(
+    rows: RoutedRows,
+    gemm: GroupedGemm,
+    x: torch.Tensor,
+    divisor: int,
+    z: torch.Tensor | None,
+    h: torch.Tensor | None,
+) -> bool:
+    """Launches the kernel of kernels/hopper.py, where that is asked for and can be.
+
+    It does not gather: where the product is long, its gain pays for rows that are copied before it.
+    """
+    tiling, schedule = gemm.tiling, gemm.schedule
+    if not tiling.config.warp_specialize or schedule is None or not gemm.b_is_nk:
+        return False
+    blocks = (tiling.block_m, tiling.block_n, tiling.block_k)
+    programs = gemm.programs(cdiv(gemm.n // 2, tiling.block_n // 2))
+    x = copy_rows(x, rows.scatter_indices, divisor) if divisor else x
+    try:
+        return hopper_launching.expert_up(
+            x, gemm.b, z, h, schedule.tiles, schedule.max_tiles, programs, blocks, tiling.config,
+            rows.activation, rows.activation_limit,
+        )  # fmt: skip
+    except OutOfResources as error:
+        refuse_too_large(error, rows.kernel_config)
 
 
 @dataclass(frozen=True)
