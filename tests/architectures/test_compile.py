@@ -41,6 +41,10 @@ TENSOR_CORES = {
     "sm_80": "mma.sync", "sm_89": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma",
 }  # fmt: skip
 
+SPECIALIZED = KernelConfigForward(
+    BLOCK_N=256, use_tma_load_x=True, use_tma_load_w=True, use_tma_store=True, warp_specialize=True
+)
+
 gpus = pytest.mark.parametrize("gpu", GPUS)
 
 
@@ -91,7 +95,10 @@ def test_every_kernel_compiles(gpu):
     gather = calls.grouped_gemm(SIZES["training"], dtype, **MODES["permute_y-weights"])
     plain = calls.grouped_gemm(SIZES["training"], F32)
     bare = calls.grouped_gemm(SIZES["training"], dtype)
-    kernels = compile_all(device, [*named.values(), gather["dw"], plain["dw"], bare["forward"]])
+    specialized = kernel_config(SPECIALIZED if gpu == "sm_90" else None)
+    up = calls.experts(SIZES["training"], dtype, kernel_config=specialized)
+    more = [gather["dw"], plain["dw"], bare["forward"], up["forward"]]
+    kernels = compile_all(device, [*named.values(), *more])
     names = {kernel.kernel for kernel in kernels}
     assert names == {n for n in kernels_of_the_package() if gpu == "sm_90" or "hopper" not in n}
     check(device, named, stack_limit(gpu))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import moe_ops
 from moe_ops.ops import gemm_launching, hopper_launching
+from tests.gpu import experts_problem
 from tests.gpu.gemm_problem import check, problem
 from tests.gpu.on_device import DEVICE
 
@@ -54,7 +55,7 @@ def tell(launch: Callable[..., bool], said: list[bool], *args: Any) -> bool:
 @pytest.fixture
 def served(monkeypatch):
     """What the launchers said, by name: that they launched a kernel of kernels/hopper.py, or not."""
-    said: dict[str, list[bool]] = {"grouped_gemm": [], "grad_weight": []}
+    said: dict[str, list[bool]] = {"grouped_gemm": [], "grad_weight": [], "expert_up": []}
     for name, answers in said.items():
         launch = functools.partial(tell, getattr(hopper_launching, name), answers)
         monkeypatch.setattr(hopper_launching, name, launch)
@@ -73,19 +74,66 @@ def test_forward_and_gradients(shape, tile, dtype, layout, routing, served):
     given = problem(shape, dtype, routing=routing, layout=layout)
     given.arguments["kernel_config"] = config(*tile)
     check(given)
-    assert served == {"grouped_gemm": [True, True], "grad_weight": [True]}
+    assert served == {"grouped_gemm": [True, True], "grad_weight": [True], "expert_up": []}
 
 
 def test_what_descriptors_cannot_describe_is_served_by_the_other_kernels(served):
     given = problem((600, 2, 3, 100, 68), torch.bfloat16)
     given.arguments["kernel_config"] = config(*TILES[0])
     check(given)
-    assert served == {"grouped_gemm": [False, False], "grad_weight": [False]}
+    assert served == {"grouped_gemm": [False, False], "grad_weight": [False], "expert_up": []}
 
 
 def test_is_chosen_without_a_configuration(served):
     check(problem((1500, 2, 4, 512, 768), torch.bfloat16))
-    assert served == {"grouped_gemm": [True, True], "grad_weight": [True]}
+    assert served == {"grouped_gemm": [True, True], "grad_weight": [True], "expert_up": []}
+
+
+# T, K, E, H, I: the second has a part of a tile in every dimension.
+EXPERTS_SHAPES = [(1000, 2, 4, 256, 512), (700, 4, 8, 96, 360)]
+EXPERTS_MODES: dict[str, dict[str, Any]] = {
+    **{name: experts_problem.MODES[name] for name in ("swiglu", "swiglu-recompute", "llama4")},
+    "bounded": {"activation": "gelu_tanh", "activation_limit": 0.7},
+}
+# The router gradient's rows leave no shared memory for the wider tiles.
+EXPERTS_CASES = [
+    (
+        shape,
+        mode,
+        TILES[3 if mode == "llama4" else i % 2],
+        (torch.bfloat16, torch.float16)[i // 2 % 2],
+        ROUTINGS[i % 5],
+    )
+    for i, (shape, mode) in enumerate(itertools.product(EXPERTS_SHAPES, EXPERTS_MODES))
+]
+
+
+@pytest.mark.parametrize(("shape", "mode", "tile", "dtype", "routing"), EXPERTS_CASES)
+def test_experts(shape, mode, tile, dtype, routing, served):
+    given = experts_problem.problem(shape, dtype, routing=routing, **EXPERTS_MODES[mode])
+    given.arguments["kernel_config"] = config(*tile)
+    experts_problem.check(given)
+    # Forward, without and with a gradient; again in the backward where nothing was kept.
+    assert served["expert_up"] == [True] * (3 if "recompute" in mode else 2)
+    assert all(served["grouped_gemm"])
+    assert served["grad_weight"] == [True, True]
+
+
+@pytest.mark.parametrize("mode", ["gpt-oss", "geglu-bias", "geglu-tanh-interleaved", "ungated"])
+def test_other_experts_are_served_by_the_other_kernels(mode, served):
+    given = experts_problem.problem(
+        EXPERTS_SHAPES[0], torch.bfloat16, **experts_problem.MODES[mode]
+    )
+    given.arguments["kernel_config"] = config(*TILES[0])
+    experts_problem.check(given)
+    assert served["expert_up"] == []
+
+
+def test_transposed_experts_are_served_by_the_other_kernels(served):
+    given = experts_problem.problem(EXPERTS_SHAPES[0], torch.bfloat16, layout="transposed")
+    given.arguments["kernel_config"] = config(*TILES[0])
+    experts_problem.check(given)
+    assert served["expert_up"] == []
 
 
 def operands(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,7 +185,7 @@ def test_weights_of_more_than_2_31_elements(served):
     assert reference_error(dw[-1], g.float().t() @ x.float()) < 4e-3
     y = torch.ops.moe.grouped_gemm(g, dw.transpose(1, 2), counts, kernel_config=config(*TILES[0]))
     assert reference_error(y, g.float() @ dw[-1].float()) < 4e-3
-    assert served == {"grouped_gemm": [True], "grad_weight": [True]}
+    assert served == {"grouped_gemm": [True], "grad_weight": [True], "expert_up": []}
 
 
 def reference_error(actual: Tensor, expected: Tensor) -> float:

@@ -192,7 +192,7 @@ def grouped_gemm_hopper_kernel(
             ),
             (
                 _gemm_load,
-                (x_desc, b_desc, ring, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, B_IS_NK, STAGES),
+                (x_desc, b_desc, ring, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, B_IS_NK, STAGES, False),
             ),
         ],
         _WORKER_WARPS,
