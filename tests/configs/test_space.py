@@ -2,6 +2,7 @@
 """What tuning tries: valid, fitting, different, and the heuristic's choice first."""
 
 import itertools
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -71,7 +72,7 @@ def test_descriptors_only_where_they_apply(device):
             ]
             if odd or not device.has_tma or problem.dtype == "float32":
                 assert not descriptors
-            if "gather" in problem.flags:
+            if "gather" in problem.flags and not config.warp_specialize:
                 assert not {"use_tma_load_x", "use_tma_load_dy"} & set(descriptors)
             if "scatter" in problem.flags:
                 assert "use_tma_store" not in descriptors
@@ -90,10 +91,15 @@ def test_choices_that_hopper_needs():
     }  # fmt: skip
     for field, values in expected.items():
         assert tried(large, field) >= values, field
+    for problem in (large, replace(large, flags=("gather", "gated"))):
+        assert tried(problem, "warp_specialize") == {True, False}
+    for flag in ("gather", "scatter", "bias", "dots"):
+        assert tried(replace(large, flags=(flag,)), "warp_specialize") == {False}
     few = Problem("forward", "bfloat16", 128, 1536, 2048, 4)
     assert tried(few, "BLOCK_M") == {16, 32}
     assert tried(few, "use_tma_load_w") == tried(few, "launch_pdl") == {True, False}
     dw = Problem("backward_dW", "bfloat16", 128, 1536, 2048, 1024)
     tiles = {(c.BLOCK_N, c.BLOCK_K) for c in candidates(dw, HOPPER)}
     assert tiles >= {(128, 256), (256, 128), (128, 128), (64, 256)}
+    assert tried(dw, "warp_specialize") == {True, False}
     assert tried(dw, "use_tma_load_x") == tried(dw, "use_tma_store") == {True, False}

@@ -145,9 +145,8 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
      ("gate_up_proj.dtype == hidden_states.dtype (float32), got float8_e4m3fn; "
       "moe_ops.layers.lora.lora_experts takes it, with its scales")),
     ("fused_experts", {"down_proj": torch.zeros(4, 8, 5, dtype=torch.int8)}, TypeError,
-     ("down_proj.dtype == hidden_states.dtype (float32), got int8; dequantise it to the dtype of "
-      "hidden_states, or quantise it anew with moe_ops.quantize_fp8 for "
-      "moe_ops.layers.lora.lora_experts")),
+     ("down_proj.dtype == hidden_states.dtype (float32), got int8; dequantise it, or use "
+      "moe_ops.quantize_fp8 and moe_ops.layers.lora.lora_experts")),
     ("grouped_gemm_fp8", {"weight": torch.randn(4, 10, 8)}, TypeError,
      ("weight.dtype in (float8_e4m3fn), got float32; a weight in another format is dequantised and "
       "given to grouped_gemm, or quantised anew with moe_ops.quantize_fp8")),

@@ -293,7 +293,7 @@ def shared_memory(config: KernelConfig, problem: Problem, device: Device) -> int
         has_tails = getattr(config, "tail_tiles", False)
         # A tile of half the height has a buffer of its own.
         stored = tile + tile // 2 if has_tails else tile
-        if "gated" in problem.flags:
+        if "gated" in problem.flags and not config.warp_specialize:
             # Half of the pre-activation at a time; the output, half as wide, in a buffer of its own
             # unless it has the same shape.
             half = rows * columns // 2 * size

@@ -109,6 +109,12 @@ def _has_tma(problem: Problem, device: Device) -> bool:
     return device.has_tma and all(width * size % 16 == 0 for width in widths)
 
 
+def _is_bare(problem: Problem) -> bool:
+    """Whether kernels/hopper.py has a kernel for this forward or dX."""
+    flags = set(problem.flags)
+    return flags <= {"transposed"} or flags - {"gather"} == {"gated"}
+
+
 def _of_gemm(problem: Problem, device: Device) -> Iterator[KernelConfig]:
     has_cores = _has_tensor_cores(problem, device)
     tma = has_cores and _has_tma(problem, device)
@@ -133,9 +139,10 @@ def _of_gemm(problem: Problem, device: Device) -> Iterator[KernelConfig]:
     # An expert of few rows wastes the larger part of a high tile: those come last.
     base.sort(key=lambda config: problem.rows <= 64 < config.BLOCK_M)
     yield from base[:5]
-    if tma and device.capability[0] == HOPPER and set(problem.flags) <= {"transposed"}:
+    if tma and device.capability[0] == HOPPER and _is_bare(problem):
         for tile in _SPECIALIZED:
-            config = _gemm(problem, tile, tma=True)
+            # Rows that are to be gathered are copied before it.
+            config = _gemm(replace(problem, flags=()), tile, tma=True)
             yield replace(config, use_tma_store=True, warp_specialize=True)
     if tma:
         store = "scatter" not in problem.flags

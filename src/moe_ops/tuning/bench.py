@@ -180,11 +180,12 @@ def _up_projection(kernel_config: str | None = None, **arguments: Any) -> tuple[
     if OPS["fused_experts"].choose(input.device.type).name != "triton":
         return _up_projection_in_pytorch(**arguments)
     from moe_ops.ops.fused_experts import launch
+    from moe_ops.ops.launching import inverse_permutation
 
     gather_indices, gated = arguments["gather_indices"], arguments["gated"]
     rows = launch.RoutedRows(
-        arguments["token_counts"], gather_indices, gather_indices, arguments["top_k"],
-        "silu", gated, False, None, kernel_config,
+        arguments["token_counts"], gather_indices, inverse_permutation(gather_indices),
+        arguments["top_k"], "silu", gated, False, None, kernel_config,
     )  # fmt: skip
     z = input.new_empty(rows.number, weight.shape[1])
     # The rows of no expert are nobody's in h.
