@@ -83,7 +83,7 @@ def _advice_tables(schema: OpSchema) -> list[str]:
 
 def _by_dtype(argument: Argument) -> dict[str, str]:
     return {
-        dtype: f"; {text}"
+        f"torch.{dtype}": f"; {text}"
         for dtype, text in argument.advice.items()
         if dtype not in ("any", argument.dtype)
     }
@@ -147,8 +147,7 @@ class _Body:
         """What an error about the argument ends with."""
         anyway = f"; {_literal(argument.advice['any'])}" if "any" in argument.advice else ""
         if of_dtype and _by_dtype(argument):
-            given = f"_dtype_name({argument.name}.dtype)"
-            return f"{{_advice_{argument.name}.get({given}, {anyway!r})}}"
+            return f"{{_advice_{argument.name}.get(str({argument.name}.dtype), {anyway!r})}}"
         return anyway
 
     def require(self, condition: str, expected: str, got: str, advice: str = "") -> list[str]:
