@@ -577,8 +577,8 @@ def product_flops(shape: Shape, names: Sequence[str], launches: Iterable[Any]) -
     for launch in launches:
         kernel, *args = launch.args
         given = {**dict(zip(kernel.arg_names, args, strict=False)), **launch.keywords}
-        # A kernel that computes the activation is told the width of that.
-        columns = given.get("N") or given.get("width", 0) * (2 if given.get("GATED") else 1)
+        # A kernel that computes the activation is told the width of that; gated, if not told.
+        columns = given.get("N") or given.get("width", 0) * (2 if given.get("GATED", True) else 1)
         inner = [given[size] for size, block in PRODUCT_SIZES if {size, block} <= given.keys()]
         product = 2 * shape.num_rows * columns * sum(inner)
         of_name.setdefault(kernel.__name__, []).append(product)
