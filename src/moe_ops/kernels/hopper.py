@@ -117,7 +117,10 @@ def _gemm_load(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
     B_IS_NK: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
-    """With HALVES a tile has half of its columns in each half of b's, which is stored (N, K)."""
+    """The loading warp: x and b of each step of each tile.
+
+    With HALVES a tile has half of its columns in each half of b's, which is stored (N, K).
+    """
     ROWS: gl.constexpr = BLOCK_M // _GROUPS
     STEP_N: gl.constexpr = BLOCK_N // 2 if HALVES else BLOCK_N
     BYTES: gl.constexpr = (BLOCK_M + BLOCK_N) * BLOCK_K * x_desc.dtype.primitive_bitwidth // 8
@@ -147,6 +150,7 @@ def _gemm_multiply(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
     B_IS_NK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    """One group: its rows of each tile of y."""
     ROWS: gl.constexpr = BLOCK_M // _GROUPS
     xs, bs, full, empty, tiles_ptr, max_tiles, tiles_n, K = ring
     tiles_m = gl.load(tiles_ptr + 3 * max_tiles)
@@ -207,6 +211,7 @@ def _up_multiply(
     STAGES: gl.constexpr, ACTIVATION: gl.constexpr,
     HAS_LIMIT: gl.constexpr, STORE_Z: gl.constexpr, STORE_H: gl.constexpr,
 ):  # fmt: skip
+    """One group: its rows of each tile of z, and of h."""
     xs, bs, full, empty, tiles_ptr, max_tiles, tiles_n, K = ring
     ROWS: gl.constexpr = BLOCK_M // _GROUPS
     BLOCK_I: gl.constexpr = BLOCK_N // 2
@@ -304,6 +309,7 @@ def _dw_load(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, GROUP_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
+    """The loading warp: g and x of each step of each tile."""
     ROWS: gl.constexpr = BLOCK_N // _GROUPS
     BYTES: gl.constexpr = BLOCK_M * (BLOCK_N + BLOCK_D) * x_desc.dtype.primitive_bitwidth // 8
     gs, xs, full, empty, offsets_ptr, num_experts, tiles_n, tiles_d = ring
@@ -328,6 +334,7 @@ def _dw_multiply(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, GROUP_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
+    """One group: its rows of each tile of dw."""
     ROWS: gl.constexpr = BLOCK_N // _GROUPS
     gs, xs, full, empty, offsets_ptr, num_experts, tiles_n, tiles_d = ring
     step = 0
