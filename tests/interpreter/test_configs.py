@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-from moe_ops.configs.choose import Device
 from moe_ops.configs.kernel_config import (
     KernelConfigBackward_dW,
     KernelConfigBackward_dX,
@@ -23,25 +22,6 @@ EVERY_FLAG = ("permute_x-weights-bias", "permute_y-weights-bias")
 SMALL: dict[str, Any] = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32}
 
 modes = pytest.mark.parametrize("mode", ["plain", *EVERY_FLAG])
-
-
-@pytest.fixture
-def made(monkeypatch):
-    """The launcher takes the CPU for a Hopper GPU; lists the descriptors that it makes."""
-    launch = pytest.importorskip("moe_ops.ops.gemm_launching")
-    listed: list[tuple[str, int]] = []
-
-    describe = launch.describe
-
-    def describe_and_list(tensor, block, ragged=False):
-        descriptor = describe(tensor, block, ragged)
-        if descriptor is not None:
-            listed.append(("ragged" if ragged else "plain", len(block)))
-        return descriptor
-
-    monkeypatch.setattr(launch, "describe", describe_and_list)
-    monkeypatch.setattr(launch, "device_of", lambda device: Device("H", (9, 0), 232448, 4))
-    return listed
 
 
 def run(
@@ -91,7 +71,7 @@ def test_tail_tiles(mode, block_m):
 
 @modes
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-def test_tail_tiles_by_descriptors(mode, layout, made):
+def test_tail_tiles_by_descriptors(mode, layout, descriptors):
     run(
         {**SMALL, "BLOCK_M": 64, "flatten": False, "use_tma_store": True},
         forward={"tail_tiles": True, "use_tma_load_x": True, "use_tma_load_w": True},
@@ -99,7 +79,7 @@ def test_tail_tiles_by_descriptors(mode, layout, made):
         mode=mode,
         layout=layout,
     )
-    assert made
+    assert descriptors
 
 
 # By the flag: the descriptors that the three passes of a plain call make for it.
@@ -118,18 +98,18 @@ ONE_FLAG = {
 
 @pytest.mark.parametrize("one", ONE_FLAG)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-def test_one_descriptor(one, layout, made):
+def test_one_descriptor(one, layout, descriptors):
     name, flag = one.split()
     for mode in ("plain", "permute_y-weights-bias"):
-        made.clear()
+        descriptors.clear()
         given: dict[str, Any] = {name: {flag: True}}
         run(SMALL, **given, mode=mode, layout=layout)
-        assert mode != "plain" or made == ONE_FLAG[one]
+        assert mode != "plain" or descriptors == ONE_FLAG[one]
 
 
 @modes
 @pytest.mark.parametrize("block_m", [16, 32, 64])
-def test_every_descriptor(mode, block_m, made):
+def test_every_descriptor(mode, block_m, descriptors):
     run(
         {**SMALL, "BLOCK_M": block_m, "use_tma_store": True},
         forward={"use_tma_load_x": True, "use_tma_load_w": True},
@@ -137,27 +117,27 @@ def test_every_descriptor(mode, block_m, made):
         dw={"use_tma_load_dy": True, "use_tma_load_x": True},
         mode=mode,
     )
-    assert made
+    assert descriptors
 
 
 @modes
 @pytest.mark.parametrize("tma", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-def test_halves(mode, tma, layout, made):
+def test_halves(mode, tma, layout, descriptors):
     run(
         {**SMALL, "use_tma_store": tma, "epilogue_subtile": 2},
         dw={"use_tma_load_x": tma},
         mode=mode,
         layout=layout,
     )
-    assert bool(made) == tma
+    assert bool(descriptors) == tma
 
 
-def test_descriptors_that_cannot_apply(made):
+def test_descriptors_that_cannot_apply(descriptors):
     """Rows of an odd number of elements: pointers serve, with the same result."""
     flags = {"use_tma_load_w": True, "use_tma_store": True}
     run(SMALL, forward=flags, dx=flags, dw={"use_tma_store": True}, shape=(60, 2, 4, 35, 71))
-    assert not made
+    assert not descriptors
 
 
 @pytest.mark.parametrize("block_m", [16, 32])
@@ -169,13 +149,13 @@ def test_few_rows(block_m, mode):
 @pytest.mark.parametrize("routing", ["hot_and_empty", "all_dropped", "uniform"])
 @pytest.mark.parametrize("block_m", [16, 64])
 @pytest.mark.parametrize("tma", [False, True])
-def test_routings(routing, block_m, tma, made):
+def test_routings(routing, block_m, tma, descriptors):
     run(
         {**SMALL, "BLOCK_M": block_m, "use_tma_store": tma},
         mode="plain-weights-bias",
         routing=routing,
     )
-    assert bool(made) == tma
+    assert bool(descriptors) == tma
 
 
 def test_fp32():

@@ -9,7 +9,6 @@ import torch
 import moe_ops
 from tests.gpu.gemm_problem import FP8_MODES, check, check_every_code, fp8_problem
 from tests.interpreter.interpreted import pytestmark  # noqa: F401
-from tests.interpreter.test_tiles import hopper  # noqa: F401
 
 CPU = torch.device("cpu")
 # T, K, E, N, D: the last tile of every dimension is a part of one; four scales an expert.
@@ -27,12 +26,12 @@ def test_pointers(mode, dtype):
 
 @modes
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-def test_descriptors(mode, layout, hopper):  # noqa: F811
+def test_descriptors(mode, layout, descriptors):
     shape = (140, 2, 3, 144, 208)
     flags = FP8_MODES[mode]
     check(fp8_problem(shape, torch.float16, routing="dropped", layout=layout, device=CPU, **flags))
     # The weight in forward and dX, and the rows of both where they are read in order.
-    assert len(hopper) >= 2
+    assert len(descriptors) >= 2
 
 
 @modes

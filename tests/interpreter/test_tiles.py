@@ -4,7 +4,6 @@
 import pytest
 import torch
 
-from moe_ops.configs.choose import Device
 from tests.gpu.gemm_problem import MODES, check, problem
 from tests.interpreter.interpreted import pytestmark  # noqa: F401
 
@@ -21,32 +20,13 @@ def test_pointers(mode, dtype):
     check(problem(SHAPE, dtype, routing="dropped", device=CPU, **MODES[mode]))
 
 
-@pytest.fixture
-def hopper(monkeypatch):
-    """The launcher takes the CPU for a Hopper GPU; lists the descriptors that it makes."""
-    launch = pytest.importorskip("moe_ops.ops.gemm_launching")
-    made: list[str] = []
-
-    describe = launch.describe
-
-    def describe_and_list(tensor, block, ragged=False):
-        descriptor = describe(tensor, block, ragged)
-        if descriptor is not None:
-            made.append("ragged" if ragged else "plain")
-        return descriptor
-
-    monkeypatch.setattr(launch, "describe", describe_and_list)
-    monkeypatch.setattr(launch, "device_of", lambda device: Device("H", (9, 0), 232448, 4))
-    return made
-
-
 @modes
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-def test_descriptors(mode, layout, hopper):
+def test_descriptors(mode, layout, descriptors):
     flags = MODES[mode]
     check(problem(SHAPE, torch.float16, routing="dropped", layout=layout, device=CPU, **flags))
     # The weight in forward and dX, and the rows of both where they are read in order.
-    assert len(hopper) >= 2
+    assert len(descriptors) >= 2
 
 
 def pad(rows: torch.Tensor, width: int) -> torch.Tensor:
@@ -55,14 +35,14 @@ def pad(rows: torch.Tensor, width: int) -> torch.Tensor:
     return room[..., : rows.shape[-1]].copy_(rows)
 
 
-def test_descriptors_of_padded_rows(hopper):
+def test_descriptors_of_padded_rows(descriptors):
     """Rows of 200 bytes every 208: descriptors can read them, but not write a gradient so."""
     given = problem((150, 1, 2, 100, 100), torch.float16, device=CPU)
     for name in ("input", "weight"):
         given.arguments[name] = pad(given.arguments[name], 104)
     given.grad_output = pad(given.grad_output, 104)
     check(given)
-    assert len(hopper) >= 2
+    assert len(descriptors) >= 2
 
 
 @modes
