@@ -150,6 +150,8 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("grouped_gemm_fp8", {"weight": torch.randn(4, 10, 8)}, TypeError,
      ("weight.dtype in (float8_e4m3fn), got float32; a weight in another format is dequantised and "
       "given to grouped_gemm, or quantised anew with moe_ops.quantize_fp8")),
+    ("grouped_gemm_fp8", {"weight": torch.randn(4, 10).to(FP8)}, ValueError,
+     "weight.dim() == 3 (num_experts, out_features, in_features), got 2 (4, 10)"),
     ("grouped_gemm_fp8", {"weight_scale": torch.randn(4, 10, 1)}, ValueError,
      ("weight_scale.shape[1] == (out_features + 127) // 128 (1), got 10; each block of 128 x 128 "
       "weights has one scale that multiplies it, as moe_ops.quantize_fp8 makes them; ")),

@@ -79,10 +79,13 @@ def test_list_of_flags():
 
 
 def test_advice_for_every_quantised_dtype_but_those_that_have_their_own():
-    advice = {"quantised": "dequantise it", "int8": "use int4", "any": "give  another"}
+    advice = {
+        "quantised": "dequantise it", "int8": "use int4", "dtype": "cast it", "any": "give  another",
+    }  # fmt: skip
     op = read(changed(arguments__input__advice=advice))
     found = dict(op.argument("input").advice)
     assert found.pop("any") == "give another"
+    assert found.pop("dtype") == "cast it"
     assert found.pop("int8") == "use int4"
     assert found == dict.fromkeys(set(schema.QUANTISED) - {"int8"}, "dequantise it")
     assert op.argument("row_ids").advice == {}

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import moe_ops
+from moe_ops.layers import MoE, Router
 from moe_ops.layers.experts import Experts
 from moe_ops.layers.lora import (
     GroupedLora,
@@ -284,14 +285,75 @@ def test_adapters_of_quantised_experts_are_bf16_unless_told():
 def test_quantised_experts_alone_are_refused_with_what_to_do():
     experts = Experts(NUM_EXPERTS, 8, 6).quantize_fp8_()
     for rows in (torch.randn(3, 8), torch.randn(3, 8, requires_grad=True)):
-        with pytest.raises(TypeError, match=r"moe_ops\.layers\.lora\.lora_experts takes it"):
+        with pytest.raises(
+            ValueError, match=r"forward: .*moe_ops\.layers\.lora\.LoraExperts computes"
+        ):
             experts(rows, torch.zeros(3, 1).int(), torch.ones(3, 1))
-    with pytest.raises(ValueError, match="without biases that are not quantised yet, got gate_up"):
+    with pytest.raises(ValueError, match=r"reset_parameters: .* not quantised, got FP8 ones"):
+        experts.reset_parameters()
+    with pytest.raises(ValueError, match="are not quantised yet, got gate_up_proj_scale"):
         experts.quantize_fp8_()
     biased = Experts(NUM_EXPERTS, 8, 6, bias=True)
     with pytest.raises(ValueError, match="got gate_up_proj_bias"):
         biased.quantize_fp8_()
     assert biased.gate_up_proj.dtype == torch.float32
+
+
+def test_quantised_experts_keep_their_codes_where_a_model_is_converted():
+    experts = Experts(NUM_EXPERTS, 8, 6).quantize_fp8_()
+    before = {name: tensor.clone() for name, tensor in experts.state_dict().items()}
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), experts)
+    for convert in (model.bfloat16, model.double, lambda: model.to(torch.float16), model.cpu):
+        convert()
+        assert model[0].weight.dtype != torch.float32
+        for name, tensor in experts.state_dict().items():
+            assert tensor.dtype == before[name].dtype, name
+            assert torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8)), name
+    assert all(tensor.is_meta for tensor in experts.to("meta").state_dict().values())
+    assert Experts(NUM_EXPERTS, 8, 6).bfloat16().down_proj.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_states_of_codes_and_of_weights_are_not_mistaken_for_each_other(strict):
+    plain, quantised = (Experts(NUM_EXPERTS, 8, 6) for _ in range(2))
+    quantised.quantize_fp8_()
+    with pytest.raises(RuntimeError, match="expected no FP8 weights in gate_up_proj, got FP8 ones"):
+        plain.load_state_dict(quantised.state_dict(), strict=strict)
+    with pytest.raises(RuntimeError, match="expected FP8 weights in down_proj, got other ones"):
+        quantised.load_state_dict(Experts(NUM_EXPERTS, 8, 6).state_dict(), strict=strict)
+    again = Experts(NUM_EXPERTS, 8, 6).quantize_fp8_()
+    again.load_state_dict(quantised.state_dict(), strict=strict)
+    for name, tensor in quantised.state_dict().items():
+        assert torch.equal(again.state_dict()[name].float(), tensor.float()), name
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float64])
+def test_merged_into_the_dtype_that_is_asked_for(dtype):
+    layer = LoraExperts(Experts(NUM_EXPERTS, 8, 6).quantize_fp8_(), 2, dtype=torch.float32)
+    merged = layer.merge(dtype)
+    expected = dtype or torch.float32
+    assert {parameter.dtype for parameter in merged.parameters()} == {expected}
+    rows = torch.randn(3, 8, dtype=expected)
+    assert merged(rows, torch.zeros(3, 1).int(), torch.ones(3, 1)).dtype == expected
+
+
+def test_is_of_no_use_once_merged():
+    layer = LoraExperts(Experts(NUM_EXPERTS, 8, 6), 2)
+    layer.merge()
+    with pytest.raises(ValueError, match=r"forward: expected adapters that are not merged"):
+        layer(torch.randn(3, 8), torch.zeros(3, 1).int(), torch.ones(3, 1))
+    with pytest.raises(ValueError, match=r"merge: expected adapters that are not merged"):
+        layer.merge()
+
+
+def test_stands_in_a_layer_that_is_made_of_parts():
+    layer = MoE(Router(8, NUM_EXPERTS, 2), LoraExperts(Experts(NUM_EXPERTS, 8, 6), 2))
+    output, _ = layer(torch.randn(5, 8))
+    assert output.shape == (5, 8)
+    with pytest.raises(
+        TypeError, match=r"expected experts to be a moe_ops\.layers\.Experts, got a Lora"
+    ):
+        LoraExperts(layer.experts, 2)
 
 
 def test_input_gradient_only_where_needed():

@@ -253,12 +253,12 @@ def test_rejects_a_weight_of_another_format(dtype, requires_grad):
     )
 
 
-def test_rejects_packed_weights():
-    """Two 4-bit numbers in a byte: half of the columns, whatever the dtype says."""
+def test_rejects_a_weight_that_does_not_fit():
+    """Without advice on formats: either of the two may be the wrong one."""
     arguments = call()
     arguments["weight"] = torch.zeros(NUM_EXPERTS, 200, 150, dtype=FP8)
-    expected = "expected weight.shape[2] == input.shape[1] (300), got 150; " + ADVICE
-    checks.assert_rejects(ValueError, (expected,), moe.grouped_gemm_fp8, arguments)
+    got = checks.assert_rejects(ValueError, (), moe.grouped_gemm_fp8, arguments)
+    assert got.endswith("expected weight.shape[2] == input.shape[1] (300), got 150")
 
 
 @pytest.mark.parametrize(
@@ -359,6 +359,13 @@ def test_quantise_what_is_not_finite_and_what_is_tiny():
     assert not quantised.float().isnan().any()
 
 
+def test_quantise_takes_what_fp32_does_not_hold():
+    """Of fp64: its scale does fit."""
+    quantised, scale = moe_ops.quantize_fp8(torch.full((1, 1), 1e39, dtype=torch.float64))
+    back = moe_ops.dequantize_fp8(quantised, scale, torch.float64)
+    torch.testing.assert_close(back, torch.full_like(back, 1e39), rtol=1e-6, atol=0)
+
+
 def test_quantise_takes_any_strides():
     weight = torch.randn(2, 300, 200)
     expected = moe_ops.quantize_fp8(weight.transpose(1, 2).contiguous())
@@ -385,6 +392,21 @@ def test_quantise_takes_any_strides():
             "dequantize_fp8", (torch.ones(2, 200).to(FP8), torch.ones(1, 1)), ValueError,
             r"weight_scale.shape == \(1, 2\), .*, got \(1, 1\)",
         ),
+        (
+            "dequantize_fp8", (torch.ones(2).to(FP8), torch.ones(1)), ValueError,
+            r"weight.dim\(\) >= 2, got 1 \(2,\)",
+        ),
+        (
+            "dequantize_fp8", (torch.ones(2, 2).to(FP8), torch.ones(1, 1, device="meta")), ValueError,
+            r"weight_scale.device == weight.device \(cpu\), got meta",
+        ),
+        *[
+            (
+                "dequantize_fp8", (torch.ones(2, 2).to(FP8), torch.ones(1, 1), dtype), TypeError,
+                f"dtype in .*, got {name}",
+            )
+            for dtype, name in ((torch.int8, "int8"), (FP8, "float8_e4m3fn"))
+        ],
     ],
 )  # fmt: skip
 def test_quantise_rejects(function, arguments, error, expected):

@@ -85,7 +85,7 @@ def _by_dtype(argument: Argument) -> dict[str, str]:
     return {
         f"torch.{dtype}": f"; {text}"
         for dtype, text in argument.advice.items()
-        if dtype not in ("any", argument.dtype)
+        if dtype not in ("any", "dtype", argument.dtype)
     }
 
 
@@ -145,7 +145,10 @@ class _Body:
 
     def advice(self, argument: Argument, *, of_dtype: bool = False) -> str:
         """What an error about the argument ends with."""
-        anyway = f"; {_literal(argument.advice['any'])}" if "any" in argument.advice else ""
+        text = argument.advice.get("any")
+        if of_dtype:
+            text = argument.advice.get("dtype", text)
+        anyway = "" if text is None else f"; {_literal(text)}"
         if of_dtype and _by_dtype(argument):
             return f"{{_advice_{argument.name}.get(str({argument.name}.dtype), {anyway!r})}}"
         return anyway

@@ -202,6 +202,8 @@ def _advice(argument: Argument) -> Iterator[tuple[str, str, str]]:
     for text, dtypes in said.items():
         if dtypes == ["any"]:
             yield "TypeError or ValueError", "", f"Another {argument.name}: {text}."
+        elif dtypes == ["dtype"]:
+            yield "TypeError", "", f"{argument.name} in another dtype: {text}."
         else:
             yield "TypeError", "", f"{argument.name} in {' or '.join(dtypes)}: {text}."
 

@@ -105,7 +105,7 @@ class Argument:
     maximum: Expr | None = None
     choices: tuple[str, ...] = ()
     format: str = ""
-    # What to do about an error, by the dtype that was given, or "any".
+    # What to do about an error, by the dtype that was given, or for any "dtype", or any error, "any".
     advice: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
@@ -473,7 +473,7 @@ class _Reader:
                 tensors.append(name)
 
     def advice(self, key: str, value: Any) -> dict[str, str]:
-        entries = self.mapping(key, value, {*QUANTISED, "quantised", "any"})
+        entries = self.mapping(key, value, {*QUANTISED, "quantised", "dtype", "any"})
         found = {given: self.text(f"{key}.{given}", text) for given, text in entries.items()}
         if "quantised" in found:
             shared = found.pop("quantised")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +92,12 @@ class Experts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise the parameters, as after to_empty()."""
+        """Initialise the parameters, as after to_empty().
+
+        Raises:
+            ValueError: the layer is quantised.
+        """
+        self._check_not_quantised("reset_parameters")
         for name in (self._up_name, "down_proj"):
             weight, bias = self.projection(name)
             bound = max(weight.shape[2], 1) ** -0.5
@@ -112,10 +118,12 @@ class Experts(nn.Module):
             output ((T, hidden_size), the dtype of hidden_states): weighted and summed in fp32.
 
         Raises:
+            ValueError: the layer is quantised.
             ValueError, TypeError: from moe::fused_experts, for what it has not got.
 
         Differentiable in hidden_states, topk_weights and the parameters.
         """
+        self._check_not_quantised("forward")
         up_weight, up_bias = self.projection(self._up_name)
         down_weight, down_bias = self.projection("down_proj")
         return fused_experts(
@@ -137,12 +145,13 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def quantize_fp8_(self) -> Experts:
-        """Quantise both projections with moe_ops.quantize_fp8, in place, and freeze the layer.
+        """Quantise both projections with moe_ops.quantize_fp8, and freeze the layer.
 
-        The parameters become float8_e4m3fn, and the buffers gate_up_proj_scale (up_proj_scale where
-        not gated) and down_proj_scale hold the scales of their blocks. LoraExperts computes with
-        them; the forward of this module, which is moe::fused_experts, refuses them. What converts
-        a whole model, such as module.bfloat16(), would convert them too: it belongs before this.
+        The parameters are replaced by new ones in float8_e4m3fn, and the buffers gate_up_proj_scale
+        (up_proj_scale where not gated) and down_proj_scale hold the scales of their blocks.
+        LoraExperts computes with them; the forward of this module refuses them. Both keep their
+        dtypes where a whole model is converted, as by module.bfloat16(), and a state with them is
+        loaded into a layer that is quantised alone.
 
         Returns:
             This layer.
@@ -152,11 +161,12 @@ class Experts(nn.Module):
         """
         names = (self._up_name, "down_proj")
         for name in names:
-            if self.projection(name)[1] is not None or self.scale(name) is not None:
-                raise ValueError(
-                    "moe_ops.layers.Experts.quantize_fp8_: expected experts without biases that are "
-                    f"not quantised yet, got {name}_bias or {name}_scale"
-                )
+            for kind in ("bias", "scale"):
+                if getattr(self, f"{name}_{kind}") is not None:
+                    raise ValueError(
+                        "moe_ops.layers.Experts.quantize_fp8_: expected experts without biases that "
+                        f"are not quantised yet, got {name}_{kind}"
+                    )
         for name in names:
             quantised, scale = quantize_fp8(getattr(self, name))
             setattr(self, name, nn.Parameter(quantised, requires_grad=False))
@@ -167,6 +177,50 @@ class Experts(nn.Module):
         """The scales of the weight of that name, where it is quantised."""
         scale: Tensor | None = getattr(self, f"{name}_scale")
         return scale
+
+    def _check_not_quantised(self, function: str) -> None:
+        if self.scale("down_proj") is not None:
+            raise ValueError(
+                f"moe_ops.layers.Experts.{function}: expected weights that are not quantised, got "
+                "FP8 ones, which moe_ops.layers.lora.LoraExperts computes with"
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
+        """As of any module; but the weights of a quantised layer, and their scales, keep their dtypes."""
+        if self.scale("down_proj") is None:
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """As of any module; but codes are never taken for weights, nor weights for codes."""
+        for name in (self._up_name, "down_proj"):
+            is_quantised, theirs = (
+                self.scale(name) is not None,
+                f"{prefix}{name}_scale" in state_dict,
+            )
+            if f"{prefix}{name}" in state_dict and is_quantised != theirs:
+                expected, got = ("FP8", "other") if is_quantised else ("no FP8", "FP8")
+                error_msgs.append(
+                    f"expected {expected} weights in {prefix}{name}, got {got} ones; quantize_fp8_() "
+                    "before loading makes a layer that takes FP8"
+                )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def projection(self, name: str) -> tuple[Tensor, Tensor | None]:
         """The weight of that name, and its bias."""

@@ -101,6 +101,8 @@ def lora_grouped_gemm(
     gradient that nobody asks for costs no GEMM. Deterministic but for the dropout.
     """
     _check_dropout("lora_grouped_gemm", "dropout_p", dropout_p)
+    for adapter in adapters:
+        _check(adapter, weight)
     if weight_scale is None:
         dtype = weight.dtype
         output = grouped_gemm(
@@ -133,7 +135,6 @@ def lora_grouped_gemm(
             permute_y=permute_y,
         )
     for adapter in adapters:
-        _check(adapter, weight)
         x = F.dropout(input, dropout_p) if dropout_p else input
         low_rank = grouped_gemm(
             x,
@@ -319,6 +320,7 @@ class LoraExperts(nn.Module):
         dtype: of the adapters; None for that of the experts' weights, bfloat16 where these are FP8.
 
     Raises:
+        TypeError: experts that are no moe_ops.layers.Experts.
         ValueError: other targets; a dropout_p outside [0, 1); experts with weights_before, recompute
             or a kernel_config, which are not supported here, whenever they are set; a rank below 1.
     """
@@ -335,6 +337,12 @@ class LoraExperts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(experts, Experts):
+            raise TypeError(
+                f"{_HERE}.LoraExperts: expected experts to be a moe_ops.layers.Experts, got a "
+                f"{type(experts).__name__}"
+            )
+        self._is_merged = False
         self._up_name = "gate_up_proj" if experts.gated else "up_proj"
         known = (self._up_name, "down_proj")
         targets = known if targets is None else targets
@@ -357,6 +365,7 @@ class LoraExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """The weighted sum of each token's experts, (T, H); see lora_experts."""
+        self._check_not_merged("forward")
         experts, up_name = self.experts, self._up_name
         _check_experts(experts)
         up_weight, up_bias = experts.projection(up_name)
@@ -381,14 +390,24 @@ class LoraExperts(nn.Module):
         )
 
     @torch.no_grad()
-    def merge(self) -> Experts:
+    def merge(self, dtype: torch.dtype | None = None) -> Experts:
         """Add the adapters to the weights, in place, and return the layer, still frozen, without them.
 
-        Weights in FP8 are dequantised to the dtype of the adapters first, both projections. This
-        module must not be used after it.
+        Args:
+            dtype: what weights in FP8 are dequantised to first, both projections: that of the hidden
+                states that the layer is to take; None for that of the adapters. Other weights keep
+                theirs.
+
+        Returns:
+            The layer. This module is of no use after it.
+
+        Raises:
+            ValueError: it was merged before.
         """
+        self._check_not_merged("merge")
+        self._is_merged = True
         experts = self.experts
-        (dtype, *_) = (parameter.dtype for parameter in self.adapters.parameters())
+        dtype = dtype or next(self.adapters.parameters()).dtype
         for name in (self._up_name, "down_proj"):
             if (scale := experts.scale(name)) is not None:
                 weight = dequantize_fp8(getattr(experts, name), scale, dtype)
@@ -397,6 +416,18 @@ class LoraExperts(nn.Module):
         for name in self.adapters:
             getattr(experts, name).add_(self._adapter(name).delta_weight())
         return experts
+
+    @property
+    def down_proj(self) -> Tensor:
+        """The layer's down projection, whose shape tells the layer's sizes."""
+        return self.experts.down_proj
+
+    def _check_not_merged(self, function: str) -> None:
+        if self._is_merged:
+            raise ValueError(
+                f"{_HERE}.LoraExperts.{function}: expected adapters that are not merged, got merged "
+                "ones; use the layer that merge() returned"
+            )
 
     def _weights(self, name: str) -> tuple[LoraWeights, ...]:
         return (self._adapter(name).weights(),) if name in self.adapters else ()
@@ -457,6 +488,11 @@ def _check_dropout(function: str, name: str, probability: float) -> None:
 
 
 def _check(adapter: LoraWeights, weight: Tensor) -> None:
+    for name in ("lora_A", "lora_B"):
+        if not (factor := getattr(adapter, name)).is_floating_point():
+            raise TypeError(
+                f"{_HERE}.lora_grouped_gemm: expected {name} of a floating dtype, got {factor.dtype}"
+            )
     num_experts, out_features, in_features = weight.shape
     a, b = tuple(adapter.lora_A.shape), tuple(adapter.lora_B.shape)
     if len(a) != 3 or a[1] < 1 or (a[0], a[2]) != (num_experts, in_features):

@@ -6,12 +6,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from moe_ops.layers.experts import Experts, GatedMLP
+from moe_ops.layers.lora import LoraExperts
 from moe_ops.layers.router import Router
 
 
@@ -24,7 +25,7 @@ class MoE(nn.Module):
 
     Args:
         router (Router): chooses the experts.
-        experts (Experts): the experts.
+        experts (Experts or LoraExperts): the experts.
         shared_expert (nn.Module or None): what every token goes through besides, such as a
             GatedMLP.
         shared_expert_gate (nn.Module or None): one logit per token, such as
@@ -41,7 +42,7 @@ class MoE(nn.Module):
     def __init__(
         self,
         router: Router,
-        experts: Experts,
+        experts: Experts | LoraExperts,
         shared_expert: nn.Module | None = None,
         shared_expert_gate: nn.Module | None = None,
     ) -> None:
@@ -58,7 +59,8 @@ class MoE(nn.Module):
                 f"experts have them ({num_experts}, {hidden_size}), got {tuple(router.weight.shape)}"
             )
         self.router = router
-        self.experts = experts
+        # What LoraExperts stands for.
+        self.experts = cast(Experts, experts)
         self.shared_expert = shared_expert
         self.shared_expert_gate = shared_expert_gate
         # Set by from_config: the model, and whether its blocks keep the experts' projections

@@ -65,7 +65,7 @@ def quantize_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         padding = (0, -columns % BLOCK, 0, -rows % BLOCK)
         blocks = torch.nn.functional.pad(values.abs(), padding)
         blocks = blocks.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
-        largest = blocks.amax(dim=(1, 3)).float()
+        largest = blocks.amax(dim=(1, 3))
         scales.copy_((largest / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny))
         scales.masked_fill_(largest == 0, 1.0)
         into.copy_((values / _spread(scales, rows, columns)).clamp(-_LARGEST, _LARGEST))
@@ -88,8 +88,10 @@ def dequantize_fp8(
         output (Tensor (..., N, D), dtype): contiguous. moe_ops.grouped_gemm takes it.
 
     Raises:
-        TypeError: a dtype other than those above.
-        ValueError: weight_scale has another shape.
+        TypeError: weight or weight_scale of another dtype; dtype is not a floating one of 16 bits or
+            more.
+        ValueError: weight has fewer than two dimensions; weight_scale has another shape, or is on
+            another device.
 
     Not differentiable. Deterministic bit for bit.
 
@@ -104,6 +106,21 @@ def dequantize_fp8(
             raise TypeError(
                 f"moe_ops.dequantize_fp8: expected {name}.dtype == {names[0]}, got {names[1]}"
             )
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise TypeError(
+            "moe_ops.dequantize_fp8: expected dtype in (bfloat16, float16, float32, float64), got "
+            f"{str(dtype).removeprefix('torch.')}"
+        )
+    if weight.dim() < 2:
+        raise ValueError(
+            f"moe_ops.dequantize_fp8: expected weight.dim() >= 2, got {weight.dim()} "
+            f"{tuple(weight.shape)}"
+        )
+    if weight_scale.device != weight.device:
+        raise ValueError(
+            f"moe_ops.dequantize_fp8: expected weight_scale.device == weight.device "
+            f"({weight.device}), got {weight_scale.device}"
+        )
     shape = _scale_shape(weight)
     if tuple(weight_scale.shape) != shape:
         raise ValueError(
