@@ -337,6 +337,13 @@ def test_merged_into_the_dtype_that_is_asked_for(dtype):
     assert merged(rows, torch.zeros(3, 1).int(), torch.ones(3, 1)).dtype == expected
 
 
+def test_a_dtype_that_is_refused_merges_nothing():
+    layer = LoraExperts(Experts(NUM_EXPERTS, 8, 6).quantize_fp8_(), 2)
+    with pytest.raises(TypeError, match=r"expected dtype in .*, got int8"):
+        layer.merge(torch.int8)
+    assert layer.merge(torch.float32).down_proj.dtype == torch.float32
+
+
 def test_is_of_no_use_once_merged():
     layer = LoraExperts(Experts(NUM_EXPERTS, 8, 6), 2)
     layer.merge()

@@ -405,7 +405,6 @@ class LoraExperts(nn.Module):
             ValueError: it was merged before.
         """
         self._check_not_merged("merge")
-        self._is_merged = True
         experts = self.experts
         dtype = dtype or next(self.adapters.parameters()).dtype
         for name in (self._up_name, "down_proj"):
@@ -413,6 +412,8 @@ class LoraExperts(nn.Module):
                 weight = dequantize_fp8(getattr(experts, name), scale, dtype)
                 setattr(experts, name, nn.Parameter(weight, requires_grad=False))
                 setattr(experts, f"{name}_scale", None)
+        # From here on, and not where a dtype was refused above.
+        self._is_merged = True
         for name in self.adapters:
             getattr(experts, name).add_(self._adapter(name).delta_weight())
         return experts

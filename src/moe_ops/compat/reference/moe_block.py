@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moe_ops.compat import grouped_gemm
 from moe_ops.compat.reference.intermediates import MoeIntermediates
 from moe_ops.compat.reference.layers.qwen3_moe import Qwen3MoeGroupedGEMMBlock
-from moe_ops.compat.reference.options import check_gradients, check_tuning
+from moe_ops.compat.reference.options import check_gradients, check_tuning, gemm_options
 from moe_ops.configs.kernel_config import (
     KernelConfigBackward_dW,
     KernelConfigBackward_dX,
@@ -154,11 +154,5 @@ class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
             gather_indices,
             permute_x=permute_x,
             permute_y=permute_y,
-            kernel_config_fwd=self.kernel_config_fwd,
-            kernel_config_bwd_dW=self.kernel_config_bwd_dW,
-            kernel_config_bwd_dX=self.kernel_config_bwd_dX,
-            autotune=self.autotune,
-            # dW_only of a block is not that of its GEMMs: the first weight's gradient needs the
-            # input gradient of the second. It is in the detached input.
-            dX_only=self.dX_only,
+            **gemm_options(self),
         )

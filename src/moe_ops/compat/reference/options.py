@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the options of the fused blocks must not say together."""
+"""What the options of the fused blocks must not say together, and what they say to the GEMMs."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from moe_ops.configs.kernel_config import (
     KernelConfigBackward_dW,
@@ -14,6 +16,21 @@ def check_gradients(owner: str, *, dW_only: bool, dX_only: bool) -> None:
     """Raises ValueError where both are asked for: neither gradient would be left."""
     if dW_only and dX_only:
         raise ValueError(f"{owner}: expected dW_only or dX_only or neither, got both")
+
+
+def gemm_options(block: Any) -> dict[str, Any]:
+    """What a fused block's options are to its GEMMs, as moe_ops.compat.grouped_gemm takes them.
+
+    dW_only of a block is not that of its GEMMs: the first weight's gradient needs the input gradient
+    of the second. It is in the block's detached input.
+    """
+    return {
+        "kernel_config_fwd": block.kernel_config_fwd,
+        "kernel_config_bwd_dW": block.kernel_config_bwd_dW,
+        "kernel_config_bwd_dX": block.kernel_config_bwd_dX,
+        "autotune": block.autotune,
+        "dX_only": block.dX_only,
+    }
 
 
 def check_tuning(

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
 from moe_ops.compat import get_routing_indices, grouped_gemm, permute, unpermute
-from moe_ops.compat.reference.options import check_gradients, check_tuning
+from moe_ops.compat.reference.options import check_gradients, check_tuning, gemm_options
 from moe_ops.compat.reference.weights import check_equal
 
 if TYPE_CHECKING:
@@ -243,11 +243,7 @@ class Llama4GroupedGemmTextMoe(Llama4TextMoe):
             gather_indices,
             permute_x=permute_x,
             permute_y=permute_y,
-            kernel_config_fwd=self.kernel_config_fwd,
-            kernel_config_bwd_dW=self.kernel_config_bwd_dW,
-            kernel_config_bwd_dX=self.kernel_config_bwd_dX,
-            autotune=self.autotune,
-            dX_only=self.dX_only,
+            **gemm_options(self),
         )
 
 
