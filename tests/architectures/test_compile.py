@@ -12,6 +12,7 @@ import os
 import pkgutil
 from collections.abc import Iterable
 from importlib import resources
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,12 @@ import torch
 import moe_ops
 from moe_ops.configs import cache, choose
 from moe_ops.configs.choose import Device
-from moe_ops.configs.kernel_config import KernelConfig, KernelConfigForward, kernel_config
+from moe_ops.configs.kernel_config import (
+    KernelConfig,
+    KernelConfigBackward_dW,
+    KernelConfigForward,
+    kernel_config,
+)
 from tests.gpu import experts_problem
 from tests.gpu.gemm_problem import MODES
 
@@ -27,7 +33,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles kernels, which TRITON_INTERPRET=1 interprets", allow_module_level=True)
 pytest.importorskip("triton", exc_type=ImportError)
 
-from moe_ops.ops import gemm_launching
+from moe_ops.ops import gemm_launching, hopper_launching
 from tests.architectures import calls
 from tests.architectures.calls import SIZES, Call, Sizes
 from tests.architectures.compiled import GPUS, Resources, compiling_for
@@ -41,8 +47,16 @@ TENSOR_CORES = {
     "sm_80": "mma.sync", "sm_89": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma",
 }  # fmt: skip
 
-SPECIALIZED = KernelConfigForward(
-    BLOCK_N=256, use_tma_load_x=True, use_tma_load_w=True, use_tma_store=True, warp_specialize=True
+STORE: dict[str, Any] = {"use_tma_store": True, "warp_specialize": True}
+# What Hopper has kernels for, in turns and in shared tiles: those that are not chosen anyway.
+IN_TURNS = kernel_config(
+    KernelConfigForward(use_tma_load_x=True, use_tma_load_w=True, **STORE),
+    backward_dW=KernelConfigBackward_dW(
+        BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, use_tma_load_dy=True, use_tma_load_x=True, **STORE
+    ),
+)
+SHARED = kernel_config(
+    KernelConfigForward(BLOCK_N=256, use_tma_load_x=True, use_tma_load_w=True, **STORE)
 )
 
 gpus = pytest.mark.parametrize("gpu", GPUS)
@@ -94,14 +108,31 @@ def test_every_kernel_compiles(gpu):
     named.update({f"fp8 {name}": call for name, call in made.items()})
     gather = calls.grouped_gemm(SIZES["training"], dtype, **MODES["permute_y-weights"])
     plain = calls.grouped_gemm(SIZES["training"], F32)
-    bare = calls.grouped_gemm(SIZES["training"], dtype)
-    specialized = kernel_config(SPECIALIZED if gpu == "sm_90" else None)
-    up = calls.experts(SIZES["training"], dtype, kernel_config=specialized)
-    more = [gather["dw"], plain["dw"], bare["forward"], up["forward"]]
+    more = [
+        gather["dw"],
+        plain["dw"],
+        calls.experts(SIZES["training"], dtype, gated=False)["backward"],
+    ]
+    if gpu == "sm_90":
+        in_turns = calls.experts(SIZES["training"], dtype, kernel_config=IN_TURNS)
+        shared = calls.grouped_gemm(SIZES["training"], dtype, kernel_config=SHARED)
+        more += [in_turns["forward"], in_turns["backward"], shared["forward"]]
     kernels = compile_all(device, [*named.values(), *more])
     names = {kernel.kernel for kernel in kernels}
     assert names == {n for n in kernels_of_the_package() if gpu == "sm_90" or "hopper" not in n}
     check(device, named, stack_limit(gpu))
+
+
+@pytest.mark.parametrize(("gpu", "dtype"), [("sm_80", BF16), ("sm_90", F32), ("sm_100", BF16)])
+def test_kernels_for_hopper_serve_16_bits_on_hopper_alone(gpu, dtype, monkeypatch):
+    def refuse() -> None:
+        raise AssertionError("Gluon is imported")
+
+    with compiling_for(GPUS["sm_90"]):
+        assert hopper_launching.serves(torch.empty(1, dtype=BF16, device="meta"))
+    monkeypatch.setattr(hopper_launching, "_import_kernels", refuse)
+    with compiling_for(GPUS[gpu]):
+        assert not hopper_launching.serves(torch.empty(1, dtype=dtype, device="meta"))
 
 
 def kernels_of_the_package() -> set[str]:
@@ -222,9 +253,11 @@ def test_shipped_tables(table):
     device = next(d for d in GPUS.values() if table == f"{cache.table_name(d.name)}.json")
     first: dict[tuple[str, KernelConfig], str] = {}
     for key, config in configs.items():
-        first.setdefault((key.split()[0], config), key)
+        kind, *_ = key.split()
+        first.setdefault((f"{kind} gated" if key.endswith("gated") else kind, config), key)
     named: dict[str, Call] = {}
-    for (kind, config), key in first.items():
+    for (name, config), key in first.items():
+        kind, *_ = name.split()
         # As kernel_config() writes it.
         named[key] = call_of(key, json.dumps({kind: config.to_dict()}))
     check(device, named, 0)
@@ -236,8 +269,15 @@ def call_of(key: str, config: str) -> Call:
     flags = key.split()[6:]
     num_experts, out_features, in_features = (int(size[1:]) for size in sizes)
     is_forward = kind == "forward"
+    num_rows = int(rows.removeprefix("rows")) * num_experts
+    if "gated" in flags:
+        # The up projection's sizes, or of the down projection's backward.
+        up = (out_features, in_features) if is_forward else (2 * in_features, out_features)
+        block = Sizes(num_rows, 1, num_experts, *up)
+        made = calls.experts(block, getattr(torch, dtype), kernel_config=config)
+        return made["forward" if is_forward else "backward"]
     made = calls.grouped_gemm(
-        Sizes(int(rows.removeprefix("rows")) * num_experts, 1, num_experts, out_features, in_features),
+        Sizes(num_rows, 1, num_experts, out_features, in_features),
         getattr(torch, dtype),
         permute_x=("gather" if is_forward else "scatter") in flags,
         permute_y=("scatter" if is_forward else "gather") in flags,

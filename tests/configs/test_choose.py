@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_ops.configs import cache, choose
-from moe_ops.configs.choose import Device, Problem, fitting, heuristic, rows_bucket, shared_memory
+from moe_ops.configs.choose import (
+    TURNS_TILE,
+    Device,
+    Problem,
+    fitting,
+    heuristic,
+    rows_bucket,
+    shared_memory,
+)
 from moe_ops.configs.kernel_config import (
     PASSES,
     KernelConfigBackward_dX,
@@ -156,7 +164,10 @@ def test_warps_are_specialized_on_hopper_where_nothing_but_a_product_is_asked_fo
     assert heuristic(bare, HOPPER).warp_specialize
     others = [replace(bare, dtype="float32")]
     if kind != "backward_dW":
-        flags = ("gather", "scatter", "scale", "bias", "dots")
+        scattered = heuristic(replace(bare, flags=("scatter",)), HOPPER)
+        assert scattered.warp_specialize
+        assert scattered.tile[:2] == TURNS_TILE
+        flags = ("gather", "scale", "bias", "dots")
         others += [replace(bare, rows=32), *(replace(bare, flags=(flag,)) for flag in flags)]
     for problem in others:
         assert not heuristic(problem, HOPPER).warp_specialize, problem

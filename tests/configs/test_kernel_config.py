@@ -57,7 +57,7 @@ def configs(name: str) -> st.SearchStrategy[KernelConfig]:
         **{f"BLOCK_{letter}": block for letter in "MNK"},
     }
     specialized: dict[str, Any] = {
-        "num_warps": 8, "programs_per_sm": 1, "epilogue_subtile": 1, "launch_pdl": False,
+        "num_warps": 8, "num_stages": 2, "programs_per_sm": 1, "launch_pdl": False,
         "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128,
     }  # fmt: skip
     declared = {f.name: drawn.get(f.name, st.booleans()) for f in fields(PASSES[name])}
@@ -138,7 +138,12 @@ SPECIALIZED: dict[str, Any] = {
 NOT_SPECIALIZED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_warps": 4}, ValueError, "num_warps=8 with warp_specialize, got 4"),
     ({"programs_per_sm": 2}, ValueError, "programs_per_sm=1 with warp_specialize, got 2"),
-    ({"epilogue_subtile": 2}, ValueError, "epilogue_subtile=1 with warp_specialize, got 2"),
+    ({"num_stages": 1}, ValueError, "num_stages >= 2 with warp_specialize, got 1"),
+    (
+        {"epilogue_subtile": 2, "BLOCK_N": 256},
+        ValueError,
+        "epilogue_subtile=1 with warp_specialize, got 2",
+    ),
     ({"launch_pdl": True}, ValueError, "launch_pdl=False with warp_specialize, got True"),
     ({"use_tma_load_x": False}, ValueError, "use_tma_load_x=True with warp_specialize, got False"),
     ({"use_tma_store": False}, ValueError, "use_tma_store=True with warp_specialize, got False"),

@@ -57,6 +57,21 @@ CASES: dict[str, tuple[KernelConfig, dict[str, bool], tuple[str, ...]]] = {
     ),
     "specialized dX": (dx(128, 32, 256, 8, 6, warp_specialize=True, **TMA_DX, **STORE), {}, ()),
     "specialized dW": (dw(32, 128, 256, 8, 6, warp_specialize=True, **TMA_DW, **STORE), {}, ()),
+    "in turns": (
+        forward(128, 128, 64, 8, 6, epilogue_subtile=2, warp_specialize=True, **TMA, **STORE),
+        {},
+        (),
+    ),
+    "in turns, scattered": (
+        forward(128, 128, 64, 8, 5, warp_specialize=True, **TMA, **STORE),
+        {"permute_y": True},
+        ("scatter",),
+    ),
+    "in turns, dW": (
+        dw(64, 128, 128, 8, 6, epilogue_subtile=2, warp_specialize=True, **TMA_DW, **STORE),
+        {},
+        (),
+    ),
     "pointers store in halves": (forward(128, 256, 64, 8, 3, **TMA), {}, ()),
     "pointers store at once": (forward(128, 128, 64, 8, 4), {}, ()),
     "fewer rows than the tile has": (forward(128, 64, 64, 4, 3), {}, ()),
@@ -125,6 +140,25 @@ def test_is_what_an_activation_takes(subtile, keeps):
     bound = estimated(config, "forward", "bfloat16", "sm_90", ("gather", "gated"))
     assert actual <= bound
     assert not keeps or bound <= 1.08 * actual
+
+
+@pytest.mark.parametrize(("num_stages", "subtile"), [(4, 1), (5, 2), (6, 2)])
+def test_is_what_an_activation_takes_in_turns(num_stages, subtile):
+    """After the up projection, and in the backward of the down projection."""
+    fields = {"epilogue_subtile": subtile, "warp_specialize": True, **STORE}
+    up = KernelConfigForward(128, 128, 64, 8, num_stages, **TMA, **fields)
+    down = KernelConfigBackward_dX(128, 64, 128, 8, num_stages, **TMA_DX, **fields)
+    made = calls.experts(SIZES["training"], torch.bfloat16, kernel_config=kernel_config(up, down))
+    with compiling_for(GPUS["sm_90"]) as found:
+        made["forward"]()
+        made["backward"]()
+    shared = {kernel.kernel: kernel.shared for kernel in found}
+    for name, config, kind, flags in (
+        ("expert_up_hopper_kernel", up, "forward", ("gather", "gated")),
+        ("expert_down_bwd_hopper_kernel", down, "backward_dX", ("gated",)),
+    ):
+        bound = estimated(config, kind, "bfloat16", "sm_90", flags)
+        assert shared[name] <= bound <= 1.08 * shared[name]
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 4])

@@ -74,7 +74,7 @@ def test_descriptors_only_where_they_apply(device):
                 assert not descriptors
             if "gather" in problem.flags and not config.warp_specialize:
                 assert not {"use_tma_load_x", "use_tma_load_dy"} & set(descriptors)
-            if "scatter" in problem.flags:
+            if "scatter" in problem.flags and not config.warp_specialize:
                 assert "use_tma_store" not in descriptors
 
 
@@ -91,9 +91,14 @@ def test_choices_that_hopper_needs():
     }  # fmt: skip
     for field, values in expected.items():
         assert tried(large, field) >= values, field
-    for problem in (large, replace(large, flags=("gather", "gated"))):
+    down = replace(large, kind="backward_dX", flags=("gated",))
+    for problem in (
+        large,
+        down,
+        *(replace(large, flags=f) for f in (("gather", "gated"), ("scatter",))),
+    ):
         assert tried(problem, "warp_specialize") == {True, False}
-    for flag in ("gather", "scatter", "bias", "dots"):
+    for flag in ("gather", "bias", "dots"):
         assert tried(replace(large, flags=(flag,)), "warp_specialize") == {False}
     few = Problem("forward", "bfloat16", 128, 1536, 2048, 4)
     assert tried(few, "BLOCK_M") == {16, 32}

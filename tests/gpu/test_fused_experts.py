@@ -156,10 +156,17 @@ def kernels_of(given: Any, names: list[str]) -> list[str]:
     return [event.name for event in profile.events()]
 
 
-# Each product in the kernel for every GPU or in the one for Hopper.
-DW = ("grouped_gemm_bwd_dw_kernel", "grouped_gemm_bwd_dw_hopper_kernel")
-GEMM = ("grouped_gemm_kernel", "grouped_gemm_hopper_kernel")
-ACTIVATION, COPY = ("_expert_activation_bwd_kernel",), ("copy_rows_kernel",)
+# Each product in the kernel for every GPU or in one for Hopper, of which one does two things.
+DW = (
+    "grouped_gemm_bwd_dw_kernel", "grouped_gemm_bwd_dw_hopper_kernel",
+    "grouped_gemm_bwd_dw_hopper_turns_kernel",
+)  # fmt: skip
+GEMM = (
+    "grouped_gemm_kernel", "grouped_gemm_hopper_kernel", "grouped_gemm_hopper_turns_kernel",
+    "expert_down_bwd_hopper_kernel",
+)  # fmt: skip
+ACTIVATION = ("_expert_activation_bwd_kernel", "expert_down_bwd_hopper_kernel")
+COPY = ("copy_rows_kernel",)
 
 
 @pytest.mark.parametrize(

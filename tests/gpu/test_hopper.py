@@ -23,13 +23,18 @@ pytestmark = pytest.mark.gpu
 
 # Every dimension of the last has a part of a tile alone.
 SHAPES = [(1500, 2, 4, 512, 768), (700, 4, 6, 712, 328), (300, 2, 3, 8, 16)]
-TILES = [(128, 256, 64, 3), (128, 256, 32, 6), (256, 128, 64, 3), (128, 128, 64, 4)]
+# Rows, columns, contracted elements, stages, epilogue_subtile. The groups share the tiles of the
+# first; of the second each has tiles of its own.
+SHARED_TILES = [(128, 256, 64, 3), (128, 256, 32, 6), (256, 128, 64, 2)]
+TILES_IN_TURNS = [(128, 128, 64, 4), (128, 128, 64, 5), (128, 128, 64, 6, 2), (128, 128, 32, 8, 2)]
+TILES = [*SHARED_TILES, *TILES_IN_TURNS]
 ROUTINGS = ("uniform", "zipf", "hot_and_empty", "dropped", "all_dropped")
 
 
-def config(rows: int, columns: int, depth: int, stages: int) -> str:
+def config(rows: int, columns: int, depth: int, stages: int, subtile: int = 1) -> str:
     common: dict[str, Any] = {
         "num_warps": 8, "num_stages": stages, "use_tma_store": True, "warp_specialize": True,
+        "epilogue_subtile": subtile,
     }  # fmt: skip
     return moe_ops.kernel_config(
         moe_ops.KernelConfigForward(
@@ -54,8 +59,9 @@ def tell(launch: Callable[..., bool], said: list[bool], *args: Any) -> bool:
 
 @pytest.fixture
 def served(monkeypatch):
-    """What the launchers said, by name: that they launched a kernel of kernels/hopper.py, or not."""
-    said: dict[str, list[bool]] = {"grouped_gemm": [], "grad_weight": [], "expert_up": []}
+    """What the launchers said, by name: that they launched a kernel for Hopper, or not."""
+    names = ("grouped_gemm", "grad_weight", "expert_up", "expert_down_backward")
+    said: dict[str, list[bool]] = {name: [] for name in names}
     for name, answers in said.items():
         launch = functools.partial(tell, getattr(hopper_launching, name), answers)
         monkeypatch.setattr(hopper_launching, name, launch)
@@ -74,19 +80,44 @@ def test_forward_and_gradients(shape, tile, dtype, layout, routing, served):
     given = problem(shape, dtype, routing=routing, layout=layout)
     given.arguments["kernel_config"] = config(*tile)
     check(given)
-    assert served == {"grouped_gemm": [True, True], "grad_weight": [True], "expert_up": []}
+    assert served["grouped_gemm"] == [True, True]
+    assert served["grad_weight"] == [True]
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("permute_y", [False, True])
+def test_scattered_rows(permute_y, routing, served):
+    """Those of permute_y, and those of the gradient with permute_x."""
+    for shape, tile in zip(SHAPES, TILES_IN_TURNS[1:], strict=True):
+        given = problem(
+            shape, torch.bfloat16, routing=routing, permute_x=not permute_y, permute_y=permute_y
+        )
+        given.arguments["kernel_config"] = config(*tile)
+        check(given)
+    # The forward of the one and the dX of the other gather.
+    assert served["grouped_gemm"] == [True] * 3
+
+
+def test_scattered_rows_of_shared_tiles_are_left_to_the_other_kernels(served):
+    given = problem(SHAPES[0], torch.bfloat16, permute_y=True)
+    given.arguments["kernel_config"] = config(*SHARED_TILES[0])
+    check(given)
+    assert served["grouped_gemm"] == []
 
 
 def test_what_descriptors_cannot_describe_is_served_by_the_other_kernels(served):
     given = problem((600, 2, 3, 100, 68), torch.bfloat16)
     given.arguments["kernel_config"] = config(*TILES[0])
     check(given)
-    assert served == {"grouped_gemm": [False, False], "grad_weight": [False], "expert_up": []}
+    assert served["grouped_gemm"] == [False, False]
+    assert served["grad_weight"] == [False]
 
 
-def test_is_chosen_without_a_configuration(served):
-    check(problem((1500, 2, 4, 512, 768), torch.bfloat16))
-    assert served == {"grouped_gemm": [True, True], "grad_weight": [True], "expert_up": []}
+@pytest.mark.parametrize("permute_y", [False, True])
+def test_is_chosen_without_a_configuration(permute_y, served):
+    check(problem((1500, 2, 4, 512, 768), torch.bfloat16, permute_y=permute_y))
+    assert served["grouped_gemm"] == [True] * (1 if permute_y else 2)
+    assert served["grad_weight"] == [True]
 
 
 # T, K, E, H, I: the second has a part of a tile in every dimension.
@@ -100,11 +131,11 @@ EXPERTS_CASES = [
     (
         shape,
         mode,
-        TILES[3 if mode == "llama4" else i % 2],
+        TILES_IN_TURNS[0] if mode == "llama4" else (*SHARED_TILES[:2], *TILES_IN_TURNS)[i % 6],
         (torch.bfloat16, torch.float16)[i // 2 % 2],
         ROUTINGS[i % 5],
     )
-    for i, (shape, mode) in enumerate(itertools.product(EXPERTS_SHAPES, EXPERTS_MODES))
+    for i, (shape, mode) in enumerate(itertools.product(EXPERTS_SHAPES, list(EXPERTS_MODES) * 3))
 ]
 
 
@@ -114,9 +145,54 @@ def test_experts(shape, mode, tile, dtype, routing, served):
     given.arguments["kernel_config"] = config(*tile)
     experts_problem.check(given)
     # Forward, without and with a gradient; again in the backward where nothing was kept.
-    assert served["expert_up"] == [True] * (3 if "recompute" in mode else 2)
+    times = 3 if "recompute" in mode else 2
+    assert served["expert_up"] == [True] * times * (tile in TILES_IN_TURNS)
     assert all(served["grouped_gemm"])
     assert served["grad_weight"] == [True, True]
+    assert served["expert_down_backward"] == [True] * (tile in TILES_IN_TURNS)
+
+
+FROZEN_MODES: dict[str, dict[str, Any]] = {
+    "swiglu": {},
+    "geglu-tanh-bias": {"activation": "gelu_tanh", "bias": True, "activation_limit": 0.7},
+}
+
+
+@pytest.mark.parametrize("mode", FROZEN_MODES)
+@pytest.mark.parametrize("frozen", ["topk_weights", "gate_up_proj", "hidden_states", "down_proj"])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_experts_with_a_frozen_argument(mode, frozen, layout, served):
+    """The down projection's backward without router gradient, and with bias without weighted rows."""
+    given = experts_problem.problem(
+        EXPERTS_SHAPES[1], torch.bfloat16, layout=layout, **FROZEN_MODES[mode]
+    )
+    given.differentiable.remove(frozen)
+    given.arguments["kernel_config"] = config(*TILES_IN_TURNS[0])
+    experts_problem.check(given)
+    # Without a gradient of down_proj or of its bias the rows of dY are not moved, but gathered.
+    is_moved = frozen != "down_proj" or "bias" in mode
+    assert served["expert_down_backward"] == [True] * is_moved
+
+
+def test_the_backward_of_experts_is_repeatable():
+    given = experts_problem.problem(EXPERTS_SHAPES[0], torch.bfloat16, routing="zipf")
+    given.arguments["kernel_config"] = config(*TILES_IN_TURNS[0])
+    _, expected = given.run()
+    for _ in range(20):
+        _, found = given.run()
+        for name, gradient in found.items():
+            assert torch.equal(gradient, expected[name]), name
+
+
+@pytest.mark.parametrize("activation", ["relu", "swiglu_oai", "gelu", "gelu_tanh", "relu_squared"])
+def test_activations_in_turns(activation, served):
+    given = experts_problem.problem(
+        EXPERTS_SHAPES[1], torch.bfloat16, routing="zipf", activation=activation
+    )
+    given.arguments["kernel_config"] = config(*TILES_IN_TURNS[0])
+    experts_problem.check(given)
+    # The error function takes registers that the kernel lacks.
+    assert served["expert_down_backward"] == [activation != "gelu"]
 
 
 @pytest.mark.parametrize("mode", ["gpt-oss", "geglu-bias", "geglu-tanh-interleaved", "ungated"])
@@ -148,13 +224,14 @@ def operands(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tenso
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_dw_is_that_of_the_other_kernel_bit_for_bit(transposed):
+@pytest.mark.parametrize("tile", [SHARED_TILES[1], TILES_IN_TURNS[2]])
+def test_dw_is_that_of_the_other_kernel_bit_for_bit(tile, transposed):
     """Both add up the same products in the same order."""
     plain = moe_ops.kernel_config(backward_dW=moe_ops.KernelConfigBackward_dW(flatten=False))
     g, x, offsets = operands()
     expected = gemm_launching.grad_weight(g, x, offsets, transposed, plain)
     for _ in range(20):
-        found = gemm_launching.grad_weight(g, x, offsets, transposed, config(128, 256, 32, 6))
+        found = gemm_launching.grad_weight(g, x, offsets, transposed, config(*tile))
         assert torch.equal(found, expected)
 
 
@@ -185,7 +262,7 @@ def test_weights_of_more_than_2_31_elements(served):
     assert reference_error(dw[-1], g.float().t() @ x.float()) < 4e-3
     y = torch.ops.moe.grouped_gemm(g, dw.transpose(1, 2), counts, kernel_config=config(*TILES[0]))
     assert reference_error(y, g.float() @ dw[-1].float()) < 4e-3
-    assert served == {"grouped_gemm": [True], "grad_weight": [True], "expert_up": []}
+    assert served["grouped_gemm"] == [True]
 
 
 def reference_error(actual: Tensor, expected: Tensor) -> float:

@@ -97,7 +97,7 @@ def test_problems():
     found = {task.problem: task for task in tasks_of([EXPERTS], [40])}
     expected = [
         ("forward", (48, 16), ("gather", "gated")), ("forward", (16, 24), ()),
-        ("backward_dX", (16, 24), ()), ("backward_dX", (48, 16), ()),
+        ("backward_dX", (16, 24), ("gated",)), ("backward_dX", (48, 16), ()),
         ("backward_dW", (16, 24), ()), ("backward_dW", (48, 16), ()),
     ]  # fmt: skip
     # 80 rows of 4 experts: 20 each, which is up to 32.
@@ -169,5 +169,6 @@ def test_problems_of_separate_ops():
         ("forward", 48, ("gather",)),
         ("backward_dX", 48, ("scatter",)),
         ("forward", 16, ("scatter", "scale")),
+        ("backward_dX", 16, ()),
         ("backward_dX", 16, ("gather", "scale", "dots")),
     }

@@ -39,7 +39,8 @@ class Problem:
         flags: what else the kernel does, of "gather" (rows of x are gathered), "scatter" (rows of
             the output are scattered), "scale" (they are multiplied by topk_weights), "bias", "dots"
             (the router gradient), "transposed" (the weight is a transposed view), "fp8" (the weight
-            is, with scales), in this order.
+            is, with scales), "gated" (what follows is the activation of a gated block, after dX its
+            backward), "activated" (the activation of another), in this order.
     """
 
     kind: str
@@ -49,6 +50,11 @@ class Problem:
     in_features: int
     rows: int
     flags: tuple[str, ...] = ()
+
+    @property
+    def has_activation(self) -> bool:
+        """Whether the kernel computes an activation of its product."""
+        return self.kind == "forward" and not {"gated", "activated"}.isdisjoint(self.flags)
 
     @property
     def key(self) -> str:
@@ -78,6 +84,10 @@ HOPPER = 9
 FEW_ROWS = 32
 # The largest side of a weight that is taken for a LoRA's rank.
 _NARROW = 64
+# Rows and columns of the tiles that kernels/hopper_turns.py computes; kernels/hopper.py has others.
+TURNS_TILE = (128, 128)
+# Columns at a time of what a tile of kernels/hopper_turns.py becomes after the activation's backward.
+_CHUNK_COLUMNS = 32
 
 
 @functools.cache
@@ -173,7 +183,7 @@ def _heuristic_gemm(problem: Problem, device: Device) -> KernelConfig:
     has_dots, is_fp8 = "dots" in problem.flags, "fp8" in problem.flags
     contracted = problem.in_features if problem.kind == "forward" else problem.out_features
     # What comes after the product of an activation takes the registers of half a tile at most.
-    subtile = 2 if {"gated", "activated"} & set(problem.flags) else 1
+    subtile = 2 if problem.has_activation else 1
     stages, per_sm, store, is_specialized = 3, 1, False, False
     if problem.dtype == "float32":
         m, n, has_tma = 64, 64, False
@@ -199,17 +209,27 @@ def _heuristic_gemm(problem: Problem, device: Device) -> KernelConfig:
         m, n, k, warps, stages = 128, 128, 64, 8, 4
     elif has_tma and problem.rows <= 64:
         m, n, k, warps, stages, store = 64, 256, 64, 4, 4, True
-    elif has_tma and (
-        "activated" in problem.flags or ("gated" in problem.flags and device.capability >= (10, 0))
+    elif (
+        has_tma
+        and problem.has_activation
+        and ("activated" in problem.flags or device.capability >= (10, 0))
     ):
         # The activation's own registers leave room for half of the widest tile.
         m, n, k, warps, stages, store = 128, 128, 64, 8, 4, True
-    elif device.capability[0] == HOPPER and has_tma and set(problem.flags) <= {"transposed"}:
-        m, n, k, warps, store, is_specialized = 128, 256, 64, 8, True, True
     elif (
         device.capability[0] == HOPPER
         and has_tma
-        and not {"gather", "gated"} & set(problem.flags)
+        and not problem.has_activation
+        and specializes(problem, TURNS_TILE)
+    ):
+        (m, n), k, warps, store, is_specialized = TURNS_TILE, 64, 8, True, True
+        # More stages where what is stored passes through smaller buffers.
+        stages, subtile = (4, 1) if "gated" in problem.flags else (6, 2)
+    elif (
+        device.capability[0] == HOPPER
+        and has_tma
+        and "gather" not in problem.flags
+        and not problem.has_activation
         and ("scatter" in problem.flags or contracted <= 256)
     ):
         # Two programs an SM: one stores its tile while the other multiplies. Where storing is much
@@ -265,6 +285,51 @@ def _heuristic_dw(problem: Problem, device: Device) -> KernelConfigBackward_dW:
     )
 
 
+def specializes(problem: Problem, tile: tuple[int, int]) -> bool:
+    """Whether kernels/hopper.py or kernels/hopper_turns.py has a kernel for that, on Hopper.
+
+    tile: rows and columns, as of KernelConfig.tile.
+    """
+    flags = set(problem.flags)
+    if problem.has_activation:
+        # Rows that are to be gathered are copied before it.
+        return flags - {"gather"} == {"gated"} and tile == TURNS_TILE
+    # What is gated in dX may also be done by two kernels.
+    flags -= {"transposed", "gated"}
+    return not flags or (flags == {"scatter"} and tile == TURNS_TILE)
+
+
+def _goes_in_turns(problem: Problem, tile: tuple[int, int]) -> bool:
+    """Whether that kernel is one of kernels/hopper_turns.py."""
+    return tile == TURNS_TILE and specializes(problem, tile)
+
+
+def epilogue_slots(config: KernelConfig, device: Device, activation: str) -> tuple[int, int]:
+    """How the activation's backward goes by on top of dX in kernels/hopper_turns.py.
+
+    Returns:
+        tuple: columns at a time, and how many times so many each of the two groups of warps has
+        buffers for: two where the stages leave room.
+    """
+    columns = _CHUNK_COLUMNS // config.epilogue_subtile
+    if activation != "silu":
+        # Whose derivative takes more registers.
+        columns = min(columns, _CHUNK_COLUMNS // 2)
+    used = _turns_operands(config) + 2 * _turns_slots(config) + 2 * _BARRIERS
+    return columns, 2 if used <= device.shared_memory else 1
+
+
+def _turns_operands(config: KernelConfig) -> int:
+    """Bytes of shared memory of the ring of 16-bit operands."""
+    rows, columns, contracted = config.tile
+    return (rows + columns) * contracted * 2 * config.num_stages
+
+
+def _turns_slots(config: KernelConfig) -> int:
+    """Bytes of shared memory of a slot of gate, up and h, of both groups."""
+    return 2 * 3 * config.tile[0] * _CHUNK_COLUMNS // config.epilogue_subtile * 2
+
+
 def shared_memory(config: KernelConfig, problem: Problem, device: Device) -> int:
     """Bytes of shared memory that each program of a launch needs, an upper bound.
 
@@ -274,6 +339,13 @@ def shared_memory(config: KernelConfig, problem: Problem, device: Device) -> int
     other GPUs they take this or less.
     """
     rows, columns, contracted = config.tile
+    if config.warp_specialize and _goes_in_turns(problem, (rows, columns)):
+        # Each of the two groups has a tile of its own to store.
+        stored = 2 * rows * columns * 2 // config.epilogue_subtile
+        if problem.kind == "backward_dX" and "gated" in problem.flags:
+            _, slots = epilogue_slots(config, device, "silu")
+            stored = slots * _turns_slots(config)
+        return _turns_operands(config) + stored + 2 * _BARRIERS
     if problem.kind == "backward_dW" and "transposed" in problem.flags:
         rows, columns = columns, rows
     size = 4 if problem.dtype == "float32" else 2
@@ -293,7 +365,7 @@ def shared_memory(config: KernelConfig, problem: Problem, device: Device) -> int
         has_tails = getattr(config, "tail_tiles", False)
         # A tile of half the height has a buffer of its own.
         stored = tile + tile // 2 if has_tails else tile
-        if "gated" in problem.flags and not config.warp_specialize:
+        if "gated" in problem.flags and problem.has_activation:
             # Half of the pre-activation at a time; the output, half as wide, in a buffer of its own
             # unless it has the same shape.
             half = rows * columns // 2 * size

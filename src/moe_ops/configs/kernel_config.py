@@ -44,9 +44,10 @@ class KernelConfig:
         epilogue_subtile (int): 1, or 2 to store a tile in two halves, one after the other, which
             takes half of the shared memory and leaves it to another stage.
         warp_specialize (bool): one warp loads while the others, 8 in two groups, multiply and store,
-            each group half of a tile. It applies on Hopper (compute capability 9.x) to 16-bit
-            operands that descriptors load, where no row is gathered or scattered and nothing is
-            added to the product; elsewhere the other fields serve without it.
+            each group half of a tile, or where tiles are 128x128 tiles of its own, in turns. It applies on Hopper (compute capability 9.x) to 16-bit operands that
+            descriptors load, where no row is gathered (or they are copied first), none is scattered
+            but from a 128x128 tile, and nothing is added to the product; elsewhere the other fields
+            serve without it.
         launch_pdl (bool): launch while the kernel before it ends (programmatic dependent launch),
             where forward and dX run on a GPU of compute capability 9.0 or newer. For short launches.
 
@@ -122,9 +123,17 @@ class KernelConfig:
                 f"{type(self).__name__}: expected a tile of 128x128, 128x256 or 256x128, contracted "
                 f"over 32 or more, with warp_specialize, got {rows}x{columns} over {contracted}"
             )
+        if self.num_stages < 2:
+            # A step's buffer is given back one step later.
+            raise ValueError(
+                f"{type(self).__name__}: expected num_stages >= 2 with warp_specialize, got "
+                f"{self.num_stages}"
+            )
         loads = [field.name for field in fields(self) if field.name.startswith("use_tma_")]
-        needed = {"num_warps": 8, "programs_per_sm": 1, "epilogue_subtile": 1}
+        needed = {"num_warps": 8, "programs_per_sm": 1}
         needed |= dict.fromkeys(loads, True) | {"launch_pdl": False}
+        if rows != columns:
+            needed["epilogue_subtile"] = 1
         for name, value in needed.items():
             if (got := getattr(self, name)) != value:
                 raise ValueError(

@@ -18,6 +18,7 @@ from moe_ops.configs.choose import (
     fitting,
     heuristic,
     shared_memory,
+    specializes,
 )
 from moe_ops.configs.kernel_config import (
     KernelConfig,
@@ -41,8 +42,11 @@ _TMA_TILES = (
 # while the other multiplies.
 _TMA_HALVES = ((128, 256, 64, 8, 4), (256, 128, 64, 8, 4), (128, 256, 64, 8, 3))
 _TMA_PAIRS = ((128, 128, 32, 4, 4), (128, 128, 64, 4, 3), (64, 256, 32, 4, 4))
-# One warp loads, two groups multiply, on Hopper.
-_SPECIALIZED = ((128, 256, 64, 8, 3), (128, 256, 32, 8, 6), (256, 128, 64, 8, 3))
+# One warp loads, two groups multiply, on Hopper, with epilogue_subtile.
+_SPECIALIZED: tuple[tuple[_Tile, int], ...] = (
+    ((128, 128, 64, 8, 6), 2), ((128, 128, 64, 8, 5), 1), ((128, 256, 64, 8, 3), 1),
+    ((128, 256, 32, 8, 6), 1),
+)  # fmt: skip
 _POINTER_TILES = (
     (128, 128, 32, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 4, 4), (128, 256, 32, 8, 3),
     (256, 128, 32, 8, 3), (128, 64, 64, 4, 3), (64, 128, 64, 4, 3), (64, 128, 32, 4, 4),
@@ -72,7 +76,10 @@ _DW_TMA_TILES = (
 )  # fmt: skip
 _DW_HALVES = ((128, 256, 64, 8, 4), (256, 128, 64, 8, 4), (128, 256, 32, 8, 8))
 _DW_PAIRS = ((128, 128, 64, 4, 3), (128, 128, 32, 4, 6), (128, 128, 32, 4, 4))
-_DW_SPECIALIZED = ((128, 256, 32, 8, 6), (128, 256, 64, 8, 3), (256, 128, 32, 8, 6))
+_DW_SPECIALIZED: tuple[tuple[_Tile, int], ...] = (
+    ((128, 256, 32, 8, 6), 1), ((128, 128, 64, 8, 6), 2), ((256, 128, 32, 8, 6), 1),
+    ((128, 128, 32, 8, 8), 1),
+)  # fmt: skip
 _DW_POINTER_TILES = (
     (128, 128, 32, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 4, 4), (128, 256, 32, 8, 3),
     (256, 128, 32, 8, 3), (128, 256, 64, 8, 3), (64, 256, 32, 8, 3), (128, 64, 64, 4, 3),
@@ -109,12 +116,6 @@ def _has_tma(problem: Problem, device: Device) -> bool:
     return device.has_tma and all(width * size % 16 == 0 for width in widths)
 
 
-def _is_bare(problem: Problem) -> bool:
-    """Whether kernels/hopper.py has a kernel for this forward or dX."""
-    flags = set(problem.flags)
-    return flags <= {"transposed"} or flags - {"gather"} == {"gated"}
-
-
 def _of_gemm(problem: Problem, device: Device) -> Iterator[KernelConfig]:
     has_cores = _has_tensor_cores(problem, device)
     tma = has_cores and _has_tma(problem, device)
@@ -139,11 +140,8 @@ def _of_gemm(problem: Problem, device: Device) -> Iterator[KernelConfig]:
     # An expert of few rows wastes the larger part of a high tile: those come last.
     base.sort(key=lambda config: problem.rows <= 64 < config.BLOCK_M)
     yield from base[:5]
-    if tma and device.capability[0] == HOPPER and _is_bare(problem):
-        for tile in _SPECIALIZED:
-            # Rows that are to be gathered are copied before it.
-            config = _gemm(replace(problem, flags=()), tile, tma=True)
-            yield replace(config, use_tma_store=True, warp_specialize=True)
+    if tma and device.capability[0] == HOPPER:
+        yield from _specialized(problem)
     if tma:
         store = "scatter" not in problem.flags
         for tile in _TMA_HALVES:
@@ -164,6 +162,17 @@ def _of_gemm(problem: Problem, device: Device) -> Iterator[KernelConfig]:
     yield from base[5:]
     if tma:
         yield from (_gemm(problem, tile, programs_per_sm=2) for tile in _POINTER_TILES[:2])
+
+
+def _specialized(problem: Problem) -> Iterator[KernelConfig]:
+    # Rows that are to be gathered are copied before it.
+    loads = replace(problem, flags=())
+    for tile, subtile in _SPECIALIZED:
+        if specializes(problem, tile[:2]):
+            config = _gemm(loads, tile, tma=True)
+            yield replace(
+                config, use_tma_store=True, warp_specialize=True, epilogue_subtile=subtile
+            )
 
 
 def _gemm(
@@ -201,8 +210,9 @@ def _of_dw(problem: Problem, device: Device) -> Iterator[KernelConfig]:
     base = [_dw(tile, tma=tma) for tile in tiles]
     yield from base[:4]
     if tma and device.capability[0] == HOPPER:
-        for tile in _DW_SPECIALIZED:
-            yield replace(_dw(tile, tma=True), warp_specialize=True)
+        for tile, subtile in _DW_SPECIALIZED:
+            config = _dw(tile, tma=True)
+            yield replace(config, warp_specialize=True, epilogue_subtile=subtile)
     if tma and not few:
         yield from (replace(_dw(tile, tma=True), epilogue_subtile=2) for tile in _DW_HALVES)
         for tile in _DW_PAIRS:

@@ -7,7 +7,8 @@ of STAGES buffers, out of one tile into the next: while a group stores, the othe
 next tile's operands are on their way. With the loads in the groups' own loop, as Triton pipelines
 them, each tile would begin by waiting for its first operands and end with nothing to multiply.
 
-A buffer of the ring is `full` once its bytes have come, `empty` once both groups have multiplied it.
+A buffer of the ring is `full` once its bytes have come, `empty` once its READERS, the groups that
+multiply it, have done so: here both, in kernels/hopper_turns.py one.
 """
 
 from triton.experimental import gluon
@@ -20,36 +21,41 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from moe_ops.kernels.activations import gated_activation
 from moe_ops.kernels.grouped_gemm import tile_of
 
 # Triton 3.6 has the one name, later ones the other.
-_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 # Where a ragged descriptor's rows end (triton.tools.ragged_tma).
-_RAGGED_END = gl.constexpr(1 << 30)
-_GROUPS = gl.constexpr(2)
+RAGGED_END = gl.constexpr(1 << 30)
+GROUPS = gl.constexpr(2)
 # The kernel's own warps are the first group; beside it run the second one and the loading warp, which
 # needs next to no registers and leaves them to the accumulators.
-_WORKER_WARPS = gl.constexpr([4, 1])
-_WORKER_REGISTERS = gl.constexpr([240, 24])
+WORKER_WARPS = gl.constexpr([4, 1])
+WORKER_REGISTERS = gl.constexpr([240, 24])
+
+
+@gluon.constexpr_function
+def accumulator_layout(columns):
+    """Where a group's threads have a product of so many columns, or as many columns of a wider one."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
 
 
 @gluon.jit
-def _new_ring(STAGES: gl.constexpr):
+def new_ring(STAGES: gl.constexpr, READERS: gl.constexpr):
     """The barriers of a ring: full, empty."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=_GROUPS)
+        mbarrier.init(empty.index(stage), count=READERS)
     fence_async_shared()
     return full, empty
 
 
 @gluon.jit
-def _next_buffer(full, empty, step, num_bytes: gl.constexpr, STAGES: gl.constexpr):
+def next_buffer(full, empty, step, num_bytes: gl.constexpr, STAGES: gl.constexpr):
     """Waits until the step's buffer is empty; its number, and the barrier that the bytes tell."""
     stage = step % STAGES
     mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
@@ -59,21 +65,21 @@ def _next_buffer(full, empty, step, num_bytes: gl.constexpr, STAGES: gl.constexp
 
 
 @gluon.jit
-def _multiply(
+def begin_product(
     left, right, full, empty, step, num_steps,
-    GROUP: gl.constexpr, LEFT_IS_KM: gl.constexpr, RIGHT_IS_NK: gl.constexpr,
+    PART: gl.constexpr, READERS: gl.constexpr, LEFT_IS_KM: gl.constexpr, RIGHT_IS_NK: gl.constexpr,
     ROWS: gl.constexpr, COLS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The sum over num_steps buffers of the group's left (ROWS, DEPTH) @ right (DEPTH, COLS), fp32.
+    """The sum over num_steps buffers of left (ROWS, DEPTH) @ right (DEPTH, COLS), fp32; zeros without.
 
-    Zeros where there are no steps. Begins at the ring's step `step`; returns the one after it, too.
+    Begins at the ring's step `step`. Of READERS parts of a buffer's left this group has the PART. The
+    last product may not be done: end_product waits for it.
     """
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
-    acc = gl.zeros([ROWS, COLS], gl.float32, layout)
+    acc = gl.zeros([ROWS, COLS], gl.float32, accumulator_layout(COLS))
     for i in range(num_steps):
         stage = step % STAGES
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-        a = left.index(stage * _GROUPS + GROUP)
+        a = left.index(stage * READERS + PART)
         if LEFT_IS_KM:
             a = a.reshape([DEPTH, ROWS]).permute((1, 0))
         b = right.index(stage)
@@ -83,13 +89,20 @@ def _multiply(
         acc = warpgroup_mma_wait(1, deps=[acc])
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=i > 0)
         step += 1
+    return acc
+
+
+@gluon.jit
+def end_product(acc, empty, step, num_steps, STAGES: gl.constexpr):
+    """The sum that begin_product began at the same step, and the step after it."""
     acc = warpgroup_mma_wait(0, deps=[acc])
+    step += num_steps
     mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=num_steps > 0)
     return acc, step
 
 
 @gluon.jit
-def _store_tile(desc, buffer, acc, place, OTHERS: gl.constexpr):
+def store_tile(desc, buffer, acc, place, OTHERS: gl.constexpr):
     """Stores acc at `place` of the descriptor, through one of the group's buffers, and does not wait.
 
     It does wait for all stores but the last OTHERS, which went through other buffers.
@@ -98,11 +111,11 @@ def _store_tile(desc, buffer, acc, place, OTHERS: gl.constexpr):
     tma.store_wait(OTHERS)
     buffer.reshape(acc.shape).store(tile)
     fence_async_shared()
-    _store(desc, place, buffer)
+    async_store(desc, place, buffer)
 
 
 @gluon.jit
-def _scheduled_tile(t, tiles_ptr, max_tiles, tiles_m, tiles_n, GROUP_M: gl.constexpr):
+def scheduled_tile(t, tiles_ptr, max_tiles, tiles_m, tiles_n, GROUP_M: gl.constexpr):
     """Expert, first row and end row, and column tile of position t."""
     tile_m, tile_n = tile_of(t, tiles_m, tiles_n, GROUP_M)
     e = gl.load(tiles_ptr + tile_m)
@@ -112,35 +125,35 @@ def _scheduled_tile(t, tiles_ptr, max_tiles, tiles_m, tiles_n, GROUP_M: gl.const
 
 
 @gluon.jit
-def _gemm_load(
+def load_operands(
     x_desc, b_desc, ring,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
-    B_IS_NK: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr,
+    B_IS_NK: gl.constexpr, STAGES: gl.constexpr, READERS: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
-    """The loading warp: x and b of each step of each tile.
+    """The loading warp: x, a part for each reader, and b of each step of each tile.
 
     With HALVES a tile has half of its columns in each half of b's, which is stored (N, K).
     """
-    ROWS: gl.constexpr = BLOCK_M // _GROUPS
+    ROWS: gl.constexpr = BLOCK_M // READERS
     STEP_N: gl.constexpr = BLOCK_N // 2 if HALVES else BLOCK_N
     BYTES: gl.constexpr = (BLOCK_M + BLOCK_N) * BLOCK_K * x_desc.dtype.primitive_bitwidth // 8
     xs, bs, full, empty, tiles_ptr, max_tiles, tiles_n, K = ring
     tiles_m = gl.load(tiles_ptr + 3 * max_tiles)
     step = 0
     for t in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        e, first, _, tile_n = _scheduled_tile(t, tiles_ptr, max_tiles, tiles_m, tiles_n, GROUP_M)
+        e, first, _, tile_n = scheduled_tile(t, tiles_ptr, max_tiles, tiles_m, tiles_n, GROUP_M)
         n0 = tile_n * STEP_N
         for k0 in range(0, K, BLOCK_K):
-            stage, barrier = _next_buffer(full, empty, step, BYTES, STAGES)
-            for group in gl.static_range(_GROUPS):
-                x = xs.index(stage * _GROUPS + group)
-                _load(x_desc, [first + group * ROWS, k0], barrier, x)
+            stage, barrier = next_buffer(full, empty, step, BYTES, STAGES)
+            for part in gl.static_range(READERS):
+                x = xs.index(stage * READERS + part)
+                async_load(x_desc, [first + part * ROWS, k0], barrier, x)
             if HALVES:
-                _load(b_desc, [e, 0, n0, k0], barrier, bs.index(stage))
+                async_load(b_desc, [e, 0, n0, k0], barrier, bs.index(stage))
             elif B_IS_NK:
-                _load(b_desc, [e, n0, k0], barrier, bs.index(stage))
+                async_load(b_desc, [e, n0, k0], barrier, bs.index(stage))
             else:
-                _load(b_desc, [e, k0, n0], barrier, bs.index(stage))
+                async_load(b_desc, [e, k0, n0], barrier, bs.index(stage))
             step += 1
 
 
@@ -151,18 +164,20 @@ def _gemm_multiply(
     B_IS_NK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One group: its rows of each tile of y."""
-    ROWS: gl.constexpr = BLOCK_M // _GROUPS
+    ROWS: gl.constexpr = BLOCK_M // GROUPS
     xs, bs, full, empty, tiles_ptr, max_tiles, tiles_n, K = ring
     tiles_m = gl.load(tiles_ptr + 3 * max_tiles)
+    num_steps = gl.cdiv(K, BLOCK_K)
     step = 0
     for t in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        _, first, end, tile_n = _scheduled_tile(t, tiles_ptr, max_tiles, tiles_m, tiles_n, GROUP_M)
-        y, step = _multiply(
-            xs, bs, full, empty, step, gl.cdiv(K, BLOCK_K),
-            GROUP, False, B_IS_NK, ROWS, BLOCK_N, BLOCK_K, STAGES,
+        _, first, end, tile_n = scheduled_tile(t, tiles_ptr, max_tiles, tiles_m, tiles_n, GROUP_M)
+        y = begin_product(
+            xs, bs, full, empty, step, num_steps,
+            GROUP, GROUPS, False, B_IS_NK, ROWS, BLOCK_N, BLOCK_K, STAGES,
         )  # fmt: skip
-        row = _RAGGED_END - (end - first) + GROUP * ROWS
-        _store_tile(y_desc, ys.index(GROUP), y, [_RAGGED_END, end, row, tile_n * BLOCK_N], 0)
+        y, step = end_product(y, empty, step, num_steps, STAGES)
+        row = RAGGED_END - (end - first) + GROUP * ROWS
+        store_tile(y_desc, ys.index(GROUP), y, [RAGGED_END, end, row, tile_n * BLOCK_N], 0)
     tma.store_wait(0)
 
 
@@ -176,13 +191,13 @@ def grouped_gemm_hopper_kernel(
 
     Grid (any,), persistent. Writes the rows of the schedule's tiles alone.
     """
-    ROWS: gl.constexpr = BLOCK_M // _GROUPS
+    ROWS: gl.constexpr = BLOCK_M // GROUPS
     B_SHAPE: gl.constexpr = [1, BLOCK_N, BLOCK_K] if B_IS_NK else [1, BLOCK_K, BLOCK_N]
     tiles_n = gl.cdiv(N, BLOCK_N)
-    xs = gl.allocate_shared_memory(x_desc.dtype, [STAGES * _GROUPS, ROWS, BLOCK_K], x_desc.layout)
+    xs = gl.allocate_shared_memory(x_desc.dtype, [STAGES * GROUPS, ROWS, BLOCK_K], x_desc.layout)
     bs = gl.allocate_shared_memory(b_desc.dtype, [STAGES] + B_SHAPE, b_desc.layout)
-    ys = gl.allocate_shared_memory(y_desc.dtype, [_GROUPS, 1, 1, ROWS, BLOCK_N], y_desc.layout)
-    full, empty = _new_ring(STAGES)
+    ys = gl.allocate_shared_memory(y_desc.dtype, [GROUPS, 1, 1, ROWS, BLOCK_N], y_desc.layout)
+    full, empty = new_ring(STAGES, GROUPS)
     ring = (xs, bs, full, empty, tiles_ptr, max_tiles, tiles_n, K)
     gl.warp_specialize(
         [
@@ -195,103 +210,29 @@ def grouped_gemm_hopper_kernel(
                 (y_desc, ys, ring, 1, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, B_IS_NK, STAGES),
             ),
             (
-                _gemm_load,
-                (x_desc, b_desc, ring, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, B_IS_NK, STAGES, False),
+                load_operands,
+                (
+                    x_desc,
+                    b_desc,
+                    ring,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_K,
+                    GROUP_M,
+                    B_IS_NK,
+                    STAGES,
+                    GROUPS,
+                    False,
+                ),
             ),
         ],
-        _WORKER_WARPS,
-        _WORKER_REGISTERS,
+        WORKER_WARPS,
+        WORKER_REGISTERS,
     )
 
 
 @gluon.jit
-def _up_multiply(
-    z_desc, h_desc, buffers, ring, limit, GROUP: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
-    STAGES: gl.constexpr, ACTIVATION: gl.constexpr,
-    HAS_LIMIT: gl.constexpr, STORE_Z: gl.constexpr, STORE_H: gl.constexpr,
-):  # fmt: skip
-    """One group: its rows of each tile of z, and of h."""
-    xs, bs, full, empty, tiles_ptr, max_tiles, tiles_n, K = ring
-    ROWS: gl.constexpr = BLOCK_M // _GROUPS
-    BLOCK_I: gl.constexpr = BLOCK_N // 2
-    tiles_m = gl.load(tiles_ptr + 3 * max_tiles)
-    first_buffer = buffers.index(GROUP * 2)
-    second_buffer = buffers.index(GROUP * 2 + 1)
-    step = 0
-    for t in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        _, first, end, tile_n = _scheduled_tile(t, tiles_ptr, max_tiles, tiles_m, tiles_n, GROUP_M)
-        z, step = _multiply(
-            xs, bs, full, empty, step, gl.cdiv(K, BLOCK_K),
-            GROUP, False, True, ROWS, BLOCK_N, BLOCK_K, STAGES,
-        )  # fmt: skip
-        gate, up = z.reshape([ROWS, 2, BLOCK_I]).permute((0, 2, 1)).split()
-        row = _RAGGED_END - (end - first) + GROUP * ROWS
-        i0 = tile_n * BLOCK_I
-        if STORE_Z:
-            _store_tile(z_desc, first_buffer, gate, [_RAGGED_END, end, row, 0, i0], 0)
-            _store_tile(z_desc, second_buffer, up, [_RAGGED_END, end, row, 1, i0], 1)
-        if STORE_H:
-            h, _, _ = gated_activation(gate, up, limit, ACTIVATION, HAS_LIMIT)
-            # Through gate's buffer, whose store is the last but one.
-            _store_tile(
-                h_desc, first_buffer, h, [_RAGGED_END, end, row, 0, i0], 1 if STORE_Z else 0
-            )
-    tma.store_wait(0)
-
-
-@gluon.jit(do_not_specialize=["max_tiles"])
-def expert_up_hopper_kernel(
-    x_desc, b_desc, z_desc, h_desc, tiles_ptr, max_tiles, width, K, limit,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
-    STAGES: gl.constexpr, ACTIVATION: gl.constexpr,
-    HAS_LIMIT: gl.constexpr, STORE_Z: gl.constexpr, STORE_H: gl.constexpr,
-):  # fmt: skip
-    """z[row] = x[row] @ b[e], h[row] = act(gate) * up, rows in expert order; z = gate and up, apart.
-
-    b is stored (N, K), gate's rows before up's. Grid (any,), persistent. A tile has BLOCK_N // 2
-    columns of gate and the same of up. Writes the rows of the schedule's tiles alone, z (M, 2 *
-    width) and h (M, width), where asked for.
-    """
-    ROWS: gl.constexpr = BLOCK_M // _GROUPS
-    BLOCK_I: gl.constexpr = BLOCK_N // 2
-    tiles_n = gl.cdiv(width, BLOCK_I)
-    xs = gl.allocate_shared_memory(x_desc.dtype, [STAGES * _GROUPS, ROWS, BLOCK_K], x_desc.layout)
-    bs = gl.allocate_shared_memory(b_desc.dtype, [STAGES, 1, 2, BLOCK_I, BLOCK_K], b_desc.layout)
-    # z's and h's are alike.
-    buffers = gl.allocate_shared_memory(
-        h_desc.dtype, [_GROUPS * 2, 1, 1, ROWS, 1, BLOCK_I], h_desc.layout
-    )
-    full, empty = _new_ring(STAGES)
-    ring = (xs, bs, full, empty, tiles_ptr, max_tiles, tiles_n, K)
-    gl.warp_specialize(
-        [
-            (
-                _up_multiply,
-                (
-                    z_desc, h_desc, buffers, ring, limit, 0, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
-                    STAGES, ACTIVATION, HAS_LIMIT, STORE_Z, STORE_H,
-                ),
-            ),
-            (
-                _up_multiply,
-                (
-                    z_desc, h_desc, buffers, ring, limit, 1, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
-                    STAGES, ACTIVATION, HAS_LIMIT, STORE_Z, STORE_H,
-                ),
-            ),
-            (
-                _gemm_load,
-                (x_desc, b_desc, ring, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, True, STAGES, True),
-            ),
-        ],
-        _WORKER_WARPS,
-        _WORKER_REGISTERS,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _dw_tile(
+def dw_tile(
     t, offsets_ptr, num_experts, tiles_n, tiles_d,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, GROUP_N: gl.constexpr,
 ):  # fmt: skip
@@ -304,27 +245,27 @@ def _dw_tile(
 
 
 @gluon.jit
-def _dw_load(
+def load_dw_operands(
     g_desc, x_desc, ring,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, GROUP_N: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, READERS: gl.constexpr,
 ):  # fmt: skip
-    """The loading warp: g and x of each step of each tile."""
-    ROWS: gl.constexpr = BLOCK_N // _GROUPS
+    """The loading warp: g, a part for each reader, and x of each step of each tile."""
+    ROWS: gl.constexpr = BLOCK_N // READERS
     BYTES: gl.constexpr = BLOCK_M * (BLOCK_N + BLOCK_D) * x_desc.dtype.primitive_bitwidth // 8
     gs, xs, full, empty, offsets_ptr, num_experts, tiles_n, tiles_d = ring
     step = 0
     for t in range(gl.program_id(0), num_experts * tiles_n * tiles_d, gl.num_programs(0)):
-        _, start, end, n0, d0 = _dw_tile(
+        _, start, end, n0, d0 = dw_tile(
             t, offsets_ptr, num_experts, tiles_n, tiles_d, BLOCK_N, BLOCK_D, GROUP_N
         )
         for m0 in range(0, end - start, BLOCK_M):
-            stage, barrier = _next_buffer(full, empty, step, BYTES, STAGES)
-            row = _RAGGED_END - (end - start) + m0
-            for group in gl.static_range(_GROUPS):
-                g = gs.index(stage * _GROUPS + group)
-                _load(g_desc, [_RAGGED_END, end, row, n0 + group * ROWS], barrier, g)
-            _load(x_desc, [_RAGGED_END, end, row, d0], barrier, xs.index(stage))
+            stage, barrier = next_buffer(full, empty, step, BYTES, STAGES)
+            row = RAGGED_END - (end - start) + m0
+            for part in gl.static_range(READERS):
+                g = gs.index(stage * READERS + part)
+                async_load(g_desc, [RAGGED_END, end, row, n0 + part * ROWS], barrier, g)
+            async_load(x_desc, [RAGGED_END, end, row, d0], barrier, xs.index(stage))
             step += 1
 
 
@@ -335,18 +276,20 @@ def _dw_multiply(
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """One group: its rows of each tile of dw."""
-    ROWS: gl.constexpr = BLOCK_N // _GROUPS
+    ROWS: gl.constexpr = BLOCK_N // GROUPS
     gs, xs, full, empty, offsets_ptr, num_experts, tiles_n, tiles_d = ring
     step = 0
     for t in range(gl.program_id(0), num_experts * tiles_n * tiles_d, gl.num_programs(0)):
-        e, start, end, n0, d0 = _dw_tile(
+        e, start, end, n0, d0 = dw_tile(
             t, offsets_ptr, num_experts, tiles_n, tiles_d, BLOCK_N, BLOCK_D, GROUP_N
         )
-        dw, step = _multiply(
-            gs, xs, full, empty, step, gl.cdiv(end - start, BLOCK_M),
-            GROUP, True, False, ROWS, BLOCK_D, BLOCK_M, STAGES,
+        num_steps = gl.cdiv(end - start, BLOCK_M)
+        dw = begin_product(
+            gs, xs, full, empty, step, num_steps,
+            GROUP, GROUPS, True, False, ROWS, BLOCK_D, BLOCK_M, STAGES,
         )  # fmt: skip
-        _store_tile(dw_desc, dws.index(GROUP), dw, [e, n0 + GROUP * ROWS, d0], 0)
+        dw, step = end_product(dw, empty, step, num_steps, STAGES)
+        store_tile(dw_desc, dws.index(GROUP), dw, [e, n0 + GROUP * ROWS, d0], 0)
     tma.store_wait(0)
 
 
@@ -360,22 +303,25 @@ def grouped_gemm_bwd_dw_hopper_kernel(
 
     Grid (any,), persistent. Rows past an expert's end are zero-filled by the hardware. Writes all of dw.
     """
-    ROWS: gl.constexpr = BLOCK_N // _GROUPS
+    ROWS: gl.constexpr = BLOCK_N // GROUPS
     tiles_n = gl.cdiv(N, BLOCK_N)
     tiles_d = gl.cdiv(D, BLOCK_D)
     gs = gl.allocate_shared_memory(
-        g_desc.dtype, [STAGES * _GROUPS, 1, 1, BLOCK_M, ROWS], g_desc.layout
+        g_desc.dtype, [STAGES * GROUPS, 1, 1, BLOCK_M, ROWS], g_desc.layout
     )
     xs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], x_desc.layout)
-    dws = gl.allocate_shared_memory(dw_desc.dtype, [_GROUPS, 1, ROWS, BLOCK_D], dw_desc.layout)
-    full, empty = _new_ring(STAGES)
+    dws = gl.allocate_shared_memory(dw_desc.dtype, [GROUPS, 1, ROWS, BLOCK_D], dw_desc.layout)
+    full, empty = new_ring(STAGES, GROUPS)
     ring = (gs, xs, full, empty, offsets_ptr, num_experts, tiles_n, tiles_d)
     gl.warp_specialize(
         [
             (_dw_multiply, (dw_desc, dws, ring, 0, BLOCK_M, BLOCK_N, BLOCK_D, GROUP_N, STAGES)),
             (_dw_multiply, (dw_desc, dws, ring, 1, BLOCK_M, BLOCK_N, BLOCK_D, GROUP_N, STAGES)),
-            (_dw_load, (g_desc, x_desc, ring, BLOCK_M, BLOCK_N, BLOCK_D, GROUP_N, STAGES)),
+            (
+                load_dw_operands,
+                (g_desc, x_desc, ring, BLOCK_M, BLOCK_N, BLOCK_D, GROUP_N, STAGES, GROUPS),
+            ),
         ],
-        _WORKER_WARPS,
-        _WORKER_REGISTERS,
+        WORKER_WARPS,
+        WORKER_REGISTERS,
     )

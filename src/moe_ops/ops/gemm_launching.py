@@ -16,7 +16,15 @@ from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_ops.configs import cache
-from moe_ops.configs.choose import Device, Problem, choose, device_of, rows_bucket
+from moe_ops.configs.choose import (
+    TURNS_TILE,
+    Device,
+    Problem,
+    choose,
+    device_of,
+    rows_bucket,
+    specializes,
+)
 from moe_ops.configs.kernel_config import (
     KernelConfig,
     KernelConfigBackward_dW,
@@ -44,7 +52,8 @@ _BLOCK_W = 1024
 class _Tiling:
     """A forward's or a dX's configuration in the kernel's letters: y (M, N) = x (M, K) @ b (K, N).
 
-    `options` are the arguments of a launch that it decides.
+    `options` are the arguments of a launch that it decides; `is_specialized` tells whether it is one
+    for the kernels of ops/hopper_launching.py.
     """
 
     config: KernelConfig
@@ -54,7 +63,18 @@ class _Tiling:
     tail_tiles: bool
     tma_x: bool
     tma_b: bool
+    is_specialized: bool
     options: dict[str, Any]
+
+    @property
+    def blocks(self) -> tuple[int, int, int]:
+        """Of y's rows, of its columns, and contracted."""
+        return self.block_m, self.block_n, self.block_k
+
+    @property
+    def is_in_turns(self) -> bool:
+        """Whether it is one for the kernels of kernels/hopper_turns.py."""
+        return self.is_specialized and (self.block_m, self.block_n) == TURNS_TILE
 
 
 # What follows from sizes and flags is worked out once: a launch is to cost the host little.
@@ -73,7 +93,9 @@ def _tiling(problem: Problem, device: Device, kernel_config: str | None) -> _Til
         "BLOCK_W": _BLOCK_W, "FLATTEN": config.flatten, "SUBTILE": config.epilogue_subtile,
         "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
-    return _Tiling(config, m, n, k, tail_tiles, tma_x, config.use_tma_load_w, options)
+    is_specialized = config.warp_specialize and specializes(problem, (m, n))
+    tma_w = config.use_tma_load_w
+    return _Tiling(config, m, n, k, tail_tiles, tma_x, tma_w, is_specialized, options)
 
 
 cache.on_change.append(_tiling.cache_clear)
@@ -227,7 +249,7 @@ class GroupedGemm:
         self.make_schedule(
             y if zeros_tail else None, self.gather if self.scatter_y else None, shared
         )
-        if y is not None and self._is_bare(bias, dots) and self._launch_on_hopper(y):
+        if y is not None and tiling.is_specialized and self._launch_on_hopper(y):
             return
         x_desc, b_desc = self.describe_operands(tiling.block_m)
         y_desc = self.describe_output(y, tiling.block_m)
@@ -253,21 +275,15 @@ class GroupedGemm:
         except OutOfResources as error:
             refuse_too_large(error, self.kernel_config)
 
-    def _is_bare(self, bias: torch.Tensor | None, dots: torch.Tensor | None) -> bool:
-        """Whether all that there is to do is to multiply rows that stay where they are."""
-        is_moved = self.x_divisor > 0 or self.scatter_y
-        return not is_moved and self.scale is None and bias is None and dots is None
-
     def _launch_on_hopper(self, y: torch.Tensor) -> bool:
-        """Launches the kernel of kernels/hopper.py, where that is asked for and can be."""
+        """Launches a kernel for Hopper, where there can be one."""
         tiling, schedule = self.tiling, self.schedule
-        if not tiling.config.warp_specialize or schedule is None:
+        if schedule is None:
             return False
-        programs = self.programs(self.tiles_n)
         try:
             return hopper_launching.grouped_gemm(
-                self.x, self.b, y, schedule.tiles, schedule.max_tiles, programs,
-                (tiling.block_m, tiling.block_n, tiling.block_k), tiling.config,
+                self.x, self.b, y, self.gather if self.scatter_y else None, schedule.tiles,
+                schedule.max_tiles, self.programs(self.tiles_n), tiling.blocks, tiling.config,
             )  # fmt: skip
         except OutOfResources as error:
             refuse_too_large(error, self.kernel_config)

@@ -1,31 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launches the kernels of kernels/hopper.py, where they can serve.
+"""Launches the kernels of kernels/hopper.py and kernels/hopper_turns.py, where they can serve.
 
 That is on Hopper, with 16-bit operands and an output that descriptors describe. Elsewhere each
-function returns False, having done nothing, and its caller launches the kernel for every GPU.
+function returns False, having launched nothing, and its caller launches the kernel for every GPU.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from moe_ops.configs.choose import HOPPER, device_of
+from moe_ops.configs.choose import HOPPER, TURNS_TILE, device_of, epilogue_slots
 from moe_ops.configs.kernel_config import KernelConfig
-from moe_ops.ops.launching import launch_on
+from moe_ops.ops.launching import copy_rows, launch_on
 from moe_ops.ops.tma_launching import describe_for_gluon
 
 logger = logging.getLogger("moe_ops")
+
+
+def serves(operand: torch.Tensor) -> bool:
+    """Whether the kernels can multiply such operands, if descriptors describe them."""
+    is_hopper = device_of(operand.device).capability[0] == HOPPER
+    return is_hopper and operand.itemsize == 2 and _import_kernels() is not None
 
 
 def grouped_gemm(
     x: torch.Tensor,
     b: torch.Tensor,
     y: torch.Tensor,
+    scatter: torch.Tensor | None,
     tiles: torch.Tensor,
     max_tiles: int,
     programs: int,
@@ -34,30 +41,43 @@ def grouped_gemm(
 ) -> bool:
     """Writes y[row] = x[row] @ b[e], b (E, K, N), by a tile schedule; tells whether it did.
 
-    The blocks are (BLOCK_M, BLOCK_N, BLOCK_K) in the letters of x, b and y.
+    The blocks are (BLOCK_M, BLOCK_N, BLOCK_K) in the letters of x, b and y. With `scatter` it writes
+    y[scatter[row]], in tiles of TURNS_TILE alone.
     """
-    block_m, block_n, block_k = blocks
-    group_rows = block_m // 2
-    b_is_nk = b.stride(1) == 1
-    stored_b = b.transpose(1, 2) if b_is_nk else b
-    b_block = (1, block_n, block_k) if b_is_nk else (1, block_k, block_n)
-    kernels = _kernels_for(x)
-    x_desc = describe_for_gluon(x, (group_rows, block_k))
-    b_desc = describe_for_gluon(stored_b, b_block)
-    y_desc = describe_for_gluon(y, (group_rows, block_n), ragged=True)
-    if kernels is None or x_desc is None or b_desc is None or y_desc is None:
+    in_turns = blocks[:2] == TURNS_TILE
+    if not serves(x) or (scatter is not None and not in_turns):
         return False
+    block_m, block_n, block_k = blocks
+    group_rows = block_m if in_turns else block_m // 2
+    b_is_nk = b.stride(1) == 1
+    x_desc = describe_for_gluon(x, (group_rows, block_k))
+    b_desc = _describe_b(b, block_n, block_k)
+    y_desc = describe_for_gluon(y, (group_rows, block_n // config.epilogue_subtile), ragged=True)
+    if x_desc is None or b_desc is None or y_desc is None:
+        return False
+    options = {
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": config.group_m,
+        "B_IS_NK": b_is_nk, **_options(config),
+    }  # fmt: skip
+    kernels = _import_kernels()
     with launch_on(x):
-        kernels.grouped_gemm_hopper_kernel[(programs,)](
-            x_desc, b_desc, y_desc, tiles, max_tiles, b.shape[2], b.shape[1],
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, B_IS_NK=b_is_nk,
-            GROUP_M=config.group_m, **_options(config),
-        )  # fmt: skip
+        if in_turns:
+            kernels.turns.grouped_gemm_hopper_turns_kernel[(programs,)](
+                x_desc, b_desc, y_desc, y, scatter, tiles, max_tiles, x.shape[0], b.shape[2],
+                b.shape[1], SCATTER_Y=scatter is not None, SUBTILE=config.epilogue_subtile,
+                **options,
+            )  # fmt: skip
+        else:
+            kernels.halves.grouped_gemm_hopper_kernel[(programs,)](
+                x_desc, b_desc, y_desc, tiles, max_tiles, b.shape[2], b.shape[1], **options
+            )
     return True
 
 
 def expert_up(
     x: torch.Tensor,
+    scatter_indices: torch.Tensor,
+    divisor: int,
     b: torch.Tensor,
     z: torch.Tensor | None,
     h: torch.Tensor | None,
@@ -71,32 +91,82 @@ def expert_up(
 ) -> bool:
     """Writes z[row] = x[row] @ b[e] and h[row] = act(gate) * up, b (E, K, 2 * width); tells whether.
 
-    The blocks are as in grouped_gemm; gate and up are the halves of z.
+    The blocks are as in grouped_gemm, and TURNS_TILE; gate and up are the halves of z. With a divisor x has the rows
+    of tokens, which are copied to their slots' places first.
     """
+    if not serves(x) or b.stride(1) != 1:
+        return False
     block_m, block_n, block_k = blocks
-    group_rows, block_i, width = block_m // 2, block_n // 2, b.shape[2] // 2
-    kernels = _kernels_for(x)
-    x_desc = describe_for_gluon(x, (group_rows, block_k))
+    block_i, width = block_n // 2, b.shape[2] // 2
     b_halves = b.transpose(1, 2).unflatten(1, (2, width))
     b_desc = describe_for_gluon(b_halves, (1, 2, block_i, block_k))
+    columns = block_i // config.epilogue_subtile
     stored = [
-        None
-        if rows is None
-        else describe_for_gluon(
-            rows.unflatten(1, (-1, width)), (group_rows, 1, block_i), ragged=True
-        )
-        for rows in (z, h)
+        None if rows is None else _describe_parts(rows, width, block_m, columns) for rows in (z, h)
     ]
     z_desc, h_desc = stored[0] or stored[1], stored[1] or stored[0]
     lacks = (z is not None and stored[0] is None) or (h is not None and stored[1] is None)
-    if kernels is None or x_desc is None or b_desc is None or lacks:
+    if b_desc is None or lacks:
+        return False
+    x = copy_rows(x, scatter_indices, divisor) if divisor else x
+    x_desc = describe_for_gluon(x, (block_m, block_k))
+    if x_desc is None:
         return False
     with launch_on(x):
-        kernels.expert_up_hopper_kernel[(programs,)](
+        _import_kernels().turns.expert_up_hopper_kernel[(programs,)](
             x_desc, b_desc, z_desc, h_desc, tiles, max_tiles, width, b.shape[1], limit or 0.0,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             GROUP_M=config.group_m, ACTIVATION=activation, HAS_LIMIT=limit is not None,
-            STORE_Z=z is not None, STORE_H=h is not None, **_options(config),
+            STORE_Z=z is not None, STORE_H=h is not None, SUBTILE=config.epilogue_subtile,
+            **_options(config),
+        )  # fmt: skip
+    return True
+
+
+def expert_down_backward(
+    dy: torch.Tensor,
+    b: torch.Tensor,
+    z: torch.Tensor,
+    dz: torch.Tensor,
+    sh: torch.Tensor | None,
+    dots: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    gather: torch.Tensor,
+    top_k: int,
+    tiles: torch.Tensor,
+    max_tiles: int,
+    programs: int,
+    blocks: tuple[int, int, int],
+    config: KernelConfig,
+    activation: str,
+    limit: float | None,
+) -> bool:
+    """Writes what the activation's backward makes of dh[row] = dy[row] @ b[e]; tells whether it did.
+
+    That is dz, with gate and up apart, sh = scale * h, and dots (column tiles, R), as the kernel has
+    them. The blocks are as in grouped_gemm, and TURNS_TILE.
+    """
+    # The error function of "gelu" takes registers that the kernel lacks.
+    if not serves(dy) or blocks[:2] != TURNS_TILE or activation == "gelu":
+        return False
+    block_m, block_n, block_k = blocks
+    width = b.shape[2]
+    columns, slots = epilogue_slots(config, device_of(dy.device), activation)
+    dy_desc = describe_for_gluon(dy, (block_m, block_k))
+    b_desc = _describe_b(b, block_n, block_k)
+    z_desc, dz_desc = (_describe_parts(rows, width, block_m, columns) for rows in (z, dz))
+    sh_desc = dz_desc if sh is None else _describe_parts(sh, width, block_m, columns)
+    if any(desc is None for desc in (dy_desc, b_desc, z_desc, dz_desc, sh_desc)):
+        return False
+    with launch_on(dy):
+        _import_kernels().turns.expert_down_bwd_hopper_kernel[(programs,)](
+            dy_desc, b_desc, z_desc, dz_desc, sh_desc, scale, gather, dots, tiles, max_tiles,
+            dy.shape[0], width, b.shape[1], top_k, limit or 0.0,
+            *((0, 0) if scale is None else scale.stride()),
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=config.group_m,
+            B_IS_NK=b.stride(1) == 1, CHUNKS=block_n // columns, SLOTS=slots,
+            ACTIVATION=activation, HAS_LIMIT=limit is not None, HAS_SCALE=scale is not None,
+            STORE_H=sh is not None, STORE_DOTS=dots is not None, **_options(config),
         )  # fmt: skip
     return True
 
@@ -114,19 +184,28 @@ def grad_weight(
 
     The blocks are the rows contracted at a step, the rows and the columns of a tile of `stored`.
     """
+    if not serves(left):
+        return False
     block_m, block_left, block_right = blocks
-    group_rows = block_left // 2
-    kernels = _kernels_for(left)
+    in_turns = blocks[1:] == TURNS_TILE
+    group_rows = block_left if in_turns else block_left // 2
     left_desc = describe_for_gluon(left, (block_m, group_rows), ragged=True)
     right_desc = describe_for_gluon(right, (block_m, block_right), ragged=True)
-    desc = describe_for_gluon(stored, (1, group_rows, block_right))
-    if kernels is None or left_desc is None or right_desc is None or desc is None:
+    columns = block_right // config.epilogue_subtile
+    desc = describe_for_gluon(stored, (1, group_rows, columns))
+    if left_desc is None or right_desc is None or desc is None:
         return False
+    kernels = _import_kernels()
+    kernel = kernels.halves.grouped_gemm_bwd_dw_hopper_kernel
+    options = _options(config)
+    if in_turns:
+        kernel = kernels.turns.grouped_gemm_bwd_dw_hopper_turns_kernel
+        options["SUBTILE"] = config.epilogue_subtile
     with launch_on(left):
-        kernels.grouped_gemm_bwd_dw_hopper_kernel[(programs,)](
+        kernel[(programs,)](
             left_desc, right_desc, desc, offsets, *stored.shape,
             BLOCK_M=block_m, BLOCK_N=block_left, BLOCK_D=block_right,
-            GROUP_N=config.group_m, **_options(config),
+            GROUP_N=config.group_m, **options,
         )  # fmt: skip
     return True
 
@@ -136,18 +215,26 @@ def _options(config: KernelConfig) -> dict[str, Any]:
     return {"STAGES": config.num_stages, "num_warps": config.num_warps // 2}
 
 
-def _kernels_for(operand: torch.Tensor) -> ModuleType | None:
-    """kernels/hopper.py, where it can multiply such operands."""
-    is_served = device_of(operand.device).capability[0] == HOPPER and operand.itemsize == 2
-    return _import_kernels() if is_served else None
+def _describe_b(b: torch.Tensor, block_n: int, block_k: int) -> Any | None:
+    """A descriptor of b (E, K, N), as it is stored: (E, N, K) where that is dense."""
+    if b.stride(1) == 1:
+        return describe_for_gluon(b.transpose(1, 2), (1, block_n, block_k))
+    return describe_for_gluon(b, (1, block_k, block_n))
+
+
+def _describe_parts(rows: torch.Tensor, width: int, block_rows: int, columns: int) -> Any | None:
+    """A ragged descriptor of rows in parts of `width`: gate and up, or the one that there is."""
+    parts = rows.unflatten(1, (-1, width))
+    return describe_for_gluon(parts, (block_rows, 1, columns), ragged=True)
 
 
 @functools.cache
-def _import_kernels() -> ModuleType | None:
+def _import_kernels() -> Any:
+    """The kernels' modules, kernels/hopper.py as `halves` and `turns`; None without Gluon."""
     # Gluon is experimental: a Triton to come may have moved what these kernels are made of.
     try:
-        from moe_ops.kernels import hopper
+        from moe_ops.kernels import hopper, hopper_turns
     except (ImportError, AttributeError) as error:
         logger.warning("moe_ops: the kernels for Hopper are not used with this Triton: %s", error)
         return None
-    return hopper
+    return SimpleNamespace(halves=hopper, turns=hopper_turns)

@@ -42,9 +42,13 @@ class Bench:
         op = {"forward": "", "backward_dX": "_dx", "backward_dW": "_dw"}[task.problem.kind]
         self.op = getattr(torch.ops.moe, f"grouped_gemm{op}").default
         self.expected: tuple[Tensor, ...]
-        if {"gated", "activated"} & set(task.problem.flags):
+        if task.problem.has_activation:
             self.op = _up_projection
             self.expected = _up_projection_in_pytorch(**self.compared)
+        elif "gated" in task.problem.flags:
+            self.op = _down_backward
+            self.compared["used_rows"] = int(self.compared["token_counts"].sum())
+            self.expected = _down_backward_in_pytorch(**self.compared)
         else:
             self.expected = _tensors(getattr(cpu, f"grouped_gemm{op}")(**self.compared))
         given = [value for value in self.inputs[0].values() if isinstance(value, Tensor)]
@@ -142,12 +146,23 @@ def _arguments(task: Task, device: torch.device, generator: torch.Generator) -> 
         "permute_y": permute_y,
     }
     inputs = num_rows // top_k if permute_x else num_rows
-    if {"gated", "activated"} & set(flags):
+    if problem.has_activation:
         names = ("weight", "token_counts", "gather_indices", "bias", "top_k")
         given = {name: arguments[name] for name in names}
         return {"input": normal(inputs, d), "gated": "gated" in flags, **given}
     if is_forward:
         return {"input": normal(inputs, d), **arguments}
+    if "gated" in flags:
+        return {
+            "grad_output": normal(num_rows, n),
+            "pre_activation": normal(num_rows, 2 * d),
+            "weight": weight,
+            "topk_weights": torch.rand(
+                num_rows // top_k, top_k, generator=generator, device=device
+            ),
+            "token_counts": token_counts,
+            "gather_indices": gather_indices,
+        }
     has_dots = "dots" in flags
     return {
         "grad_output": normal(num_rows, n),
@@ -194,6 +209,54 @@ def _up_projection(kernel_config: str | None = None, **arguments: Any) -> tuple[
     return z, h
 
 
+def _down_backward_in_pytorch(
+    grad_output: Tensor,
+    pre_activation: Tensor,
+    weight: Tensor,
+    topk_weights: Tensor,
+    token_counts: Tensor,
+    gather_indices: Tensor,
+    used_rows: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of dh = grad_output @ weight: the gradient of the pre-activation, weighted silu, <dh, h>."""
+    no_permutation = (None, None, None, None, 1, False, False, [True, False])
+    dh = cpu.grouped_gemm_dx(grad_output, weight, token_counts, *no_permutation)[0].float()
+    gate, up = pre_activation.float().chunk(2, 1)
+    sigmoid = gate.sigmoid()
+    value, slope = gate * sigmoid, sigmoid * (1 + gate * (1 - sigmoid))
+    scale = topk_weights.flatten()[gather_indices.long()].unsqueeze(1)
+    dz = torch.cat([dh * slope * up, dh * value], 1).mul_(scale).to(grad_output.dtype)
+    h = (value * up * scale).to(grad_output.dtype)
+    dots = torch.zeros_like(topk_weights).flatten()
+    dots[gather_indices.long()] = (dh * value * up).sum(1)
+    return dz[:used_rows], h[:used_rows], dots
+
+
+def _down_backward(
+    kernel_config: str | None = None, used_rows: int | None = None, **arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as fused_experts computes it on the device; the rows of no expert are nobody's."""
+    if OPS["fused_experts"].choose(arguments["weight"].device.type).name != "triton":
+        return _down_backward_in_pytorch(**arguments, used_rows=used_rows)
+    from moe_ops.ops.fused_experts import launch
+    from moe_ops.ops.gemm_launching import expert_offsets
+    from moe_ops.ops.launching import inverse_permutation
+
+    token_counts, gather_indices = arguments["token_counts"], arguments["gather_indices"]
+    weights, z = arguments["topk_weights"], arguments["pre_activation"]
+    rows = launch.RoutedRows(
+        token_counts, gather_indices, inverse_permutation(gather_indices), weights.shape[1],
+        "silu", True, False, None, kernel_config,
+    )  # fmt: skip
+    offsets = expert_offsets(token_counts, rows.number)
+    down = launch.Down(rows, arguments["weight"], None, weights, offsets)
+    dz, h, dots = down.backward(arguments["grad_output"], 0, z, True, True, True)
+    assert dz is not None
+    assert h is not None
+    assert dots is not None
+    return dz[:used_rows], h[:used_rows], dots.sum(0)
+
+
 def _skewed_routing(
     task: Task, device: torch.device, generator: torch.Generator
 ) -> dict[str, Tensor | None]:
@@ -205,7 +268,7 @@ def _skewed_routing(
     if num_experts > 2:
         ids[ids == num_experts // 2] = 0
     token_counts, gather_indices = _routing(ids, num_experts)
-    permutes = {"gather", "scatter"} & set(task.problem.flags)
+    permutes = {"gather", "scatter", "gated"} & set(task.problem.flags)
     return {
         "token_counts": token_counts,
         "gather_indices": gather_indices if permutes else None,

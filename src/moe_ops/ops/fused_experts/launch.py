@@ -5,7 +5,7 @@ Forward: route, multiply by the up projection with the activation on top (rows a
 GEMM), multiply by the down projection, sum each token's rows. One tile schedule serves both GEMMs.
 
 Backward: dh = dY @ down_proj; the activation's backward, row by row, makes dz, the weighted h in
-dh's place and the router gradient; then the gradients of down_proj, hidden_states and gate_up_proj,
+dh's place and the router gradient (one kernel does both on Hopper, and stores no dh); then the gradients of down_proj, hidden_states and gate_up_proj,
 in this order, so that few row matrices live at a time.
 """
 
@@ -55,6 +55,11 @@ class RoutedRows:
     def number(self) -> int:
         """R: slots, those of no expert too."""
         return self.gather_indices.shape[0]
+
+    @property
+    def has_halves(self) -> bool:
+        """Whether gate and up are the halves of z."""
+        return self.gated and not self.interleaved
 
     @property
     def limit(self) -> float:
@@ -145,7 +150,7 @@ def fused_experts_backward(
     )  # fmt: skip
     before, after = (topk_weights, None) if weights_before else (None, topk_weights)
     offsets = expert_offsets(token_counts, rows.number)
-    down = _Down(rows, down_proj, down_bias if need_dots else None, after, offsets)
+    down = Down(rows, down_proj, down_bias if need_dots else None, after, offsets)
 
     # What contracts over an expert's rows has them moved before it; a GEMM alone gathers them.
     dy, divisor = grad_output, rows.top_k
@@ -259,7 +264,7 @@ def up_projection(
     if gemm.is_empty:
         return None
     gemm.make_schedule(z)
-    halves = rows.gated and not rows.interleaved
+    halves = rows.has_halves
     if halves and bias is None and _up_on_hopper(rows, gemm, x, divisor, z, h):
         return gemm.schedule
     width = gemm.n // 2 if rows.gated else gemm.n
@@ -304,22 +309,20 @@ def _up_on_hopper(
     It does not gather: where the product is long, its gain pays for rows that are copied before it.
     """
     tiling, schedule = gemm.tiling, gemm.schedule
-    if not tiling.config.warp_specialize or schedule is None or not gemm.b_is_nk:
+    if not tiling.is_specialized or schedule is None:
         return False
-    blocks = (tiling.block_m, tiling.block_n, tiling.block_k)
     programs = gemm.programs(cdiv(gemm.n // 2, tiling.block_n // 2))
-    x = copy_rows(x, rows.scatter_indices, divisor) if divisor else x
     try:
         return hopper_launching.expert_up(
-            x, gemm.b, z, h, schedule.tiles, schedule.max_tiles, programs, blocks, tiling.config,
-            rows.activation, rows.activation_limit,
+            x, rows.scatter_indices, divisor, gemm.b, z, h, schedule.tiles, schedule.max_tiles,
+            programs, tiling.blocks, tiling.config, rows.activation, rows.activation_limit,
         )  # fmt: skip
     except OutOfResources as error:
         refuse_too_large(error, rows.kernel_config)
 
 
 @dataclass(frozen=True)
-class _Down:
+class Down:
     """The down projection's way back: from dY to the gradient of the pre-activation."""
 
     rows: RoutedRows
@@ -339,42 +342,71 @@ class _Down:
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """dz, the weighted h, and the router gradient's parts (any number, R), in slot order."""
         rows = self.rows
-        dh, dots = None, None
-        if need_dots:
-            shape = (1 if self.bias is None else 2, rows.number)
-            dots = torch.zeros(shape, dtype=torch.float32, device=dy.device)
-        if need_dz or need_dots:
-            dh = dy.new_empty(rows.number, self.weight.shape[2])
-            gemm = GroupedGemm(
-                "backward_dX",
-                x=dy,
-                b=self.weight,
-                token_counts=rows.token_counts,
-                num_rows=rows.number,
-                gather=rows.gather_indices,
-                x_divisor=divisor,
-                needs_schedule=dots is not None and self.bias is not None,
-                kernel_config=rows.kernel_config,
-            )
-            gemm.launch(dh, zeros_tail=False)
-            if dots is not None and self.bias is not None:
-                gemm.launch_bias_dots(self.bias, dots[1])
         dz = z.new_empty(z.shape) if need_dz and z is not None else None
-        h = dh
-        if need_h and dh is None:
-            h = dy.new_empty(rows.number, self.weight.shape[2])
-        if z is not None and z.numel() > 0:
-            self._activation_backward(dh, z, dz, h if need_h else None, dots)
+        h = dy.new_empty(rows.number, self.weight.shape[2]) if need_h else None
+        if not need_dz and not need_dots:
+            self._activation_backward(None, z, dz, h, None)
+            return dz, h, None
+        is_followed = rows.gated and dz is not None and divisor == 0
+        gemm = GroupedGemm(
+            "backward_dX",
+            x=dy,
+            b=self.weight,
+            token_counts=rows.token_counts,
+            num_rows=rows.number,
+            gather=rows.gather_indices,
+            x_divisor=divisor,
+            needs_schedule=need_dots and self.bias is not None,
+            flags=("gated",) if is_followed else (),
+            kernel_config=rows.kernel_config,
+        )
+        # Of rows that lie in place, the kernel for Hopper makes dz as it multiplies.
+        at_once = is_followed and rows.has_halves and gemm.tiling.is_in_turns
+        dots = None
+        if need_dots:
+            shape = ((gemm.tiles_n if at_once else 1) + (self.bias is not None), rows.number)
+            dots = torch.zeros(shape, dtype=torch.float32, device=dy.device)
+        if z is None or dz is None or not (at_once and self._at_once(gemm, z, dz, h, dots)):
+            dh = dy.new_empty(rows.number, self.weight.shape[2]) if h is None else h
+            gemm.launch(dh, zeros_tail=False)
+            self._activation_backward(dh, z, dz, h, dots)
+        if dots is not None and self.bias is not None:
+            gemm.launch_bias_dots(self.bias, dots[-1])
         return dz, h, dots
+
+    def _at_once(
+        self,
+        gemm: GroupedGemm,
+        z: torch.Tensor,
+        dz: torch.Tensor,
+        h: torch.Tensor | None,
+        dots: torch.Tensor | None,
+    ) -> bool:
+        """Launches the kernel that does without dh, where it can be; dots are of column tiles."""
+        if gemm.is_empty:
+            return False
+        gemm.make_schedule()
+        rows, tiling, schedule = self.rows, gemm.tiling, gemm.schedule
+        try:
+            return schedule is not None and hopper_launching.expert_down_backward(
+                gemm.x, gemm.b, z, dz, h, dots, self.scale, rows.gather_indices, rows.top_k,
+                schedule.tiles, schedule.max_tiles, gemm.programs(gemm.tiles_n), tiling.blocks,
+                tiling.config, rows.activation, rows.activation_limit,
+            )  # fmt: skip
+        except OutOfResources as error:
+            refuse_too_large(error, rows.kernel_config)
 
     def _activation_backward(
         self,
         dh: torch.Tensor | None,
-        z: torch.Tensor,
+        z: torch.Tensor | None,
         dz: torch.Tensor | None,
         h: torch.Tensor | None,
         dots: torch.Tensor | None,
     ) -> None:
+        """What _expert_activation_bwd_kernel makes of dh, where there is any; h may be dh."""
+        if z is None or z.numel() == 0:
+            return
         rows, scale = self.rows, self.scale
         width = self.weight.shape[2]
         block_rows, block_i, warps = _activation_block(width)
