@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from moe_ops.ops import batched_gemm
 from moe_ops.ops.grouped_gemm import cpu
 from tests import checks, oracle
 
@@ -106,12 +107,12 @@ def test_blocks_of_few_sizes(dtype, flags, transposed, calls, monkeypatch):
     counts = arguments["token_counts"].tolist()
     assert counts == [5, 0, 68]
     arguments["token_counts"] = torch.tensor([5, 0, 67], dtype=torch.int32)
-    assert cpu._few_sizes(67) == 68
+    assert batched_gemm.few_sizes(67) == 68
     assert_matches_oracle(arguments)
     assert calls["grouped_mm"] == 0
     assert calls["blocks"] > 0
     arguments["token_counts"] = torch.tensor([0, 5, 75], dtype=torch.int32)
-    assert cpu._few_sizes(75) + 5 > 80
+    assert batched_gemm.few_sizes(75) + 5 > 80
     assert_matches_oracle(arguments)
 
 
@@ -163,7 +164,7 @@ def test_bias_of_any_strides(dtype):
 def test_neighbours_may_be_nan(is_best, monkeypatch):
     monkeypatch.setattr(cpu, "_grouped_mm_is_best", lambda *_: is_best)
     counts = torch.tensor([33, 33], dtype=torch.int32)
-    assert cpu._few_sizes(33) > 33
+    assert batched_gemm.few_sizes(33) > 33
     x, weight = torch.randn(70, 16, requires_grad=True), torch.randn(2, 8, 16, requires_grad=True)
     with torch.no_grad():
         x[33:] = float("nan")
@@ -230,5 +231,5 @@ def test_nothing_to_multiply(sizes, dtype):
 
 def test_few_sizes():
     for count in range(1, 5000):
-        assert count <= cpu._few_sizes(count) < count * 17 / 16
-    assert len({cpu._few_sizes(count) for count in range(1, 5000)}) < 150
+        assert count <= batched_gemm.few_sizes(count) < count * 17 / 16
+    assert len({batched_gemm.few_sizes(count) for count in range(1, 5000)}) < 150

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""grouped_gemm and its backward in PyTorch: one product per expert that has rows.
+"""grouped_gemm and its backward in PyTorch: one product per expert that has rows, or one of many.
 
 M rows, N out_features, D in_features, E experts, R = T * K routed rows in expert order.
 
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
+from moe_ops.ops import batched_gemm
 from moe_ops.ops.rows import Routing, expert_ends, rows_of_slots, sum_slots, tokens_of_rows
 
 
@@ -162,8 +163,7 @@ def grouped_gemm_dw(
         if gather_indices is not None and permute_x:
             x = input.index_select(0, tokens_of_rows(gather_indices, top_k))
         left, right = (x, grad_output) if transposed else (grad_output, x)
-        ends, _ = expert_ends(token_counts, num_rows)
-        stored = functional.grouped_mm(left.t(), right, offs=ends)
+        stored = _grouped_mm_transposed(left, right, token_counts)
         return stored.mT if transposed else stored, grad_output.new_empty(0)
 
     dtype = _product_dtype(grad_output.dtype, exact=topk_weights is not None)
@@ -237,13 +237,31 @@ def _grouped_mm_is_best(
 def _grouped_mm(
     rows: torch.Tensor, matrices: torch.Tensor, token_counts: torch.Tensor
 ) -> torch.Tensor:
-    """functional.grouped_mm, with zeros in the tail."""
+    """functional.grouped_mm, or many small experts as one product, with zeros in the tail."""
     num_rows = rows.shape[0]
     ends, listed = expert_ends(token_counts, num_rows)
+    size = batched_gemm.batch_size(
+        listed, num_rows, matrices.shape[1:], rows.dtype, sums_rows=False
+    )
+    if size:
+        return batched_gemm.multiply(rows, matrices, listed, size)
     output = functional.grouped_mm(rows, matrices, offs=ends)
     if listed[-1] < num_rows:
         output[listed[-1] :].zero_()
     return output
+
+
+def _grouped_mm_transposed(
+    left: torch.Tensor, right: torch.Tensor, token_counts: torch.Tensor
+) -> torch.Tensor:
+    """functional.grouped_mm of left.t() and right, or many small experts as one product."""
+    num_rows = left.shape[0]
+    ends, listed = expert_ends(token_counts, num_rows)
+    sizes = left.shape[1], right.shape[1]
+    size = batched_gemm.batch_size(listed, num_rows, sizes, left.dtype, sums_rows=True)
+    if size:
+        return batched_gemm.multiply_transposed(left, right, listed, size)
+    return functional.grouped_mm(left.t(), right, offs=ends)
 
 
 class _Groups:
@@ -264,7 +282,7 @@ class _Groups:
         start = 0
         for e, end in enumerate(self.ends):
             if start < end:
-                size = min(_few_sizes(end - start), self.num_rows)
+                size = min(batched_gemm.few_sizes(end - start), self.num_rows)
                 first = min(start, self.num_rows - size)
                 block, own = slice(first, first + size), slice(start - first, end - first)
                 yield e, slice(start, end), block, own
@@ -273,12 +291,6 @@ class _Groups:
     def without_rows(self) -> list[int]:
         starts = [0, *self.ends]
         return [e for e, (start, end) in enumerate(pairwise(starts)) if start == end]
-
-
-def _few_sizes(count: int) -> int:
-    """`count`, rounded up by less than a sixteenth."""
-    step = 1 << max(count.bit_length() - 5, 0)
-    return -(-count // step) * step
 
 
 def _pitch(shape: Sequence[int], stride: Sequence[int]) -> int:

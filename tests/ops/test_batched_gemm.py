@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small experts in one torch.bmm: that it is taken, and that no expert sees another's rows.
+
+E experts, D in_features, N out_features, R rows.
+"""
+
+import random
+from itertools import accumulate
+
+import pytest
+import torch
+
+from moe_ops.ops import batched_gemm
+from moe_ops.ops.grouped_gemm import cpu
+from tests import checks, oracle
+
+D, N = 24, 16
+# The rows of each expert, and how many rows there are.
+COUNTS = {
+    "equal": ([4] * 6, 24),
+    "uneven": ([5, 3, 6, 4, 2, 6], 26),
+    "dropped": ([5, 3, 6, 4, 2, 6], 33),
+    "empty": ([0, 5, 0, 0, 6, 0], 11),
+    "empty_and_dropped": ([0, 5, 0, 0, 6, 0], 20),
+    "hot": ([1, 2, 30, 0, 3, 1], 37),
+    "hot_last": ([1, 2, 1, 0, 3, 30], 40),
+    "one": ([0, 0, 12, 0, 0, 0], 12),
+    "none": ([0] * 6, 9),
+}
+SIZES = (1, 4, 6, 9)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+@pytest.fixture
+def sizes(monkeypatch):
+    """Every product is a batch of `sizes["size"]` rows; `sizes["taken"]` counts them."""
+    state = {"size": 0, "taken": 0}
+    bmm = torch.bmm
+
+    def counting_bmm(*args):
+        state["taken"] += 1
+        return bmm(*args)
+
+    monkeypatch.setattr(batched_gemm, "batch_size", lambda *_, **__: state["size"])
+    monkeypatch.setattr(torch, "bmm", counting_bmm)
+    monkeypatch.setattr(cpu, "_is_native", lambda _: True)
+    cpu._grouped_mm_is_best.cache_clear()
+    yield state
+    cpu._grouped_mm_is_best.cache_clear()
+
+
+def make_operands(num_rows, dtype, transposed=False, num_experts=6):
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    weight = randn(num_experts, N, D)
+    if transposed:
+        weight = weight.mT.contiguous().mT
+    return randn(num_rows, D).requires_grad_(), weight.requires_grad_(), randn(num_rows, N)
+
+
+def run(x, weight, counts, grad_output):
+    output = torch.ops.moe.grouped_gemm(x, weight, torch.tensor(counts, dtype=torch.int32))
+    return output, *torch.autograd.grad(output, (x, weight), grad_output)
+
+
+@dtypes
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("name", COUNTS)
+def test_matches_the_oracle(name, transposed, size, dtype, sizes):
+    counts, num_rows = COUNTS[name]
+    sizes["size"] = size
+    x, weight, grad_output = make_operands(num_rows, dtype, transposed)
+    with checks.poisoned_memory():
+        output, dx, dw = run(x, weight, counts, grad_output)
+    assert sizes["taken"] == 3
+    arguments = {"input": x.detach(), "weight": weight.detach()}
+    arguments["token_counts"] = torch.tensor(counts, dtype=torch.int32)
+    checks.assert_close(output, oracle.grouped_gemm(**arguments))
+    expected = oracle.gradients(oracle.grouped_gemm, arguments, ["input", "weight"], grad_output)
+    checks.assert_close(dx, expected["input"], what="dX")
+    checks.assert_close(dw, expected["weight"], what="dW")
+    tail = sum(counts)
+    assert not output[tail:].any()
+    assert not dx[tail:].any()
+    assert not dw[[count == 0 for count in counts]].any()
+    again = run(x, weight, counts, grad_output)
+    assert all(map(torch.equal, again, (output, dx, dw)))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["uneven", "dropped", "hot", "hot_last"])
+def test_no_expert_sees_the_rows_of_another(name, size, bad, sizes):
+    counts, num_rows = COUNTS[name]
+    sizes["size"] = size
+    x, weight, grad_output = make_operands(num_rows, torch.float32)
+    clean = run(x, weight, counts, grad_output)
+    ends = torch.tensor(counts).cumsum(0).tolist()
+    experts = [(end - count, end) for count, end in zip(counts, ends, strict=True)]
+    for e, (start, end) in enumerate([*experts, (ends[-1], num_rows)]):
+        if start == end:
+            continue
+        poisoned, poisoned_grad = x.detach().clone(), grad_output.clone()
+        poisoned[start:end] = bad
+        poisoned_grad[start:end] = bad
+        output, dx, dw = run(poisoned.requires_grad_(), weight, counts, poisoned_grad)
+        others = [row for row in range(num_rows) if not start <= row < end]
+        for found, expected in ((output, clean[0]), (dx, clean[1])):
+            assert torch.equal(found[others], expected[others])
+        experts_left = [i for i in range(len(counts)) if i != e]
+        assert torch.equal(dw[experts_left], clean[2][experts_left])
+        if e < len(counts):
+            assert not dw[e].isfinite().any()
+
+
+@pytest.mark.parametrize("counts", [[-3, 5, 2, 0, 1, 1], [9, 9, 9, 9, 9, 9], [2**30] * 6], ids=str)
+def test_corrupt_counts_stay_in_bounds(counts, sizes):
+    sizes["size"] = 4
+    x, weight, grad_output = make_operands(20, torch.float32)
+    output, dx, dw = run(x, weight, counts, grad_output)
+    assert sizes["taken"] == 3
+    assert (output.shape, dx.shape, dw.shape) == ((20, N), x.shape, weight.shape)
+
+
+def test_rows_of_any_stride(sizes):
+    sizes["size"] = 6
+    counts, num_rows = COUNTS["dropped"]
+    x, weight, grad_output = make_operands(num_rows, torch.float32)
+    expected = run(x, weight, counts, grad_output)
+    wide = torch.randn(num_rows, D + 8)
+    wide[:, 8:] = x.detach()
+    columns = torch.randn(N, num_rows + 7)[:, : num_rows + 7].t()[:num_rows]
+    columns.copy_(grad_output)
+    found = run(wide[:, 8:].requires_grad_(), weight, counts, columns)
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def size_of(counts, sums_rows, sizes=(256, 256), dtype=torch.bfloat16, num_rows=None):
+    ends = list(accumulate(counts))
+    num_rows = sum(counts) if num_rows is None else num_rows
+    return batched_gemm.batch_size(ends, num_rows, sizes, dtype, sums_rows=sums_rows)
+
+
+@pytest.mark.parametrize("sums_rows", [False, True])
+def test_when_it_is_taken(sums_rows):
+    def size(*args, **kwargs):
+        return size_of(args[0], sums_rows, *args[1:], **kwargs)
+
+    assert size([16] * 64) == 16
+    assert size([15, 17] * 32) == 17
+    # The large expert's other rows are a product of their own.
+    assert size([16] * 63 + [300]) == 16
+    assert size([16] * 64, num_rows=1200) == 16
+    # Large products, few experts, most rows with few of many, nothing.
+    assert size([1024] * 64, (1024, 1024)) == 0
+    assert size([128] * 2) == 0
+    assert size([500] * 6 + [1] * 20) == 0
+    assert size([0] * 64, num_rows=1024) == 0
+    # Decoding: what counts is the experts whose matrices are read.
+    assert size([2, 1] * 32, (2048, 1024)) == 2
+    assert size([2, 1, 0, 1] * 16, (2048, 1024)) == 0
+    assert size([0] * 64) == 0
+    assert size([]) == 0
+    assert bool(size([16] * 64, (128, 128), torch.float32)) == (not sums_rows)
+
+
+def test_a_batch_is_not_more_than_twice_the_rows():
+    draw = random.Random(0)
+    taken = 0
+    for _ in range(2000):
+        num_experts = draw.choice((8, 16, 64, 128))
+        counts = [int(draw.expovariate(1 / draw.choice((1, 8, 40)))) for _ in range(num_experts)]
+        num_rows = sum(counts) + draw.choice((0, 0, 17))
+        size = size_of(counts, draw.random() < 0.5, num_rows=num_rows)
+        assert size * num_experts <= 2 * num_rows
+        assert size <= num_rows
+        taken += bool(size)
+    assert taken > 100
+
+
+@pytest.mark.parametrize("permute_x", [False, True])
+def test_an_op_takes_it(permute_x, monkeypatch):
+    if not cpu._is_native(torch.bfloat16):
+        pytest.skip("this CPU has no instructions for bf16")
+    taken = []
+    bmm = torch.bmm
+
+    def counting_bmm(*args):
+        taken.append(args)
+        return bmm(*args)
+
+    monkeypatch.setattr(torch, "bmm", counting_bmm)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(64, (256, 4), generator=generator)
+    counts, gather, _ = oracle.routing_indices(ids, 64)
+    arguments = {
+        "input": torch.randn(256 if permute_x else 1024, 64, generator=generator).bfloat16(),
+        "weight": torch.randn(64, 128, 64, generator=generator).bfloat16(),
+        "token_counts": counts,
+        "gather_indices": gather,
+        "top_k": 4,
+        "permute_x": permute_x,
+    }
+    checks.assert_close(torch.ops.moe.grouped_gemm(**arguments), oracle.grouped_gemm(**arguments))
+    assert len(taken) == 1
