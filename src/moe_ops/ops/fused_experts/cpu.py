@@ -267,7 +267,7 @@ class _Routing:
 
 
 # Elements of a matrix that are worked on at a time.
-_CHUNK = 2**17
+_CHUNK = 2**19
 
 
 def _chunks(num_rows: int, width: int) -> Iterator[slice]:
