@@ -80,13 +80,15 @@ def multiply(
     """rows[i] @ matrices[e] (R, N) of the rows of each expert e, zero for the other rows."""
     num_rows, num_experts, tail = rows.shape[0], len(ends), ends[-1]
     counts, starts = _counts(ends), [0, *ends[:-1]]
-    first = torch.tensor([min(start, num_rows - size) for start in starts])
+    first = torch.tensor([min(start, num_rows - size) for start in starts], device=rows.device)
     products = torch.bmm(_blocks(rows, first, size), matrices).flatten(0, 1)
 
-    shifts = torch.arange(0, num_experts * size, size) - first
-    found = torch.repeat_interleave(shifts, torch.tensor(counts), output_size=tail)
+    device = rows.device
+    shifts = torch.arange(0, num_experts * size, size, device=device) - first
+    repeats = torch.tensor(counts, device=device)
+    found = torch.repeat_interleave(shifts, repeats, output_size=tail)
     # Those beyond `size` are multiplied below.
-    found = found.add_(torch.arange(tail)).clamp_(max=num_experts * size - 1)
+    found = found.add_(torch.arange(tail, device=device)).clamp_(max=num_experts * size - 1)
     if tail == num_rows:
         output = products.index_select(0, found)
     else:
@@ -105,10 +107,11 @@ def multiply_transposed(
     """sum_i outer(left[i], right[i]) over the rows of each expert, (E, left's size, right's size)."""
     num_rows = left.shape[0]
     counts, starts = _counts(ends), [0, *ends[:-1]]
-    first = torch.tensor([min(start, num_rows - size) for start in starts])
+    device = left.device
+    first = torch.tensor([min(start, num_rows - size) for start in starts], device=device)
     # From 0 on, and less than the expert's count, for its own rows.
-    row = torch.arange(size) + (first - torch.tensor(starts))[:, None]
-    others = (row < 0) | (row >= torch.tensor(counts)[:, None])
+    row = torch.arange(size, device=device) + (first - torch.tensor(starts, device=device))[:, None]
+    others = (row < 0) | (row >= torch.tensor(counts, device=device)[:, None])
     others = others.flatten().nonzero().flatten()
     # In both: zero times a neighbour's NaN would be NaN.
     left_blocks, right_blocks = (_blocks(t, first, size) for t in (left, right))
