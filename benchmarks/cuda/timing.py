@@ -103,7 +103,7 @@ class Bench:
         return lambda: start.elapsed_time(end)
 
     def take_turns(self, calls: Mapping[str, Call]) -> dict[str, list[float]]:
-        """Milliseconds of each call, turn by turn."""
+        """Milliseconds of each call, turn by turn: whole rounds of `orders`, if there is one."""
         for call in calls.values():
             call()
         turns = self.least_turns
@@ -112,13 +112,27 @@ class Bench:
             self.synchronize()
             turn_seconds = sum(elapsed() for elapsed in pilot) / 2e3
             turns = max(turns, min(int(self.seconds / max(turn_seconds, 1e-6)), _MOST_TURNS))
-        running: dict[str, list[Callable[[], float]]] = {name: [] for name in calls}
+        names, order_of = list(calls), orders(len(calls))
+        if turns > len(order_of):
+            turns += -turns % len(order_of)
+        running: dict[str, list[Callable[[], float]]] = {name: [] for name in names}
         for turn in range(turns):
-            # Each goes first every other turn.
-            for name in running if turn % 2 else reversed(running):
-                running[name].append(self.timed(calls[name]))
+            for i in order_of[turn % len(order_of)]:
+                running[names[i]].append(self.timed(calls[names[i]]))
         self.synchronize()
         return {name: [elapsed() for elapsed in each] for name, each in running.items()}
+
+
+def orders(count: int) -> list[list[int]]:
+    """Orders of 0 to count - 1 in which each comes right after each other one equally often.
+
+    A call finds the GPU as the one before has left it: at its power limit it is slower after a call
+    that kept the tensor cores busy. (E. J. Williams, 1949, has these for experiments with residual
+    effects of treatments.)
+    """
+    zigzag = [i // 2 if i % 2 == 0 else count - 1 - i // 2 for i in range(count)]
+    found = [[(i + shift) % count for i in zigzag] for shift in range(count)]
+    return found + [order[::-1] for order in found] if count % 2 else found
 
 
 @functools.cache

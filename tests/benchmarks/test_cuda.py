@@ -6,6 +6,9 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise, permutations
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,7 @@ from benchmarks.cuda.timing import (
     Call,
     Captured,
     compare,
+    orders,
     recorded_launches,
     relative_error,
     worst,
@@ -71,6 +75,23 @@ def read_results(folder, parts):
         assert not {"failed", "left out, no time"} & set(environment)
     assert not [c for result in found.values() for c in result["cases"] if "wrong" in c]
     return found
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_each_comes_after_each_other_equally_often(count):
+    found = orders(count)
+    assert all(sorted(order) == list(range(count)) for order in found)
+    after = Counter(pair for order in found for pair in pairwise(order))
+    assert set(after) == set(permutations(range(count), 2))
+    assert len(set(after.values())) <= 1
+
+
+@pytest.mark.parametrize("turns", [2, 5, 7])
+def test_turns_are_whole_rounds(turns):
+    timed = replace(bench(), least_turns=turns)
+    times = timed.take_turns({name: lambda: None for name in "abcd"})
+    whole = turns if turns < 4 else 8
+    assert {name: len(each) for name, each in times.items()} == dict.fromkeys("abcd", whole)
 
 
 @pytest.mark.slow

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fused_experts and its backward in PyTorch: the other ops, and the activation between them.
+"""fused_experts and its backward in PyTorch: what the other ops do, and the activation between.
+
+The others' CPU implementations are called as functions: their arguments follow from checked ones,
+and a call of an op takes longer than a small product.
 
 T num_tokens, H hidden_size, I intermediate_size, E experts, K top_k, R = T * K routed rows in
 expert order, U = 2 * I where gated, else I.
@@ -16,9 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from moe_ops.ops.grouped_gemm.cpu import grouped_gemm, grouped_gemm_dw, grouped_gemm_dx
+from moe_ops.ops.permute.cpu import permute
+from moe_ops.ops.routing_indices.cpu import routing_indices
 from moe_ops.ops.rows import tokens_of_rows
-
-moe = torch.ops.moe
+from moe_ops.ops.unpermute.cpu import unpermute, unpermute_backward
 
 
 def fused_experts(
@@ -61,15 +66,15 @@ def fused_experts_forward(
     kernel_config: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     top_k = topk_ids.shape[1]
-    routing = _Routing(top_k, *moe.routing_indices(topk_ids, gate_up_proj.shape[0]))
+    routing = _Routing(top_k, *routing_indices(topk_ids, gate_up_proj.shape[0]))
     act = _Activation(activation, gated, interleaved, activation_limit)
     weights = routing.without_dropped(topk_weights)
     x = routing.weighted_rows(hidden_states, weights) if weights_before else hidden_states
     z = _up_projection(x, gate_up_proj, gate_up_bias, routing, in_expert_order=weights_before)
     h = act.forward(z, routing.tail)
-    rows = moe.grouped_gemm(h, down_proj, routing.counts, bias=down_bias)
+    rows = grouped_gemm(h, down_proj, routing.counts, bias=down_bias)
     after = None if weights_before else weights
-    output = moe.unpermute(rows, routing.gather, after, top_k, routing.scatter)
+    output = unpermute(rows, routing.gather, after, top_k, routing.scatter)
     kept = z if recompute == "none" else z.new_empty(0)
     return output, kept, routing.counts, routing.gather, routing.scatter
 
@@ -107,7 +112,7 @@ def fused_experts_backward(
     if not any(needs):
         return tuple(grads)
 
-    dy = moe.permute(grad_output, gather_indices, top_k, scatter_indices)
+    dy = permute(grad_output, gather_indices, top_k, scatter_indices)
     if need_down_bias:
         grads[5] = _grad_bias(dy, routing, after)
     if not any(needs[:5]):
@@ -141,9 +146,9 @@ def fused_experts_backward(
         dx = _dx(dz, gate_up_proj, counts)
         if need_x:
             before = weights if weights_before else None
-            grads[0] = moe.unpermute(dx, gather_indices, before, top_k, scatter_indices)
+            grads[0] = unpermute(dx, gather_indices, before, top_k, scatter_indices)
         if need_weights and weights_before:
-            _, grads[3] = moe.unpermute_backward(
+            _, grads[3] = unpermute_backward(
                 hidden_states, dx, gather_indices, topk_weights, top_k, scatter_indices,
                 [False, True],
             )  # fmt: skip
@@ -161,8 +166,8 @@ def _up_projection(
     in_expert_order: bool,
 ) -> torch.Tensor:
     if in_expert_order:
-        return moe.grouped_gemm(x, gate_up_proj, routing.counts, bias=bias)
-    return moe.grouped_gemm(
+        return grouped_gemm(x, gate_up_proj, routing.counts, bias=bias)
+    return grouped_gemm(
         x, gate_up_proj, routing.counts, routing.gather, None, bias, routing.top_k, permute_x=True
     )
 
@@ -170,9 +175,7 @@ def _up_projection(
 def _dx(dy: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """dy[i] @ weight[e] of the rows of each expert e."""
     needs = [True, False]
-    grad, _ = moe.grouped_gemm_dx(
-        dy, weight, counts, None, None, None, None, 1, False, False, needs
-    )
+    grad, _ = grouped_gemm_dx(dy, weight, counts, None, None, None, None, 1, False, False, needs)
     return grad
 
 
@@ -186,7 +189,7 @@ def _dw(
 ) -> torch.Tensor:
     """sum_i outer(dy[i], x[i]) over the rows of each expert; x is in token order with `gather`."""
     needs, permute_x = [True, False], gather is not None
-    grad, _ = moe.grouped_gemm_dw(
+    grad, _ = grouped_gemm_dw(
         dy, x, counts, gather, None, top_k, permute_x, False, needs, transposed
     )
     return grad
@@ -197,7 +200,7 @@ def _grad_bias(
 ) -> torch.Tensor:
     """sum_i weights[slot of i] * dy[i] over the rows of each expert."""
     top_k, needs = routing.top_k, [False, True]
-    _, grad = moe.grouped_gemm_dw(
+    _, grad = grouped_gemm_dw(
         dy, dy, routing.counts, routing.gather, weights, top_k, False, False, needs, False
     )
     return grad
@@ -275,6 +278,20 @@ def _chunks(num_rows: int, width: int) -> Iterator[slice]:
     return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
 
 
+def _wide_chunks(rows: torch.Tensor, num_rows: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Each chunk of the first num_rows rows, in fp32 (fp64 for fp64), until the next one is asked for."""
+    accumulator = torch.promote_types(rows.dtype, torch.float32)
+    memory: torch.Tensor | None = None
+    for part in _chunks(num_rows, rows.shape[1]):
+        if rows.dtype == accumulator:
+            yield part, rows[part]
+            continue
+        if memory is None:
+            # One for all: new memory would not be in the cache.
+            memory = torch.empty_like(rows[part], dtype=accumulator)
+        yield part, memory[: part.stop - part.start].copy_(rows[part])
+
+
 def _store_product(out: torch.Tensor, values: torch.Tensor, factor: torch.Tensor | float) -> None:
     """out = values * factor, rounded to out's dtype; values may be overwritten."""
     if out.dtype == values.dtype:
@@ -326,8 +343,8 @@ class _Activation:
     def forward(self, z: torch.Tensor, tail: int) -> torch.Tensor:
         """h (R, I) of z (R, U); nothing is written to the other rows, which no product reads."""
         h = self._new_h(z)
-        for part in _chunks(tail, z.shape[1]):
-            gate, up = self._limited(*self._read(z[part]))
+        for part, wide in _wide_chunks(z, tail):
+            gate, up = self._limited(*self._read(wide))
             values = self.function.forward(gate)
             if up is None:
                 h[part] = values
@@ -354,8 +371,8 @@ class _Activation:
         dz = z.new_empty(z.shape if need_dz else 0)
         accumulator = torch.promote_types(z.dtype, torch.float32)
         dots = z.new_empty(z.shape[0] if need_dots else 0, dtype=accumulator)
-        for part in _chunks(tail, z.shape[1]):
-            z_gate, z_up = self._read(z[part])
+        for part, wide in _wide_chunks(z, tail):
+            z_gate, z_up = self._read(wide)
             gate, up = self._limited(z_gate, z_up)
             values = self.function.forward(gate)
             product = values if up is None else values * up
@@ -393,8 +410,8 @@ class _Activation:
         return z[:, :half], z[:, half:]
 
     def _read(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """gate and up to compute with: in fp32 (fp64 for fp64), not interleaved, which is slow."""
-        gate, up = self._halves(z.to(torch.promote_types(z.dtype, torch.float32)))
+        """gate and up to compute with: not interleaved, which is slow."""
+        gate, up = self._halves(z)
         if self.interleaved:
             gate, up = gate.contiguous(), None if up is None else up.contiguous()
         return gate, up
