@@ -148,6 +148,7 @@ def fused_experts_backward(
             before = weights if weights_before else None
             grads[0] = unpermute(dx, gather_indices, before, top_k, scatter_indices)
         if need_weights and weights_before:
+            assert hidden_states is not None  # the schema's `where` says so
             _, grads[3] = unpermute_backward(
                 hidden_states, dx, gather_indices, topk_weights, top_k, scatter_indices,
                 [False, True],
@@ -165,6 +166,7 @@ def _up_projection(
     *,
     in_expert_order: bool,
 ) -> torch.Tensor:
+    assert x is not None  # the schema's `where` says so
     if in_expert_order:
         return grouped_gemm(x, gate_up_proj, routing.counts, bias=bias)
     return grouped_gemm(
@@ -188,6 +190,7 @@ def _dw(
     top_k: int = 1,
 ) -> torch.Tensor:
     """sum_i outer(dy[i], x[i]) over the rows of each expert; x is in token order with `gather`."""
+    assert x is not None  # the schema's `where` says so
     needs, permute_x = [True, False], gather is not None
     grad, _ = grouped_gemm_dw(
         dy, x, counts, gather, None, top_k, permute_x, False, needs, transposed
