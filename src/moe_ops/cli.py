@@ -145,10 +145,11 @@ def _tune(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Itera
             raise RuntimeError("MOE_OPS_AUTOTUNE=0 turns tuning off")
         layers = [_layer_of_sizes(options)] if given else _layers_of_config(options)
         num_tokens = options.num_tokens or tuning.NUM_TOKENS
-        tasks = tuning.tasks_of(layers, num_tokens, options.separate_ops)
         device = tuning.current_device()
+        facts = choose.device_of(device)
+        tasks = tuning.tasks_of(layers, num_tokens, options.separate_ops, facts)
         configs = tuning.tune_tasks(tasks, device, report=tuning.Report(progress=True))
-        name = choose.device_of(device).name
+        name = facts.name
         if options.output is not None:
             cache.write_table(options.output, name, configs)
     except (RuntimeError, ValueError, OSError, ImportError) as error:

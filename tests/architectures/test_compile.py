@@ -13,16 +13,18 @@ import pkgutil
 from collections.abc import Iterable
 from importlib import resources
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import moe_ops
 from moe_ops.configs import cache, choose
-from moe_ops.configs.choose import Device
+from moe_ops.configs.choose import Device, Problem
 from moe_ops.configs.kernel_config import (
     KernelConfig,
     KernelConfigBackward_dW,
+    KernelConfigBackward_dX,
     KernelConfigForward,
     kernel_config,
 )
@@ -32,6 +34,8 @@ from tests.gpu.gemm_problem import MODES
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles kernels, which TRITON_INTERPRET=1 interprets", allow_module_level=True)
 pytest.importorskip("triton", exc_type=ImportError)
+
+from triton.runtime.jit import JITFunction
 
 from moe_ops.ops import gemm_launching, hopper_launching
 from tests.architectures import calls
@@ -133,6 +137,61 @@ def test_kernels_for_hopper_serve_16_bits_on_hopper_alone(gpu, dtype, monkeypatc
     monkeypatch.setattr(hopper_launching, "_import_kernels", refuse)
     with compiling_for(GPUS[gpu]):
         assert not hopper_launching.serves(torch.empty(1, dtype=dtype, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "mode", "is_gated"),
+    [
+        ("sm_90", BF16, {}, True),
+        ("sm_90", F16, {"activation": "gelu_tanh", "bias": True, "transposed": True}, True),
+        ("sm_90", F32, {}, False),
+        ("sm_90", BF16, {"activation": "gelu"}, False),
+        ("sm_90", BF16, {"interleaved": True}, False),
+        ("sm_90", BF16, {"gated": False}, False),
+        ("sm_80", BF16, {}, False),
+        ("sm_100", BF16, {}, False),
+    ],
+)
+def test_what_is_asked_of_the_down_projections_backward(gpu, dtype, mode, is_gated, monkeypatch):
+    """That the activation's backward is on top of it, where there is a kernel for that."""
+    asked = []
+    tiling = gemm_launching._tiling.__wrapped__
+
+    def recorded(problem: Problem, *rest: Any) -> Any:
+        asked.append(problem)
+        return tiling(problem, *rest)
+
+    monkeypatch.setattr(gemm_launching, "_tiling", recorded)
+    launched(GPUS[gpu], calls.experts(SIZES["training"], dtype, **mode)["backward"])
+    down, up = (problem for problem in asked if problem.kind == "backward_dX")
+    assert ("gated" in down.flags) == is_gated
+    assert "gated" not in up.flags
+
+
+@pytest.mark.parametrize("size", ["training", "uneven"])
+def test_the_down_projections_backward_makes_one_schedule(size):
+    """Where descriptors turn out not to describe its operands too: two kernels then do the same."""
+    loads = {"use_tma_load_dy": True, "use_tma_load_w": True}
+    config = KernelConfigBackward_dX(BLOCK_K=128, BLOCK_N=64, **loads, **STORE)
+    made = calls.experts(SIZES[size], BF16, kernel_config=kernel_config(backward_dX=config))
+    names = launched(GPUS["sm_90"], made["backward"])
+    is_at_once = size == "training"
+    assert names.count("expert_down_bwd_hopper_kernel") == is_at_once
+    assert names.count("_expert_activation_bwd_kernel") == (not is_at_once)
+    # One more is that of the gradient of x.
+    assert names.count("tile_schedule_kernel") == 2
+
+
+def launched(device: Device, call: Call) -> list[str]:
+    """The names of the kernels that the call launches, which are not compiled."""
+    names: list[str] = []
+
+    def listed(kernel: Any, *args: Any, **kwargs: Any) -> None:
+        names.append(kernel.fn.__name__)
+
+    with compiling_for(device), mock.patch.object(JITFunction, "run", listed):
+        call()
+    return names
 
 
 def kernels_of_the_package() -> set[str]:

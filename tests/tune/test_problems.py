@@ -4,6 +4,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 from moe_ops.configs.choose import Problem
 from moe_ops.tuning import Experts, find_experts, tasks_of
+from tests.tune.fakes import HOPPER
 
 
 class Layer(nn.Module):
@@ -97,7 +99,7 @@ def test_problems():
     found = {task.problem: task for task in tasks_of([EXPERTS], [40])}
     expected = [
         ("forward", (48, 16), ("gather", "gated")), ("forward", (16, 24), ()),
-        ("backward_dX", (16, 24), ("gated",)), ("backward_dX", (48, 16), ()),
+        ("backward_dX", (16, 24), ()), ("backward_dX", (48, 16), ()),
         ("backward_dW", (16, 24), ()), ("backward_dW", (48, 16), ()),
     ]  # fmt: skip
     # 80 rows of 4 experts: 20 each, which is up to 32.
@@ -105,6 +107,19 @@ def test_problems():
         Problem(kind, "bfloat16", 4, *sizes, 32, flags) for kind, sizes, flags in expected
     }
     assert {(task.num_rows, task.top_k) for task in found.values()} == {(80, 2)}
+
+
+def test_problems_of_hopper_alone():
+    """Its kernel that does the activation's backward after dX; it is of gated blocks in 16 bits."""
+    plain = {task.problem for task in tasks_of([EXPERTS], [40])}
+    more = {task.problem for task in tasks_of([EXPERTS], [40], device=HOPPER)} - plain
+    assert more == {Problem("backward_dX", "bfloat16", 4, 16, 24, 32, ("gated",))}
+    ungated = replace(EXPERTS, up=(24, 16))
+    blackwell = replace(HOPPER, capability=(10, 0))
+    for layer, device in (
+        (replace(EXPERTS, dtype=torch.float32), HOPPER), (ungated, HOPPER), (EXPERTS, blackwell),
+    ):  # fmt: skip
+        assert tasks_of([layer], [40], device=device) == tasks_of([layer], [40])
 
 
 def test_a_bucket_once():
@@ -169,6 +184,5 @@ def test_problems_of_separate_ops():
         ("forward", 48, ("gather",)),
         ("backward_dX", 48, ("scatter",)),
         ("forward", 16, ("scatter", "scale")),
-        ("backward_dX", 16, ()),
         ("backward_dX", 16, ("gather", "scale", "dots")),
     }

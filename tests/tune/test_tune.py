@@ -255,7 +255,7 @@ def test_a_model(fake_gpu, capsys):
     assert moe_ops.tune(Model(), (6, 5), progress=False) == found
     assert len(fake_gpu.timed) == 6
     assert capsys.readouterr().err == ""
-    assert len(moe_ops.tune(Model(), 6, torch.float16, progress=False).keys() - found.keys()) == 6
+    assert len(moe_ops.tune(Model(), 6, torch.float16, progress=False).keys() - found.keys()) == 7
 
 
 def test_turned_off(monkeypatch, capsys):
@@ -357,11 +357,11 @@ def test_a_rank_that_fails_fails_all(tmp_path):
 INTERPRETED = """
 import torch
 from dataclasses import replace
-from moe_ops.ops import gemm_launching as launch
+from moe_ops.ops import gemm_launching as launch, hopper_launching
 from moe_ops.configs.space import candidates
 from moe_ops.configs.choose import device_of
 from moe_ops.tuning import bench, tasks_of, tune_tasks
-from tests.tune.fakes import CPU, LAYER, Clock
+from tests.tune.fakes import CPU, HOPPER, LAYER, Clock
 
 seen = []
 choose = launch.choose
@@ -371,8 +371,11 @@ def recorded(problem, device, text):
     return config
 launch.choose = recorded
 launch._tiling = launch._tiling.__wrapped__  # asked each time
+# What Hopper's kernels could serve is asked for, in the configurations of other kernels.
+hopper_launching.serves = lambda operand: operand.itemsize == 2
 layers = [LAYER, replace(LAYER, dtype=torch.float16, transposed=True, has_bias=True)]
-tasks = tasks_of(layers, [6], separate_ops=True)
+tasks = tasks_of(layers, [6], True, HOPPER)
+assert any(t.problem.kind == "backward_dX" and "gated" in t.problem.flags for t in tasks)
 for task in tasks:
     seen.clear()
     made = bench.Bench(task, CPU)

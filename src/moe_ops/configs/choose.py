@@ -39,8 +39,9 @@ class Problem:
         flags: what else the kernel does, of "gather" (rows of x are gathered), "scatter" (rows of
             the output are scattered), "scale" (they are multiplied by topk_weights), "bias", "dots"
             (the router gradient), "transposed" (the weight is a transposed view), "fp8" (the weight
-            is, with scales), "gated" (what follows is the activation of a gated block, after dX its
-            backward), "activated" (the activation of another), in this order.
+            is, with scales), "gated" (what follows is the activation of a gated block; after dX its
+            backward, where Hopper has a kernel that does both), "activated" (the activation of
+            another), in this order.
     """
 
     kind: str
@@ -294,7 +295,7 @@ def specializes(problem: Problem, tile: tuple[int, int]) -> bool:
     if problem.has_activation:
         # Rows that are to be gathered are copied before it.
         return flags - {"gather"} == {"gated"} and tile == TURNS_TILE
-    # What is gated in dX may also be done by two kernels.
+    # What is gated in dX is done by two kernels where the tile is another.
     flags -= {"transposed", "gated"}
     return not flags or (flags == {"scatter"} and tile == TURNS_TILE)
 

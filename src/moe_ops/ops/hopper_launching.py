@@ -28,6 +28,12 @@ def serves(operand: torch.Tensor) -> bool:
     return is_hopper and operand.itemsize == 2 and _import_kernels() is not None
 
 
+def has_down_backward(operand: torch.Tensor, activation: str) -> bool:
+    """Whether expert_down_backward has a kernel for that, if descriptors describe the operands."""
+    # The error function of "gelu" takes registers that the kernel lacks.
+    return serves(operand) and activation != "gelu"
+
+
 def grouped_gemm(
     x: torch.Tensor,
     b: torch.Tensor,
@@ -146,8 +152,7 @@ def expert_down_backward(
     That is dz, with gate and up apart, sh = scale * h, and dots (column tiles, R), as the kernel has
     them. The blocks are as in grouped_gemm, and TURNS_TILE.
     """
-    # The error function of "gelu" takes registers that the kernel lacks.
-    if not serves(dy) or blocks[:2] != TURNS_TILE or activation == "gelu":
+    if not has_down_backward(dy, activation) or blocks[:2] != TURNS_TILE:
         return False
     block_m, block_n, block_k = blocks
     width = b.shape[2]

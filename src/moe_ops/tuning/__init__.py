@@ -94,8 +94,9 @@ def tune(
         report.line("moe_ops.tune: MOE_OPS_AUTOTUNE=0 turns tuning off")
         return {}
     layers = find_experts(model, dtype, top_k)
-    tasks = tasks_of(layers, _several(num_tokens), separate_ops)
-    return tune_tasks(tasks, _device_for(model), report=report)
+    device = _device_for(model)
+    tasks = tasks_of(layers, _several(num_tokens), separate_ops, device_of(device))
+    return tune_tasks(tasks, device, report=report)
 
 
 def _several(num_tokens: int | Sequence[int]) -> Sequence[int]:

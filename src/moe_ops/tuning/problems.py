@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from moe_ops.configs.choose import Problem, rows_bucket
+from moe_ops.configs.choose import HOPPER, Device, Problem, rows_bucket
 
 # A decoding step of one and of some sequences, a prompt, and steps of training.
 NUM_TOKENS = (1, 64, 1024, 4096, 16384)
@@ -108,11 +108,15 @@ def _top_k(model: nn.Module, name: str) -> int:
 
 
 def tasks_of(
-    layers: Iterable[Experts], num_tokens: Iterable[int], separate_ops: bool = False
+    layers: Iterable[Experts],
+    num_tokens: Iterable[int],
+    separate_ops: bool = False,
+    device: Device | None = None,
 ) -> list[Task]:
     """The problems of some layers: those of fused_experts, and where asked those of grouped_gemm.
 
-    Each problem comes once, at the most rows that were asked of it.
+    Each problem comes once, at the most rows that were asked of it. Those that only some GPUs have
+    are of `device`.
 
     Raises:
         ValueError: a dtype that no kernel computes in, or sizes below 1.
@@ -128,12 +132,14 @@ def tasks_of(
             if size < 1:
                 raise ValueError(f"moe_ops.tune: expected sizes of 1 or more, got {size}")
         for tokens in counts:
-            for problem in _problems(layer, tokens, separate_ops):
+            for problem in _problems(layer, tokens, separate_ops, device):
                 tasks[problem.key] = Task(problem, tokens * layer.top_k, layer.top_k)
     return list(tasks.values())
 
 
-def _problems(layer: Experts, num_tokens: int, separate_ops: bool) -> Iterator[Problem]:
+def _problems(
+    layer: Experts, num_tokens: int, separate_ops: bool, device: Device | None
+) -> Iterator[Problem]:
     rows = rows_bucket(num_tokens * layer.top_k, layer.num_experts)
     dtype = str(layer.dtype).removeprefix("torch.")
 
@@ -150,7 +156,12 @@ def _problems(layer: Experts, num_tokens: int, separate_ops: bool) -> Iterator[P
         "forward", layer.up, "gather", *bias, more=("gated" if is_gated else "activated",)
     )
     yield problem("forward", layer.down, *bias)
-    yield problem("backward_dX", layer.down, more=("gated",) if is_gated else ())
+    is_hopper = device is not None and device.capability[0] == HOPPER
+    if is_gated and is_hopper and layer.dtype.itemsize == 2:
+        # As ops/fused_experts asks for it. Interleaved blocks, and activations that the kernel for
+        # Hopper lacks, which the sizes do not tell, have the bare product.
+        yield problem("backward_dX", layer.down, more=("gated",))
+    yield problem("backward_dX", layer.down)
     yield problem("backward_dX", layer.up)
     yield problem("backward_dW", layer.down)
     yield problem("backward_dW", layer.up)
@@ -160,5 +171,4 @@ def _problems(layer: Experts, num_tokens: int, separate_ops: bool) -> Iterator[P
         yield problem("forward", layer.up, "gather", *bias)
         yield problem("backward_dX", layer.up, "scatter")
         yield problem("forward", layer.down, "scatter", "scale", *bias)
-        yield problem("backward_dX", layer.down)
         yield problem("backward_dX", layer.down, "gather", "scale", "dots")

@@ -347,7 +347,13 @@ class Down:
         if not need_dz and not need_dots:
             self._activation_backward(None, z, dz, h, None)
             return dz, h, None
-        is_followed = rows.gated and dz is not None and divisor == 0
+        # The kernel for Hopper makes dz as it multiplies, of rows that lie in place.
+        may_be_at_once = (
+            rows.has_halves
+            and dz is not None
+            and divisor == 0
+            and hopper_launching.has_down_backward(dy, rows.activation)
+        )
         gemm = GroupedGemm(
             "backward_dX",
             x=dy,
@@ -357,18 +363,19 @@ class Down:
             gather=rows.gather_indices,
             x_divisor=divisor,
             needs_schedule=need_dots and self.bias is not None,
-            flags=("gated",) if is_followed else (),
+            flags=("gated",) if may_be_at_once else (),
             kernel_config=rows.kernel_config,
         )
-        # Of rows that lie in place, the kernel for Hopper makes dz as it multiplies.
-        at_once = is_followed and rows.has_halves and gemm.tiling.is_in_turns
+        at_once = may_be_at_once and gemm.tiling.is_in_turns
         dots = None
         if need_dots:
             shape = ((gemm.tiles_n if at_once else 1) + (self.bias is not None), rows.number)
             dots = torch.zeros(shape, dtype=torch.float32, device=dy.device)
         if z is None or dz is None or not (at_once and self._at_once(gemm, z, dz, h, dots)):
             dh = dy.new_empty(rows.number, self.weight.shape[2]) if h is None else h
-            gemm.launch(dh, zeros_tail=False)
+            # Where descriptors could not describe the operands, the schedule has been made, and dots
+            # has a row for each column tile: what follows writes the first, the others stay zeros.
+            gemm.launch(dh, zeros_tail=False, shared=gemm.schedule)
             self._activation_backward(dh, z, dz, h, dots)
         if dots is not None and self.bias is not None:
             gemm.launch_bias_dots(self.bias, dots[-1])
