@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from moe_ops.configs import cache, choose
 from moe_ops.configs.choose import (
-    TURNS_TILE,
     Device,
     Problem,
     fitting,
@@ -166,7 +165,7 @@ def test_warps_are_specialized_on_hopper_where_nothing_but_a_product_is_asked_fo
     if kind != "backward_dW":
         scattered = heuristic(replace(bare, flags=("scatter",)), HOPPER)
         assert scattered.warp_specialize
-        assert scattered.tile[:2] == TURNS_TILE
+        assert scattered.is_in_turns
         flags = ("gather", "scale", "bias", "dots")
         others += [replace(bare, rows=32), *(replace(bare, flags=(flag,)) for flag in flags)]
     for problem in others:

@@ -19,6 +19,7 @@ import torch
 
 from moe_ops.configs import cache
 from moe_ops.configs.kernel_config import (
+    TURNS_TILE,
     KernelConfig,
     KernelConfigBackward_dW,
     KernelConfigBackward_dX,
@@ -85,8 +86,6 @@ HOPPER = 9
 FEW_ROWS = 32
 # The largest side of a weight that is taken for a LoRA's rank.
 _NARROW = 64
-# Rows and columns of the tiles that kernels/hopper_turns.py computes; kernels/hopper.py has others.
-TURNS_TILE = (128, 128)
 # Columns at a time of what a tile of kernels/hopper_turns.py becomes after the activation's backward.
 _CHUNK_COLUMNS = 32
 
@@ -300,11 +299,6 @@ def specializes(problem: Problem, tile: tuple[int, int]) -> bool:
     return not flags or (flags == {"scatter"} and tile == TURNS_TILE)
 
 
-def _goes_in_turns(problem: Problem, tile: tuple[int, int]) -> bool:
-    """Whether that kernel is one of kernels/hopper_turns.py."""
-    return tile == TURNS_TILE and specializes(problem, tile)
-
-
 def epilogue_slots(config: KernelConfig, device: Device, activation: str) -> tuple[int, int]:
     """How the activation's backward goes by on top of dX in kernels/hopper_turns.py.
 
@@ -340,7 +334,7 @@ def shared_memory(config: KernelConfig, problem: Problem, device: Device) -> int
     other GPUs they take this or less.
     """
     rows, columns, contracted = config.tile
-    if config.warp_specialize and _goes_in_turns(problem, (rows, columns)):
+    if config.is_in_turns and specializes(problem, TURNS_TILE):
         # Each of the two groups has a tile of its own to store.
         stored = 2 * rows * columns * 2 // config.epilogue_subtile
         if problem.kind == "backward_dX" and "gated" in problem.flags:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 # What many Triton kernels call the sides of a tile.
 _ALIASES = {f"BLOCK_SIZE_{letter}": f"BLOCK_{letter}" for letter in "MNK"}
+# Rows and columns of the tiles that kernels/hopper_turns.py computes; kernels/hopper.py has others.
+TURNS_TILE = (128, 128)
 
 C = TypeVar("C", bound="KernelConfig")
 
@@ -115,6 +117,11 @@ class KernelConfig:
         """Rows and columns of the output's tile, elements contracted at a step."""
         return self.BLOCK_M, self.BLOCK_N, self.BLOCK_K
 
+    @property
+    def is_in_turns(self) -> bool:
+        """Whether it asks for a kernel of kernels/hopper_turns.py."""
+        return self.warp_specialize and self.tile[:2] == TURNS_TILE
+
     def _check_warp_specialize(self) -> None:
         rows, columns, contracted = self.tile
         # A group multiplies 64 rows at least, and has 64 * 256 numbers in its registers at most.
@@ -132,7 +139,7 @@ class KernelConfig:
         loads = [field.name for field in fields(self) if field.name.startswith("use_tma_")]
         needed = {"num_warps": 8, "programs_per_sm": 1}
         needed |= dict.fromkeys(loads, True) | {"launch_pdl": False}
-        if rows != columns:
+        if not self.is_in_turns:
             needed["epilogue_subtile"] = 1
         for name, value in needed.items():
             if (got := getattr(self, name)) != value:

@@ -17,7 +17,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_ops.configs import cache
 from moe_ops.configs.choose import (
-    TURNS_TILE,
     Device,
     Problem,
     choose,
@@ -70,11 +69,6 @@ class _Tiling:
     def blocks(self) -> tuple[int, int, int]:
         """Of y's rows, of its columns, and contracted."""
         return self.block_m, self.block_n, self.block_k
-
-    @property
-    def is_in_turns(self) -> bool:
-        """Whether it is one for the kernels of kernels/hopper_turns.py."""
-        return self.is_specialized and (self.block_m, self.block_n) == TURNS_TILE
 
 
 # What follows from sizes and flags is worked out once: a launch is to cost the host little.

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from moe_ops.configs.choose import HOPPER, TURNS_TILE, device_of, epilogue_slots
+from moe_ops.configs.choose import HOPPER, device_of, epilogue_slots
 from moe_ops.configs.kernel_config import KernelConfig
 from moe_ops.ops.launching import copy_rows, launch_on
 from moe_ops.ops.tma_launching import describe_for_gluon
@@ -50,7 +50,7 @@ def grouped_gemm(
     The blocks are (BLOCK_M, BLOCK_N, BLOCK_K) in the letters of x, b and y. With `scatter` it writes
     y[scatter[row]], in tiles of TURNS_TILE alone.
     """
-    in_turns = blocks[:2] == TURNS_TILE
+    in_turns = config.is_in_turns
     if not serves(x) or (scatter is not None and not in_turns):
         return False
     block_m, block_n, block_k = blocks
@@ -152,7 +152,7 @@ def expert_down_backward(
     That is dz, with gate and up apart, sh = scale * h, and dots (column tiles, R), as the kernel has
     them. The blocks are as in grouped_gemm, and TURNS_TILE.
     """
-    if not has_down_backward(dy, activation) or blocks[:2] != TURNS_TILE:
+    if not has_down_backward(dy, activation) or not config.is_in_turns:
         return False
     block_m, block_n, block_k = blocks
     width = b.shape[2]
@@ -192,7 +192,7 @@ def grad_weight(
     if not serves(left):
         return False
     block_m, block_left, block_right = blocks
-    in_turns = blocks[1:] == TURNS_TILE
+    in_turns = config.is_in_turns
     group_rows = block_left if in_turns else block_left // 2
     left_desc = describe_for_gluon(left, (block_m, group_rows), ragged=True)
     right_desc = describe_for_gluon(right, (block_m, block_right), ragged=True)

@@ -366,7 +366,8 @@ class Down:
             flags=("gated",) if may_be_at_once else (),
             kernel_config=rows.kernel_config,
         )
-        at_once = may_be_at_once and gemm.tiling.is_in_turns
+        tiling = gemm.tiling
+        at_once = may_be_at_once and tiling.is_specialized and tiling.config.is_in_turns
         dots = None
         if need_dots:
             shape = ((gemm.tiles_n if at_once else 1) + (self.bias is not None), rows.number)
