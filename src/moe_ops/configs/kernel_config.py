@@ -43,13 +43,15 @@ class KernelConfig:
         permute_x, permute_y, fuse_mul_post (bool): what the configuration was tuned for. For the
             record: the call's own arguments say what is computed.
         use_tma_store (bool): store the output through a tensor descriptor where one applies.
-        epilogue_subtile (int): 1, or 2 to store a tile in two halves, one after the other, which
-            takes half of the shared memory and leaves it to another stage.
-        warp_specialize (bool): one warp loads while the others, 8 in two groups, multiply and store,
-            each group half of a tile, or where tiles are 128x128 tiles of its own, in turns. It applies on Hopper (compute capability 9.x) to 16-bit operands that
-            descriptors load, where no row is gathered (or they are copied first), none is scattered
-            but from a 128x128 tile, and nothing is added to the product; elsewhere the other fields
-            serve without it.
+        epilogue_subtile (int): 1, or 2 to store a tile in parts of half the width, one after the
+            other, which takes half of the shared memory and leaves it to another stage.
+        warp_specialize (bool): one warp loads while the others, 8 in two groups, multiply and store:
+            each group half of a tile of 128x256 or 256x128, or tiles of 128x128 of its own, in
+            turns. It applies on Hopper (compute capability 9.x) to 16-bit operands that descriptors
+            load and to bare products: without bias and scale, of rows that are not gathered. From
+            tiles of 128x128 rows may be scattered; and in those fused_experts with gate and up apart
+            has its up projection, whose rows are copied first, with the activation on top, and the
+            activation's backward on top of dX. Elsewhere the other fields serve without it.
         launch_pdl (bool): launch while the kernel before it ends (programmatic dependent launch),
             where forward and dX run on a GPU of compute capability 9.0 or newer. For short launches.
 

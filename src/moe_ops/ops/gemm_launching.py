@@ -243,7 +243,7 @@ class GroupedGemm:
         self.make_schedule(
             y if zeros_tail else None, self.gather if self.scatter_y else None, shared
         )
-        if y is not None and tiling.is_specialized and self._launch_on_hopper(y):
+        if y is not None and self._launch_on_hopper(y):
             return
         x_desc, b_desc = self.describe_operands(tiling.block_m)
         y_desc = self.describe_output(y, tiling.block_m)
@@ -269,16 +269,24 @@ class GroupedGemm:
         except OutOfResources as error:
             refuse_too_large(error, self.kernel_config)
 
-    def _launch_on_hopper(self, y: torch.Tensor) -> bool:
-        """Launches a kernel for Hopper, where there can be one."""
+    def tiles_for_hopper(self) -> hopper_launching.ScheduledTiles | None:
+        """What ops/hopper_launching.py takes; None where a kernel of it is not asked for."""
         tiling, schedule = self.tiling, self.schedule
-        if schedule is None:
+        if schedule is None or not tiling.is_specialized:
+            return None
+        return hopper_launching.ScheduledTiles(
+            schedule.tiles, schedule.max_tiles, self.programs(self.tiles_n), tiling.blocks,
+            tiling.config,
+        )  # fmt: skip
+
+    def _launch_on_hopper(self, y: torch.Tensor) -> bool:
+        """Launches a kernel for Hopper, where that is asked for and can be."""
+        scheduled = self.tiles_for_hopper()
+        if scheduled is None:
             return False
+        scatter = self.gather if self.scatter_y else None
         try:
-            return hopper_launching.grouped_gemm(
-                self.x, self.b, y, self.gather if self.scatter_y else None, schedule.tiles,
-                schedule.max_tiles, self.programs(self.tiles_n), tiling.blocks, tiling.config,
-            )  # fmt: skip
+            return hopper_launching.grouped_gemm(self.x, self.b, y, scatter, scheduled)
         except OutOfResources as error:
             refuse_too_large(error, self.kernel_config)
 

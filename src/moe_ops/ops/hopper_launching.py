@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,10 +17,37 @@ import torch
 
 from moe_ops.configs.choose import HOPPER, device_of, epilogue_slots
 from moe_ops.configs.kernel_config import KernelConfig
-from moe_ops.ops.launching import copy_rows, launch_on
+from moe_ops.ops.launching import Activation, copy_rows, launch_on
 from moe_ops.ops.tma_launching import describe_for_gluon
 
 logger = logging.getLogger("moe_ops")
+
+
+@dataclass(frozen=True)
+class ScheduledTiles:
+    """The tiles of a grouped GEMM, as kernels/schedule.py makes them, and how they are computed.
+
+    Attributes:
+        tiles, max_tiles: the schedule.
+        programs: how many share the tiles.
+        blocks: BLOCK_M, BLOCK_N and BLOCK_K, in the letters of kernels/grouped_gemm.py.
+        config: whose blocks they are, in the letters of its pass.
+    """
+
+    tiles: torch.Tensor
+    max_tiles: int
+    programs: int
+    blocks: tuple[int, int, int]
+    config: KernelConfig
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The constexpr arguments that all kernels of such tiles have, and Triton's own."""
+        block_m, block_n, block_k = self.blocks
+        return {
+            "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
+            "GROUP_M": self.config.group_m, **_options(self.config),
+        }  # fmt: skip
 
 
 def serves(operand: torch.Tensor) -> bool:
@@ -28,10 +56,10 @@ def serves(operand: torch.Tensor) -> bool:
     return is_hopper and operand.itemsize == 2 and _import_kernels() is not None
 
 
-def has_down_backward(operand: torch.Tensor, activation: str) -> bool:
+def has_down_backward(operand: torch.Tensor, activation: Activation) -> bool:
     """Whether expert_down_backward has a kernel for that, if descriptors describe the operands."""
     # The error function of "gelu" takes registers that the kernel lacks.
-    return serves(operand) and activation != "gelu"
+    return serves(operand) and activation.name != "gelu"
 
 
 def grouped_gemm(
@@ -39,42 +67,35 @@ def grouped_gemm(
     b: torch.Tensor,
     y: torch.Tensor,
     scatter: torch.Tensor | None,
-    tiles: torch.Tensor,
-    max_tiles: int,
-    programs: int,
-    blocks: tuple[int, int, int],
-    config: KernelConfig,
+    scheduled: ScheduledTiles,
 ) -> bool:
-    """Writes y[row] = x[row] @ b[e], b (E, K, N), by a tile schedule; tells whether it did.
+    """Writes y[row] = x[row] @ b[e], b (E, K, N); tells whether it did.
 
-    The blocks are (BLOCK_M, BLOCK_N, BLOCK_K) in the letters of x, b and y. With `scatter` it writes
-    y[scatter[row]], in tiles of TURNS_TILE alone.
+    With `scatter` it writes y[scatter[row]], in tiles of TURNS_TILE alone.
     """
+    config = scheduled.config
     in_turns = config.is_in_turns
     if not serves(x) or (scatter is not None and not in_turns):
         return False
-    block_m, block_n, block_k = blocks
+    block_m, block_n, block_k = scheduled.blocks
     group_rows = block_m if in_turns else block_m // 2
-    b_is_nk = b.stride(1) == 1
     x_desc = describe_for_gluon(x, (group_rows, block_k))
     b_desc = _describe_b(b, block_n, block_k)
     y_desc = describe_for_gluon(y, (group_rows, block_n // config.epilogue_subtile), ragged=True)
     if x_desc is None or b_desc is None or y_desc is None:
         return False
-    options = {
-        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": config.group_m,
-        "B_IS_NK": b_is_nk, **_options(config),
-    }  # fmt: skip
+    tiles, max_tiles = scheduled.tiles, scheduled.max_tiles
+    options = {"B_IS_NK": b.stride(1) == 1, **scheduled.options}
     kernels = _import_kernels()
     with launch_on(x):
         if in_turns:
-            kernels.turns.grouped_gemm_hopper_turns_kernel[(programs,)](
+            kernels.turns.grouped_gemm_hopper_turns_kernel[(scheduled.programs,)](
                 x_desc, b_desc, y_desc, y, scatter, tiles, max_tiles, x.shape[0], b.shape[2],
                 b.shape[1], SCATTER_Y=scatter is not None, SUBTILE=config.epilogue_subtile,
                 **options,
             )  # fmt: skip
         else:
-            kernels.halves.grouped_gemm_hopper_kernel[(programs,)](
+            kernels.halves.grouped_gemm_hopper_kernel[(scheduled.programs,)](
                 x_desc, b_desc, y_desc, tiles, max_tiles, b.shape[2], b.shape[1], **options
             )
     return True
@@ -87,28 +108,24 @@ def expert_up(
     b: torch.Tensor,
     z: torch.Tensor | None,
     h: torch.Tensor | None,
-    tiles: torch.Tensor,
-    max_tiles: int,
-    programs: int,
-    blocks: tuple[int, int, int],
-    config: KernelConfig,
-    activation: str,
-    limit: float | None,
+    scheduled: ScheduledTiles,
+    activation: Activation,
 ) -> bool:
     """Writes z[row] = x[row] @ b[e] and h[row] = act(gate) * up, b (E, K, 2 * width); tells whether.
 
-    The blocks are as in grouped_gemm, and TURNS_TILE; gate and up are the halves of z. With a divisor x has the rows
-    of tokens, which are copied to their slots' places first.
+    The tiles are of TURNS_TILE; gate and up are the halves of z. With a divisor x has the rows of
+    tokens, which are copied to their slots' places first.
     """
     if not serves(x) or b.stride(1) != 1:
         return False
-    block_m, block_n, block_k = blocks
+    block_m, block_n, block_k = scheduled.blocks
+    subtile = scheduled.config.epilogue_subtile
     block_i, width = block_n // 2, b.shape[2] // 2
     b_halves = b.transpose(1, 2).unflatten(1, (2, width))
     b_desc = describe_for_gluon(b_halves, (1, 2, block_i, block_k))
-    columns = block_i // config.epilogue_subtile
     stored = [
-        None if rows is None else _describe_parts(rows, width, block_m, columns) for rows in (z, h)
+        None if rows is None else _describe_parts(rows, width, block_m, block_i // subtile)
+        for rows in (z, h)
     ]
     z_desc, h_desc = stored[0] or stored[1], stored[1] or stored[0]
     lacks = (z is not None and stored[0] is None) or (h is not None and stored[1] is None)
@@ -119,12 +136,10 @@ def expert_up(
     if x_desc is None:
         return False
     with launch_on(x):
-        _import_kernels().turns.expert_up_hopper_kernel[(programs,)](
-            x_desc, b_desc, z_desc, h_desc, tiles, max_tiles, width, b.shape[1], limit or 0.0,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-            GROUP_M=config.group_m, ACTIVATION=activation, HAS_LIMIT=limit is not None,
-            STORE_Z=z is not None, STORE_H=h is not None, SUBTILE=config.epilogue_subtile,
-            **_options(config),
+        _import_kernels().turns.expert_up_hopper_kernel[(scheduled.programs,)](
+            x_desc, b_desc, z_desc, h_desc, scheduled.tiles, scheduled.max_tiles, width,
+            b.shape[1], activation.bound, STORE_Z=z is not None, STORE_H=h is not None,
+            SUBTILE=subtile, **activation.options, **scheduled.options,
         )  # fmt: skip
     return True
 
@@ -139,24 +154,19 @@ def expert_down_backward(
     scale: torch.Tensor | None,
     gather: torch.Tensor,
     top_k: int,
-    tiles: torch.Tensor,
-    max_tiles: int,
-    programs: int,
-    blocks: tuple[int, int, int],
-    config: KernelConfig,
-    activation: str,
-    limit: float | None,
+    scheduled: ScheduledTiles,
+    activation: Activation,
 ) -> bool:
     """Writes what the activation's backward makes of dh[row] = dy[row] @ b[e]; tells whether it did.
 
     That is dz, with gate and up apart, sh = scale * h, and dots (column tiles, R), as the kernel has
-    them. The blocks are as in grouped_gemm, and TURNS_TILE.
+    them. The tiles are of TURNS_TILE.
     """
-    if not has_down_backward(dy, activation) or not config.is_in_turns:
+    if not has_down_backward(dy, activation) or not scheduled.config.is_in_turns:
         return False
-    block_m, block_n, block_k = blocks
+    block_m, block_n, block_k = scheduled.blocks
     width = b.shape[2]
-    columns, slots = epilogue_slots(config, device_of(dy.device), activation)
+    columns, slots = epilogue_slots(scheduled.config, device_of(dy.device), activation.name)
     dy_desc = describe_for_gluon(dy, (block_m, block_k))
     b_desc = _describe_b(b, block_n, block_k)
     z_desc, dz_desc = (_describe_parts(rows, width, block_m, columns) for rows in (z, dz))
@@ -164,14 +174,13 @@ def expert_down_backward(
     if any(desc is None for desc in (dy_desc, b_desc, z_desc, dz_desc, sh_desc)):
         return False
     with launch_on(dy):
-        _import_kernels().turns.expert_down_bwd_hopper_kernel[(programs,)](
-            dy_desc, b_desc, z_desc, dz_desc, sh_desc, scale, gather, dots, tiles, max_tiles,
-            dy.shape[0], width, b.shape[1], top_k, limit or 0.0,
+        _import_kernels().turns.expert_down_bwd_hopper_kernel[(scheduled.programs,)](
+            dy_desc, b_desc, z_desc, dz_desc, sh_desc, scale, gather, dots, scheduled.tiles,
+            scheduled.max_tiles, dy.shape[0], width, b.shape[1], top_k, activation.bound,
             *((0, 0) if scale is None else scale.stride()),
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=config.group_m,
             B_IS_NK=b.stride(1) == 1, CHUNKS=block_n // columns, SLOTS=slots,
-            ACTIVATION=activation, HAS_LIMIT=limit is not None, HAS_SCALE=scale is not None,
-            STORE_H=sh is not None, STORE_DOTS=dots is not None, **_options(config),
+            HAS_SCALE=scale is not None, STORE_H=sh is not None, STORE_DOTS=dots is not None,
+            **activation.options, **scheduled.options,
         )  # fmt: skip
     return True
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import contextlib
 import functools
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,6 +17,24 @@ from moe_ops.kernels.rows import (
     invert_permutation_kernel,
     sum_rows_kernel,
 )
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation and the limit of what it is applied to, as kernels take them."""
+
+    name: str
+    limit: float | None
+
+    @property
+    def bound(self) -> float:
+        """The argument `limit`, which is read where there is a limit."""
+        return 0.0 if self.limit is None else self.limit
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The constexpr arguments."""
+        return {"ACTIVATION": self.name, "HAS_LIMIT": self.limit is not None}
 
 
 def cdiv(a: int, b: int) -> int:

@@ -195,12 +195,12 @@ def _up_projection(kernel_config: str | None = None, **arguments: Any) -> tuple[
     if OPS["fused_experts"].choose(input.device.type).name != "triton":
         return _up_projection_in_pytorch(**arguments)
     from moe_ops.ops.fused_experts import launch
-    from moe_ops.ops.launching import inverse_permutation
+    from moe_ops.ops.launching import Activation, inverse_permutation
 
     gather_indices, gated = arguments["gather_indices"], arguments["gated"]
     rows = launch.RoutedRows(
         arguments["token_counts"], gather_indices, inverse_permutation(gather_indices),
-        arguments["top_k"], "silu", gated, False, None, kernel_config,
+        arguments["top_k"], Activation("silu", None), gated, False, kernel_config,
     )  # fmt: skip
     z = input.new_empty(rows.number, weight.shape[1])
     # The rows of no expert are nobody's in h.
@@ -240,13 +240,13 @@ def _down_backward(
         return _down_backward_in_pytorch(**arguments, used_rows=used_rows)
     from moe_ops.ops.fused_experts import launch
     from moe_ops.ops.gemm_launching import expert_offsets
-    from moe_ops.ops.launching import inverse_permutation
+    from moe_ops.ops.launching import Activation, inverse_permutation
 
     token_counts, gather_indices = arguments["token_counts"], arguments["gather_indices"]
     weights, z = arguments["topk_weights"], arguments["pre_activation"]
     rows = launch.RoutedRows(
         token_counts, gather_indices, inverse_permutation(gather_indices), weights.shape[1],
-        "silu", True, False, None, kernel_config,
+        Activation("silu", None), True, False, kernel_config,
     )  # fmt: skip
     offsets = expert_offsets(token_counts, rows.number)
     down = launch.Down(rows, arguments["weight"], None, weights, offsets)

@@ -5,8 +5,9 @@ Forward: route, multiply by the up projection with the activation on top (rows a
 GEMM), multiply by the down projection, sum each token's rows. One tile schedule serves both GEMMs.
 
 Backward: dh = dY @ down_proj; the activation's backward, row by row, makes dz, the weighted h in
-dh's place and the router gradient (one kernel does both on Hopper, and stores no dh); then the gradients of down_proj, hidden_states and gate_up_proj,
-in this order, so that few row matrices live at a time.
+dh's place and the router gradient (one kernel does both on Hopper, and stores no dh); then the
+gradients of down_proj, hidden_states and gate_up_proj, in this order, so that few row matrices live
+at a time.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from moe_ops.ops.gemm_launching import (
     strides,
 )
 from moe_ops.ops.launching import (
+    Activation,
     cdiv,
     copy_rows,
     gather_rows,
@@ -45,10 +47,9 @@ class RoutedRows:
     gather_indices: torch.Tensor
     scatter_indices: torch.Tensor
     top_k: int
-    activation: str
+    activation: Activation
     gated: bool
     interleaved: bool
-    activation_limit: float | None
     kernel_config: str | None
 
     @property
@@ -60,11 +61,6 @@ class RoutedRows:
     def has_halves(self) -> bool:
         """Whether gate and up are the halves of z."""
         return self.gated and not self.interleaved
-
-    @property
-    def limit(self) -> float:
-        """The kernels' argument, which they read where there is a limit."""
-        return 0.0 if self.activation_limit is None else self.activation_limit
 
 
 def fused_experts(
@@ -83,9 +79,8 @@ def fused_experts(
     recompute: str = "none",
     kernel_config: str | None = None,
 ) -> torch.Tensor:
-    rows = _route(
-        topk_ids, gate_up_proj, activation, gated, interleaved, activation_limit, kernel_config
-    )
+    acts = Activation(activation, activation_limit)
+    rows = _route(topk_ids, gate_up_proj, acts, gated, interleaved, kernel_config)
     tensors = (hidden_states, gate_up_proj, down_proj, topk_weights, gate_up_bias, down_bias)
     return _forward(rows, *tensors, weights_before, None)
 
@@ -106,9 +101,8 @@ def fused_experts_forward(
     recompute: str = "none",
     kernel_config: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows = _route(
-        topk_ids, gate_up_proj, activation, gated, interleaved, activation_limit, kernel_config
-    )
+    acts = Activation(activation, activation_limit)
+    rows = _route(topk_ids, gate_up_proj, acts, gated, interleaved, kernel_config)
     pre_activation, stored = hidden_states.new_empty(0), None
     if recompute == "none":
         pre_activation = stored = hidden_states.new_empty(rows.number, gate_up_proj.shape[1])
@@ -146,7 +140,7 @@ def fused_experts_backward(
     need_dz = need_x or need_up or need_up_bias or need_dx_dots
     rows = RoutedRows(
         token_counts, gather_indices.contiguous(), scatter_indices, topk_weights.shape[1],
-        activation, gated, interleaved, activation_limit, kernel_config,
+        Activation(activation, activation_limit), gated, interleaved, kernel_config,
     )  # fmt: skip
     before, after = (topk_weights, None) if weights_before else (None, topk_weights)
     offsets = expert_offsets(token_counts, rows.number)
@@ -187,17 +181,14 @@ def fused_experts_backward(
 def _route(
     topk_ids: torch.Tensor,
     gate_up_proj: torch.Tensor,
-    activation: str,
+    activation: Activation,
     gated: bool,
     interleaved: bool,
-    activation_limit: float | None,
     kernel_config: str | None,
 ) -> RoutedRows:
     counts, gather, scatter = torch.ops.moe.routing_indices(topk_ids, gate_up_proj.shape[0])
-    return RoutedRows(
-        counts, gather, scatter, topk_ids.shape[1],
-        activation, gated, interleaved, activation_limit, kernel_config,
-    )  # fmt: skip
+    top_k = topk_ids.shape[1]
+    return RoutedRows(counts, gather, scatter, top_k, activation, gated, interleaved, kernel_config)
 
 
 def _forward(
@@ -284,12 +275,11 @@ def up_projection(
         with launch_on(x):
             _expert_up_kernel[(gemm.programs(cdiv(width, block_i)),)](
                 x, x_desc, gemm.b, b_desc, bias, gemm.gather, z, z_desc, h, h_desc,
-                *gemm.tile_arguments(), width, gemm.k, max(divisor, 1), rows.limit,
+                *gemm.tile_arguments(), width, gemm.k, max(divisor, 1), rows.activation.bound,
                 *x.stride(), *gemm.b.stride(), *strides(bias),
                 TMA_Z=z_desc is not None, TMA_H=h_desc is not None, GATED=rows.gated,
-                INTERLEAVED=rows.interleaved, ACTIVATION=rows.activation,
-                HAS_LIMIT=rows.activation_limit is not None, STORE_Z=z is not None,
-                STORE_H=h is not None, **gemm.options(x_desc, b_desc, bias),
+                INTERLEAVED=rows.interleaved, STORE_Z=z is not None, STORE_H=h is not None,
+                **rows.activation.options, **gemm.options(x_desc, b_desc, bias),
             )  # fmt: skip
     except OutOfResources as error:
         refuse_too_large(error, rows.kernel_config)
@@ -304,19 +294,17 @@ def _up_on_hopper(
     z: torch.Tensor | None,
     h: torch.Tensor | None,
 ) -> bool:
-    """Launches the kernel of kernels/hopper.py, where that is asked for and can be.
+    """Launches the kernel of kernels/hopper_turns.py, where that is asked for and can be.
 
     It does not gather: where the product is long, its gain pays for rows that are copied before it.
     """
-    tiling, schedule = gemm.tiling, gemm.schedule
-    if not tiling.is_specialized or schedule is None:
+    scheduled = gemm.tiles_for_hopper()
+    if scheduled is None:
         return False
-    programs = gemm.programs(cdiv(gemm.n // 2, tiling.block_n // 2))
     try:
         return hopper_launching.expert_up(
-            x, rows.scatter_indices, divisor, gemm.b, z, h, schedule.tiles, schedule.max_tiles,
-            programs, tiling.blocks, tiling.config, rows.activation, rows.activation_limit,
-        )  # fmt: skip
+            x, rows.scatter_indices, divisor, gemm.b, z, h, scheduled, rows.activation
+        )
     except OutOfResources as error:
         refuse_too_large(error, rows.kernel_config)
 
@@ -394,12 +382,11 @@ class Down:
         if gemm.is_empty:
             return False
         gemm.make_schedule()
-        rows, tiling, schedule = self.rows, gemm.tiling, gemm.schedule
+        rows, scheduled = self.rows, gemm.tiles_for_hopper()
         try:
-            return schedule is not None and hopper_launching.expert_down_backward(
+            return scheduled is not None and hopper_launching.expert_down_backward(
                 gemm.x, gemm.b, z, dz, h, dots, self.scale, rows.gather_indices, rows.top_k,
-                schedule.tiles, schedule.max_tiles, gemm.programs(gemm.tiles_n), tiling.blocks,
-                tiling.config, rows.activation, rows.activation_limit,
+                scheduled, rows.activation,
             )  # fmt: skip
         except OutOfResources as error:
             refuse_too_large(error, rows.kernel_config)
@@ -422,11 +409,11 @@ class Down:
         with launch_on(z):
             _expert_activation_bwd_kernel[(cdiv(rows.number, block_rows),)](
                 dh, z, scale, rows.gather_indices, self.offsets[1, -1:], dz, h, dots,
-                rows.number, width, rows.top_k, rows.limit, *strides(scale),
+                rows.number, width, rows.top_k, rows.activation.bound, *strides(scale),
                 ROWS=block_rows, BLOCK_I=block_i, GATED=rows.gated, INTERLEAVED=rows.interleaved,
-                ACTIVATION=rows.activation, HAS_LIMIT=rows.activation_limit is not None,
                 HAS_SCALE=scale is not None, LOAD_DH=dh is not None, STORE_DZ=dz is not None,
                 STORE_H=h is not None, STORE_DOTS=dots is not None, num_warps=warps,
+                **rows.activation.options,
             )  # fmt: skip
 
 
