@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import pkgutil
+import re
 from collections.abc import Iterable
 from importlib import resources
 from typing import Any
@@ -137,6 +138,29 @@ def test_kernels_for_hopper_serve_16_bits_on_hopper_alone(gpu, dtype, monkeypatc
     monkeypatch.setattr(hopper_launching, "_import_kernels", refuse)
     with compiling_for(GPUS[gpu]):
         assert not hopper_launching.serves(torch.empty(1, dtype=dtype, device="meta"))
+
+
+@pytest.mark.parametrize("kernel_config", [IN_TURNS, SHARED, None])
+def test_a_group_of_warps_meets_before_one_of_its_threads_arrives(kernel_config):
+    """At a barrier in the same piece of straight code, whatever loop before it had no steps."""
+    gemm = calls.grouped_gemm(SIZES["training"], BF16, kernel_config=kernel_config)
+    experts = calls.experts(SIZES["training"], BF16, kernel_config=kernel_config)
+    called = [*gemm.values(), experts["forward"], experts["backward"]]
+    kernels = [k for k in compile_all(GPUS["sm_90"], called) if "hopper" in k.kernel]
+    assert kernels
+    for kernel in kernels:
+        arrivals = 0
+        have_met = False
+        for line in kernel.ptx.splitlines():
+            if re.search(r"\bbar(rier)?\.sync\s+\w+, 128;", line):
+                have_met = True
+            elif re.search(r"^\$L__BB|\bbra\b|try_wait", line):
+                have_met = False
+            elif "mbarrier.arrive.shared" in line:
+                arrivals += 1
+                assert have_met, f"{kernel.kernel}: {line}"
+        # In its loop and after it, and of kernels in turns for the other group; of two groups.
+        assert arrivals in (4, 6), kernel.kernel
 
 
 @pytest.mark.parametrize(

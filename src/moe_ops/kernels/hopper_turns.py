@@ -65,6 +65,10 @@ def _multiply_in_turn(
         left, right, full, empty, step, num_steps,
         0, 1, LEFT_IS_KM, RIGHT_IS_NK, ROWS, COLS, DEPTH, STAGES,
     )  # fmt: skip
+    # One thread arrives. Before that the group's threads have to meet, or the other group could be
+    # done with its turn while some still wait for this one, and would then wait for the phase after
+    # next. Of a tile without steps, in dW, nothing meets but at the barrier that Triton puts here,
+    # after the loop over steps: tests/architectures looks for it.
     mbarrier.arrive(turns.index(1 - GROUP), count=1)
     acc, _ = end_product(acc, empty, step, num_steps, STAGES)
     return acc
@@ -111,9 +115,9 @@ def _gemm_multiply(
     for t in range(first_tile, tiles_m * tiles_n, GROUPS * gl.num_programs(0)):
         _, first, end, tile_n = scheduled_tile(t, tiles_ptr, max_tiles, tiles_m, tiles_n, GROUP_M)
         rows = first + gl.arange(0, BLOCK_M, gl.SliceLayout(1, ROWWISE))
-        slots = rows
+        y_rows = rows
         if SCATTER_Y:
-            slots = gl.load(gather_ptr + rows, mask=rows < end, other=-1)
+            y_rows = gl.load(gather_ptr + rows, mask=rows < end, other=-1)
         y = _multiply_in_turn(
             ring, turns, turn, (turn * GROUPS + GROUP) * num_steps, num_steps,
             GROUP, False, B_IS_NK, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
@@ -127,9 +131,9 @@ def _gemm_multiply(
                 stored = buffer.reshape([BLOCK_M, COLS])
                 stored.store(parts[part].to(y_desc.dtype))
                 cols = n0 + gl.arange(0, COLS, gl.SliceLayout(0, ROWWISE))
-                in_slots = (slots >= 0) & (slots < num_rows)
-                pointers = y_ptr + slots.to(gl.int64).expand_dims(1) * N + cols.expand_dims(0)
-                mask = in_slots.expand_dims(1) & (cols < N).expand_dims(0)
+                in_y = (y_rows >= 0) & (y_rows < num_rows)
+                pointers = y_ptr + y_rows.to(gl.int64).expand_dims(1) * N + cols.expand_dims(0)
+                mask = in_y.expand_dims(1) & (cols < N).expand_dims(0)
                 gl.store(pointers, stored.load(ROWWISE), mask=mask)
             else:
                 row = RAGGED_END - (end - first)
@@ -319,8 +323,10 @@ def _down_bwd_multiply(
 ):  # fmt: skip
     """One group: its tiles of dh, and what they become.
 
-    z comes in chunks of columns through SLOTS buffers, in which dz leaves.
+    z comes in chunks of columns through SLOTS slots of buffers, in which dz leaves.
     """
+    # A slot serves as many chunks of each tile, an even number: its barrier's phase begins anew.
+    gl.static_assert(CHUNKS % (2 * SLOTS) == 0)
     COLS: gl.constexpr = BLOCK_N // CHUNKS
     NUM_BYTES: gl.constexpr = 2 * BLOCK_M * COLS * z_desc.dtype.primitive_bitwidth // 8
     STORES: gl.constexpr = 3 if STORE_H else 2
@@ -345,16 +351,16 @@ def _down_bwd_multiply(
             GROUP, False, B_IS_NK, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
         )  # fmt: skip
         rows = first + gl.arange(0, BLOCK_M, row_layout)
-        slots = gl.load(gather_ptr + rows, mask=rows < end, other=-1)
-        in_slots = (slots >= 0) & (slots < num_rows)
+        routed = gl.load(gather_ptr + rows, mask=rows < end, other=-1)
+        is_routed = (routed >= 0) & (routed < num_rows)
         scale = gl.full([BLOCK_M], 1.0, gl.float32, row_layout)
         if HAS_SCALE:
             scale_pointers = (
                 scale_ptr
-                + (slots // top_k).to(gl.int64) * stride_st
-                + (slots % top_k).to(gl.int64) * stride_sk
+                + (routed // top_k).to(gl.int64) * stride_st
+                + (routed % top_k).to(gl.int64) * stride_sk
             )
-            scale = gl.load(scale_pointers, mask=in_slots, other=0).to(gl.float32)
+            scale = gl.load(scale_pointers, mask=is_routed, other=0).to(gl.float32)
         scale = scale.expand_dims(1)
         turn += 1
         # Rounded, as the other kernels store it, it takes half of the registers.
@@ -362,13 +368,9 @@ def _down_bwd_multiply(
         dots = gl.zeros([BLOCK_M], gl.float32, row_layout)
         for c in gl.static_range(CHUNKS):
             slot = GROUP * SLOTS + c % SLOTS
-            # A slot serves as many chunks of each tile, an even number.
             mbarrier.wait(loaded.index(slot), (c // SLOTS) % 2)
-            gates, ups, h_buffer = (
-                zs.index(slot * 2 + _GATE),
-                zs.index(slot * 2 + _UP),
-                hs.index(slot),
-            )
+            gates = zs.index(slot * 2 + _GATE)
+            ups = zs.index(slot * 2 + _UP)
             gate = _columns(gates.reshape([BLOCK_M, COLS]).load(layout), 2)
             up = _columns(ups.reshape([BLOCK_M, COLS]).load(layout), 2)
             dh = _columns(chunks[c], 2)
@@ -383,12 +385,12 @@ def _down_bwd_multiply(
             gates.reshape([BLOCK_M, COLS]).store(_joined(gate_0, gate_1))
             ups.reshape([BLOCK_M, COLS]).store(_joined(up_0, up_1))
             if STORE_H:
-                h_buffer.reshape([BLOCK_M, COLS]).store(_joined(h_0, h_1))
+                hs.index(slot).reshape([BLOCK_M, COLS]).store(_joined(h_0, h_1))
             fence_async_shared()
             async_store(dz_desc, [RAGGED_END, end, row, _GATE, i0 + c * COLS], gates)
             async_store(dz_desc, [RAGGED_END, end, row, _UP, i0 + c * COLS], ups)
             if STORE_H:
-                async_store(sh_desc, [RAGGED_END, end, row, 0, i0 + c * COLS], h_buffer)
+                async_store(sh_desc, [RAGGED_END, end, row, 0, i0 + c * COLS], hs.index(slot))
             if c + 1 >= SLOTS and c + 1 < CHUNKS:
                 # Its slot's last stores are done; with two slots the other's may go on.
                 tma.store_wait(STORES * (SLOTS - 1))
@@ -396,7 +398,7 @@ def _down_bwd_multiply(
                 next_i0 = i0 + (c + 1) * COLS
                 _load_chunk(z_desc, zs, loaded, next_slot, end, row, next_i0, NUM_BYTES)
         if STORE_DOTS:
-            gl.store(dots_ptr + tile_n.to(gl.int64) * num_rows + slots, dots, mask=in_slots)
+            gl.store(dots_ptr + tile_n.to(gl.int64) * num_rows + routed, dots, mask=is_routed)
     tma.store_wait(0)
 
 
@@ -424,9 +426,12 @@ def expert_down_bwd_hopper_kernel(
     zs = gl.allocate_shared_memory(
         z_desc.dtype, [GROUPS * SLOTS * 2, 1, 1, BLOCK_M, 1, COLS], z_desc.layout
     )
-    hs = gl.allocate_shared_memory(
-        z_desc.dtype, [GROUPS * SLOTS, 1, 1, BLOCK_M, 1, COLS], z_desc.layout
-    )
+    # Without h nothing reads or writes its buffers.
+    hs = zs
+    if STORE_H:
+        hs = gl.allocate_shared_memory(
+            z_desc.dtype, [GROUPS * SLOTS, 1, 1, BLOCK_M, 1, COLS], z_desc.layout
+        )
     loaded = gl.allocate_shared_memory(gl.int64, [GROUPS * SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(GROUPS * SLOTS):
         mbarrier.init(loaded.index(slot), count=1)
