@@ -62,6 +62,11 @@ CASES: dict[str, tuple[KernelConfig, dict[str, bool], tuple[str, ...]]] = {
         {},
         (),
     ),
+    "in turns, deep": (
+        forward(128, 128, 128, 8, 2, warp_specialize=True, **TMA, **STORE),
+        {},
+        (),
+    ),
     "in turns, scattered": (
         forward(128, 128, 64, 8, 5, warp_specialize=True, **TMA, **STORE),
         {"permute_y": True},
