@@ -261,6 +261,15 @@ def test_training_of_experts(gpu, mode):
             check(GPUS[gpu], named, stack_limit(gpu, size))
 
 
+@pytest.mark.parametrize("limit", [None, 7.0])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "relu", "relu_squared", "swiglu_oai"])
+def test_the_activations_backward_on_top_of_a_product_does_not_spill(activation, limit):
+    made = calls.experts(SIZES["training"], BF16, activation=activation, activation_limit=limit)
+    kernels = compile_all(GPUS["sm_90"], [made["backward"]])
+    stack = {k.stack for k in kernels if k.kernel == "expert_down_bwd_hopper_kernel"}
+    assert stack == {0}
+
+
 @pytest.mark.parametrize(("gpu", "size"), [(gpu, size) for gpu in GPUS for size in SIZES])
 def test_fp8_weights(gpu, size):
     """GPUs without FP8 too; on sm_90 transposed weights and more dtypes where it matters most."""

@@ -158,15 +158,14 @@ def test_descriptors_are_used_where_there_are_some():
 
 
 @pytest.mark.parametrize("kind", PASSES)
-def test_warps_are_specialized_on_hopper_where_nothing_but_a_product_is_asked_for(kind):
+def test_warps_are_specialized_on_hopper_where_no_row_is_gathered(kind):
     bare = Problem(kind, "bfloat16", 128, 1536, 2048, 1024)
     assert heuristic(bare, HOPPER).warp_specialize
     others = [replace(bare, dtype="float32")]
     if kind != "backward_dW":
-        scattered = heuristic(replace(bare, flags=("scatter",)), HOPPER)
-        assert scattered.warp_specialize
-        assert scattered.is_in_turns
-        flags = ("gather", "scale", "bias", "dots")
+        for served in (("scatter",), ("scale",), ("bias",), ("scatter", "scale", "bias")):
+            assert heuristic(replace(bare, flags=served), HOPPER).is_in_turns, served
+        flags = ("gather", "dots")
         others += [replace(bare, rows=32), *(replace(bare, flags=(flag,)) for flag in flags)]
     for problem in others:
         assert not heuristic(problem, HOPPER).warp_specialize, problem
@@ -174,6 +173,15 @@ def test_warps_are_specialized_on_hopper_where_nothing_but_a_product_is_asked_fo
         assert not heuristic(bare, DEVICES[name]).warp_specialize
     blackwell = replace(HOPPER, capability=(10, 0))
     assert not heuristic(bare, blackwell).warp_specialize
+
+
+def test_two_programs_share_an_sm_where_rows_are_gathered():
+    """On Hopper, but for experts of few rows, which are bound by their weights."""
+    gathered = Problem("forward", "bfloat16", 128, 1536, 2048, 1024, ("gather",))
+    for rows, programs in ((64, 1), (256, 1), (512, 2), (2048, 2)):
+        assert heuristic(replace(gathered, rows=rows), HOPPER).programs_per_sm == programs
+    blackwell = replace(HOPPER, capability=(10, 0))
+    assert heuristic(gathered, blackwell).programs_per_sm == 1
 
 
 @pytest.mark.parametrize("kind", PASSES)

@@ -95,10 +95,10 @@ def test_choices_that_hopper_needs():
     for problem in (
         large,
         down,
-        *(replace(large, flags=f) for f in (("gather", "gated"), ("scatter",))),
+        *(replace(large, flags=f) for f in (("gather", "gated"), ("scatter",), ("bias",))),
     ):
         assert tried(problem, "warp_specialize") == {True, False}
-    for flag in ("gather", "bias", "dots"):
+    for flag in ("gather", "dots"):
         assert tried(replace(large, flags=(flag,)), "warp_specialize") == {False}
     few = Problem("forward", "bfloat16", 128, 1536, 2048, 4)
     assert tried(few, "BLOCK_M") == {16, 32}

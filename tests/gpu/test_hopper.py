@@ -98,11 +98,43 @@ def test_scattered_rows(permute_y, routing, served):
     assert served["grouped_gemm"] == [True] * 3
 
 
-def test_scattered_rows_of_shared_tiles_are_left_to_the_other_kernels(served):
-    given = problem(SHAPES[0], torch.bfloat16, permute_y=True)
+FINISHES: dict[str, dict[str, Any]] = {
+    "permute_y": {"permute_y": True},
+    "bias": {"bias": True},
+    "weights": {"weights": True},
+    "weights-bias": {"weights": True, "bias": True},
+    "permute_y-bias": {"permute_y": True, "bias": True},
+    "permute_y-weights": {"permute_y": True, "weights": True},
+    "permute_y-weights-bias": {"permute_y": True, "weights": True, "bias": True},
+}
+
+
+def finished(shape, finish, routing="uniform"):
+    given = problem(shape, torch.bfloat16, routing=routing, **FINISHES[finish])
+    if "weights" in finish:
+        # Whose gradient other kernels sum up.
+        given.differentiable.remove("topk_weights")
+    return given
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("finish", FINISHES)
+def test_bias_scale_and_scattered_rows(finish, routing, served):
+    for shape, tile in zip(SHAPES, TILES_IN_TURNS[1:], strict=True):
+        given = finished(shape, finish, routing)
+        given.arguments["kernel_config"] = config(*tile)
+        check(given)
+    # With permute_y dX gathers.
+    assert served["grouped_gemm"] == [True] * len(SHAPES) * (1 if "permute_y" in finish else 2)
+
+
+@pytest.mark.parametrize("finish", FINISHES)
+def test_what_shared_tiles_do_not_have_is_left_to_the_other_kernels(finish, served):
+    given = finished(SHAPES[0], finish)
     given.arguments["kernel_config"] = config(*SHARED_TILES[0])
     check(given)
-    assert served["grouped_gemm"] == []
+    # A bias is no matter of dX.
+    assert served["grouped_gemm"] == [True] * (finish == "bias")
 
 
 def test_what_descriptors_cannot_describe_is_served_by_the_other_kernels(served):

@@ -181,7 +181,6 @@ def _heuristic_gemm(problem: Problem, device: Device) -> KernelConfig:
     is_even = problem.out_features % 16 == 0 and problem.in_features % 16 == 0
     has_tma = device.has_tma and is_even
     has_dots, is_fp8 = "dots" in problem.flags, "fp8" in problem.flags
-    contracted = problem.in_features if problem.kind == "forward" else problem.out_features
     # What comes after the product of an activation takes the registers of half a tile at most.
     subtile = 2 if problem.has_activation else 1
     stages, per_sm, store, is_specialized = 3, 1, False, False
@@ -228,13 +227,12 @@ def _heuristic_gemm(problem: Problem, device: Device) -> KernelConfig:
     elif (
         device.capability[0] == HOPPER
         and has_tma
-        and "gather" not in problem.flags
+        and "gather" in problem.flags
         and not problem.has_activation
-        and ("scatter" in problem.flags or contracted <= 256)
+        and problem.rows > 256
     ):
-        # What specializes() declines on Hopper: rows with a bias or a scale. Two programs an SM: one
-        # stores its tile while the other multiplies. Where storing is much of the work that pays for
-        # the narrower tile.
+        # Two programs an SM: one gathers its rows, or stores its tile, while the other multiplies. An
+        # expert of few rows is bound by its weight, which a narrower tile reads more often.
         m, n, k, warps, store, per_sm, subtile = 128, 128, 64, 4, True, 2, 2
     elif has_tma:
         m, n, k, warps, store = 128, 256, 64, 8, True
@@ -297,10 +295,12 @@ def specializes(problem: Problem, tile: tuple[int, int]) -> bool:
         return flags - {"gather"} == {"gated"} and tile == TURNS_TILE
     # What is gated in dX is done by two kernels where the tile is another.
     flags -= {"transposed", "gated"}
-    return not flags or (flags == {"scatter"} and tile == TURNS_TILE)
+    return flags <= {"scatter", "scale", "bias"} if tile == TURNS_TILE else not flags
 
 
-def epilogue_slots(config: KernelConfig, device: Device, activation: str) -> tuple[int, int]:
+def epilogue_slots(
+    config: KernelConfig, device: Device, activation: str = "silu", has_limit: bool = False
+) -> tuple[int, int]:
     """How the activation's backward goes by on top of dX in kernels/hopper_turns.py.
 
     Returns:
@@ -308,8 +308,8 @@ def epilogue_slots(config: KernelConfig, device: Device, activation: str) -> tup
         buffers for: two where the stages leave room.
     """
     columns = _CHUNK_COLUMNS // config.epilogue_subtile
-    if activation != "silu":
-        # Whose derivative takes more registers.
+    if activation != "silu" or has_limit:
+        # The derivative takes more registers.
         columns = min(columns, _CHUNK_COLUMNS // 2)
     used = _turns_operands(config) + 2 * _turns_slots(config) + 2 * _BARRIERS
     return columns, 2 if used <= device.shared_memory else 1
@@ -339,7 +339,7 @@ def shared_memory(config: KernelConfig, problem: Problem, device: Device) -> int
         # Each of the two groups has a tile of its own to store.
         stored = 2 * rows * columns * 2 // config.epilogue_subtile
         if problem.kind == "backward_dX" and "gated" in problem.flags:
-            _, slots = epilogue_slots(config, device, "silu")
+            _, slots = epilogue_slots(config, device)
             stored = slots * _turns_slots(config)
         return _turns_operands(config) + stored + 2 * _BARRIERS
     if problem.kind == "backward_dW" and "transposed" in problem.flags:

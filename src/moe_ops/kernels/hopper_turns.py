@@ -96,13 +96,49 @@ def _joined(left, right):
 
 
 @gluon.jit
+def _slots_of_rows(
+    gather_ptr, first, end, num_rows, BLOCK_M: gl.constexpr, HAS_GATHER: gl.constexpr,
+    layout: gl.constexpr,
+):  # fmt: skip
+    """The slots of a tile's rows, and which are slots."""
+    rows = first + gl.arange(0, BLOCK_M, layout)
+    slots = rows
+    if HAS_GATHER:
+        slots = gl.load(gather_ptr + rows, mask=rows < end, other=-1)
+    return slots, (rows < end) & (slots >= 0) & (slots < num_rows)
+
+
+@gluon.jit
+def _weights_of_slots(scale_ptr, slots, are_slots, top_k, stride_st, stride_sk):
+    """Their router weights, in fp32."""
+    pointers = (
+        scale_ptr
+        + (slots // top_k).to(gl.int64) * stride_st
+        + (slots % top_k).to(gl.int64) * stride_sk
+    )
+    return gl.load(pointers, mask=are_slots, other=0).to(gl.float32)
+
+
+@gluon.jit
+def _add_bias(acc, bias_ptr, e, n0, N, stride_bias_e, stride_bias_n):
+    """acc + bias[e], from column n0 on."""
+    layout: gl.constexpr = accumulator_layout(acc.shape[1])
+    cols = n0 + gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))
+    pointers = bias_ptr + e.to(gl.int64) * stride_bias_e + cols.to(gl.int64) * stride_bias_n
+    return acc + gl.load(pointers, mask=cols < N, other=0).to(gl.float32).expand_dims(0)
+
+
+@gluon.jit
 def _gemm_multiply(
-    y_desc, y_ptr, gather_ptr, num_rows, N, ys, ring, turns, GROUP: gl.constexpr,
+    y_desc, y_ptr, bias_ptr, scale_ptr, gather_ptr, num_rows, N, top_k,
+    stride_bias_e, stride_bias_n, stride_st, stride_sk, ys, ring, turns, GROUP: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
-    B_IS_NK: gl.constexpr, STAGES: gl.constexpr, SCATTER_Y: gl.constexpr, SUBTILE: gl.constexpr,
+    B_IS_NK: gl.constexpr, STAGES: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_SCALE: gl.constexpr,
+    HAS_GATHER: gl.constexpr, SCATTER_Y: gl.constexpr, SUBTILE: gl.constexpr,
 ):  # fmt: skip
     """One group: its tiles of y."""
     COLS: gl.constexpr = BLOCK_N // SUBTILE
+    layout: gl.constexpr = accumulator_layout(COLS)
     # As many threads of a warp in a row as that has vectors.
     ACROSS: gl.constexpr = COLS // _VECTOR
     ROWWISE: gl.constexpr = gl.BlockedLayout([1, _VECTOR], [32 // ACROSS, ACROSS], [4, 1], [1, 0])
@@ -113,11 +149,17 @@ def _gemm_multiply(
     turn = 0
     first_tile = gl.program_id(0) + GROUP * gl.num_programs(0)
     for t in range(first_tile, tiles_m * tiles_n, GROUPS * gl.num_programs(0)):
-        _, first, end, tile_n = scheduled_tile(t, tiles_ptr, max_tiles, tiles_m, tiles_n, GROUP_M)
-        rows = first + gl.arange(0, BLOCK_M, gl.SliceLayout(1, ROWWISE))
-        y_rows = rows
+        e, first, end, tile_n = scheduled_tile(t, tiles_ptr, max_tiles, tiles_m, tiles_n, GROUP_M)
+        # Loaded before the product, which takes longer than that.
         if SCATTER_Y:
-            y_rows = gl.load(gather_ptr + rows, mask=rows < end, other=-1)
+            y_rows, in_y = _slots_of_rows(
+                gather_ptr, first, end, num_rows, BLOCK_M, True, gl.SliceLayout(1, ROWWISE)
+            )
+        if HAS_SCALE:
+            slots, are_slots = _slots_of_rows(
+                gather_ptr, first, end, num_rows, BLOCK_M, HAS_GATHER, gl.SliceLayout(1, layout)
+            )
+            scale = _weights_of_slots(scale_ptr, slots, are_slots, top_k, stride_st, stride_sk)
         y = _multiply_in_turn(
             ring, turns, turn, (turn * GROUPS + GROUP) * num_steps, num_steps,
             GROUP, False, B_IS_NK, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
@@ -126,29 +168,36 @@ def _gemm_multiply(
         parts = _columns(y, SUBTILE)
         for part in gl.static_range(SUBTILE):
             n0 = tile_n * BLOCK_N + part * COLS
+            values = gl.convert_layout(parts[part], layout, assert_trivial=True)
+            if HAS_BIAS:
+                values = _add_bias(values, bias_ptr, e, n0, N, stride_bias_e, stride_bias_n)
+            if HAS_SCALE:
+                values *= scale.expand_dims(1)
             if SCATTER_Y:
                 # Through shared memory, from which a thread has 8 neighbours of one row.
                 stored = buffer.reshape([BLOCK_M, COLS])
-                stored.store(parts[part].to(y_desc.dtype))
+                stored.store(values.to(y_desc.dtype))
                 cols = n0 + gl.arange(0, COLS, gl.SliceLayout(0, ROWWISE))
-                in_y = (y_rows >= 0) & (y_rows < num_rows)
                 pointers = y_ptr + y_rows.to(gl.int64).expand_dims(1) * N + cols.expand_dims(0)
                 mask = in_y.expand_dims(1) & (cols < N).expand_dims(0)
                 gl.store(pointers, stored.load(ROWWISE), mask=mask)
             else:
                 row = RAGGED_END - (end - first)
-                store_tile(y_desc, buffer, parts[part], [RAGGED_END, end, row, n0], 0)
+                store_tile(y_desc, buffer, values, [RAGGED_END, end, row, n0], 0)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["max_tiles", "num_rows"])
 def grouped_gemm_hopper_turns_kernel(
-    x_desc, b_desc, y_desc, y_ptr, gather_ptr, tiles_ptr, max_tiles, num_rows, N, K,
+    x_desc, b_desc, y_desc, y_ptr, bias_ptr, scale_ptr, gather_ptr, tiles_ptr, max_tiles, num_rows,
+    N, K, top_k, stride_bias_e, stride_bias_n, stride_st, stride_sk,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
-    B_IS_NK: gl.constexpr, STAGES: gl.constexpr, SCATTER_Y: gl.constexpr, SUBTILE: gl.constexpr,
+    B_IS_NK: gl.constexpr, STAGES: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_SCALE: gl.constexpr,
+    HAS_GATHER: gl.constexpr, SCATTER_Y: gl.constexpr, SUBTILE: gl.constexpr,
 ):  # fmt: skip
-    """y[row] = x[row] @ b[e], with SCATTER_Y y[gather[row]], rows in expert order.
+    """y[row] = scale * (x[row] @ b[e] + bias[e]), with SCATTER_Y y[slot], rows in expert order.
 
+    The slot of a row is gather[row], or the row itself, and scale the router weight of the slot.
     Grid (any,), persistent. Writes the rows of the schedule's tiles alone; scattered, those whose
     slot is one. y_desc has blocks of a SUBTILE-th of a tile's columns.
     """
@@ -166,15 +215,19 @@ def grouped_gemm_hopper_turns_kernel(
             (
                 _gemm_multiply,
                 (
-                    y_desc, y_ptr, gather_ptr, num_rows, N, ys, ring, turns, 0, BLOCK_M, BLOCK_N,
-                    BLOCK_K, GROUP_M, B_IS_NK, STAGES, SCATTER_Y, SUBTILE,
+                    y_desc, y_ptr, bias_ptr, scale_ptr, gather_ptr, num_rows, N, top_k,
+                    stride_bias_e, stride_bias_n, stride_st, stride_sk, ys, ring, turns, 0,
+                    BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, B_IS_NK, STAGES, HAS_BIAS, HAS_SCALE,
+                    HAS_GATHER, SCATTER_Y, SUBTILE,
                 ),
             ),
             (
                 _gemm_multiply,
                 (
-                    y_desc, y_ptr, gather_ptr, num_rows, N, ys, ring, turns, 1, BLOCK_M, BLOCK_N,
-                    BLOCK_K, GROUP_M, B_IS_NK, STAGES, SCATTER_Y, SUBTILE,
+                    y_desc, y_ptr, bias_ptr, scale_ptr, gather_ptr, num_rows, N, top_k,
+                    stride_bias_e, stride_bias_n, stride_st, stride_sk, ys, ring, turns, 1,
+                    BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, B_IS_NK, STAGES, HAS_BIAS, HAS_SCALE,
+                    HAS_GATHER, SCATTER_Y, SUBTILE,
                 ),
             ),
             (
@@ -350,17 +403,12 @@ def _down_bwd_multiply(
             ring, turns, turn, (turn * GROUPS + GROUP) * num_steps, num_steps,
             GROUP, False, B_IS_NK, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
         )  # fmt: skip
-        rows = first + gl.arange(0, BLOCK_M, row_layout)
-        routed = gl.load(gather_ptr + rows, mask=rows < end, other=-1)
-        is_routed = (routed >= 0) & (routed < num_rows)
+        routed, is_routed = _slots_of_rows(
+            gather_ptr, first, end, num_rows, BLOCK_M, True, row_layout
+        )
         scale = gl.full([BLOCK_M], 1.0, gl.float32, row_layout)
         if HAS_SCALE:
-            scale_pointers = (
-                scale_ptr
-                + (routed // top_k).to(gl.int64) * stride_st
-                + (routed % top_k).to(gl.int64) * stride_sk
-            )
-            scale = gl.load(scale_pointers, mask=is_routed, other=0).to(gl.float32)
+            scale = _weights_of_slots(scale_ptr, routed, is_routed, top_k, stride_st, stride_sk)
         scale = scale.expand_dims(1)
         turn += 1
         # Rounded, as the other kernels store it, it takes half of the registers.

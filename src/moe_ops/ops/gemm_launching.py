@@ -38,7 +38,14 @@ from moe_ops.kernels.grouped_gemm import (
 )
 from moe_ops.kernels.schedule import expert_offsets_kernel, tile_schedule_kernel
 from moe_ops.ops import hopper_launching
-from moe_ops.ops.launching import cdiv, launch_on, next_power_of_2, refuse_bf16, sum_rows
+from moe_ops.ops.launching import (
+    cdiv,
+    launch_on,
+    next_power_of_2,
+    refuse_bf16,
+    strides,
+    sum_rows,
+)
 from moe_ops.ops.tma_launching import describe
 
 # Row tiles of at most so many rows find their place themselves: a schedule is one launch more.
@@ -243,7 +250,7 @@ class GroupedGemm:
         self.make_schedule(
             y if zeros_tail else None, self.gather if self.scatter_y else None, shared
         )
-        if y is not None and self._launch_on_hopper(y):
+        if y is not None and self._launch_on_hopper(y, bias):
             return
         x_desc, b_desc = self.describe_operands(tiling.block_m)
         y_desc = self.describe_output(y, tiling.block_m)
@@ -279,14 +286,16 @@ class GroupedGemm:
             tiling.config,
         )  # fmt: skip
 
-    def _launch_on_hopper(self, y: torch.Tensor) -> bool:
+    def _launch_on_hopper(self, y: torch.Tensor, bias: torch.Tensor | None) -> bool:
         """Launches a kernel for Hopper, where that is asked for and can be."""
         scheduled = self.tiles_for_hopper()
         if scheduled is None:
             return False
-        scatter = self.gather if self.scatter_y else None
         try:
-            return hopper_launching.grouped_gemm(self.x, self.b, y, scatter, scheduled)
+            return hopper_launching.grouped_gemm(
+                self.x, self.b, y, scheduled, bias, self.scale, self.gather, self.top_k,
+                self.scatter_y,
+            )  # fmt: skip
         except OutOfResources as error:
             refuse_too_large(error, self.kernel_config)
 
@@ -461,11 +470,6 @@ def sum_neighbours(rows: torch.Tensor, top_k: int) -> torch.Tensor:
     """(T * top_k, H) -> (T, H): the sum of every top_k neighbouring rows."""
     slots = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
     return sum_rows(rows, slots, None, top_k)
-
-
-def strides(matrix: torch.Tensor | None) -> tuple[int, ...]:
-    """Of a matrix; zeros where there is none."""
-    return (0, 0) if matrix is None else matrix.stride()
 
 
 def refuse_too_large(error: OutOfResources, kernel_config: str | None) -> NoReturn:

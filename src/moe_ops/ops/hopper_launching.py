@@ -17,7 +17,7 @@ import torch
 
 from moe_ops.configs.choose import HOPPER, device_of, epilogue_slots
 from moe_ops.configs.kernel_config import KernelConfig
-from moe_ops.ops.launching import Activation, copy_rows, launch_on
+from moe_ops.ops.launching import Activation, copy_rows, launch_on, strides
 from moe_ops.ops.tma_launching import describe_for_gluon
 
 logger = logging.getLogger("moe_ops")
@@ -66,16 +66,22 @@ def grouped_gemm(
     x: torch.Tensor,
     b: torch.Tensor,
     y: torch.Tensor,
-    scatter: torch.Tensor | None,
     scheduled: ScheduledTiles,
+    bias: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    gather: torch.Tensor | None = None,
+    top_k: int = 1,
+    scatter_y: bool = False,
 ) -> bool:
-    """Writes y[row] = x[row] @ b[e], b (E, K, N); tells whether it did.
+    """Writes y[row] = scale * (x[row] @ b[e] + bias[e]), b (E, K, N); tells whether it did.
 
-    With `scatter` it writes y[scatter[row]], in tiles of TURNS_TILE alone.
+    scale (T, top_k) is by slot, which is gather[row], or the row itself. With scatter_y it writes
+    y[slot]. Bias, scale and scatter_y are for tiles of TURNS_TILE alone.
     """
     config = scheduled.config
     in_turns = config.is_in_turns
-    if not serves(x) or (scatter is not None and not in_turns):
+    is_bare = bias is None and scale is None and not scatter_y
+    if not serves(x) or not (in_turns or is_bare):
         return False
     block_m, block_n, block_k = scheduled.blocks
     group_rows = block_m if in_turns else block_m // 2
@@ -84,15 +90,20 @@ def grouped_gemm(
     y_desc = describe_for_gluon(y, (group_rows, block_n // config.epilogue_subtile), ragged=True)
     if x_desc is None or b_desc is None or y_desc is None:
         return False
+    if scale is None and not scatter_y:
+        # Not read, so that it makes no other kernel.
+        gather = None
     tiles, max_tiles = scheduled.tiles, scheduled.max_tiles
     options = {"B_IS_NK": b.stride(1) == 1, **scheduled.options}
     kernels = _import_kernels()
     with launch_on(x):
         if in_turns:
             kernels.turns.grouped_gemm_hopper_turns_kernel[(scheduled.programs,)](
-                x_desc, b_desc, y_desc, y, scatter, tiles, max_tiles, x.shape[0], b.shape[2],
-                b.shape[1], SCATTER_Y=scatter is not None, SUBTILE=config.epilogue_subtile,
-                **options,
+                x_desc, b_desc, y_desc, y, bias, scale, gather, tiles, max_tiles, x.shape[0],
+                b.shape[2], b.shape[1], top_k, *strides(bias), *strides(scale),
+                HAS_BIAS=bias is not None, HAS_SCALE=scale is not None,
+                HAS_GATHER=gather is not None, SCATTER_Y=scatter_y,
+                SUBTILE=config.epilogue_subtile, **options,
             )  # fmt: skip
         else:
             kernels.halves.grouped_gemm_hopper_kernel[(scheduled.programs,)](
@@ -166,7 +177,9 @@ def expert_down_backward(
         return False
     block_m, block_n, block_k = scheduled.blocks
     width = b.shape[2]
-    columns, slots = epilogue_slots(scheduled.config, device_of(dy.device), activation.name)
+    columns, slots = epilogue_slots(
+        scheduled.config, device_of(dy.device), activation.name, activation.limit is not None
+    )
     dy_desc = describe_for_gluon(dy, (block_m, block_k))
     b_desc = _describe_b(b, block_n, block_k)
     z_desc, dz_desc = (_describe_parts(rows, width, block_m, columns) for rows in (z, dz))
@@ -177,7 +190,7 @@ def expert_down_backward(
         _import_kernels().turns.expert_down_bwd_hopper_kernel[(scheduled.programs,)](
             dy_desc, b_desc, z_desc, dz_desc, sh_desc, scale, gather, dots, scheduled.tiles,
             scheduled.max_tiles, dy.shape[0], width, b.shape[1], top_k, activation.bound,
-            *((0, 0) if scale is None else scale.stride()),
+            *strides(scale),
             B_IS_NK=b.stride(1) == 1, CHUNKS=block_n // columns, SLOTS=slots,
             HAS_SCALE=scale is not None, STORE_H=sh is not None, STORE_DOTS=dots is not None,
             **activation.options, **scheduled.options,

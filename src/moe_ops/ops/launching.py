@@ -47,6 +47,11 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def strides(matrix: torch.Tensor | None) -> tuple[int, ...]:
+    """Of a matrix; zeros where there is none."""
+    return (0, 0) if matrix is None else matrix.stride()
+
+
 def launch_on(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Makes the tensor's device the current one; Triton launches on the current device."""
     device = tensor.device

@@ -26,7 +26,6 @@ from moe_ops.ops.gemm_launching import (
     grad_bias,
     grad_weight,
     refuse_too_large,
-    strides,
 )
 from moe_ops.ops.launching import (
     Activation,
@@ -35,6 +34,7 @@ from moe_ops.ops.launching import (
     gather_rows,
     launch_on,
     next_power_of_2,
+    strides,
     sum_rows,
 )
 

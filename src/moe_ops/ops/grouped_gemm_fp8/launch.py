@@ -7,9 +7,9 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from moe_ops.ops.fp8 import BLOCK
-from moe_ops.ops.gemm_launching import GroupedGemm, refuse_too_large, strides, sum_neighbours
+from moe_ops.ops.gemm_launching import GroupedGemm, refuse_too_large, sum_neighbours
 from moe_ops.ops.grouped_gemm_fp8.kernels import grouped_gemm_fp8_kernel
-from moe_ops.ops.launching import launch_on
+from moe_ops.ops.launching import launch_on, strides
 
 
 def grouped_gemm_fp8(
