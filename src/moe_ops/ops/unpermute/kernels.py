@@ -13,33 +13,34 @@ def _unpermute_bwd_kernel(
     grad_output_ptr, input_ptr, rows_ptr, weights_ptr, grad_input_ptr, grad_weights_ptr,
     stride_gt, stride_gh, stride_xr, stride_xh, stride_wt, stride_wk,
     num_rows, hidden_size, top_k,
-    BLOCK_H: tl.constexpr, NEEDS_INPUT: tl.constexpr, NEEDS_WEIGHTS: tl.constexpr,
+    SLOTS: tl.constexpr, BLOCK_H: tl.constexpr, NEEDS_INPUT: tl.constexpr,
+    NEEDS_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """One slot: its row of grad_input, and its weight's gradient.
+    """One token: the rows of grad_input of its slots, and the gradients of its weights.
 
-    Grid (R,). The top_k slots of a token are neighbours, so that they share its row of grad_output
-    in the cache. Summed in fp32, block by block.
+    Grid (T,). SLOTS is a power of two, top_k or more. Summed in fp32, block by block.
     """
-    slot = tl.program_id(0).to(tl.int64)
-    token = slot // top_k
-    k = slot % top_k
-    row = tl.load(rows_ptr + slot).to(tl.int64)
-    width = tl.where((row >= 0) & (row < num_rows), hidden_size, 0)
+    token = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, SLOTS)
+    row = tl.load(rows_ptr + token * top_k + k, mask=k < top_k, other=-1).to(tl.int64)
+    is_row = (row >= 0) & (row < num_rows)
     if NEEDS_INPUT:
-        weight = tl.load(weights_ptr + token * stride_wt + k * stride_wk).to(tl.float32)
-    dot = tl.zeros((BLOCK_H,), tl.float32)
+        weight = tl.load(weights_ptr + token * stride_wt + k * stride_wk, mask=k < top_k, other=0)
+        weight = weight.to(tl.float32)[:, None]
+    dots = tl.zeros((SLOTS, BLOCK_H), tl.float32)
     for first in range(0, hidden_size, BLOCK_H):
         h = first + tl.arange(0, BLOCK_H)
-        mask = h < width
+        in_width = h < hidden_size
+        mask = is_row[:, None] & in_width[None, :]
         h = h.to(tl.int64)
-        g = tl.load(grad_output_ptr + token * stride_gt + h * stride_gh, mask=mask, other=0)
-        g = g.to(tl.float32)
+        g = tl.load(grad_output_ptr + token * stride_gt + h * stride_gh, mask=in_width, other=0)
+        g = g.to(tl.float32)[None, :]
+        if NEEDS_WEIGHTS:
+            pointers = input_ptr + row[:, None] * stride_xr + h[None, :] * stride_xh
+            dots += g * tl.load(pointers, mask=mask, other=0).to(tl.float32)
         if NEEDS_INPUT:
             grad = (g * weight).to(grad_input_ptr.dtype.element_ty)
-            tl.store(grad_input_ptr + row * hidden_size + h, grad, mask=mask)
-        if NEEDS_WEIGHTS:
-            x = tl.load(input_ptr + row * stride_xr + h * stride_xh, mask=mask, other=0)
-            dot += g * x.to(tl.float32)
+            tl.store(grad_input_ptr + row[:, None] * hidden_size + h[None, :], grad, mask=mask)
     if NEEDS_WEIGHTS:
-        grad_weight = tl.sum(dot, 0).to(grad_weights_ptr.dtype.element_ty)
-        tl.store(grad_weights_ptr + slot, grad_weight)
+        grad_weight = tl.sum(dots, 1).to(grad_weights_ptr.dtype.element_ty)
+        tl.store(grad_weights_ptr + token * top_k + k, grad_weight, mask=k < top_k)
