@@ -103,7 +103,11 @@ class Bench:
         return lambda: start.elapsed_time(end)
 
     def take_turns(self, calls: Mapping[str, Call]) -> dict[str, list[float]]:
-        """Milliseconds of each call, turn by turn: whole rounds of `orders`, if there is one."""
+        """Milliseconds of each call, turn by turn: whole rounds of `orders`, if there is one.
+
+        The first call of a turn is made once before it, so that it comes after itself and not after
+        the last of the turn before.
+        """
         for call in calls.values():
             call()
         turns = self.least_turns
@@ -117,7 +121,9 @@ class Bench:
             turns += -turns % len(order_of)
         running: dict[str, list[Callable[[], float]]] = {name: [] for name in names}
         for turn in range(turns):
-            for i in order_of[turn % len(order_of)]:
+            order = order_of[turn % len(order_of)]
+            self.timed(calls[names[order[0]]])
+            for i in order:
                 running[names[i]].append(self.timed(calls[names[i]]))
         self.synchronize()
         return {name: [elapsed() for elapsed in each] for name, each in running.items()}

@@ -75,7 +75,7 @@ def compiling_for(device: Device) -> Iterator[list[Resources]]:
         mock.patch.object(gemm_launching, "device_of", return_value=device),
         mock.patch.object(hopper_launching, "device_of", return_value=device),
         mock.patch.object(tma_launching, "device_of", return_value=device),
-        mock.patch.object(launching, "compute_capability", return_value=device.capability),
+        mock.patch.object(launching, "device_of", return_value=device),
     ):
         yield found
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The GPU benchmark without a GPU: its whole flow on tiny sizes, and what it does with wrong results."""
 
+import functools
 import json
 import math
 import os
@@ -8,7 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
-from itertools import pairwise, permutations
+from itertools import pairwise, permutations, product
 from pathlib import Path
 
 import pytest
@@ -86,12 +87,18 @@ def test_each_comes_after_each_other_equally_often(count):
     assert len(set(after.values())) <= 1
 
 
-@pytest.mark.parametrize("turns", [2, 5, 7])
-def test_turns_are_whole_rounds(turns):
+@pytest.mark.parametrize(("turns", "whole"), [(2, 2), (5, 8), (7, 8)])
+def test_turns_are_whole_rounds(turns, whole):
     timed = replace(bench(), least_turns=turns)
-    times = timed.take_turns({name: lambda: None for name in "abcd"})
-    whole = turns if turns < 4 else 8
+    made: list[str] = []
+    times = timed.take_turns({name: functools.partial(made.append, name) for name in "abcd"})
     assert {name: len(each) for name, each in times.items()} == dict.fromkeys("abcd", whole)
+    # Once each at first; then turns of five, of which the first is not timed.
+    of_turns = [made[i : i + 5] for i in range(4, len(made), 5)]
+    assert len(of_turns) == whole
+    after = Counter(pair for turn in of_turns for pair in pairwise(turn))
+    if whole == 8:
+        assert after == dict.fromkeys(product("abcd", repeat=2), 2)
 
 
 @pytest.mark.slow

@@ -6,14 +6,19 @@ compute-sanitizer watches a whole process. "oob" in place of an op is one that d
 bounds, to see that the watcher would tell.
 """
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
 import triton.language as tl
 
 from moe_ops._core.library import SCHEMAS
+from moe_ops.configs.choose import HOPPER
+from moe_ops.ops import hopper_launching
 from tests.gpu.on_device import DEVICE, corrupt_indices, move_sample, some_variants
 from tests.strategies import PRESENT, Sample, seeded_sample
 
@@ -27,8 +32,34 @@ def _store_out_of_bounds_kernel(pointer, offset):
     tl.store(pointer + offset, 1.0)
 
 
+# The ops of which some samples have to come to the kernels for Hopper, on such a GPU.
+ON_HOPPER = ("grouped_gemm", "fused_experts", "fused_experts_forward")
+
+
 def run(name: str) -> int:
     """Every corruption of a few samples of the op; returns how many calls that were."""
+    with served_on_hopper() as served:
+        count = run_samples(name)
+    if name in ON_HOPPER and torch.cuda.get_device_capability(DEVICE)[0] == HOPPER:
+        assert any(served), name
+    return count
+
+
+@contextlib.contextmanager
+def served_on_hopper() -> Iterator[list[bool]]:
+    """Whether a kernel for Hopper served, product by product that one was asked for."""
+    served: list[bool] = []
+    launch = hopper_launching.grouped_gemm
+
+    def told(*args: Any, **kwargs: Any) -> bool:
+        served.append(launch(*args, **kwargs))
+        return served[-1]
+
+    with mock.patch.object(hopper_launching, "grouped_gemm", told):
+        yield served
+
+
+def run_samples(name: str) -> int:
     count = 0
     for sample in _samples(name):
         for corrupted in corrupt_indices(sample):
@@ -45,6 +76,8 @@ def _samples(name: str) -> list[Sample]:
     small = {"T": 3, "D": 17, "N": 8, "H": 17, "E": 4, "num_experts": 4, "top_k": 2}
     # Rows that descriptors can read, and enough of them for the kernels that do.
     large = {"T": 80, "D": 64, "N": 64, "H": 64, "E": 4, "num_experts": 4, "top_k": 2}
+    # Of sizes that kernels/hopper_turns.py is chosen for.
+    wide = {**large, "T": 320, "D": 256, "N": 256, "H": 256, "I": 256}
     all_given = {a.name: PRESENT for a in schema.tensors if a.is_optional}
     permutations: list[dict[str, Any]] = [{}]
     if "permute_x" in {a.name for a in schema.arguments}:
@@ -54,7 +87,8 @@ def _samples(name: str) -> list[Sample]:
         {**small, **variant, "dtype": torch.float32, "index_dtype": INDEX[seed % 2]}
         for seed, variant in enumerate(some_variants(name, VARIANTS))
     ] + [
-        {**large, **all_given, **flags, "dtype": torch.bfloat16, "layout": "contiguous"}
+        {**sizes, **all_given, **flags, "dtype": torch.bfloat16, "layout": "contiguous"}
+        for sizes in (large, wide)
         for flags in permutations
     ]
     return [seeded_sample(schema, seed, **settings) for seed, settings in enumerate(fixed)]

@@ -86,7 +86,8 @@ HOPPER = 9
 FEW_ROWS = 32
 # The largest side of a weight that is taken for a LoRA's rank.
 _NARROW = 64
-# Columns at a time of what a tile of kernels/hopper_turns.py becomes after the activation's backward.
+# The activation's backward on top of a tile of kernels/hopper_turns.py takes so many columns at a
+# time, or half of them.
 _CHUNK_COLUMNS = 32
 
 
@@ -298,21 +299,21 @@ def specializes(problem: Problem, tile: tuple[int, int]) -> bool:
     return flags <= {"scatter", "scale", "bias"} if tile == TURNS_TILE else not flags
 
 
-def epilogue_slots(
-    config: KernelConfig, device: Device, activation: str = "silu", has_limit: bool = False
-) -> tuple[int, int]:
-    """How the activation's backward goes by on top of dX in kernels/hopper_turns.py.
+def epilogue_columns(config: KernelConfig, activation: str, has_limit: bool) -> int:
+    """The columns of a chunk: what the activation's backward on top of dX takes at a time.
 
-    Returns:
-        tuple: columns at a time, and how many times so many each of the two groups of warps has
-        buffers for: two where the stages leave room.
+    That is in kernels/hopper_turns.py.
     """
     columns = _CHUNK_COLUMNS // config.epilogue_subtile
-    if activation != "silu" or has_limit:
-        # The derivative takes more registers.
-        columns = min(columns, _CHUNK_COLUMNS // 2)
+    # The derivatives of others, and a limit, take more registers.
+    is_simple = activation == "silu" and not has_limit
+    return columns if is_simple else min(columns, _CHUNK_COLUMNS // 2)
+
+
+def epilogue_slots(config: KernelConfig, device: Device) -> int:
+    """How many chunks each group of warps has buffers for: two where the stages leave room."""
     used = _turns_operands(config) + 2 * _turns_slots(config) + 2 * _BARRIERS
-    return columns, 2 if used <= device.shared_memory else 1
+    return 2 if used <= device.shared_memory else 1
 
 
 def _turns_operands(config: KernelConfig) -> int:
@@ -339,8 +340,7 @@ def shared_memory(config: KernelConfig, problem: Problem, device: Device) -> int
         # Each of the two groups has a tile of its own to store.
         stored = 2 * rows * columns * 2 // config.epilogue_subtile
         if problem.kind == "backward_dX" and "gated" in problem.flags:
-            _, slots = epilogue_slots(config, device)
-            stored = slots * _turns_slots(config)
+            stored = epilogue_slots(config, device) * _turns_slots(config)
         return _turns_operands(config) + stored + 2 * _BARRIERS
     if problem.kind == "backward_dW" and "transposed" in problem.flags:
         rows, columns = columns, rows

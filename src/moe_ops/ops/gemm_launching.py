@@ -102,6 +102,11 @@ def _tiling(problem: Problem, device: Device, kernel_config: str | None) -> _Til
 cache.on_change.append(_tiling.cache_clear)
 
 
+def _max_tiles(num_rows: int, block_m: int, num_experts: int) -> int:
+    """Row tiles at most, however the rows are spread: each expert's last one may be partly empty."""
+    return cdiv(num_rows, block_m) + num_experts
+
+
 class TileSchedule:
     """The tiles of block_m rows that kernels/schedule.py makes of token_counts."""
 
@@ -110,7 +115,7 @@ class TileSchedule:
         self.num_rows = num_rows
         self.num_experts = token_counts.shape[0]
         self.block_m = block_m
-        self.max_tiles = cdiv(num_rows, block_m) + self.num_experts
+        self.max_tiles = _max_tiles(num_rows, block_m, self.num_experts)
         size = 3 * self.max_tiles + 2
         self.tiles = torch.empty(size, dtype=torch.int32, device=token_counts.device)
 
@@ -260,7 +265,7 @@ class GroupedGemm:
             y_tail_desc = self.describe_output(y, tiling.block_m // 2)
         try:
             with launch_on(self.x):
-                grouped_gemm_kernel[(self.programs(self.tiles_n),)](
+                grouped_gemm_kernel[(self.programs,)](
                     self.x, x_desc, x_tail_desc, self.b, b_desc, bias, self.scale, self.gather,
                     y, y_desc, y_tail_desc, other, dots, *self.tile_arguments(),
                     self.n, self.k, self.top_k,
@@ -282,7 +287,7 @@ class GroupedGemm:
         if schedule is None or not tiling.is_specialized:
             return None
         return hopper_launching.ScheduledTiles(
-            schedule.tiles, schedule.max_tiles, self.programs(self.tiles_n), tiling.blocks,
+            schedule.tiles, schedule.max_tiles, self.programs, tiling.blocks,
             tiling.config,
         )  # fmt: skip
 
@@ -299,11 +304,12 @@ class GroupedGemm:
         except OutOfResources as error:
             refuse_too_large(error, self.kernel_config)
 
-    def programs(self, tiles_n: int) -> int:
+    @property
+    def programs(self) -> int:
         """The size of a persistent grid."""
-        max_tiles = cdiv(self.num_rows, self.tiling.block_m) + self.num_experts
+        tiles_m = _max_tiles(self.num_rows, self.tiling.block_m, self.num_experts)
         programs = self.device.num_sms * self.tiling.config.programs_per_sm
-        return min(programs, max(max_tiles * tiles_n, 1))
+        return min(programs, max(tiles_m * self.tiles_n, 1))
 
     def tile_arguments(self) -> tuple[Any, ...]:
         """counts, tiles, max_tiles, num_rows and num_experts: from what a kernel gets its tiles."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from moe_ops.configs.choose import HOPPER, device_of, epilogue_slots
+from moe_ops.configs.choose import HOPPER, device_of, epilogue_columns, epilogue_slots
 from moe_ops.configs.kernel_config import KernelConfig
 from moe_ops.ops.launching import Activation, copy_rows, launch_on, strides
 from moe_ops.ops.tma_launching import describe_for_gluon
@@ -90,9 +90,10 @@ def grouped_gemm(
     y_desc = describe_for_gluon(y, (group_rows, block_n // config.epilogue_subtile), ragged=True)
     if x_desc is None or b_desc is None or y_desc is None:
         return False
-    if scale is None and not scatter_y:
-        # Not read, so that it makes no other kernel.
-        gather = None
+    # What is not read makes no other kernel.
+    if scale is None:
+        top_k = 1
+        gather = gather if scatter_y else None
     tiles, max_tiles = scheduled.tiles, scheduled.max_tiles
     options = {"B_IS_NK": b.stride(1) == 1, **scheduled.options}
     kernels = _import_kernels()
@@ -127,7 +128,9 @@ def expert_up(
     The tiles are of TURNS_TILE; gate and up are the halves of z. With a divisor x has the rows of
     tokens, which are copied to their slots' places first.
     """
-    if not serves(x) or b.stride(1) != 1:
+    # Where the rows of x, or of a copy of them, are whole 16 bytes.
+    is_even = b.shape[1] * x.itemsize % 16 == 0
+    if not serves(x) or b.stride(1) != 1 or not is_even:
         return False
     block_m, block_n, block_k = scheduled.blocks
     subtile = scheduled.config.epilogue_subtile
@@ -177,9 +180,9 @@ def expert_down_backward(
         return False
     block_m, block_n, block_k = scheduled.blocks
     width = b.shape[2]
-    columns, slots = epilogue_slots(
-        scheduled.config, device_of(dy.device), activation.name, activation.limit is not None
-    )
+    has_limit = activation.limit is not None
+    columns = epilogue_columns(scheduled.config, activation.name, has_limit)
+    slots = epilogue_slots(scheduled.config, device_of(dy.device))
     dy_desc = describe_for_gluon(dy, (block_m, block_k))
     b_desc = _describe_b(b, block_n, block_k)
     z_desc, dz_desc = (_describe_parts(rows, width, block_m, columns) for rows in (z, dz))

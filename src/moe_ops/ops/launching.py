@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from moe_ops.configs.choose import device_of
 from moe_ops.kernels.rows import (
     copy_rows_kernel,
     gather_rows_kernel,
@@ -60,29 +60,16 @@ def launch_on(tensor: torch.Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(device)
 
 
-@functools.cache
-def num_sms(device: torch.device) -> int:
-    """Streaming multiprocessors of the device; a few for a CPU, where Triton is interpreted."""
-    if device.type != "cuda":
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def compute_capability(device: torch.device) -> tuple[int, int]:
-    """(major, minor) of a CUDA device, (0, 0) of a CPU."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-
-
 def refuse_bf16(tensor: torch.Tensor) -> None:
     """Raises NotImplementedError where a product of bf16 would be wrong or is not to be had."""
     if tensor.dtype != torch.bfloat16:
         return
-    if compute_capability(tensor.device) == (0, 0):
+    capability = device_of(tensor.device).capability
+    if capability == (0, 0):
         raise NotImplementedError(
             "moe_ops: bf16 in Triton's interpreter: its tl.dot gives wrong values; use fp16 or fp32"
         )
-    if compute_capability(tensor.device) < (8, 0):
+    if capability < (8, 0):
         name = torch.cuda.get_device_name(tensor.device)
         raise NotImplementedError(
             f"moe_ops: bf16 on {name}: products of bf16 need compute capability 8.0; use fp16"
@@ -137,7 +124,7 @@ def sum_rows(
     with launch_on(input):
         sum_rows_kernel[(output.shape[0], cdiv(hidden_size, block_h))](
             input, rows.contiguous(), weights, used_rows, output,
-            *input.stride(), *(weights.stride() if weights is not None else (0, 0)),
+            *input.stride(), *strides(weights),
             num_rows, hidden_size,
             TOP_K=top_k, BLOCK_H=block_h, HAS_WEIGHTS=weights is not None,
             HAS_USED=used_rows is not None,
@@ -165,7 +152,7 @@ def gather_rows(
     with launch_on(input):
         gather_rows_kernel[(num_rows, cdiv(hidden_size, block_h))](
             input, None if gather_indices is None else gather_indices.contiguous(), weights, output,
-            *input.stride(), *(weights.stride() if weights is not None else (0, 0)),
+            *input.stride(), *strides(weights),
             num_rows, hidden_size, max(divisor, 1), top_k,
             HAS_GATHER=gather_indices is not None, MOVES=divisor > 0,
             HAS_WEIGHTS=weights is not None, BLOCK_H=block_h,

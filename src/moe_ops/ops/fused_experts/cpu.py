@@ -344,7 +344,7 @@ class _Activation:
         self.gated, self.interleaved, self.limit = gated, interleaved, limit
 
     def forward(self, z: torch.Tensor, tail: int) -> torch.Tensor:
-        """h (R, I) of z (R, U); nothing is written to the other rows, which no product reads."""
+        """h (R, I) of z (R, U); nothing is written to the other rows, whose products are thrown away."""
         h = self._new_h(z)
         for part, wide in _wide_chunks(z, tail):
             gate, up = self._limited(*self._read(wide))

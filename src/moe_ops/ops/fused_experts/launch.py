@@ -273,7 +273,7 @@ def up_projection(
         h_desc = gemm.describe_rows(h.unsqueeze(1), (block_m, 1, block_i // subtile))
     try:
         with launch_on(x):
-            _expert_up_kernel[(gemm.programs(cdiv(width, block_i)),)](
+            _expert_up_kernel[(gemm.programs,)](
                 x, x_desc, gemm.b, b_desc, bias, gemm.gather, z, z_desc, h, h_desc,
                 *gemm.tile_arguments(), width, gemm.k, max(divisor, 1), rows.activation.bound,
                 *x.stride(), *gemm.b.stride(), *strides(bias),

@@ -114,7 +114,7 @@ def _launch(
     has_fp8 = gemm.device.capability >= (8, 9) and not gemm.x.is_cpu
     try:
         with launch_on(gemm.x):
-            grouped_gemm_fp8_kernel[(gemm.programs(gemm.tiles_n),)](
+            grouped_gemm_fp8_kernel[(gemm.programs,)](
                 gemm.x, x_desc, gemm.b, b_desc, b_scale, gemm.scale, gemm.gather,
                 y, y_desc, other, dots, *gemm.tile_arguments(),
                 gemm.n, gemm.k, gemm.top_k, max(gemm.x_divisor, 1), gemm.top_k if gather_other else 1,
