@@ -4,6 +4,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import gc
 import os
 import random
 import tempfile
@@ -170,6 +171,8 @@ def memory_slot(all_of_them: bool = False) -> Iterator[None]:
         try:
             yield
         finally:
+            # A graph of autograd's may be a cycle, which holds what it saved.
+            gc.collect()
             torch.cuda.empty_cache()
 
 
