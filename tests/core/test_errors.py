@@ -2,6 +2,7 @@
 """Bad input: one text, naming op, argument, expectation and actual, wherever it is given."""
 
 import itertools
+import re
 from typing import Any
 
 import hypothesis
@@ -284,6 +285,24 @@ def test_rejects_gradients_without_what_they_are_taken_from(missing, needs, text
             checks.assert_rejects(ValueError, (expected,), sample.overload, arguments)
         else:
             sample.overload(**arguments)
+
+
+REQUIRED = [
+    (name, argument.name)
+    for name, schema in SCHEMAS.items()
+    for argument in schema.tensors
+    if not argument.is_optional
+    and any(other is not argument and not other.is_optional for other in schema.tensors)
+]
+
+
+@pytest.mark.parametrize(("name", "argument"), REQUIRED)
+def test_rejects_none_for_a_tensor(name, argument):
+    """Where another tensor is given; without any, torch finds no kernel to call."""
+    sample = seeded_sample(SCHEMAS[name], 0)
+    text = f"moe::{name}: expected {argument} to be a tensor, got None"
+    with pytest.raises(TypeError, match=re.escape(text)):
+        sample(**{argument: None})
 
 
 def test_rejects_mixed_devices():

@@ -162,7 +162,12 @@ class _Body:
 
     def tensor(self, argument: Argument) -> list[str]:
         name = argument.name
-        lines = [*self.dtype(argument)]
+        lines = []
+        if not argument.is_optional:
+            # The dispatcher hands None over as a tensor, if another argument is one.
+            message = self.message(f"{name} to be a tensor", "None")
+            lines += [f"if {name} is None:", f"    raise TypeError({message})"]
+        lines += self.dtype(argument)
         if argument is not self.first:
             message = self.message(
                 f"{name}.device == {self.first.name}.device ({{{self.first.name}.device}})",
