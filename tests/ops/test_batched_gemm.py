@@ -166,7 +166,8 @@ def test_when_it_is_taken(sums_rows):
     assert size([2, 1, 0, 1] * 16, (2048, 1024)) == 0
     assert size([0] * 64) == 0
     assert size([]) == 0
-    assert bool(size([16] * 64, (128, 128), torch.float32)) == (not sums_rows)
+    # Around a product in fp32 stands too little.
+    assert not size([16] * 64, (128, 128), torch.float32)
 
 
 def test_a_batch_is_not_more_than_twice_the_rows():

@@ -17,10 +17,10 @@ from itertools import pairwise
 
 import torch
 
-# In multiplications, measured on Zen 4: what stands around the product of one expert, and what
-# copying an element costs, twice that where the rows that are not the expert's are then zeroed.
-# Summing rows in fp32 was never faster.
-_AROUND_PRODUCT = {torch.bfloat16: 3 * 2**20, torch.float16: 3 * 2**20, torch.float32: 2**19}
+# In multiplications, measured on Zen 4 in bf16: what stands around the product of one expert, and
+# what copying an element costs, twice that where the rows that are not the expert's are then zeroed.
+# Around MKL's products in fp32 stands too little to pay for the copies.
+_AROUND_PRODUCT = 3 * 2**20
 _COPY = 10
 # In products: the steps around the batch, and those around the rest of an expert beyond it.
 _AROUND_BATCH, _AROUND_BEYOND = 3, 2
@@ -39,10 +39,10 @@ def batch_size(
     sums_rows: bool,
 ) -> int:
     """The rows of each expert in the batch with which all products cost least; 0 for no batch."""
-    num_experts, (d, n) = len(ends), matrix_shape
-    around, per_row, copy = _AROUND_PRODUCT[dtype], d * n, _COPY * (1 + sums_rows) * (d + n)
-    if sums_rows and dtype == torch.float32:
+    if dtype == torch.float32:
         return 0
+    num_experts, (d, n) = len(ends), matrix_shape
+    around, per_row, copy = _AROUND_PRODUCT, d * n, _COPY * (1 + sums_rows) * (d + n)
     # Compared with a product for each expert, of the same rows.
     won = around * (num_experts - _AROUND_BATCH) - num_rows * (copy + _WON * per_row)
     if won <= 0:
