@@ -201,7 +201,7 @@ def _env() -> Iterable[str]:
     yield f"moe_ops       {moe_ops.__version__}  ({Path(moe_ops.__file__).parent})"
     yield f"python        {platform.python_version()}  ({platform.platform()})"
     yield f"torch         {torch.__version__}"
-    for package in ("triton", "transformers"):
+    for package in ("triton", "transformers", "peft"):
         yield f"{package:<13} {_version(package)}"
     yield ""
     yield "devices"

@@ -130,7 +130,9 @@ class Op:
         obstacles = {name: self._obstacle(name, device_type) for name in candidates}
         forced = os.environ.get(ENVIRONMENT_VARIABLE)
         if forced:
-            obstacle = obstacles.get(forced, f"{device_type} tensors have no such implementation")
+            known = " or ".join(candidates)
+            unknown = f"{device_type} tensors have no such implementation; expected {known}"
+            obstacle = obstacles.get(forced, unknown)
             if obstacle is None:
                 return Choice(forced, f"forced by {ENVIRONMENT_VARIABLE}")
             raise RuntimeError(
