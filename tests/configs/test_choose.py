@@ -182,6 +182,7 @@ def test_two_programs_share_an_sm_where_rows_are_gathered():
         assert heuristic(replace(gathered, rows=rows), HOPPER).programs_per_sm == programs
     blackwell = replace(HOPPER, capability=(10, 0))
     assert heuristic(gathered, blackwell).programs_per_sm == 1
+    assert heuristic(replace(gathered, kind="backward_dX"), HOPPER).programs_per_sm == 1
 
 
 @pytest.mark.parametrize("kind", PASSES)

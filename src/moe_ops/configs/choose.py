@@ -228,12 +228,14 @@ def _heuristic_gemm(problem: Problem, device: Device) -> KernelConfig:
     elif (
         device.capability[0] == HOPPER
         and has_tma
+        and problem.kind == "forward"
         and "gather" in problem.flags
         and not problem.has_activation
         and problem.rows > 256
     ):
         # Two programs an SM: one gathers its rows, or stores its tile, while the other multiplies. An
-        # expert of few rows is bound by its weight, which a narrower tile reads more often.
+        # expert of few rows is bound by its weight, which a narrower tile reads more often; in dX
+        # the wide tile is the faster one.
         m, n, k, warps, store, per_sm, subtile = 128, 128, 64, 4, True, 2, 2
     elif has_tma:
         m, n, k, warps, store = 128, 256, 64, 8, True

@@ -97,20 +97,22 @@ def _joined(left, right):
 
 @gluon.jit
 def _slots_of_rows(
-    gather_ptr, first, end, num_rows, BLOCK_M: gl.constexpr, HAS_GATHER: gl.constexpr,
-    layout: gl.constexpr,
+    gather_ptr, first, end,
+    BLOCK_M: gl.constexpr, HAS_GATHER: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
-    """The slots of a tile's rows, and which are slots."""
+    """The slots of a tile's rows; -1 past the expert's end."""
     rows = first + gl.arange(0, BLOCK_M, layout)
-    slots = rows
     if HAS_GATHER:
         slots = gl.load(gather_ptr + rows, mask=rows < end, other=-1)
-    return slots, (rows < end) & (slots >= 0) & (slots < num_rows)
+    else:
+        slots = gl.where(rows < end, rows, -1)
+    return slots
 
 
 @gluon.jit
-def _weights_of_slots(scale_ptr, slots, are_slots, top_k, stride_st, stride_sk):
+def _weights_of_slots(scale_ptr, slots, num_rows, top_k, stride_st, stride_sk):
     """Their router weights, in fp32."""
+    are_slots = (slots >= 0) & (slots < num_rows)
     pointers = (
         scale_ptr
         + (slots // top_k).to(gl.int64) * stride_st
@@ -150,16 +152,17 @@ def _gemm_multiply(
     first_tile = gl.program_id(0) + GROUP * gl.num_programs(0)
     for t in range(first_tile, tiles_m * tiles_n, GROUPS * gl.num_programs(0)):
         e, first, end, tile_n = scheduled_tile(t, tiles_ptr, max_tiles, tiles_m, tiles_n, GROUP_M)
-        # Loaded before the product, which takes longer than that.
+        # Loaded before the product, which takes longer than that. Who looks at y_rows here waits for
+        # them: where the contraction is short that would cost a fifth of the speed.
         if SCATTER_Y:
-            y_rows, in_y = _slots_of_rows(
-                gather_ptr, first, end, num_rows, BLOCK_M, True, gl.SliceLayout(1, ROWWISE)
+            y_rows = _slots_of_rows(
+                gather_ptr, first, end, BLOCK_M, True, gl.SliceLayout(1, ROWWISE)
             )
         if HAS_SCALE:
-            slots, are_slots = _slots_of_rows(
-                gather_ptr, first, end, num_rows, BLOCK_M, HAS_GATHER, gl.SliceLayout(1, layout)
+            slots = _slots_of_rows(
+                gather_ptr, first, end, BLOCK_M, HAS_GATHER, gl.SliceLayout(1, layout)
             )
-            scale = _weights_of_slots(scale_ptr, slots, are_slots, top_k, stride_st, stride_sk)
+            scale = _weights_of_slots(scale_ptr, slots, num_rows, top_k, stride_st, stride_sk)
         y = _multiply_in_turn(
             ring, turns, turn, (turn * GROUPS + GROUP) * num_steps, num_steps,
             GROUP, False, B_IS_NK, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
@@ -178,6 +181,7 @@ def _gemm_multiply(
                 stored = buffer.reshape([BLOCK_M, COLS])
                 stored.store(values.to(y_desc.dtype))
                 cols = n0 + gl.arange(0, COLS, gl.SliceLayout(0, ROWWISE))
+                in_y = (y_rows >= 0) & (y_rows < num_rows)
                 pointers = y_ptr + y_rows.to(gl.int64).expand_dims(1) * N + cols.expand_dims(0)
                 mask = in_y.expand_dims(1) & (cols < N).expand_dims(0)
                 gl.store(pointers, stored.load(ROWWISE), mask=mask)
@@ -403,12 +407,11 @@ def _down_bwd_multiply(
             ring, turns, turn, (turn * GROUPS + GROUP) * num_steps, num_steps,
             GROUP, False, B_IS_NK, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
         )  # fmt: skip
-        routed, is_routed = _slots_of_rows(
-            gather_ptr, first, end, num_rows, BLOCK_M, True, row_layout
-        )
+        routed = _slots_of_rows(gather_ptr, first, end, BLOCK_M, True, row_layout)
+        is_routed = (routed >= 0) & (routed < num_rows)
         scale = gl.full([BLOCK_M], 1.0, gl.float32, row_layout)
         if HAS_SCALE:
-            scale = _weights_of_slots(scale_ptr, routed, is_routed, top_k, stride_st, stride_sk)
+            scale = _weights_of_slots(scale_ptr, routed, num_rows, top_k, stride_st, stride_sk)
         scale = scale.expand_dims(1)
         turn += 1
         # Rounded, as the other kernels store it, it takes half of the registers.
