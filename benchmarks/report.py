@@ -10,6 +10,7 @@ go to docs/images/ where matplotlib is installed.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import re
@@ -240,16 +241,17 @@ def _dispatch(cases: list[Record]) -> Iterator[str]:
     )
 
 
-def _first_call(cases: list[Record]) -> Iterator[str]:
-    yield "Seconds of forward and backward of grouped_gemm in a fresh process.\n"
-    yield from _table("shape|Triton cache|first call|second call", _first_calls(cases))
-
-
-def _first_calls(cases: list[Record]) -> list[list[object]]:
-    return [
-        [case["shape"], case["triton_cache"], case["seconds"]["first"], case["seconds"]["second"]]
+def _first_call(what: str, cases: list[Record]) -> Iterator[str]:
+    yield (
+        f"Seconds of forward and backward of {what} in a fresh process, after torch's own first "
+        "gradient, of a product.\n"
+    )
+    names = ("torch alone", "first", "second")
+    rows = [
+        [case["shape"], case["triton_cache"], *(case["seconds"][name] for name in names)]
         for case in cases
     ]
+    yield from _table("shape|Triton cache|torch's first gradient|first call|second call", rows)
 
 
 def _experts(cases: list[Record]) -> Iterator[str]:
@@ -338,11 +340,6 @@ def _in_order(sequences: Iterable[list[tuple[str, int]]]) -> list[tuple[str, int
                 merged.insert(place, item)
                 place += 1
     return merged
-
-
-def _experts_first_call(cases: list[Record]) -> Iterator[str]:
-    yield "Seconds of forward and backward of fused_experts in a fresh process.\n"
-    yield from _table("shape|Triton cache|first call|second call", _first_calls(cases))
 
 
 def _experts_peers(cases: list[Record]) -> Iterator[str]:
@@ -465,10 +462,10 @@ TABLES: dict[str, Callable[[list[Record]], Iterator[str]]] = {
     "routing": _routing,
     "decode": _decode,
     "dispatch": _dispatch,
-    "first-call": _first_call,
+    "first-call": functools.partial(_first_call, "grouped_gemm"),
     "experts": _experts,
     "experts-kernels": _experts_kernels,
-    "experts-first-call": _experts_first_call,
+    "experts-first-call": functools.partial(_first_call, "fused_experts"),
     "experts-peers": _experts_peers,
     "lora": _lora,
     "blocks": _blocks,

@@ -63,7 +63,7 @@ PARTS: dict[str, Callable[[Bench, list[Shape]], Iterator[Case]]] = {
     "first-call": first_call.cases,
     "experts": experts.cases,
     "experts-kernels": experts.kernels_cases,
-    "experts-first-call": experts.first_call_cases,
+    "experts-first-call": first_call.experts_cases,
     "lora": lora.cases,
     BLOCKS: functools.partial(blocks.cases, until=math.inf),
     # Last, since it takes what time there is.

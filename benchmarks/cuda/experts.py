@@ -14,14 +14,9 @@ import concurrent.futures
 import functools
 import importlib.metadata
 import importlib.util
-import json
 import logging
 import math
 import multiprocessing
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -584,54 +579,3 @@ def product_flops(shape: Shape, names: Sequence[str], launches: Iterable[Any]) -
         of_name.setdefault(kernel.__name__, []).append(product)
     found = [of_name[name].pop(0) if of_name.get(name) else 0 for name in names]
     return found if sum(found) == flops(shape, BOTH) else [0] * len(found)
-
-
-# The first call
-
-FIRST_CALL = """
-import json, sys, time
-import torch
-from benchmarks.cuda.experts import BOTH, Block, ours
-from benchmarks.cuda.timing import Bench
-from benchmarks.suite import Shape
-device, tiny, sizes = json.loads(sys.argv[1])
-bench = Bench(torch.device(device), tiny)
-block = Block(bench, Shape(*sizes))
-step = ours(block).call(BOTH, block.route("uniform"), block.grad_output)
-bench.synchronize()
-for _ in range(2):
-    begin = time.perf_counter()
-    step()
-    bench.synchronize()
-    print(time.perf_counter() - begin)
-"""
-
-
-def first_call_cases(bench: Bench, shapes: Iterable[Shape]) -> Iterator[Case]:
-    for shape in list(shapes)[:1]:
-        yield shape.name, functools.partial(run_first_call, bench, shape)
-
-
-def shape_sizes(shape: Shape) -> list[str | int]:
-    """The arguments that make it again."""
-    return [
-        shape.name, shape.num_tokens, shape.hidden_size, shape.intermediate_size,
-        shape.num_experts, shape.top_k,
-    ]  # fmt: skip
-
-
-def run_first_call(bench: Bench, shape: Shape) -> Iterator[Record]:
-    """Forward and backward in fresh processes; the first of them finds an empty Triton cache."""
-    given = json.dumps([str(bench.device), bench.tiny, shape_sizes(shape)])
-    command = [sys.executable, "-c", FIRST_CALL, given]
-    with tempfile.TemporaryDirectory() as cache:
-        environ = {**os.environ, "TRITON_CACHE_DIR": cache}
-        for state in ("empty", "warm"):
-            done = subprocess.run(
-                command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                raise RuntimeError(f"the fresh process failed:\n{done.stderr}")
-            first, second = map(float, done.stdout.split())
-            seconds = {"first": rounded(first), "second": rounded(second)}
-            yield {"shape": shape.name, "triton_cache": state, "seconds": seconds}

@@ -8,6 +8,7 @@ imported, or leave the device in an unusable state. What is not installed is nam
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
@@ -35,7 +36,6 @@ from benchmarks.cuda.experts import (
     Implementation,
     count_experts,
     ours,
-    shape_sizes,
 )
 from benchmarks.cuda.timing import OURS, Bench, Case, Record, rounded
 from benchmarks.suite import Shape
@@ -247,7 +247,7 @@ def run_apart(module: str, bench: Bench, shape: Shape, name: str, until: float) 
         "seconds": bench.seconds,
         "least_turns": bench.least_turns,
         "ceilings": bench.ceilings,
-        "shape": shape_sizes(shape),
+        "shape": dataclasses.astuple(shape),
     }
     command = [sys.executable, "-m", module, json.dumps(given)]
     # Infinite in the tests.

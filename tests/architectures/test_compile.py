@@ -270,6 +270,43 @@ def test_the_activations_backward_on_top_of_a_product_does_not_spill(activation,
     assert stack == {0}
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("limit", [None, 7.0])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "swiglu_oai"])
+def test_the_up_projection_of_a_model_with_biases_does_not_spill(activation, limit, interleaved):
+    """gpt-oss is one; the kernel for Hopper serves it without tuning."""
+    made = calls.experts(
+        SIZES["training"], BF16, activation=activation, activation_limit=limit,
+        interleaved=interleaved, bias=True,
+    )  # fmt: skip
+    kernels = compile_all(GPUS["sm_90"], [made["inference"], made["forward"]])
+    stack = [k.stack for k in kernels if k.kernel == "expert_up_hopper_kernel"]
+    assert stack == [0, 0]
+
+
+@pytest.mark.parametrize("gpu", ["sm_90", "sm_100"])
+def test_a_bias_keeps_nothing_from_being_loaded_ahead(gpu):
+    """Triton pipelines no flattened loop whose sum begins with a bias: as many loads are in the code."""
+    config = kernel_config(
+        KernelConfigForward(
+            BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=4, flatten=True,
+            use_tma_load_w=True, use_tma_store=True,
+        )
+    )  # fmt: skip
+
+    def loads(**flags: bool) -> int:
+        made = calls.grouped_gemm(
+            SIZES["training"], BF16, kernel_config=config, permute_x=True, **flags
+        )
+        kernels = compile_all(GPUS[gpu], [made["forward"]])
+        (kernel,) = (k for k in kernels if k.kernel == "grouped_gemm_kernel")
+        return len(
+            re.findall(r"cp\.async\.c[ag]\.shared|cp\.async\.bulk\.tensor\.\dd\.shared", kernel.ptx)
+        )
+
+    assert loads(bias=True) == loads() >= 4
+
+
 @pytest.mark.parametrize(("gpu", "size"), [(gpu, size) for gpu in GPUS for size in SIZES])
 def test_fp8_weights(gpu, size):
     """GPUs without FP8 too; on sm_90 transposed weights and more dtypes where it matters most."""

@@ -133,7 +133,7 @@ def test_flow_of_the_experts(tmp_path):
         assert {EAGER} <= set(case["ratio"]) <= {EAGER, "of uniform", "recompute"}
         assert {OURS, RECOMPUTE, EAGER} <= set(case["milliseconds"])
     assert "grouped_mm" in found["experts"]["environment"]
-    assert [c["triton_cache"] for c in cases["experts-first-call"]] == ["empty", "warm"]
+    assert [c["triton_cache"] for c in cases["experts-first-call"]] == ["empty", "warm", "warm"]
     peers = found[PEERS]["environment"]
     assert set(peers["present"]) | set(peers["absent"]) == {
         "scattermoe", "liger", "unsloth", "sonicmoe",

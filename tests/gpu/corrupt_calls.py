@@ -76,7 +76,7 @@ def _samples(name: str) -> list[Sample]:
     small = {"T": 3, "D": 17, "N": 8, "H": 17, "E": 4, "num_experts": 4, "top_k": 2}
     # Rows that descriptors can read, and enough of them for the kernels that do.
     large = {"T": 80, "D": 64, "N": 64, "H": 64, "E": 4, "num_experts": 4, "top_k": 2}
-    # Of sizes that kernels/hopper_turns.py is chosen for.
+    # Of sizes that the kernels in turns are chosen for.
     wide = {**large, "T": 320, "D": 256, "N": 256, "H": 256, "I": 256}
     all_given = {a.name: PRESENT for a in schema.tensors if a.is_optional}
     permutations: list[dict[str, Any]] = [{}]

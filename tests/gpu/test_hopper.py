@@ -227,6 +227,44 @@ def test_activations_in_turns(activation, served):
     assert served["expert_down_backward"] == [True] * (activation != "gelu")
 
 
+# With biases, or rows of gate and up that alternate.
+UP_MODES: dict[str, dict[str, Any]] = {
+    **{
+        name: experts_problem.MODES[name]
+        for name in ("gpt-oss", "geglu-bias", "geglu-tanh-interleaved", "reglu-before-bias")
+    },
+    "gpt-oss-recompute": {**experts_problem.MODES["gpt-oss"], "recompute": "pre_activation"},
+}
+UP_CASES = [
+    (
+        shape,
+        mode,
+        TILES_IN_TURNS[0] if mode == "reglu-before-bias" else TILES_IN_TURNS[i % 4],
+        (torch.bfloat16, torch.float16)[i // 2 % 2],
+        ROUTINGS[i % 5],
+    )
+    for i, (shape, mode) in enumerate(itertools.product(EXPERTS_SHAPES, list(UP_MODES) * 2))
+]
+
+
+@pytest.mark.parametrize(("shape", "mode", "tile", "dtype", "routing"), UP_CASES)
+def test_biases_and_interleaved_rows_in_turns(shape, mode, tile, dtype, routing, served):
+    given = experts_problem.problem(shape, dtype, routing=routing, **UP_MODES[mode])
+    given.arguments["kernel_config"] = config(*tile)
+    experts_problem.check(given)
+    assert served["expert_up"] == [True] * (3 if "recompute" in mode else 2)
+    # Of interleaved rows, and of "gelu", there is none, which is known before one is asked for.
+    assert served["expert_down_backward"] == [True] * (mode == "reglu-before-bias")
+
+
+def test_the_up_projection_with_biases_is_chosen_without_a_configuration(served):
+    given = experts_problem.problem(
+        EXPERTS_SHAPES[0], torch.bfloat16, **experts_problem.MODES["gpt-oss"]
+    )
+    experts_problem.check(given)
+    assert served["expert_up"] == [True, True]
+
+
 @pytest.mark.parametrize("mode", ["gpt-oss", "geglu-bias", "geglu-tanh-interleaved", "ungated"])
 def test_other_experts_are_served_by_the_other_kernels(mode, served):
     given = experts_problem.problem(

@@ -86,7 +86,7 @@ HOPPER = 9
 FEW_ROWS = 32
 # The largest side of a weight that is taken for a LoRA's rank.
 _NARROW = 64
-# The activation's backward on top of a tile of kernels/hopper_turns.py takes so many columns at a
+# The activation's backward on top of a tile, in kernels/hopper_experts.py, takes so many columns at a
 # time, or half of them.
 _CHUNK_COLUMNS = 32
 
@@ -210,21 +210,23 @@ def _heuristic_gemm(problem: Problem, device: Device) -> KernelConfig:
     elif has_tma and problem.rows <= 64:
         m, n, k, warps, stages, store = 64, 256, 64, 4, 4, True
     elif (
-        has_tma
-        and problem.has_activation
-        and ("activated" in problem.flags or device.capability >= (10, 0))
-    ):
-        # The activation's own registers leave room for half of the widest tile.
-        m, n, k, warps, stages, store = 128, 128, 64, 8, 4, True
-    elif (
         device.capability[0] == HOPPER
         and has_tma
-        and not problem.has_activation
+        # Without a bias the kernel that gathers its rows is as fast, more or less.
+        and (not problem.has_activation or "bias" in problem.flags)
         and specializes(problem, TURNS_TILE)
     ):
         (m, n), k, warps, store, is_specialized = TURNS_TILE, 64, 8, True, True
         # More stages where what is stored passes through smaller buffers.
-        stages, subtile = (4, 1) if "gated" in problem.flags else (6, 2)
+        is_gated_dx = "gated" in problem.flags and not problem.has_activation
+        stages, subtile = (4, 1) if is_gated_dx else (6, 2)
+    elif (
+        has_tma
+        and problem.has_activation
+        and (not {"activated", "bias"}.isdisjoint(problem.flags) or device.capability >= (10, 0))
+    ):
+        # The activation's own registers, and a bias, leave room for half of the widest tile.
+        m, n, k, warps, stages, store = 128, 128, 64, 8, 4, True
     elif (
         device.capability[0] == HOPPER
         and has_tma
@@ -288,14 +290,14 @@ def _heuristic_dw(problem: Problem, device: Device) -> KernelConfigBackward_dW:
 
 
 def specializes(problem: Problem, tile: tuple[int, int]) -> bool:
-    """Whether kernels/hopper.py or kernels/hopper_turns.py has a kernel for that, on Hopper.
+    """Whether kernels/hopper*.py have a kernel for that, on Hopper.
 
     tile: rows and columns, as of KernelConfig.tile.
     """
     flags = set(problem.flags)
     if problem.has_activation:
         # Rows that are to be gathered are copied before it.
-        return flags - {"gather"} == {"gated"} and tile == TURNS_TILE
+        return flags - {"gather", "bias"} == {"gated"} and tile == TURNS_TILE
     # What is gated in dX is done by two kernels where the tile is another.
     flags -= {"transposed", "gated"}
     return flags <= {"scatter", "scale", "bias"} if tile == TURNS_TILE else not flags
@@ -304,7 +306,7 @@ def specializes(problem: Problem, tile: tuple[int, int]) -> bool:
 def epilogue_columns(config: KernelConfig, activation: str, has_limit: bool) -> int:
     """The columns of a chunk: what the activation's backward on top of dX takes at a time.
 
-    That is in kernels/hopper_turns.py.
+    That is in kernels/hopper_experts.py.
     """
     columns = _CHUNK_COLUMNS // config.epilogue_subtile
     # The derivatives of others, and a limit, take more registers.

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 # What many Triton kernels call the sides of a tile.
 _ALIASES = {f"BLOCK_SIZE_{letter}": f"BLOCK_{letter}" for letter in "MNK"}
-# Rows and columns of the tiles that kernels/hopper_turns.py computes; kernels/hopper.py has others.
+# Rows and columns of the tiles that groups of warps compute in turns, as kernels/hopper_turns.py has
+# it; kernels/hopper.py has others.
 TURNS_TILE = (128, 128)
 
 C = TypeVar("C", bound="KernelConfig")
@@ -122,7 +123,7 @@ class KernelConfig:
 
     @property
     def is_in_turns(self) -> bool:
-        """Whether it asks for a kernel of kernels/hopper_turns.py."""
+        """Whether it asks for a kernel whose groups of warps take turns."""
         return self.warp_specialize and self.tile[:2] == TURNS_TILE
 
     def _check_warp_specialize(self) -> None:

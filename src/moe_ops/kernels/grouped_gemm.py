@@ -395,7 +395,7 @@ def grouped_gemm_bwd_dbias_kernel(
     start = tl.load(offsets_ptr + e)
     end = tl.load(offsets_ptr + num_experts + e)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for m0 in range(start, end, BLOCK_M):
+    for m0 in tl.range(start, end, BLOCK_M, num_stages=3):
         m = m0 + tl.arange(0, BLOCK_M)
         in_rows = m < end
         pointers = g_ptr + m[:, None].to(tl.int64) * stride_gm + n[None, :].to(tl.int64) * stride_gn
@@ -440,7 +440,7 @@ def grouped_gemm_bwd_bias_dots_kernel(
         if GATHER_G:
             source = slots // g_divisor
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for n0 in range(0, N, BLOCK_N):
+        for n0 in tl.range(0, N, BLOCK_N, num_stages=3):
             n = n0 + tl.arange(0, BLOCK_N)
             bias = tl.load(
                 bias_ptr + e * stride_bias_e + n.to(tl.int64) * stride_bias_n, mask=n < N, other=0

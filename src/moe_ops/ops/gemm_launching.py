@@ -89,9 +89,11 @@ def _tiling(problem: Problem, device: Device, kernel_config: str | None) -> _Til
     else:
         config = cast(KernelConfigForward, config)
         tail_tiles, tma_x = config.tail_tiles, config.use_tma_load_x
+    # Flattened, Triton would not load ahead of a sum that begins with a bias.
+    flatten = config.flatten and "bias" not in problem.flags
     options = {
         "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": config.group_m,
-        "BLOCK_W": _BLOCK_W, "FLATTEN": config.flatten, "SUBTILE": config.epilogue_subtile,
+        "BLOCK_W": _BLOCK_W, "FLATTEN": flatten, "SUBTILE": config.epilogue_subtile,
         "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
     is_specialized = config.warp_specialize and specializes(problem, (m, n))
@@ -460,13 +462,13 @@ def grad_bias(
     num_experts, width = offsets.shape[1], g.shape[1]
     summed = g.new_empty(num_experts, width)
     if summed.numel() > 0:
-        block_n = 128
+        block_n = 64
         with launch_on(g):
             grouped_gemm_bwd_dbias_kernel[(num_experts, cdiv(width, block_n))](
                 g, summed, offsets, scale, None if gather is None else gather.contiguous(),
                 g.shape[0], num_experts, width, 1 if scale is None else scale.shape[1],
                 *g.stride(), *strides(scale),
-                BLOCK_M=32, BLOCK_N=block_n, HAS_SCALE=scale is not None,
+                BLOCK_M=64, BLOCK_N=block_n, HAS_SCALE=scale is not None,
                 HAS_GATHER=gather is not None,
             )  # fmt: skip
     return summed

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launches the kernels of kernels/hopper.py and kernels/hopper_turns.py, where they can serve.
+"""Launches the kernels of kernels/hopper*.py, where they can serve.
 
 That is on Hopper, with 16-bit operands and an output that descriptors describe. Elsewhere each
 function returns False, having launched nothing, and its caller launches the kernel for every GPU.
@@ -118,15 +118,18 @@ def expert_up(
     scatter_indices: torch.Tensor,
     divisor: int,
     b: torch.Tensor,
+    bias: torch.Tensor | None,
     z: torch.Tensor | None,
     h: torch.Tensor | None,
     scheduled: ScheduledTiles,
     activation: Activation,
+    interleaved: bool,
 ) -> bool:
-    """Writes z[row] = x[row] @ b[e] and h[row] = act(gate) * up, b (E, K, 2 * width); tells whether.
+    """Writes z[row] = x[row] @ b[e] + bias[e] and h[row] = act(gate) * up; tells whether it did.
 
-    The tiles are of TURNS_TILE; gate and up are the halves of z. With a divisor x has the rows of
-    tokens, which are copied to their slots' places first.
+    b is (E, K, 2 * width). The tiles are of TURNS_TILE; gate and up are the halves of z, or its even
+    and odd columns. With a divisor x has the rows of tokens, which are copied to their slots' places
+    first.
     """
     # Where the rows of x, or of a copy of them, are whole 16 bytes.
     is_even = b.shape[1] * x.itemsize % 16 == 0
@@ -135,11 +138,14 @@ def expert_up(
     block_m, block_n, block_k = scheduled.blocks
     subtile = scheduled.config.epilogue_subtile
     block_i, width = block_n // 2, b.shape[2] // 2
-    b_halves = b.transpose(1, 2).unflatten(1, (2, width))
-    b_desc = describe_for_gluon(b_halves, (1, 2, block_i, block_k))
+    if interleaved:
+        b_desc = _describe_b(b, block_n, block_k)
+    else:
+        b_halves = b.transpose(1, 2).unflatten(1, (2, width))
+        b_desc = describe_for_gluon(b_halves, (1, 2, block_i, block_k))
     stored = [
-        None if rows is None else _describe_parts(rows, width, block_m, block_i // subtile)
-        for rows in (z, h)
+        None if rows is None else _describe_parts(rows, part, block_m, block_i // subtile)
+        for rows, part in ((z, 2 * width if interleaved else width), (h, width))
     ]
     z_desc, h_desc = stored[0] or stored[1], stored[1] or stored[0]
     lacks = (z is not None and stored[0] is None) or (h is not None and stored[1] is None)
@@ -150,9 +156,10 @@ def expert_up(
     if x_desc is None:
         return False
     with launch_on(x):
-        _import_kernels().turns.expert_up_hopper_kernel[(scheduled.programs,)](
-            x_desc, b_desc, z_desc, h_desc, scheduled.tiles, scheduled.max_tiles, width,
-            b.shape[1], activation.bound, STORE_Z=z is not None, STORE_H=h is not None,
+        _import_kernels().experts.expert_up_hopper_kernel[(scheduled.programs,)](
+            x_desc, b_desc, bias, z_desc, h_desc, scheduled.tiles, scheduled.max_tiles, width,
+            b.shape[1], activation.bound, *strides(bias), HAS_BIAS=bias is not None,
+            INTERLEAVED=interleaved, STORE_Z=z is not None, STORE_H=h is not None,
             SUBTILE=subtile, **activation.options, **scheduled.options,
         )  # fmt: skip
     return True
@@ -190,7 +197,7 @@ def expert_down_backward(
     if any(desc is None for desc in (dy_desc, b_desc, z_desc, dz_desc, sh_desc)):
         return False
     with launch_on(dy):
-        _import_kernels().turns.expert_down_bwd_hopper_kernel[(scheduled.programs,)](
+        _import_kernels().experts.expert_down_bwd_hopper_kernel[(scheduled.programs,)](
             dy_desc, b_desc, z_desc, dz_desc, sh_desc, scale, gather, dots, scheduled.tiles,
             scheduled.max_tiles, dy.shape[0], width, b.shape[1], top_k, activation.bound,
             *strides(scale),
@@ -260,11 +267,11 @@ def _describe_parts(rows: torch.Tensor, width: int, block_rows: int, columns: in
 
 @functools.cache
 def _import_kernels() -> Any:
-    """The kernels' modules, kernels/hopper.py as `halves` and `turns`; None without Gluon."""
+    """The kernels' modules, kernels/hopper.py as `halves`, `turns` and `experts`; None without Gluon."""
     # Gluon is experimental: a Triton to come may have moved what these kernels are made of.
     try:
-        from moe_ops.kernels import hopper, hopper_turns
+        from moe_ops.kernels import hopper, hopper_experts, hopper_turns
     except (ImportError, AttributeError) as error:
         logger.warning("moe_ops: the kernels for Hopper are not used with this Triton: %s", error)
         return None
-    return SimpleNamespace(halves=hopper, turns=hopper_turns)
+    return SimpleNamespace(halves=hopper, turns=hopper_turns, experts=hopper_experts)

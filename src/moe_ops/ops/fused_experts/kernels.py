@@ -198,7 +198,7 @@ def _expert_activation_bwd_kernel(
     dots = tl.zeros((ROWS,), tl.float32)
     h_rows = rows[:, None].to(tl.int64) * width
     z_rows = rows[:, None].to(tl.int64) * W
-    for i0 in range(0, width, BLOCK_I):
+    for i0 in tl.range(0, width, BLOCK_I, num_stages=3):
         i = i0 + tl.arange(0, BLOCK_I)
         mask = is_used[:, None] & (i < width)[None, :]
         if LOAD_DH:

@@ -255,13 +255,13 @@ def up_projection(
     if gemm.is_empty:
         return None
     gemm.make_schedule(z)
-    halves = rows.has_halves
-    if halves and bias is None and _up_on_hopper(rows, gemm, x, divisor, z, h):
+    if rows.gated and _up_on_hopper(rows, gemm, x, divisor, bias, z, h):
         return gemm.schedule
     width = gemm.n // 2 if rows.gated else gemm.n
     block_m, block_n = gemm.tiling.block_m, gemm.tiling.block_n
     block_i = block_n // 2 if rows.gated else block_n
     subtile = gemm.tiling.config.epilogue_subtile
+    halves = rows.has_halves
     x_desc, b_desc = gemm.describe_operands(block_m, halves)
     z_desc = h_desc = None
     if z is not None:
@@ -291,10 +291,11 @@ def _up_on_hopper(
     gemm: GroupedGemm,
     x: torch.Tensor,
     divisor: int,
+    bias: torch.Tensor | None,
     z: torch.Tensor | None,
     h: torch.Tensor | None,
 ) -> bool:
-    """Launches the kernel of kernels/hopper_turns.py, where that is asked for and can be.
+    """Launches the kernel of kernels/hopper_experts.py, where that is asked for and can be.
 
     It does not gather: where the product is long, its gain pays for rows that are copied before it.
     """
@@ -303,8 +304,9 @@ def _up_on_hopper(
         return False
     try:
         return hopper_launching.expert_up(
-            x, rows.scatter_indices, divisor, gemm.b, z, h, scheduled, rows.activation
-        )
+            x, rows.scatter_indices, divisor, gemm.b, bias, z, h, scheduled, rows.activation,
+            rows.interleaved,
+        )  # fmt: skip
     except OutOfResources as error:
         refuse_too_large(error, rows.kernel_config)
 

@@ -2,8 +2,8 @@
 """Triton kernels of routing_indices: a stable counting sort in two passes over chunks of slots.
 
 R slots, E experts. The first pass counts each chunk's slots per expert; the second adds up the
-counts before its chunk and places the chunk's slots. A dropped slot has the expert E, so that all
-of them follow the kept ones, in slot order; what is past the last slot has the expert EXPERTS - 1.
+counts before its chunk and places the chunk's slots. Dropped slots follow the kept ones, in slot
+order: they need no count, since whatever slot is not kept is dropped.
 """
 
 import triton
@@ -11,15 +11,12 @@ import triton.language as tl
 
 
 @triton.jit
-def _load_experts(
-    ids_ptr, stride_t, stride_k, slots, num_slots, top_k, num_experts, EXPERTS: tl.constexpr
-):  # fmt: skip
-    """The expert of each slot."""
+def _load_experts(ids_ptr, stride_t, stride_k, slots, num_slots, top_k, num_experts):
+    """The expert of each slot, num_experts for a dropped one and for what is past the last slot."""
     token = (slots // top_k).to(tl.int64)
     k = (slots % top_k).to(tl.int64)
-    ids = tl.load(ids_ptr + token * stride_t + k * stride_k, mask=slots < num_slots, other=0)
-    expert = tl.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(tl.int32)
-    return tl.where(slots < num_slots, expert, EXPERTS - 1)
+    ids = tl.load(ids_ptr + token * stride_t + k * stride_k, mask=slots < num_slots, other=-1)
+    return tl.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_blocks"])
@@ -35,10 +32,8 @@ def _routing_indices_count_kernel(
     counts = tl.zeros((EXPERTS,), tl.int32)
     for block in range(num_blocks):
         slots = (chunk * num_blocks + block) * BLOCK + tl.arange(0, BLOCK)
-        of_slot = _load_experts(
-            ids_ptr, stride_t, stride_k, slots, num_slots, top_k, num_experts, EXPERTS
-        )
-        counts += tl.histogram(of_slot, EXPERTS)
+        of_slot = _load_experts(ids_ptr, stride_t, stride_k, slots, num_slots, top_k, num_experts)
+        counts += tl.histogram(of_slot, EXPERTS, mask=of_slot < num_experts)
     tl.store(counts_ptr + chunk * EXPERTS + tl.arange(0, EXPERTS), counts)
 
 
@@ -67,19 +62,28 @@ def _routing_indices_place_kernel(
     if chunk == 0:
         tl.store(token_counts_ptr + experts, total, mask=experts < num_experts)
     next_row = tl.cumsum(total, 0) - total + before
+    num_kept = tl.sum(total, 0)
+    kept_before = tl.sum(before, 0)
     i = tl.arange(0, BLOCK)
     for block in range(num_blocks):
         first_slot = (chunk * num_blocks + block) * BLOCK
         of_slot = _load_experts(
-            ids_ptr, stride_t, stride_k, first_slot + i, num_slots, top_k, num_experts, EXPERTS
+            ids_ptr, stride_t, stride_k, first_slot + i, num_slots, top_k, num_experts
         )
-        # Sorted by expert and then by slot, an expert's slots are neighbours.
+        # Sorted by expert and then by slot, an expert's slots are neighbours, the dropped ones last.
         key = tl.sort(of_slot * BLOCK + i)
         of_slot = key // BLOCK
         slots = first_slot + key % BLOCK
-        counts = tl.histogram(of_slot, EXPERTS)
-        rows = i + tl.gather(next_row - tl.cumsum(counts, 0) + counts, of_slot, 0)
+        is_kept = of_slot < num_experts
+        counts = tl.histogram(of_slot, EXPERTS, mask=is_kept)
+        kept = tl.sum(counts, 0)
+        of_expert = next_row - tl.cumsum(counts, 0) + counts
+        of_dropped = num_kept + first_slot - kept_before - kept
+        rows = i + tl.where(
+            is_kept, tl.gather(of_expert, tl.minimum(of_slot, EXPERTS - 1), 0), of_dropped
+        )
         valid = slots < num_slots
         tl.store(scatter_ptr + slots, rows, mask=valid)
         tl.store(gather_ptr + rows, slots, mask=valid)
         next_row += counts
+        kept_before += kept

@@ -29,8 +29,7 @@ def routing_indices(
     token_counts = torch.empty(num_experts, dtype=torch.int32, device=topk_ids.device)
     if num_slots == 0:
         return token_counts.zero_(), gather_indices, scatter_indices
-    # One for dropped slots, one for what is past the last slot.
-    experts = next_power_of_2(num_experts + 2)
+    experts = max(2, next_power_of_2(num_experts))
     num_blocks = cdiv(num_slots, _BLOCK * _MAX_CHUNKS)
     num_chunks = cdiv(num_slots, _BLOCK * num_blocks)
     counts = torch.empty(num_chunks, experts, dtype=torch.int32, device=topk_ids.device)

@@ -28,7 +28,8 @@ def _unpermute_bwd_kernel(
         weight = tl.load(weights_ptr + token * stride_wt + k * stride_wk, mask=k < top_k, other=0)
         weight = weight.to(tl.float32)[:, None]
     dots = tl.zeros((SLOTS, BLOCK_H), tl.float32)
-    for first in range(0, hidden_size, BLOCK_H):
+    # The next blocks are on their way while one is multiplied and stored.
+    for first in tl.range(0, hidden_size, BLOCK_H, num_stages=3):
         h = first + tl.arange(0, BLOCK_H)
         in_width = h < hidden_size
         mask = is_row[:, None] & in_width[None, :]

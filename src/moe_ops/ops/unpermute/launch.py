@@ -8,8 +8,8 @@ import torch
 from moe_ops.ops.launching import inverse_permutation, launch_on, next_power_of_2, sum_rows
 from moe_ops.ops.unpermute.kernels import _unpermute_bwd_kernel
 
-# Numbers that a program of the backward has at a time, on two warps.
-_BLOCK = 4096
+# Bytes of rows that a program of the backward has at a time, on four warps.
+_BLOCK_BYTES = 8192
 
 
 def unpermute(
@@ -42,12 +42,13 @@ def unpermute_backward(
     rows = inverse_permutation(gather_indices) if scatter_indices is None else scatter_indices
     slots = next_power_of_2(top_k)
     # All slots of a token at once, so that its row of grad_output is read once.
-    block_h = min(max(_BLOCK // slots, 16), next_power_of_2(max(hidden_size, 1)))
+    block_h = max(_BLOCK_BYTES // (input.itemsize * slots), 16)
+    block_h = min(block_h, next_power_of_2(max(hidden_size, 1)))
     with launch_on(input):
         _unpermute_bwd_kernel[(num_rows // top_k,)](
             grad_output, input, rows.contiguous(), topk_weights, grad_input, grad_topk_weights,
             *grad_output.stride(), *input.stride(), *topk_weights.stride(),
             num_rows, hidden_size, top_k,
-            SLOTS=slots, BLOCK_H=block_h, NEEDS_INPUT=needs[0], NEEDS_WEIGHTS=needs[1], num_warps=2,
+            SLOTS=slots, BLOCK_H=block_h, NEEDS_INPUT=needs[0], NEEDS_WEIGHTS=needs[1], num_warps=4,
         )  # fmt: skip
     return grad_input, grad_topk_weights
