@@ -281,6 +281,23 @@ QUANTISED = {
 }
 
 
+def test_counts_are_read_at_every_call():
+    """Also from the same tensor, and after they were seen in inference mode."""
+    x, weight = torch.randn(12, 8), torch.randn(3, 16, 8)
+    x.requires_grad_(), weight.requires_grad_()
+    counts = torch.zeros(3, dtype=torch.int32)
+    for new in ([4, 4, 4], [0, 12, 0], [5, 0, 3], [4, 4, 4]):
+        counts.copy_(torch.tensor(new))
+        with torch.inference_mode():
+            inferred = moe.grouped_gemm(x, weight, counts)
+        output = moe.grouped_gemm(x, weight, counts)
+        torch.autograd.grad(output.sum(), (x, weight))
+        parts = x.split([*new, 12 - sum(new)])
+        wanted = [part @ w.t() for part, w in zip(parts, weight, strict=False)]
+        torch.testing.assert_close(output, torch.cat([*wanted, torch.zeros(len(parts[-1]), 16)]))
+        assert torch.equal(output, inferred)
+
+
 @pytest.mark.parametrize("dtype", QUANTISED, ids=str)
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_rejects_a_quantised_weight(dtype, requires_grad):

@@ -9,6 +9,9 @@ access out of bounds.
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import torch
 
 
@@ -53,16 +56,21 @@ class Routing:
 
 
 def expert_ends(token_counts: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, list[int]]:
-    """The end row of each expert, int32, and as a list.
+    """The end row of each expert, int32, and as a list; neither is to be written to.
 
     Corrupt counts are clamped: they give unspecified values, never an access out of bounds.
     """
-    ends = token_counts.cumsum(0, dtype=torch.int32)
-    listed: list[int] = ends.tolist()
-    if listed and (listed[0] < 0 or listed[-1] > num_rows or listed != sorted(listed)):
-        ends = token_counts.clamp(0, num_rows).cumsum(0).clamp_(0, num_rows).to(torch.int32)
-        listed = ends.tolist()
-    return ends, listed
+    return _ends_of(tuple(token_counts.tolist()), num_rows)
+
+
+# The same counts come to both projections, forward and backward: a model's layers have room here.
+@functools.lru_cache(maxsize=256)
+def _ends_of(counts: tuple[int, ...], num_rows: int) -> tuple[torch.Tensor, list[int]]:
+    ends = list(itertools.accumulate(counts))
+    if ends and (min(counts) < 0 or ends[-1] > num_rows):
+        clamped = itertools.accumulate(min(max(count, 0), num_rows) for count in counts)
+        ends = [min(end, num_rows) for end in clamped]
+    return torch.tensor(ends, dtype=torch.int32, device="cpu"), ends
 
 
 def sum_slots(
