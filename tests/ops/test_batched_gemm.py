@@ -141,7 +141,7 @@ def test_rows_of_any_stride(sizes):
 
 
 def size_of(counts, sums_rows, sizes=(256, 256), dtype=torch.bfloat16, num_rows=None):
-    ends = list(accumulate(counts))
+    ends = tuple(accumulate(counts))
     num_rows = sum(counts) if num_rows is None else num_rows
     return batched_gemm.batch_size(ends, num_rows, sizes, dtype, sums_rows=sums_rows)
 

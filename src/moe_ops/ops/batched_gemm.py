@@ -12,6 +12,7 @@ R rows in expert order, E experts, D and N the sizes of each matrix.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -30,10 +31,11 @@ _MOST_ROWS = 2
 _WON = 1 / 32
 
 
+@functools.lru_cache(maxsize=1024)
 def batch_size(
-    ends: Sequence[int],
+    ends: tuple[int, ...],
     num_rows: int,
-    matrix_shape: Sequence[int],
+    matrix_shape: tuple[int, ...],
     dtype: torch.dtype,
     *,
     sums_rows: bool,

@@ -55,8 +55,10 @@ class Routing:
             self.scale = weights.to(dtype)
 
 
-def expert_ends(token_counts: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, list[int]]:
-    """The end row of each expert, int32, and as a list; neither is to be written to.
+def expert_ends(
+    token_counts: torch.Tensor, num_rows: int
+) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """The end row of each expert: int32, not to be written to, and as numbers.
 
     Corrupt counts are clamped: they give unspecified values, never an access out of bounds.
     """
@@ -65,12 +67,12 @@ def expert_ends(token_counts: torch.Tensor, num_rows: int) -> tuple[torch.Tensor
 
 # The same counts come to both projections, forward and backward: a model's layers have room here.
 @functools.lru_cache(maxsize=256)
-def _ends_of(counts: tuple[int, ...], num_rows: int) -> tuple[torch.Tensor, list[int]]:
+def _ends_of(counts: tuple[int, ...], num_rows: int) -> tuple[torch.Tensor, tuple[int, ...]]:
     ends = list(itertools.accumulate(counts))
     if ends and (min(counts) < 0 or ends[-1] > num_rows):
         clamped = itertools.accumulate(min(max(count, 0), num_rows) for count in counts)
         ends = [min(end, num_rows) for end in clamped]
-    return torch.tensor(ends, dtype=torch.int32, device="cpu"), ends
+    return torch.tensor(ends, dtype=torch.int32, device="cpu"), tuple(ends)
 
 
 def sum_slots(
