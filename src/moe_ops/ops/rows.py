@@ -55,9 +55,7 @@ class Routing:
             self.scale = weights.to(dtype)
 
 
-def expert_ends(
-    token_counts: torch.Tensor, num_rows: int
-) -> tuple[torch.Tensor, tuple[int, ...]]:
+def expert_ends(token_counts: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, tuple[int, ...]]:
     """The end row of each expert: int32, not to be written to, and as numbers.
 
     Corrupt counts are clamped: they give unspecified values, never an access out of bounds.
