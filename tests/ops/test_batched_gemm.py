@@ -37,9 +37,9 @@ def sizes(monkeypatch):
     state = {"size": 0, "taken": 0}
     bmm = torch.bmm
 
-    def counting_bmm(*args):
+    def counting_bmm(*args, **kwargs):
         state["taken"] += 1
-        return bmm(*args)
+        return bmm(*args, **kwargs)
 
     monkeypatch.setattr(batched_gemm, "batch_size", lambda *_, **__: state["size"])
     monkeypatch.setattr(torch, "bmm", counting_bmm)
@@ -191,9 +191,9 @@ def test_an_op_takes_it(permute_x, monkeypatch):
     taken = []
     bmm = torch.bmm
 
-    def counting_bmm(*args):
+    def counting_bmm(*args, **kwargs):
         taken.append(args)
-        return bmm(*args)
+        return bmm(*args, **kwargs)
 
     monkeypatch.setattr(torch, "bmm", counting_bmm)
     generator = torch.Generator().manual_seed(0)
@@ -209,3 +209,61 @@ def test_an_op_takes_it(permute_x, monkeypatch):
     }
     checks.assert_close(torch.ops.moe.grouped_gemm(**arguments), oracle.grouped_gemm(**arguments))
     assert len(taken) == 1
+
+
+# The experts of 18 tokens' two slots each, so that some have more rows than a batch of 1, 4, 6 or 9.
+IDS = {
+    "uneven": [0, 1, 0, 2, 0, 3, 1, 0, 2, 0, 0, 5, 1, 2, 0, 5, 3, 0] * 2,
+    "dropped": [0, 1, 0, 2, -1, 3, 1, 0, 2, 6, 0, 5, 1, 2, 0, 5, 3, 0] * 2,
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", IDS)
+def test_rows_of_tokens(name, size, sizes):
+    """Gathered into the batch, and what is beyond it."""
+    sizes["size"] = size
+    counts, gather, _ = oracle.routing_indices(torch.tensor(IDS[name]).view(-1, 2), 6)
+    x, weight, _ = make_operands(18, torch.float32)
+    arguments = {
+        "input": x.detach(), "weight": weight.detach(), "token_counts": counts,
+        "gather_indices": gather, "top_k": 2, "permute_x": True,
+    }  # fmt: skip
+    with checks.poisoned_memory():
+        output = torch.ops.moe.grouped_gemm(**arguments)
+    assert sizes["taken"] == 1
+    checks.assert_close(output, oracle.grouped_gemm(**arguments))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", IDS)
+@pytest.mark.parametrize("weights_before", [False, True])
+def test_the_whole_layer_of_experts(weights_before, name, size, sizes):
+    """The second product's rows are summed from where they stand in the batch."""
+    sizes["size"] = size
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator)
+
+    arguments = {
+        "hidden_states": randn(18, D),
+        "gate_up_proj": randn(6, 2 * N, D),
+        "down_proj": randn(6, D, N),
+        "topk_ids": torch.tensor(IDS[name]).view(-1, 2),
+        "topk_weights": randn(18, 2),
+        "weights_before": weights_before,
+    }
+    names = ["hidden_states", "gate_up_proj", "down_proj", "topk_weights"]
+    grad_output = randn(18, D)
+    expected = oracle.gradients(oracle.fused_experts, arguments, names, grad_output)
+    leaves = {n: t.requires_grad_() for n, t in arguments.items() if n in names}
+    with checks.poisoned_memory():
+        output = torch.ops.moe.fused_experts(**{**arguments, **leaves})
+        grads = torch.autograd.grad(output, list(leaves.values()), grad_output)
+    # unpermute in bf16 alone has a bmm of its own.
+    assert sizes["taken"] == 6
+    detached = {n: t.detach() if isinstance(t, torch.Tensor) else t for n, t in arguments.items()}
+    checks.assert_close(output, oracle.fused_experts(**detached))
+    for n, grad in zip(leaves, grads, strict=True):
+        checks.assert_close(grad, expected[n], what=n)

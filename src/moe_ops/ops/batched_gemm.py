@@ -76,64 +76,102 @@ def few_sizes(count: int) -> int:
     return -(-count // step) * step
 
 
-def multiply(
-    rows: torch.Tensor, matrices: torch.Tensor, ends: Sequence[int], size: int
-) -> torch.Tensor:
-    """rows[i] @ matrices[e] (R, N) of the rows of each expert e, zero for the other rows."""
-    num_rows, num_experts, tail = rows.shape[0], len(ends), ends[-1]
-    counts, starts = _counts(ends), [0, *ends[:-1]]
-    first = torch.tensor([min(start, num_rows - size) for start in starts], device=rows.device)
-    products = torch.bmm(_blocks(rows, first, size), matrices).flatten(0, 1)
+class Batch:
+    """The first `size` rows of each expert, side by side; one of fewer has neighbours' among them.
 
-    device = rows.device
-    shifts = torch.arange(0, num_experts * size, size, device=device) - first
-    repeats = torch.tensor(counts, device=device)
-    found = torch.repeat_interleave(shifts, repeats, output_size=tail)
-    # Those beyond `size` are multiplied below.
-    found = found.add_(torch.arange(tail, device=device)).clamp_(max=num_experts * size - 1)
-    if tail == num_rows:
-        output = products.index_select(0, found)
-    else:
-        output = products.new_zeros(num_rows, products.shape[1])
-        output[:tail] = products.index_select(0, found)
-    for e, (start, count) in enumerate(zip(starts, counts, strict=True)):
-        if count > size:
-            beyond = slice(start + size, start + count)
-            torch.mm(rows[beyond], matrices[e], out=output[beyond])
-    return output
+    What an expert has beyond them stands behind the batch. Rows from the last end on are in neither.
+    """
 
+    def __init__(self, ends: tuple[int, ...], num_rows: int, size: int) -> None:
+        counts, starts = _counts(ends), [0, *ends[:-1]]
+        self.num_experts, self.num_rows, self.size, self.tail = len(ends), num_rows, size, ends[-1]
+        firsts = [min(start, num_rows - size) for start in starts]
+        shifts = [e * size - first for e, first in enumerate(firsts)]
+        table = torch.tensor([firsts, shifts, counts, starts], device="cpu")
+        self._firsts, shift_of, self._counts, self._starts = table.unbind(0)
+        # The place of each row: of its product, where all products stand in one matrix.
+        self.places = torch.repeat_interleave(shift_of, self._counts, output_size=self.tail)
+        self.places += torch.arange(self.tail, device="cpu")
+        # (expert, rows, places) of what is beyond.
+        self.beyond: list[tuple[int, slice, slice]] = []
+        self.num_places = self.num_experts * size
+        for e, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            if end - start > size:
+                rows = slice(start + size, end)
+                places = slice(self.num_places, self.num_places + end - rows.start)
+                self.places[rows] = torch.arange(places.start, places.stop, device="cpu")
+                self.beyond.append((e, rows, places))
+                self.num_places = places.stop
 
-def multiply_transposed(
-    left: torch.Tensor, right: torch.Tensor, ends: Sequence[int], size: int
-) -> torch.Tensor:
-    """sum_i outer(left[i], right[i]) over the rows of each expert, (E, left's size, right's size)."""
-    num_rows = left.shape[0]
-    counts, starts = _counts(ends), [0, *ends[:-1]]
-    device = left.device
-    first = torch.tensor([min(start, num_rows - size) for start in starts], device=device)
-    # From 0 on, and less than the expert's count, for its own rows.
-    row = torch.arange(size, device=device) + (first - torch.tensor(starts, device=device))[:, None]
-    others = (row < 0) | (row >= torch.tensor(counts, device=device)[:, None])
-    others = others.flatten().nonzero().flatten()
-    # In both: zero times a neighbour's NaN would be NaN.
-    left_blocks, right_blocks = (_blocks(t, first, size) for t in (left, right))
-    for blocks in (left_blocks, right_blocks):
-        blocks.flatten(0, 1).index_fill_(0, others, 0)
-    output = torch.bmm(left_blocks.mT, right_blocks)
-    for e, (start, count) in enumerate(zip(starts, counts, strict=True)):
-        if count > size:
-            own = slice(start, start + count)
+    @functools.cached_property
+    def _others(self) -> torch.Tensor:
+        """Which places of the batch hold a row that is not the expert's."""
+        # From 0 on, and less than the expert's count, for its own rows.
+        row = torch.arange(self.size, device="cpu") + (self._firsts - self._starts)[:, None]
+        return ((row < 0) | (row >= self._counts[:, None])).flatten().nonzero().flatten()
+
+    @functools.cached_property
+    def _rows(self) -> torch.Tensor:
+        """The row at each place of the batch."""
+        return (torch.arange(self.size, device="cpu") + self._firsts[:, None]).flatten()
+
+    def products(
+        self, rows: torch.Tensor, matrices: torch.Tensor, sources: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """rows[i] @ matrices[e] of each row i of each expert e, at its place, (num_places, N).
+
+        With sources it is rows[sources[i]].
+        """
+        products = rows.new_empty(self.num_places, matrices.shape[2])
+        batch = products[: self.num_experts * self.size]
+        batch = batch.unflatten(0, (self.num_experts, self.size))
+        torch.bmm(self._blocks(rows, sources), matrices, out=batch)
+        for e, own, places in self.beyond:
+            x = rows[own] if sources is None else rows.index_select(0, sources[own])
+            torch.mm(x, matrices[e], out=products[places])
+        return products
+
+    def multiply(
+        self, rows: torch.Tensor, matrices: torch.Tensor, sources: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`products` in the order of the rows (R, N), zero for the rows of no expert."""
+        products = self.products(rows, matrices, sources)
+        if self.tail == self.num_rows:
+            return products.index_select(0, self.places)
+        output = products.new_zeros(self.num_rows, products.shape[1])
+        output[: self.tail] = products.index_select(0, self.places)
+        return output
+
+    def multiply_transposed(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """sum_i outer(left[i], right[i]) over each expert's rows, (E, left's size, right's size)."""
+        # In both: zero times a neighbour's NaN would be NaN.
+        left_blocks, right_blocks = (self._blocks(t) for t in (left, right))
+        for blocks in (left_blocks, right_blocks):
+            blocks.flatten(0, 1).index_fill_(0, self._others, 0)
+        output = torch.bmm(left_blocks.mT, right_blocks)
+        for e, rows, _ in self.beyond:
+            own = slice(rows.start - self.size, rows.stop)
             torch.mm(left[own].t(), right[own], out=output[e])
-    return output
+        return output
+
+    def _blocks(self, rows: torch.Tensor, sources: torch.Tensor | None = None) -> torch.Tensor:
+        """The rows of the batch (E, size, width), a copy."""
+        if sources is not None:
+            blocks = rows.index_select(0, sources.index_select(0, self._rows))
+            return blocks.unflatten(0, (self.num_experts, self.size))
+        num_rows, width = rows.shape
+        pitch, step = rows.stride()
+        windows = rows.as_strided(
+            (num_rows - self.size + 1, self.size, width), (pitch, pitch, step)
+        )
+        return windows.index_select(0, self._firsts)
+
+
+# The same rows come to forward and backward, and to both projections.
+@functools.lru_cache(maxsize=32)
+def batch(ends: tuple[int, ...], num_rows: int, size: int) -> Batch:
+    return Batch(ends, num_rows, size)
 
 
 def _counts(ends: Sequence[int]) -> list[int]:
     return [end - start for start, end in pairwise([0, *ends])]
-
-
-def _blocks(rows: torch.Tensor, first: torch.Tensor, size: int) -> torch.Tensor:
-    """`size` rows from each of `first`, a copy."""
-    num_rows, width = rows.shape
-    pitch, step = rows.stride()
-    windows = rows.as_strided((num_rows - size + 1, size, width), (pitch, pitch, step))
-    return windows.index_select(0, first)

@@ -19,10 +19,15 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from moe_ops.ops.grouped_gemm.cpu import grouped_gemm, grouped_gemm_dw, grouped_gemm_dx
+from moe_ops.ops.grouped_gemm.cpu import (
+    batched_products,
+    grouped_gemm,
+    grouped_gemm_dw,
+    grouped_gemm_dx,
+)
 from moe_ops.ops.permute.cpu import permute
 from moe_ops.ops.routing_indices.cpu import routing_indices
-from moe_ops.ops.rows import tokens_of_rows
+from moe_ops.ops.rows import expert_ends, rows_of_slots, sum_slots, tokens_of_rows
 from moe_ops.ops.unpermute.cpu import unpermute, unpermute_backward
 
 
@@ -72,9 +77,8 @@ def fused_experts_forward(
     x = routing.weighted_rows(hidden_states, weights) if weights_before else hidden_states
     z = _up_projection(x, gate_up_proj, gate_up_bias, routing, in_expert_order=weights_before)
     h = act.forward(z, routing.tail)
-    rows = grouped_gemm(h, down_proj, routing.counts, bias=down_bias)
     after = None if weights_before else weights
-    output = unpermute(rows, routing.gather, after, top_k, routing.scatter)
+    output = _product_by_token(h, down_proj.mT, down_bias, routing, after)
     kept = z if recompute == "none" else z.new_empty(0)
     return output, kept, routing.counts, routing.gather, routing.scatter
 
@@ -142,17 +146,14 @@ def fused_experts_backward(
         # With weights_before the rows are in expert order already.
         gather = None if weights_before else gather_indices
         grads[1] = _dw(dz, x, counts, transposed[0], gather, top_k)
-    if need_dx:
-        dx = _dx(dz, gate_up_proj, counts)
-        if need_x:
-            before = weights if weights_before else None
-            grads[0] = unpermute(dx, gather_indices, before, top_k, scatter_indices)
-        if need_weights and weights_before:
-            assert hidden_states is not None  # the schema's `where` says so
-            _, grads[3] = unpermute_backward(
-                hidden_states, dx, gather_indices, topk_weights, top_k, scatter_indices,
-                [False, True],
-            )  # fmt: skip
+    if need_dx and weights_before:
+        rows = _dx(dz, gate_up_proj, counts)
+        needs_before = [need_x, need_weights]
+        grads[0], grads[3] = _weighted_rows_backward(
+            rows, hidden_states, topk_weights, weights, routing, needs_before
+        )
+    elif need_x:
+        grads[0] = _product_by_token(dz, gate_up_proj, None, routing, None)
     if need_weights:
         grads[3] = grads[3].masked_fill(routing.dropped, 0.0).to(topk_weights.dtype)
     return tuple(grads)
@@ -172,6 +173,46 @@ def _up_projection(
     return grouped_gemm(
         x, gate_up_proj, routing.counts, routing.gather, None, bias, routing.top_k, permute_x=True
     )
+
+
+def _product_by_token(
+    rows: torch.Tensor,
+    matrices: torch.Tensor,
+    bias: torch.Tensor | None,
+    routing: _Routing,
+    weights: torch.Tensor | None,
+) -> torch.Tensor:
+    """The sum of weights[slot] * (rows[i] @ matrices[e] + bias[e]) over each token's rows."""
+    counts, top_k = routing.counts, routing.top_k
+    if bias is None and routing.tail == routing.num_rows:
+        batched = batched_products(rows, matrices, counts)
+        if batched is not None:
+            products, places = batched
+            slots = rows_of_slots(routing.gather, routing.scatter)
+            return sum_slots(products, places.index_select(0, slots), weights, top_k)
+    y = grouped_gemm(rows, matrices.mT, counts, bias=bias)
+    return unpermute(y, routing.gather, weights, top_k, routing.scatter)
+
+
+def _weighted_rows_backward(
+    grad_rows: torch.Tensor,
+    hidden_states: torch.Tensor | None,
+    topk_weights: torch.Tensor,
+    weights: torch.Tensor,
+    routing: _Routing,
+    needs: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of hidden_states and topk_weights; `weights` are zero for dropped slots."""
+    gather, scatter, top_k = routing.gather, routing.scatter, routing.top_k
+    grad_x = grad_weights = grad_rows.new_empty(0)
+    if needs[0]:
+        grad_x = unpermute(grad_rows, gather, weights, top_k, scatter)
+    if needs[1]:
+        assert hidden_states is not None  # the schema's `where` says so
+        _, grad_weights = unpermute_backward(
+            hidden_states, grad_rows, gather, topk_weights, top_k, scatter, [False, True]
+        )
+    return grad_x, grad_weights
 
 
 def _dx(dy: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -227,7 +268,8 @@ class _Routing:
         self.top_k, self.counts, self.gather, self.scatter = top_k, counts, gather, scatter
         self.num_rows = gather.shape[0]
         # The rows from here on belong to no expert.
-        self.tail = min(max(int(counts.sum()), 0), self.num_rows)
+        _, ends = expert_ends(counts, self.num_rows)
+        self.tail = ends[-1] if ends else 0
 
     @property
     def dropped(self) -> torch.Tensor:
@@ -306,31 +348,36 @@ def _store_product(out: torch.Tensor, values: torch.Tensor, factor: torch.Tensor
 
 @dataclass(frozen=True)
 class _Function:
-    """act(gate), and grad times its derivative, of (grad, gate); up + up_offset multiplies it."""
+    """act(gate), stored in `out`, which may be gate; and grad times its derivative, of (grad, gate).
 
-    forward: Callable[[torch.Tensor], torch.Tensor]
+    up + up_offset multiplies act(gate).
+    """
+
+    forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     backward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     up_offset: float = 0.0
 
 
+_aten = torch.ops.aten
 _FUNCTIONS = {
-    "silu": _Function(functional.silu, torch.ops.aten.silu_backward),
-    "gelu": _Function(functional.gelu, torch.ops.aten.gelu_backward),
+    "silu": _Function(lambda gate, out: _aten.silu.out(gate, out=out), _aten.silu_backward),
+    "gelu": _Function(lambda gate, out: _aten.gelu.out(gate, out=out), _aten.gelu_backward),
     "gelu_tanh": _Function(
-        lambda gate: functional.gelu(gate, approximate="tanh"),
-        lambda grad, gate: torch.ops.aten.gelu_backward(grad, gate, approximate="tanh"),
+        lambda gate, out: _aten.gelu.out(gate, approximate="tanh", out=out),
+        lambda grad, gate: _aten.gelu_backward(grad, gate, approximate="tanh"),
     ),
     "relu": _Function(
-        functional.relu, lambda grad, gate: torch.ops.aten.threshold_backward(grad, gate, 0)
+        lambda gate, out: torch.clamp(gate, min=0, out=out),
+        lambda grad, gate: _aten.threshold_backward(grad, gate, 0),
     ),
     "relu_squared": _Function(
-        lambda gate: functional.relu(gate).square_(),
+        lambda gate, out: torch.clamp(gate, min=0, out=out).square_(),
         lambda grad, gate: functional.relu(gate).mul_(2).mul_(grad),
     ),
     # gate * sigmoid(1.702 * gate) is silu(1.702 * gate) / 1.702.
     "swiglu_oai": _Function(
-        lambda gate: functional.silu(gate * 1.702).div_(1.702),
-        lambda grad, gate: torch.ops.aten.silu_backward(grad, gate * 1.702),
+        lambda gate, out: _aten.silu_(torch.mul(gate, 1.702, out=out)).div_(1.702),
+        lambda grad, gate: _aten.silu_backward(grad, gate * 1.702),
         up_offset=1.0,
     ),
 }
@@ -348,11 +395,13 @@ class _Activation:
         h = self._new_h(z)
         for part, wide in _wide_chunks(z, tail):
             gate, up = self._limited(*self._read(wide))
-            values = self.function.forward(gate)
-            if up is None:
+            rounded = h.dtype != wide.dtype
+            # What is to be rounded stands in memory that the next chunk overwrites.
+            values = self.function.forward(gate, gate if rounded else h[part])
+            if up is not None:
+                values.mul_(up)
+            if rounded:
                 h[part] = values
-            else:
-                _store_product(h[part], values, up)
         return h
 
     def backward(
@@ -377,7 +426,7 @@ class _Activation:
         for part, wide in _wide_chunks(z, tail):
             z_gate, z_up = self._read(wide)
             gate, up = self._limited(z_gate, z_up)
-            values = self.function.forward(gate)
+            values = self.function.forward(gate, torch.empty_like(gate))
             product = values if up is None else values * up
             s = 1.0 if scale is None else scale[part].to(accumulator)
             d = None if dh is None else dh[part].to(accumulator)

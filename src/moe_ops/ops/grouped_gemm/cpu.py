@@ -40,10 +40,10 @@ def grouped_gemm(
         num_rows, weight.shape, _LARGE_FP32, input.dtype, input.is_cpu,
         input.shape, input.stride(), weight.shape, weight.stride(),
     ):  # fmt: skip
-        x = input
+        tokens = None
         if gather_indices is not None and permute_x:
-            x = input.index_select(0, tokens_of_rows(gather_indices, top_k))
-        return _grouped_mm(x, weight.mT, token_counts)
+            tokens = tokens_of_rows(gather_indices, top_k)
+        return _grouped_mm(input, weight.mT, token_counts, tokens)
 
     # The weight of a row is applied before the downcast, which needs the product in fp32.
     dtype = _product_dtype(input.dtype, exact=topk_weights is not None)
@@ -91,10 +91,10 @@ def grouped_gemm_dx(
         num_rows, weight.shape, _LARGE_FP32, weight.dtype, weight.is_cpu,
         grad_output.shape, grad_output.stride(), weight.shape, weight.stride(),
     ):  # fmt: skip
-        dy = grad_output
+        slots = None
         if gather_indices is not None and permute_y:
-            dy = dy.index_select(0, tokens_of_rows(gather_indices, 1))
-        return _grouped_mm(dy, weight, token_counts), grad_output.new_empty(0)
+            slots = tokens_of_rows(gather_indices, 1)
+        return _grouped_mm(grad_output, weight, token_counts, slots), grad_output.new_empty(0)
 
     dtype = _product_dtype(grad_output.dtype, exact=topk_weights is not None)
     accumulator = torch.promote_types(dtype, torch.float32)
@@ -235,20 +235,49 @@ def _grouped_mm_is_best(
 
 
 def _grouped_mm(
-    rows: torch.Tensor, matrices: torch.Tensor, token_counts: torch.Tensor
+    rows: torch.Tensor,
+    matrices: torch.Tensor,
+    token_counts: torch.Tensor,
+    sources: torch.Tensor | None,
 ) -> torch.Tensor:
-    """functional.grouped_mm, or many small experts as one product, with zeros in the tail."""
-    num_rows = rows.shape[0]
+    """functional.grouped_mm, or many small experts as one product, with zeros in the tail.
+
+    Of rows[sources] where sources are given.
+    """
+    num_rows = rows.shape[0] if sources is None else sources.shape[0]
     ends, listed = expert_ends(token_counts, num_rows)
-    size = batched_gemm.batch_size(
-        listed, num_rows, matrices.shape[1:], rows.dtype, sums_rows=False
-    )
+    sizes = matrices.shape[1:]
+    size = batched_gemm.batch_size(listed, num_rows, sizes, rows.dtype, sums_rows=False)
     if size:
-        return batched_gemm.multiply(rows, matrices, listed, size)
-    output = functional.grouped_mm(rows, matrices, offs=ends)
+        return batched_gemm.batch(listed, num_rows, size).multiply(rows, matrices, sources)
+    x = rows if sources is None else rows.index_select(0, sources)
+    output = functional.grouped_mm(x, matrices, offs=ends)
     if listed[-1] < num_rows:
         output[listed[-1] :].zero_()
     return output
+
+
+def batched_products(
+    rows: torch.Tensor, matrices: torch.Tensor, token_counts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """For who moves the rows of grouped_gemm(rows, matrices.mT) anyway: (products, places).
+
+    The product of row i is products[places[i]]; the rows of no expert have no place. None where no
+    batch is the best way to multiply, as grouped_gemm would.
+    """
+    num_rows = rows.shape[0]
+    if not _grouped_mm_is_best(
+        num_rows, matrices.mT.shape, _LARGE_FP32, rows.dtype, rows.is_cpu,
+        rows.shape, rows.stride(), matrices.shape, matrices.stride(),
+    ):  # fmt: skip
+        return None
+    _, listed = expert_ends(token_counts, num_rows)
+    sizes = matrices.shape[1:]
+    size = batched_gemm.batch_size(listed, num_rows, sizes, rows.dtype, sums_rows=False)
+    if not size:
+        return None
+    batch = batched_gemm.batch(listed, num_rows, size)
+    return batch.products(rows, matrices), batch.places
 
 
 def _grouped_mm_transposed(
@@ -260,7 +289,7 @@ def _grouped_mm_transposed(
     sizes = left.shape[1], right.shape[1]
     size = batched_gemm.batch_size(listed, num_rows, sizes, left.dtype, sums_rows=True)
     if size:
-        return batched_gemm.multiply_transposed(left, right, listed, size)
+        return batched_gemm.batch(listed, num_rows, size).multiply_transposed(left, right)
     return functional.grouped_mm(left.t(), right, offs=ends)
 
 
