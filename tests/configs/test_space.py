@@ -108,3 +108,12 @@ def test_choices_that_hopper_needs():
     assert tiles >= {(128, 256), (256, 128), (128, 128), (64, 256)}
     assert tried(dw, "warp_specialize") == {True, False}
     assert tried(dw, "use_tma_load_x") == tried(dw, "use_tma_store") == {True, False}
+
+
+def test_what_makes_no_difference_is_not_tried():
+    for flags in ((), ("bias",)):
+        problem = Problem("forward", "bfloat16", 128, 1536, 2048, 1024, flags)
+        # Tails are halved in loops that are not flattened alone.
+        plain = [c for c in candidates(problem, HOPPER) if not c.to_dict()["tail_tiles"]]
+        pairs = len(plain) - len({replace(config, flatten=False) for config in plain})
+        assert (pairs > 0) == ("bias" not in flags)

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import (
 )
 
 from moe_ops._core.library import SCHEMAS
+from moe_ops.ops import rows
 from moe_ops.ops.fused_experts import cpu
 from tests import checks, oracle
 from tests.core.test_autograd import CountCalls
@@ -125,7 +126,7 @@ def test_every_dtype_and_routing(dtype, routing, recompute, weights_before):
 @both_orders
 @dtypes
 def test_more_rows_than_are_worked_on_at_a_time(dtype, weights_before, monkeypatch):
-    monkeypatch.setattr(cpu, "_CHUNK", 64)
+    monkeypatch.setattr(rows, "CHUNK", 64)
     assert_right(experts("dropped", dtype, T=40, weights_before=weights_before))
 
 

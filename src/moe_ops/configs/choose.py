@@ -303,6 +303,13 @@ def specializes(problem: Problem, tile: tuple[int, int]) -> bool:
     return flags <= {"scatter", "scale", "bias"} if tile == TURNS_TILE else not flags
 
 
+def is_flattened(config: KernelConfig, problem: Problem) -> bool:
+    """Whether the kernel's two loops overlap, where the configuration asks for it."""
+    # Triton would not load ahead of a sum that begins with a bias. The inner loop of dW is as long
+    # as an expert: Triton does not flatten it.
+    return config.flatten and problem.kind != "backward_dW" and "bias" not in problem.flags
+
+
 def epilogue_columns(config: KernelConfig, activation: str, has_limit: bool) -> int:
     """The columns of a chunk: what the activation's backward on top of dX takes at a time.
 
@@ -375,10 +382,9 @@ def shared_memory(config: KernelConfig, problem: Problem, device: Device) -> int
     if not stored or "dots" in problem.flags:
         in_parts = has_warp_groups and problem.dtype != "float32"
         exchanged = _exchanged(rows, columns_stored, config.num_warps) if in_parts else tile
-    # A flattened loop loads the next tile's operands at that time; otherwise theirs are free. The
-    # inner loop of dW is as long as an expert: Triton does not flatten it.
+    # A flattened loop loads the next tile's operands at that time; otherwise theirs are free.
     barriers = 2 * _BARRIERS if config.warp_specialize else _BARRIERS
-    if config.flatten and not isinstance(config, KernelConfigBackward_dW):
+    if is_flattened(config, problem):
         return operands + exchanged + stored + barriers
     return max(operands, exchanged) + stored + barriers
 

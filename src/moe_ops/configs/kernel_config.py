@@ -51,9 +51,9 @@ class KernelConfig:
             turns. It applies on Hopper (compute capability 9.x) to 16-bit operands that descriptors
             load, of rows that are not gathered; tiles of 128x256 and 256x128 to bare products, those
             of 128x128 also with a bias and a scale, and to rows that are scattered. In tiles of
-            128x128 fused_experts with gate and up apart has its up projection with the activation on
-            top, whose rows are copied first, and the activation's backward on top of dX. Elsewhere
-            the other fields serve without it.
+            128x128 fused_experts has its gated up projection with the activation on top, whose rows
+            are copied first, and, with gate and up apart, the activation's backward on top of dX.
+            Elsewhere the other fields serve without it.
         launch_pdl (bool): launch while the kernel before it ends (programmatic dependent launch),
             where forward and dX run on a GPU of compute capability 9.0 or newer. For short launches.
 

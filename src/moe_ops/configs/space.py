@@ -152,7 +152,8 @@ def _of_gemm(problem: Problem, device: Device) -> Iterator[KernelConfig]:
             yield replace(config, use_tma_store=store, epilogue_subtile=2)
     for config in base[:2]:
         yield replace(config, tail_tiles=True, flatten=False)
-        yield replace(config, flatten=not config.flatten)
+        if "bias" not in problem.flags:  # which is never flattened
+            yield replace(config, flatten=not config.flatten)
         yield replace(config, group_m=4)
         yield replace(config, group_m=16)
         if not tma:

@@ -21,6 +21,7 @@ from moe_ops.configs.choose import (
     Problem,
     choose,
     device_of,
+    is_flattened,
     rows_bucket,
     specializes,
 )
@@ -89,11 +90,9 @@ def _tiling(problem: Problem, device: Device, kernel_config: str | None) -> _Til
     else:
         config = cast(KernelConfigForward, config)
         tail_tiles, tma_x = config.tail_tiles, config.use_tma_load_x
-    # Flattened, Triton would not load ahead of a sum that begins with a bias.
-    flatten = config.flatten and "bias" not in problem.flags
     options = {
         "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": config.group_m,
-        "BLOCK_W": _BLOCK_W, "FLATTEN": flatten, "SUBTILE": config.epilogue_subtile,
+        "BLOCK_W": _BLOCK_W, "FLATTEN": is_flattened(config, problem), "SUBTILE": config.epilogue_subtile,
         "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
     is_specialized = config.warp_specialize and specializes(problem, (m, n))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Iterator
 
 import torch
 
@@ -92,8 +93,7 @@ def sum_slots(
             slots, rows.contiguous(), mode="sum", per_sample_weights=weights
         )
     output = rows.new_empty(num_tokens, rows.shape[1])
-    for start in range(0, num_tokens, _CHUNK):
-        part = slice(start, start + _CHUNK)
+    for part in chunks(num_tokens, top_k * rows.shape[1]):
         gathered = rows.index_select(0, slots[part].flatten()).to(accumulator)
         gathered = gathered.unflatten(0, (-1, top_k))
         if weights is None:
@@ -103,5 +103,11 @@ def sum_slots(
     return output
 
 
-# Tokens whose gathered rows stay in the cache together.
-_CHUNK = 128
+def chunks(num_rows: int, width: int) -> Iterator[slice]:
+    """The rows of a matrix of `width`, in parts that stay in the cache while they are worked on."""
+    step = max(CHUNK // max(width, 1), 1)
+    return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
+
+
+# Elements of such a part.
+CHUNK = 2**19

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -27,7 +28,13 @@ from moe_ops.ops.grouped_gemm.cpu import (
 )
 from moe_ops.ops.permute.cpu import permute
 from moe_ops.ops.routing_indices.cpu import routing_indices
-from moe_ops.ops.rows import expert_ends, rows_of_slots, sum_slots, tokens_of_rows
+from moe_ops.ops.rows import (
+    chunks,
+    expert_ends,
+    rows_of_slots,
+    sum_slots,
+    tokens_of_rows,
+)
 from moe_ops.ops.unpermute.cpu import unpermute, unpermute_backward
 
 
@@ -308,31 +315,23 @@ class _Routing:
         assert scale is not None
         scale = scale.to(accumulator)
         rows = x.new_empty(self.num_rows, x.shape[1])
-        for part in _chunks(self.num_rows, x.shape[1]):
+        for part in chunks(self.num_rows, x.shape[1]):
             gathered = x.index_select(0, tokens[part]).to(accumulator)
             torch.mul(gathered, scale[part], out=rows[part])
         return rows
 
 
-# Elements of a matrix that are worked on at a time.
-_CHUNK = 2**19
-
-
-def _chunks(num_rows: int, width: int) -> Iterator[slice]:
-    step = max(_CHUNK // max(width, 1), 1)
-    return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
-
-
 def _wide_chunks(rows: torch.Tensor, num_rows: int) -> Iterator[tuple[slice, torch.Tensor]]:
     """Each chunk of the first num_rows rows, in fp32 (fp64 for fp64), until the next one is asked for."""
     accumulator = torch.promote_types(rows.dtype, torch.float32)
+    parts = list(chunks(num_rows, rows.shape[1]))
+    # One for all: new memory would not be in the cache.
     memory: torch.Tensor | None = None
-    for part in _chunks(num_rows, rows.shape[1]):
-        if rows.dtype == accumulator:
-            yield part, rows[part]
+    for part in parts:
+        if rows.dtype == accumulator or len(parts) == 1:
+            yield part, rows[part].to(accumulator)
             continue
         if memory is None:
-            # One for all: new memory would not be in the cache.
             memory = torch.empty_like(rows[part], dtype=accumulator)
         yield part, memory[: part.stop - part.start].copy_(rows[part])
 
@@ -358,12 +357,14 @@ class _Function:
     up_offset: float = 0.0
 
 
+# What functional calls; its own take no `out`, and torch.ops' take long to call.
+_nn: Any = torch._C._nn
 _aten = torch.ops.aten
 _FUNCTIONS = {
-    "silu": _Function(lambda gate, out: _aten.silu.out(gate, out=out), _aten.silu_backward),
-    "gelu": _Function(lambda gate, out: _aten.gelu.out(gate, out=out), _aten.gelu_backward),
+    "silu": _Function(lambda gate, out: _nn.silu(gate, out=out), _aten.silu_backward),
+    "gelu": _Function(lambda gate, out: _nn.gelu(gate, out=out), _aten.gelu_backward),
     "gelu_tanh": _Function(
-        lambda gate, out: _aten.gelu.out(gate, approximate="tanh", out=out),
+        lambda gate, out: _nn.gelu(gate, approximate="tanh", out=out),
         lambda grad, gate: _aten.gelu_backward(grad, gate, approximate="tanh"),
     ),
     "relu": _Function(
@@ -376,7 +377,7 @@ _FUNCTIONS = {
     ),
     # gate * sigmoid(1.702 * gate) is silu(1.702 * gate) / 1.702.
     "swiglu_oai": _Function(
-        lambda gate, out: _aten.silu_(torch.mul(gate, 1.702, out=out)).div_(1.702),
+        lambda gate, out: _nn.silu(torch.mul(gate, 1.702, out=out), out=out).div_(1.702),
         lambda grad, gate: _aten.silu_backward(grad, gate * 1.702),
         up_offset=1.0,
     ),
@@ -401,7 +402,7 @@ class _Activation:
             if up is not None:
                 values.mul_(up)
             if rounded:
-                h[part] = values
+                h[part].copy_(values)
         return h
 
     def backward(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from moe_ops.ops.rows import rows_of_slots, sum_slots, tokens_of_rows
+from moe_ops.ops.rows import chunks, rows_of_slots, sum_slots, tokens_of_rows
 
 
 def unpermute(
@@ -34,8 +34,8 @@ def unpermute_backward(
     scale = topk_weights.reshape(-1, 1).index_select(0, slots).to(accumulator)
     grad_input = grad_output.new_empty(input.shape if needs[0] else 0)
     dots = grad_output.new_empty(num_rows if needs[1] else 0, dtype=accumulator)
-    for start in range(0, num_rows, _CHUNK):
-        part = slice(start, start + _CHUNK)
+    # A fp32 copy of all rows would be new memory each time.
+    for part in chunks(num_rows, grad_output.shape[1]):
         grad_rows = grad_output.index_select(0, tokens[part]).to(accumulator)
         if needs[0]:
             torch.mul(grad_rows, scale[part], out=grad_input[part])
@@ -45,7 +45,3 @@ def unpermute_backward(
         return grad_input, grad_output.new_empty(0)
     by_slot = dots.index_select(0, rows_of_slots(gather_indices, scatter_indices))
     return grad_input, by_slot.reshape(topk_weights.shape).to(topk_weights.dtype)
-
-
-# Rows whose gathered fp32 copy stays in the cache; one of all rows would be new memory each time.
-_CHUNK = 512
