@@ -10,7 +10,7 @@ from itertools import accumulate
 import pytest
 import torch
 
-from moe_ops.ops import batched_gemm
+from moe_ops.ops import batched_gemm, rows
 from moe_ops.ops.grouped_gemm import cpu
 from tests import checks, oracle
 
@@ -44,9 +44,12 @@ def sizes(monkeypatch):
     monkeypatch.setattr(batched_gemm, "batch_size", lambda *_, **__: state["size"])
     monkeypatch.setattr(torch, "bmm", counting_bmm)
     monkeypatch.setattr(cpu, "_is_native", lambda _: True)
-    cpu._grouped_mm_is_best.cache_clear()
+    # What depends on either is remembered.
+    for remembered in (cpu._grouped_mm_is_best, rows._ends_of):
+        remembered.cache_clear()
     yield state
-    cpu._grouped_mm_is_best.cache_clear()
+    for remembered in (cpu._grouped_mm_is_best, rows._ends_of):
+        remembered.cache_clear()
 
 
 def make_operands(num_rows, dtype, transposed=False, num_experts=6):

@@ -14,6 +14,7 @@ of its gradient in terms of other ops.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.resources
 import importlib.util
@@ -79,7 +80,7 @@ class Op:
         }
         for key, kernel in self.device_kernels.items():
             self._impl(kernel, key)
-        self.dispatch = _dispatcher(self)
+        self.below_autograd = _BelowAutograd(self)
         self._autograd: _Autograd | None = None
         self._impl(_autograd_kernel(self), "Autograd", with_keyset=True)
         for device_type, key in DISPATCH_KEYS.items():
@@ -214,29 +215,26 @@ def _autocast_kernel(op: Op, device_type: str) -> Callable[..., Tensors]:
     return kernel
 
 
-def _dispatcher(op: Op) -> Callable[..., Tensors]:
-    """What calls the kernel of `op` that stands below autograd, for the keyset of a call."""
-    below_autograd = torch._C._after_ADInplaceOrView_keyset
-    device_kernels = {
-        torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)).raw_repr(): kernel
-        for key, kernel in op.device_kernels.items()
-    }
-    # By the keyset of a call. What runs after a large product finds the caches empty, so that each
-    # name that is looked up, each object that is made, counts.
-    known: dict[int, Callable[..., Tensors] | None] = {}
+class _BelowAutograd(dict[int, Callable[..., Tensors]]):
+    """By the keyset of a call, as a number: the kernel of `op` that stands below autograd.
 
-    def dispatch(keyset: torch._C.DispatchKeySet, *args: Any) -> Tensors:
-        key = keyset.raw_repr()
-        if key not in known:
-            known[key] = device_kernels.get((keyset & below_autograd).raw_repr())
+    What runs after a large product finds the caches empty, so that each call, each name that is
+    looked up, each object that is made, counts.
+    """
+
+    def __init__(self, op: Op) -> None:
+        self.redispatch = op.overload.redispatch
+        self.device_kernels = {
+            torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)).raw_repr(): kernel
+            for key, kernel in op.device_kernels.items()
+        }
+
+    def __missing__(self, raw: int) -> Callable[..., Tensors]:
+        keyset = torch._C.DispatchKeySet.from_raw_repr(raw) & torch._C._after_ADInplaceOrView_keyset
         # Where nothing stands between (no mode, no subclass), the dispatcher would call this.
-        kernel = known[key]
-        if kernel is not None:
-            return kernel(*args)
-        outputs: Tensors = op.overload.redispatch(keyset & below_autograd, *args)
-        return outputs
-
-    return dispatch
+        kernel = self.device_kernels.get(keyset.raw_repr())
+        self[raw] = kernel or functools.partial(self.redispatch, keyset)
+        return self[raw]
 
 
 def _autograd_kernel(op: Op) -> Callable[..., Tensors]:
@@ -249,11 +247,12 @@ def _autograd_kernel(op: Op) -> Callable[..., Tensors]:
     """
     defaults, num_outputs = op.defaults, len(op.schema.outputs)
     is_grad_enabled, any_requires_grad = torch.is_grad_enabled, torch._C._any_requires_grad
+    below_autograd = op.below_autograd
 
     def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *args: Any) -> Tensors:
         called = op if op._autograd is None else op._autograd.forward
         with torch._C._AutoDispatchBelowAutograd():
-            outputs = called.dispatch(keyset, *args)
+            outputs = called.below_autograd[keyset.raw_repr()](*args)
         ctx.set_materialize_grads(False)
         ctx.needs = ctx.needs_input_grad[1:]
         several = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -289,7 +288,7 @@ def _autograd_kernel(op: Op) -> Callable[..., Tensors]:
             # The dispatcher drops trailing arguments that equal their defaults.
             result: Tensors = function.apply(keyset, *args, *defaults[len(args) :])
             return result
-        return op.dispatch(keyset, *args)
+        return below_autograd[keyset.raw_repr()](*args)
 
     return kernel
 

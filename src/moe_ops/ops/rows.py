@@ -12,6 +12,8 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -56,8 +58,29 @@ class Routing:
             self.scale = weights.to(dtype)
 
 
-def expert_ends(token_counts: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """The end row of each expert: int32, not to be written to, and as numbers.
+@dataclass(frozen=True, eq=False, slots=True)
+class ExpertEnds:
+    """The end row of each expert, E, of num_rows rows.
+
+    Attributes:
+        listed: as numbers.
+        tensor: int32 on the CPU, not to be written to.
+        batch_sizes: what batched_gemm.best_batch found, by what it depends on.
+    """
+
+    num_rows: int
+    listed: tuple[int, ...]
+    tensor: torch.Tensor
+    batch_sizes: dict[Any, int]
+
+    @property
+    def tail(self) -> int:
+        """The rows from here on belong to no expert."""
+        return self.listed[-1] if self.listed else 0
+
+
+def expert_ends(token_counts: torch.Tensor, num_rows: int) -> ExpertEnds:
+    """Where each expert's rows end.
 
     Corrupt counts are clamped: they give unspecified values, never an access out of bounds.
     """
@@ -66,12 +89,13 @@ def expert_ends(token_counts: torch.Tensor, num_rows: int) -> tuple[torch.Tensor
 
 # The same counts come to both projections, forward and backward: a model's layers have room here.
 @functools.lru_cache(maxsize=256)
-def _ends_of(counts: tuple[int, ...], num_rows: int) -> tuple[torch.Tensor, tuple[int, ...]]:
+def _ends_of(counts: tuple[int, ...], num_rows: int) -> ExpertEnds:
     ends = list(itertools.accumulate(counts))
     if ends and (min(counts) < 0 or ends[-1] > num_rows):
         clamped = itertools.accumulate(min(max(count, 0), num_rows) for count in counts)
         ends = [min(end, num_rows) for end in clamped]
-    return torch.tensor(ends, dtype=torch.int32, device="cpu"), tuple(ends)
+    tensor = torch.tensor(ends, dtype=torch.int32, device="cpu")
+    return ExpertEnds(num_rows, tuple(ends), tensor, {})
 
 
 def sum_slots(

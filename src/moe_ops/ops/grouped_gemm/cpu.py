@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from moe_ops.ops import batched_gemm
+from moe_ops.ops.batched_gemm import best_batch, few_sizes
 from moe_ops.ops.rows import Routing, expert_ends, rows_of_slots, sum_slots, tokens_of_rows
 
 
@@ -245,15 +245,14 @@ def _grouped_mm(
     Of rows[sources] where sources are given.
     """
     num_rows = rows.shape[0] if sources is None else sources.shape[0]
-    ends, listed = expert_ends(token_counts, num_rows)
-    sizes = matrices.shape[1:]
-    size = batched_gemm.batch_size(listed, num_rows, sizes, rows.dtype, sums_rows=False)
-    if size:
-        return batched_gemm.batch(listed, num_rows, size).multiply(rows, matrices, sources)
+    ends = expert_ends(token_counts, num_rows)
+    batch = best_batch(ends, matrices.shape[1:], rows.dtype, sums_rows=False)
+    if batch is not None:
+        return batch.multiply(rows, matrices, sources)
     x = rows if sources is None else rows.index_select(0, sources)
-    output = functional.grouped_mm(x, matrices, offs=ends)
-    if listed[-1] < num_rows:
-        output[listed[-1] :].zero_()
+    output = functional.grouped_mm(x, matrices, offs=ends.tensor)
+    if ends.tail < num_rows:
+        output[ends.tail :].zero_()
     return output
 
 
@@ -271,26 +270,20 @@ def batched_products(
         rows.shape, rows.stride(), matrices.shape, matrices.stride(),
     ):  # fmt: skip
         return None
-    _, listed = expert_ends(token_counts, num_rows)
-    sizes = matrices.shape[1:]
-    size = batched_gemm.batch_size(listed, num_rows, sizes, rows.dtype, sums_rows=False)
-    if not size:
-        return None
-    batch = batched_gemm.batch(listed, num_rows, size)
-    return batch.products(rows, matrices), batch.places
+    ends = expert_ends(token_counts, num_rows)
+    batch = best_batch(ends, matrices.shape[1:], rows.dtype, sums_rows=False)
+    return None if batch is None else (batch.products(rows, matrices), batch.places)
 
 
 def _grouped_mm_transposed(
     left: torch.Tensor, right: torch.Tensor, token_counts: torch.Tensor
 ) -> torch.Tensor:
     """functional.grouped_mm of left.t() and right, or many small experts as one product."""
-    num_rows = left.shape[0]
-    ends, listed = expert_ends(token_counts, num_rows)
-    sizes = left.shape[1], right.shape[1]
-    size = batched_gemm.batch_size(listed, num_rows, sizes, left.dtype, sums_rows=True)
-    if size:
-        return batched_gemm.batch(listed, num_rows, size).multiply_transposed(left, right)
-    return functional.grouped_mm(left.t(), right, offs=ends)
+    ends = expert_ends(token_counts, left.shape[0])
+    batch = best_batch(ends, (left.shape[1], right.shape[1]), left.dtype, sums_rows=True)
+    if batch is not None:
+        return batch.multiply_transposed(left, right)
+    return functional.grouped_mm(left.t(), right, offs=ends.tensor)
 
 
 class _Groups:
@@ -304,14 +297,14 @@ class _Groups:
 
     def __init__(self, token_counts: torch.Tensor, num_rows: int) -> None:
         self.num_rows = num_rows
-        _, self.ends = expert_ends(token_counts, num_rows)
-        self.tail = self.ends[-1] if self.ends else 0
+        ends = expert_ends(token_counts, num_rows)
+        self.ends, self.tail = ends.listed, ends.tail
 
     def __iter__(self) -> Iterator[tuple[int, slice, slice, slice]]:
         start = 0
         for e, end in enumerate(self.ends):
             if start < end:
-                size = min(batched_gemm.few_sizes(end - start), self.num_rows)
+                size = min(few_sizes(end - start), self.num_rows)
                 first = min(start, self.num_rows - size)
                 block, own = slice(first, first + size), slice(start - first, end - first)
                 yield e, slice(start, end), block, own
