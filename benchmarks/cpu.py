@@ -60,6 +60,19 @@ def intermediate_size_of(hidden_size: int, num_experts: int) -> int:
     )
 
 
+def hidden_size_of(case: Case) -> int:
+    """Of the model whose projection, up or down, a case of the grouped GEMM is."""
+    if "H" in case:
+        return int(case["H"])
+    num_experts, projection = case["E"], (case["N"], case["D"])
+    for hidden_size in HIDDEN_SIZES:
+        intermediate_size = intermediate_size_of(hidden_size, num_experts)
+        up, down = (2 * intermediate_size, hidden_size), (hidden_size, intermediate_size)
+        if projection in (up, down):
+            return hidden_size
+    raise ValueError(f"expected a projection of hidden size {HIDDEN_SIZES}, got {projection}")
+
+
 # The grouped GEMM
 
 

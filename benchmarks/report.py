@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cpu import hidden_size_of
+
 ROOT = Path(__file__).resolve().parent.parent
 CPU_MARKERS = ("<!-- tables: begin -->", "<!-- tables: end -->")
 CUDA_MARKERS = ("<!-- cuda tables: begin -->", "<!-- cuda tables: end -->")
@@ -39,24 +41,23 @@ def cpu_tables(results: Path) -> Iterator[str]:
     for file in sorted(results.glob("cpu_*.json")):
         result = json.loads(file.read_text(encoding="utf-8"))
         yield f"### {file.name}\n\n{_facts(result['environment'])}\n"
-        groups: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+        groups: dict[tuple[str, str, str], dict[tuple[int, int], list[float]]] = {}
         # Without a ratio: a result was wrong, and `wrong` names whose.
         wrong = [case["wrong"] for case in result["cases"] if "ratio" not in case]
         for case in result["cases"]:
             if "ratio" in case:
                 key = (case["dtype"], case.get("counts", ""), case["pass"])
-                groups[key].append(case["ratio"][1])
-        rows = [
-            [
-                *key,
-                len(ratios),
-                f"{statistics.geometric_mean(ratios):.3f}",
-                f"{min(ratios):.3f}",
-                sum(ratio < 0.9 for ratio in ratios),
-            ]
-            for key, ratios in groups.items()
-        ]
-        yield from _table("dtype|counts|pass|cases|geomean|least|under 0.90", rows)
+                shapes = groups.setdefault(key, defaultdict(list))
+                shapes[case["E"], hidden_size_of(case)].append(case["ratio"][1])
+        rows = []
+        for key, shapes in groups.items():
+            ratios = [ratio for of_shape in shapes.values() for ratio in of_shape]
+            least_shape = min(statistics.geometric_mean(of_shape) for of_shape in shapes.values())
+            under = sum(ratio < 0.9 for ratio in ratios)
+            means = (statistics.geometric_mean(ratios), least_shape, min(ratios))
+            rows.append([*key, len(ratios), *(f"{mean:.3f}" for mean in means), under])
+        header = "dtype|counts|pass|cases|geomean|least shape|least case|cases under 0.90"
+        yield from _table(header, rows)
         if wrong:
             whose = Counter(name for names in wrong for name in names)
             counts = ", ".join(f"{name} {count}" for name, count in sorted(whose.items()))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import report
+from benchmarks import cpu, report
 
 PAGE = "\n".join(["before", *report.CPU_MARKERS, "between", *report.CUDA_MARKERS, "after", ""])
 PART_FACTS: dict[str, dict[str, Any]] = {
@@ -278,12 +278,12 @@ def test_plots(folder):
 
 
 def test_cpu_tables(folder):
-    case: dict[str, Any] = {"dtype": "bf16", "counts": "new", "pass": "dX"}
+    case: dict[str, Any] = {"dtype": "bf16", "counts": "new", "pass": "dX", "E": 8, "H": 256}
     cases = [case | {"ratio": [1.0, ratio, 2.0]} for ratio in (0.8, 1.25)]
     cases.append(case | {"wrong": ["moe_ops"]})
     file = folder / "results" / "cpu_gemm_bf16.json"
     file.write_text(json.dumps({"environment": {"date": "2026-01-02"}, "cases": cases}))
-    assert "| bf16 | new | dX | 2 | 1.000 | 0.800 | 1 |" in render(folder)
+    assert "| bf16 | new | dX | 2 | 1.000 | 1.000 | 0.800 | 1 |" in render(folder)
 
 
 def test_page_without_markers(folder):
@@ -291,3 +291,29 @@ def test_page_without_markers(folder):
     (folder / "performance.md").write_text("no markers")
     with pytest.raises(ValueError, match="has no <!-- cuda tables: begin -->"):
         render(folder)
+
+
+def test_cpu_tables_take_the_projections_of_a_model_together(tmp_path):
+    cases = []
+    # 8 experts of 256: up (512, 256), down (256, 256); 64 of 512: up (256, 512), down (512, 128).
+    for num_experts, out_features, in_features, ratio in (
+        (8, 512, 256, 0.8), (8, 256, 256, 1.25), (64, 256, 512, 0.9), (64, 512, 128, 0.9),
+    ):  # fmt: skip
+        shape = {"E": num_experts, "N": out_features, "D": in_features}
+        case = {"dtype": "bf16", "counts": "same", "pass": "dX", "ratio": [0.0, ratio, 2.0]}
+        cases.append({**shape, **case})
+    result = {"environment": {"date": "2026-01-02"}, "cases": cases}
+    (tmp_path / "cpu_gemm_bf16.json").write_text(json.dumps(result), encoding="utf-8")
+    table = "\n".join(report.cpu_tables(tmp_path))
+    assert "| bf16 | same | dX | 4 | 0.949 | 0.900 | 0.800 | 1 |" in table
+
+
+def test_hidden_size_of_every_projection():
+    for num_experts in cpu.NUM_EXPERTS:
+        for hidden_size in cpu.HIDDEN_SIZES:
+            intermediate_size = cpu.intermediate_size_of(hidden_size, num_experts)
+            for sizes in ((2 * intermediate_size, hidden_size), (hidden_size, intermediate_size)):
+                case = {"E": num_experts, "N": sizes[0], "D": sizes[1]}
+                assert cpu.hidden_size_of(case) == hidden_size
+    with pytest.raises(ValueError, match=r"projection of hidden size"):
+        cpu.hidden_size_of({"E": 8, "N": 100, "D": 36})
