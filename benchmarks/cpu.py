@@ -64,13 +64,8 @@ def hidden_size_of(case: Case) -> int:
     """Of the model whose projection, up or down, a case of the grouped GEMM is."""
     if "H" in case:
         return int(case["H"])
-    num_experts, projection = case["E"], (case["N"], case["D"])
-    for hidden_size in HIDDEN_SIZES:
-        intermediate_size = intermediate_size_of(hidden_size, num_experts)
-        up, down = (2 * intermediate_size, hidden_size), (hidden_size, intermediate_size)
-        if projection in (up, down):
-            return hidden_size
-    raise ValueError(f"expected a projection of hidden size {HIDDEN_SIZES}, got {projection}")
+    is_up = case["N"] == 2 * intermediate_size_of(case["D"], case["E"])
+    return int(case["D"] if is_up else case["N"])
 
 
 # The grouped GEMM
@@ -360,6 +355,10 @@ def main() -> None:
         "--resume", action="store_true", help="keep what the output has, run what was left out"
     )
     args = parser.parse_args()
+    if args.what != "experts" and "compiled" in args.modes:
+        parser.error("--modes compiled: of experts alone")
+    if args.what != "gemm" and tuple(args.counts) != ("same",):
+        parser.error("--counts: of gemm alone; the others have new counts in every turn")
     if not args.default_malloc and not KEEP_MEMORY.items() <= os.environ.items():
         # glibc reads them once, when the process starts.
         command = [sys.executable, "-m", "benchmarks.cpu", *sys.argv[1:]]
@@ -377,7 +376,11 @@ def main() -> None:
         "fused": (experts_cases, run_fused),
     }[args.what]
     output = args.output or RESULTS / f"cpu_{args.what}.json"
-    done: list[Case] = timing.read(output)[1] if args.resume and output.exists() else []
+    done: list[Case] = []
+    if args.resume and output.exists():
+        before, done = timing.read(output)
+        if before.get("repeats") != args.repeats:
+            parser.error(f"--resume: {output} is of {before.get('repeats')} repeats")
     records, left_out = [], 0
     todo = list(cases(args))
     for i, case in enumerate(todo):
@@ -391,8 +394,11 @@ def main() -> None:
                 found = []
         records += found
         left_out += not found
-        # At once: a run that is cut short keeps what it has.
-        timing.write(output, env, records)
+        # At once: a run that is cut short keeps what it has, and what it was to resume.
+        later = [
+            record for case in todo[i + 1 :] for record in done if case.items() <= record.items()
+        ]
+        timing.write(output, env, records + later)
     print(f"wrote {output}; {left_out} of {len(todo)} cases left out")
 
 

@@ -315,5 +315,3 @@ def test_hidden_size_of_every_projection():
             for sizes in ((2 * intermediate_size, hidden_size), (hidden_size, intermediate_size)):
                 case = {"E": num_experts, "N": sizes[0], "D": sizes[1]}
                 assert cpu.hidden_size_of(case) == hidden_size
-    with pytest.raises(ValueError, match=r"projection of hidden size"):
-        cpu.hidden_size_of({"E": 8, "N": 100, "D": 36})

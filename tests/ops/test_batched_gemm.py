@@ -97,10 +97,11 @@ def test_matches_the_oracle(name, transposed, size, dtype, sizes):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", ["uneven", "dropped", "hot", "hot_last"])
-def test_no_expert_sees_the_rows_of_another(name, size, bad, sizes):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_expert_sees_the_rows_of_another(dtype, name, size, bad, sizes):
     counts, num_rows = COUNTS[name]
     sizes["size"] = size
-    x, weight, grad_output = make_operands(num_rows, torch.float32)
+    x, weight, grad_output = make_operands(num_rows, dtype)
     clean = run(x, weight, counts, grad_output)
     ends = torch.tensor(counts).cumsum(0).tolist()
     experts = [(end - count, end) for count, end in zip(counts, ends, strict=True)]
@@ -136,9 +137,11 @@ def test_rows_of_any_stride(sizes):
     expected = run(x, weight, counts, grad_output)
     wide = torch.randn(num_rows, D + 8)
     wide[:, 8:] = x.detach()
-    columns = torch.randn(N, num_rows + 7)[:, : num_rows + 7].t()[:num_rows]
+    columns = torch.randn(N, num_rows + 7).t()[:num_rows]
     columns.copy_(grad_output)
+    assert sizes["taken"] == 3
     found = run(wide[:, 8:].requires_grad_(), weight, counts, columns)
+    assert sizes["taken"] == 6
     for got, want in zip(found, expected, strict=True):
         torch.testing.assert_close(got, want)
 
@@ -264,7 +267,7 @@ def test_the_whole_layer_of_experts(weights_before, name, size, sizes):
     with checks.poisoned_memory():
         output = torch.ops.moe.fused_experts(**{**arguments, **leaves})
         grads = torch.autograd.grad(output, list(leaves.values()), grad_output)
-    # unpermute in bf16 alone has a bmm of its own.
+    # unpermute has a bmm of its own in bf16 and fp16 alone.
     assert sizes["taken"] == 6
     detached = {n: t.detach() if isinstance(t, torch.Tensor) else t for n, t in arguments.items()}
     checks.assert_close(output, oracle.fused_experts(**detached))

@@ -61,7 +61,7 @@ class Choice:
 class Op:
     """An op of the namespace `moe`, defined from its schema in op_schemas/.
 
-    Calling it calls the dispatcher: `Op("permute")(...)` is `torch.ops.moe.permute(...)`.
+    Made once, in its folder. Calling it calls the dispatcher, as `torch.ops.moe.permute(...)` does.
     """
 
     def __init__(self, name: str) -> None:

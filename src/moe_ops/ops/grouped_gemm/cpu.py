@@ -218,8 +218,8 @@ def _grouped_mm_is_best(
 ) -> bool:
     """Whether functional.grouped_mm, whose loop over the experts is in C++, applies and is faster.
 
-    It wants whole 16 bytes from a row to the next, and something to multiply. `layouts` are the shape
-    and the strides of both operands.
+    It wants whole 16 bytes from a row to the next, 8 elements here, and something to multiply.
+    `layouts` are the shape and the strides of both operands.
     """
     num_experts, out_features, in_features = weight_shape
     if not (is_cpu and num_rows and num_experts and out_features and in_features):
