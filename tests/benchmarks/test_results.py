@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a benchmark writes down beside its numbers, and what the tables say of it."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -8,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import report
+from benchmarks import cpu, report, timing
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,3 +58,34 @@ def test_tables_count_what_they_leave_out(tmp_path):
         assert "| bf16 | same | dX | 1 | 0.800 | 0.800 | 0.800 | 1 |" in text
         assert ("found wrong" in text) == (said is not None)
         assert said is None or f"Left out, since a result was found wrong: {said}." in text
+
+
+def test_a_resumed_run_that_is_cut_short_loses_nothing(tmp_path, monkeypatch):
+    output = tmp_path / "results.json"
+    arguments = ["gemm", "--dtypes", "bf16", "--num-experts", "8", "--hidden-sizes", "256"]
+    arguments += ["--repeats", "2", "--threads", "1", "--default-malloc", "--output", str(output)]
+    ran: list[cpu.Case] = []
+
+    def run(case, repeats):
+        if len(ran) == 1:
+            raise KeyboardInterrupt
+        ran.append(case)
+        yield {**case, "pass": "dX", "ratio": [1.0, 1.0, 1.0], "errors": {}}
+
+    monkeypatch.setattr(cpu, "run_gemm", run)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    parser = argparse.Namespace(
+        dtypes=["bf16"], num_experts=[8], hidden_sizes=[256], rows=(1024, 4096), counts=("same",)
+    )
+    first, second, third, *_ = cpu.gemm_cases(parser)
+    before = [{**case, "pass": "dX", "ratio": [2.0, 2.0, 2.0]} for case in (first, third)]
+    timing.write(output, {"repeats": 2}, before)
+    monkeypatch.setattr(sys, "argv", ["benchmarks.cpu", *arguments, "--resume"])
+    with pytest.raises(KeyboardInterrupt):
+        cpu.main()
+    assert ran == [second]
+    _, records = timing.read(output)
+    assert [record["ratio"][1] for record in records] == [2.0, 1.0, 2.0]
+    monkeypatch.setattr(sys, "argv", ["benchmarks.cpu", *arguments, "--resume", "--repeats", "3"])
+    with pytest.raises(SystemExit):
+        cpu.main()

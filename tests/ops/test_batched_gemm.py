@@ -4,6 +4,7 @@
 E experts, D in_features, N out_features, R rows.
 """
 
+import itertools
 import random
 from itertools import accumulate
 
@@ -188,6 +189,26 @@ def test_a_batch_is_not_more_than_twice_the_rows():
         assert size <= num_rows
         taken += bool(size)
     assert taken > 100
+
+
+def test_each_product_of_the_same_rows_has_its_own_batch():
+    """What is remembered by the ends is told apart by what else it depends on."""
+    counts = torch.tensor([84, 60, 60, 60, 64, 58, 62, 64] * 2, dtype=torch.int32)
+    ends = rows.expert_ends(counts, int(counts.sum()))
+    sizes = {}
+    for key in itertools.product(
+        ((256, 256), (512, 512)), (torch.bfloat16, torch.float32), (False, True)
+    ):
+        shape, dtype, sums_rows = key
+        sizes[key] = batched_gemm.batch_size(
+            ends.listed, ends.num_rows, shape, dtype, sums_rows=sums_rows
+        )
+        batch = batched_gemm.best_batch(ends, shape, dtype, sums_rows=sums_rows)
+        assert (0 if batch is None else batch.size) == sizes[key]
+    # Each of the three makes a difference here.
+    large = ((512, 512), torch.bfloat16, False)
+    for other in (((256, 256), *large[1:]), (large[0], torch.float32, False), (*large[:2], True)):
+        assert sizes[large] != sizes[other]
 
 
 @pytest.mark.parametrize("permute_x", [False, True])
