@@ -64,13 +64,11 @@ def test_a_resumed_run_that_is_cut_short_loses_nothing(tmp_path, monkeypatch):
     output = tmp_path / "results.json"
     arguments = ["gemm", "--dtypes", "bf16", "--num-experts", "8", "--hidden-sizes", "256"]
     arguments += ["--repeats", "2", "--threads", "1", "--default-malloc", "--output", str(output)]
-    ran: list[cpu.Case] = []
+    asked: list[cpu.Case] = []
 
     def run(case, repeats):
-        if len(ran) == 1:
-            raise KeyboardInterrupt
-        ran.append(case)
-        yield {**case, "pass": "dX", "ratio": [1.0, 1.0, 1.0], "errors": {}}
+        asked.append(case)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(cpu, "run_gemm", run)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
@@ -83,9 +81,9 @@ def test_a_resumed_run_that_is_cut_short_loses_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmarks.cpu", *arguments, "--resume"])
     with pytest.raises(KeyboardInterrupt):
         cpu.main()
-    assert ran == [second]
+    assert asked == [second]
     _, records = timing.read(output)
-    assert [record["ratio"][1] for record in records] == [2.0, 1.0, 2.0]
+    assert records == before
     monkeypatch.setattr(sys, "argv", ["benchmarks.cpu", *arguments, "--resume", "--repeats", "3"])
     with pytest.raises(SystemExit):
         cpu.main()
