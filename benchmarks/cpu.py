@@ -111,13 +111,10 @@ def run_gemm(case: Case, repeats: int) -> Iterator[Case]:
 
     dx_op = torch.ops.moe.grouped_gemm_dx.default
     dw_op = torch.ops.moe.grouped_gemm_dw.default
-    none = (None, None)  # gather_indices, topk_weights
     ours: dict[str, Run] = {
         "forward": lambda counts: moe_ops.grouped_gemm(x, weight, counts),
-        "dX": lambda counts: dx_op(
-            dy, weight, counts, *none, None, None, 1, False, False, [True, False]
-        )[0],
-        "dW": lambda counts: dw_op(dy, x, counts, *none, 1, False, False, [True, False], False)[0],
+        "dX": lambda counts: dx_op(dy, weight, counts)[0],
+        "dW": lambda counts: dw_op(dy, x, counts)[0],
     }
     peer: dict[str, Run] = {
         "forward": lambda ends: torch._grouped_mm(x, weight.transpose(1, 2), ends),

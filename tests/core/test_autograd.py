@@ -40,9 +40,11 @@ class CountCalls(TorchDispatchMode):
         if func.namespace == "moe":
             name = func.name().removeprefix("moe::")
             self.calls[name] += 1
-            for argument, value in zip(func._schema.arguments, args, strict=False):
+            # Trailing arguments that equal their defaults do not come.
+            given = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
+            for argument in func._schema.arguments:
                 if argument.name == "needs":
-                    self.needs[name] = list(value)
+                    self.needs[name] = list(given.get("needs", argument.default_value))
         return func(*args, **(kwargs or {}))
 
 

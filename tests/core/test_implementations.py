@@ -12,9 +12,7 @@ import torch
 
 from moe_ops import cli
 from moe_ops._core import library
-from moe_ops._core.codegen import Functions
 from moe_ops._core.library import ENVIRONMENT_VARIABLE, IMPLEMENTATIONS, OPS
-from moe_ops._core.schema import REQUIRED
 from moe_ops.configs import cache
 from moe_ops.configs.choose import shipped
 from moe_ops.configs.kernel_config import KernelConfigForward
@@ -73,7 +71,7 @@ def test_without_triton(scratch_op, monkeypatch):
 @pytest.mark.parametrize("name", sorted(OPS))
 @pytest.mark.parametrize("implementation", ["pytorch", "triton"])
 def test_parameters_are_the_schema_s(name, implementation):
-    """The dispatcher leaves out trailing defaults. Read from the source: Triton may be missing."""
+    """A default may be left out, but not be another. Read from the source: Triton may be missing."""
     function = OPS[name].implementations[implementation]
     if not isinstance(function, str):
         function = f"{function.__module__}:{function.__name__}"
@@ -86,12 +84,10 @@ def test_parameters_are_the_schema_s(name, implementation):
     parameters = node.args
     others = (*parameters.posonlyargs, *parameters.kwonlyargs, parameters.vararg, parameters.kwarg)
     assert others == (None, None)
-    defaults = [ast.literal_eval(default) for default in parameters.defaults]
-    required = [REQUIRED] * (len(parameters.args) - len(defaults))
-    names = [parameter.arg for parameter in parameters.args]
-    assert list(zip(names, required + defaults, strict=True)) == [
-        (argument.name, argument.default) for argument in OPS[name].schema.arguments
-    ]
+    arguments = OPS[name].schema.arguments
+    assert [parameter.arg for parameter in parameters.args] == [a.name for a in arguments]
+    given = [ast.literal_eval(default) for default in parameters.defaults]
+    assert given == [a.default for a in arguments[len(arguments) - len(given) :]]
 
 
 def test_named_implementation_is_imported_when_called(scratch_op):
@@ -101,12 +97,13 @@ def test_named_implementation_is_imported_when_called(scratch_op):
 
 
 def test_serving_with_less_than_the_best_is_logged_once(scratch_op, monkeypatch, caplog):
-    scratch_op.implement("pytorch", torch.neg)
-    scratch_op.generated = Functions("", check=lambda x: None, fake=torch.neg, flops=None)
+    rows = torch.ones(3, 2)
+    scratch_op.implement("pytorch", lambda input, *_: input + 1)
+    scratch_op.generated = OPS["permute"].generated
     kernel = library._device_kernel(scratch_op, "cuda")
     with caplog.at_level(logging.WARNING, logger="moe_ops"):
         for _ in range(2):
-            assert torch.equal(cast(torch.Tensor, kernel(torch.ones(1))), -torch.ones(1))
+            assert torch.equal(cast(torch.Tensor, kernel(rows, torch.arange(3), 1)), rows + 1)
     (record,) = caplog.records
     assert record.name == "moe_ops"
     assert "moe::scratch on cuda: the pytorch implementation" in record.getMessage()

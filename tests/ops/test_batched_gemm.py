@@ -11,7 +11,7 @@ from itertools import accumulate
 import pytest
 import torch
 
-from moe_ops.ops import batched_gemm, rows
+from moe_ops.ops import batched_gemm
 from moe_ops.ops.grouped_gemm import cpu
 from tests import checks, oracle
 
@@ -42,15 +42,13 @@ def sizes(monkeypatch):
         state["taken"] += 1
         return bmm(*args, **kwargs)
 
-    monkeypatch.setattr(batched_gemm, "batch_size", lambda *_, **__: state["size"])
+    monkeypatch.setattr(cpu, "batch_size", lambda *_, **__: state["size"])
     monkeypatch.setattr(torch, "bmm", counting_bmm)
     monkeypatch.setattr(cpu, "_is_native", lambda _: True)
     # What depends on either is remembered.
-    for remembered in (cpu._grouped_mm_is_best, rows._ends_of):
-        remembered.cache_clear()
+    cpu._plan_of.cache_clear()
     yield state
-    for remembered in (cpu._grouped_mm_is_best, rows._ends_of):
-        remembered.cache_clear()
+    cpu._plan_of.cache_clear()
 
 
 def make_operands(num_rows, dtype, transposed=False, num_experts=6):
@@ -191,20 +189,23 @@ def test_a_batch_is_not_more_than_twice_the_rows():
     assert taken > 100
 
 
-def test_each_product_of_the_same_rows_has_its_own_batch():
-    """What is remembered by the ends is told apart by what else it depends on."""
+def test_each_product_of_the_same_rows_has_its_own_batch(monkeypatch):
+    """What is remembered by the counts is told apart by what else it depends on."""
+    monkeypatch.setattr(cpu, "_is_native", lambda _: True)
+    cpu._plan_of.cache_clear()
     counts = torch.tensor([84, 60, 60, 60, 64, 58, 62, 64] * 2, dtype=torch.int32)
-    ends = rows.expert_ends(counts, int(counts.sum()))
+    num_rows = int(counts.sum())
+    ends = tuple(accumulate(counts.tolist()))
     sizes = {}
     for key in itertools.product(
         ((256, 256), (512, 512)), (torch.bfloat16, torch.float32), (False, True)
     ):
         shape, dtype, sums_rows = key
-        sizes[key] = batched_gemm.batch_size(
-            ends.listed, ends.num_rows, shape, dtype, sums_rows=sums_rows
-        )
-        batch = batched_gemm.best_batch(ends, shape, dtype, sums_rows=sums_rows)
-        assert (0 if batch is None else batch.size) == sizes[key]
+        sizes[key] = batched_gemm.batch_size(ends, num_rows, shape, dtype, sums_rows=sums_rows)
+        left = torch.empty(num_rows, shape[0], dtype=dtype)
+        right = torch.empty(num_rows if sums_rows else len(ends), *shape[sums_rows:], dtype=dtype)
+        plan = cpu._plan(counts, num_rows, left, right)
+        assert (0 if plan is None else plan.batch_size) == sizes[key]
     # Each of the three makes a difference here.
     large = ((512, 512), torch.bfloat16, False)
     for other in (((256, 256), *large[1:]), (large[0], torch.float32, False), (*large[:2], True)):

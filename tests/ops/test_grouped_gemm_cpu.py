@@ -6,7 +6,6 @@ Samples drawn from the schemas are too small for most of them.
 
 import pytest
 import torch
-from torch.nn import functional
 
 from moe_ops.ops import batched_gemm
 from moe_ops.ops.grouped_gemm import cpu
@@ -78,11 +77,19 @@ def assert_matches_oracle(arguments):
         )
 
 
+@pytest.fixture(autouse=True)
+def _forgotten():
+    """What a test changes, plans that were made before it would not see."""
+    cpu._plan_of.cache_clear()
+    yield
+    cpu._plan_of.cache_clear()
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """How often each way was taken."""
     counted = {"grouped_mm": 0, "blocks": 0}
-    grouped_mm, product = functional.grouped_mm, cpu._product
+    grouped_mm, product = cpu._grouped_mm, cpu._product
 
     def counting_grouped_mm(*args, **kwargs):
         counted["grouped_mm"] += 1
@@ -92,7 +99,7 @@ def calls(monkeypatch):
         counted["blocks"] += 1
         return product(*args)
 
-    monkeypatch.setattr(functional, "grouped_mm", counting_grouped_mm)
+    monkeypatch.setattr(cpu, "_grouped_mm", counting_grouped_mm)
     monkeypatch.setattr(cpu, "_product", counting_product)
     return counted
 
@@ -123,10 +130,7 @@ def onednn(monkeypatch):
         pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(cpu, "_prefers_onednn", lambda: True)
     monkeypatch.setattr(cpu, "_LARGE_FP32", 0)
-    monkeypatch.setattr(cpu, "_LARGE_FP32_DW", 0)
-    cpu._grouped_mm_is_best.cache_clear()
-    yield
-    cpu._grouped_mm_is_best.cache_clear()
+    monkeypatch.setattr(cpu, "_LARGE_FP32_SUMS", 0)
 
 
 @pytest.mark.usefixtures("onednn")

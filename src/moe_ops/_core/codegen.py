@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns an `OpSchema` into straight-line functions: argument checks, fake kernel, FLOP formula.
+"""Turns an `OpSchema` into straight-line functions: checked kernel, fake kernel, FLOP formula.
 
 The functions are source text, compiled once at import: a call costs one to two microseconds where
 walking the schema would cost several times that. `python -m moe_ops show OP` prints them.
 
 All three functions begin with the same lines, which bind the dimension letters from the shapes of
-the arguments. The eager checks raise at once; the fake kernel asks the same questions through
+the arguments. The checks of the kernel raise at once; the fake kernel asks the same questions through
 torch._check_with, so that they also hold for sizes that a compiler knows by name alone.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import linecache
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
@@ -45,19 +46,23 @@ _GLOBALS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Functions:
-    """What is generated for one op; `source` is the text of all of it."""
+    """What is generated for one op; `source` is the text of all of it.
+
+    kernel_of(load) makes a kernel that checks its arguments, then calls with all of them, defaults
+    too, the implementation that load() returned when the first call was right.
+    """
 
     source: str
-    check: Callable[..., None]
+    kernel_of: Callable[[Callable[[], Callable[..., Any]]], Callable[..., Any]]
     fake: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
     flops: Callable[..., int] | None
 
 
 def generate(schema: OpSchema) -> Functions:
-    """Compiles the check, the fake kernel and, where the schema has `flops`, the FLOP formula."""
+    """Compiles the kernel, the fake kernel and, where the schema has `flops`, the FLOP formula."""
     parts = [
         *_advice_tables(schema),
-        _function("check", schema, _Body(schema, symbolic=False).checks()),
+        _kernel_of(schema),
         _function("fake", schema, _Body(schema, symbolic=True).checks() + _outputs(schema)),
     ]
     if schema.flops is not None:
@@ -69,7 +74,7 @@ def generate(schema: OpSchema) -> Functions:
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     namespace = dict(_GLOBALS)
     exec(compile(source, filename, "exec"), namespace)
-    return Functions(source, namespace["check"], namespace["fake"], namespace.get("flops"))
+    return Functions(source, namespace["kernel_of"], namespace["fake"], namespace.get("flops"))
 
 
 def _advice_tables(schema: OpSchema) -> list[str]:
@@ -87,6 +92,19 @@ def _by_dtype(argument: Argument) -> dict[str, str]:
         for dtype, text in argument.advice.items()
         if dtype not in ("any", "dtype", argument.dtype)
     }
+
+
+def _kernel_of(schema: OpSchema) -> str:
+    names = ", ".join(a.name for a in schema.arguments)
+    body = [
+        "nonlocal _implementation",
+        *_Body(schema, symbolic=False).checks(),
+        "if _implementation is None:",
+        "    _implementation = _load()",
+        f"return _implementation({names})",
+    ]
+    kernel = textwrap.indent(_function("kernel", schema, body), "    ")
+    return f"def kernel_of(_load):\n    _implementation = None\n\n{kernel}\n    return kernel\n"
 
 
 def _function(name: str, schema: OpSchema, body: list[str], extra: str = "") -> str:

@@ -101,7 +101,8 @@ class Op:
     def implement(self, name: str, function: Callable[..., Tensors] | str) -> None:
         """Names `function` as the implementation `name`, "pytorch" or "triton".
 
-        A string "module:function" is imported when the implementation is first called.
+        It is called with all arguments: defaults that the caller left out are filled in. A string
+        "module:function" is imported when the implementation is first called.
         """
         self.implementations[name] = function
 
@@ -178,23 +179,16 @@ class _Autograd:
 
 
 def _device_kernel(op: Op, device_type: str) -> Callable[..., Tensors]:
-    check = op.generated.check
-    implementation: Callable[..., Tensors] | None = None
+    def load() -> Callable[..., Tensors]:
+        choice = op.choose(device_type)
+        if choice.name != IMPLEMENTATIONS[device_type][0]:
+            logger.warning(
+                "%s::%s on %s: the %s implementation serves it (%s)",
+                NAMESPACE, op.name, device_type, choice.name, choice.reason,
+            )  # fmt: skip
+        return op._load(choice.name)
 
-    def kernel(*args: Any) -> Tensors:
-        nonlocal implementation
-        check(*args)
-        if implementation is None:
-            choice = op.choose(device_type)
-            if choice.name != IMPLEMENTATIONS[device_type][0]:
-                logger.warning(
-                    "%s::%s on %s: the %s implementation serves it (%s)",
-                    NAMESPACE, op.name, device_type, choice.name, choice.reason,
-                )  # fmt: skip
-            implementation = op._load(choice.name)
-        return implementation(*args)
-
-    return kernel
+    return op.generated.kernel_of(load)
 
 
 def _autocast_kernel(op: Op, device_type: str) -> Callable[..., Tensors]:

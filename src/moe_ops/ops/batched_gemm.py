@@ -18,8 +18,6 @@ from itertools import pairwise
 
 import torch
 
-from moe_ops.ops.rows import ExpertEnds
-
 # In multiplications, measured on Zen 4 in bf16: what stands around the product of one expert, and
 # what copying an element costs, twice that where the rows that are not the expert's are then zeroed.
 # Around MKL's products in fp32 stands too little to pay for the copies.
@@ -36,12 +34,15 @@ _WON = 1 / 32
 def batch_size(
     ends: tuple[int, ...],
     num_rows: int,
-    matrix_shape: tuple[int, ...],
+    matrix_shape: Sequence[int],
     dtype: torch.dtype,
     *,
     sums_rows: bool,
 ) -> int:
-    """The rows of each expert in the best batch; 0 for none."""
+    """The rows of each expert in the batch with which all products cost least.
+
+    0 where products one by one do. sums_rows: it is for multiply_transposed.
+    """
     if dtype == torch.float32:
         return 0
     num_experts, (d, n) = len(ends), matrix_shape
@@ -168,24 +169,9 @@ class Batch:
         return windows.index_select(0, self._firsts)
 
 
-def best_batch(
-    ends: ExpertEnds, matrix_shape: tuple[int, ...], dtype: torch.dtype, *, sums_rows: bool
-) -> Batch | None:
-    """The batch with which all products cost least; None where products one by one do.
-
-    sums_rows: it is for multiply_transposed.
-    """
-    key = (matrix_shape, dtype, sums_rows)
-    size = ends.batch_sizes.get(key)
-    if size is None:
-        size = batch_size(ends.listed, ends.num_rows, matrix_shape, dtype, sums_rows=sums_rows)
-        ends.batch_sizes[key] = size
-    return _batch(ends.listed, ends.num_rows, size) if size else None
-
-
 # The same rows come to forward and backward, and to both projections.
 @functools.lru_cache(maxsize=32)
-def _batch(ends: tuple[int, ...], num_rows: int, size: int) -> Batch:
+def batch(ends: tuple[int, ...], num_rows: int, size: int) -> Batch:
     return Batch(ends, num_rows, size)
 
 

@@ -13,7 +13,6 @@ import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -65,37 +64,28 @@ class ExpertEnds:
     Attributes:
         listed: as numbers.
         tensor: int32 on the CPU, not to be written to.
-        batch_sizes: what batched_gemm.best_batch found, by what it depends on.
+        tail: the rows from here on belong to no expert.
     """
 
     num_rows: int
     listed: tuple[int, ...]
     tensor: torch.Tensor
-    batch_sizes: dict[Any, int]
-
-    @property
-    def tail(self) -> int:
-        """The rows from here on belong to no expert."""
-        return self.listed[-1] if self.listed else 0
-
-
-def expert_ends(token_counts: torch.Tensor, num_rows: int) -> ExpertEnds:
-    """Where each expert's rows end.
-
-    Corrupt counts are clamped: they give unspecified values, never an access out of bounds.
-    """
-    return _ends_of(tuple(token_counts.tolist()), num_rows)
+    tail: int
 
 
 # The same counts come to both projections, forward and backward: a model's layers have room here.
 @functools.lru_cache(maxsize=256)
-def _ends_of(counts: tuple[int, ...], num_rows: int) -> ExpertEnds:
+def expert_ends(counts: tuple[int, ...], num_rows: int) -> ExpertEnds:
+    """Where each expert's rows end.
+
+    Corrupt counts are clamped: they give unspecified values, never an access out of bounds.
+    """
     ends = list(itertools.accumulate(counts))
     if ends and (min(counts) < 0 or ends[-1] > num_rows):
         clamped = itertools.accumulate(min(max(count, 0), num_rows) for count in counts)
         ends = [min(end, num_rows) for end in clamped]
     tensor = torch.tensor(ends, dtype=torch.int32, device="cpu")
-    return ExpertEnds(num_rows, tuple(ends), tensor, {})
+    return ExpertEnds(num_rows, tuple(ends), tensor, ends[-1] if ends else 0)
 
 
 def sum_slots(

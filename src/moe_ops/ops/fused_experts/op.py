@@ -87,7 +87,7 @@ def fused_experts(
     recompute: str = "none",
     kernel_config: str | None = None,
 ) -> torch.Tensor:
-    return _op(
+    return _op.overload(
         hidden_states,
         gate_up_proj,
         down_proj,

@@ -12,13 +12,15 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional
 
-from moe_ops.ops.batched_gemm import best_batch, few_sizes
+from moe_ops.ops.batched_gemm import Batch, batch, batch_size, few_sizes
 from moe_ops.ops.rows import Routing, expert_ends, rows_of_slots, sum_slots, tokens_of_rows
 
 
@@ -36,14 +38,11 @@ def grouped_gemm(
 ) -> torch.Tensor:
     num_rows = input.shape[0] * top_k if permute_x else input.shape[0]
     plain = topk_weights is None and bias is None and not permute_y
-    if plain and _grouped_mm_is_best(
-        num_rows, weight.shape, _LARGE_FP32, input.dtype, input.is_cpu,
-        input.shape, input.stride(), weight.shape, weight.stride(),
-    ):  # fmt: skip
+    if plain and (plan := _plan(token_counts, num_rows, input, weight)):
         tokens = None
         if gather_indices is not None and permute_x:
             tokens = tokens_of_rows(gather_indices, top_k)
-        return _grouped_mm(input, weight.mT, token_counts, tokens)
+        return plan.multiply(input, weight.mT, tokens)
 
     # The weight of a row is applied before the downcast, which needs the product in fp32.
     dtype = _product_dtype(input.dtype, exact=topk_weights is not None)
@@ -87,14 +86,11 @@ def grouped_gemm_dx(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_rows = grad_output.shape[0]
     plain = topk_weights is None and not permute_x and needs[0]
-    if plain and _grouped_mm_is_best(
-        num_rows, weight.shape, _LARGE_FP32, weight.dtype, weight.is_cpu,
-        grad_output.shape, grad_output.stride(), weight.shape, weight.stride(),
-    ):  # fmt: skip
-        slots = None
+    if plain and (plan := _plan(token_counts, num_rows, grad_output, weight)):
+        slots, unneeded = None, grad_output.new_empty(0)
         if gather_indices is not None and permute_y:
             slots = tokens_of_rows(gather_indices, 1)
-        return _grouped_mm(grad_output, weight, token_counts, slots), grad_output.new_empty(0)
+        return plan.multiply(grad_output, weight, slots), unneeded
 
     dtype = _product_dtype(grad_output.dtype, exact=topk_weights is not None)
     accumulator = torch.promote_types(dtype, torch.float32)
@@ -154,17 +150,13 @@ def grouped_gemm_dw(
     num_rows, out_features = grad_output.shape
     num_experts, in_features = token_counts.shape[0], input.shape[1]
     plain = topk_weights is None and not permute_y and needs == [True, False]
-    shape = (num_experts, out_features, in_features)
-    if plain and _grouped_mm_is_best(
-        num_rows, shape, _LARGE_FP32_DW, input.dtype, input.is_cpu,
-        grad_output.shape, grad_output.stride(), input.shape, input.stride(),
-    ):  # fmt: skip
-        x = input
+    if plain and (plan := _plan(token_counts, num_rows, grad_output, input)):
+        x, unneeded = input, grad_output.new_empty(0)
         if gather_indices is not None and permute_x:
             x = input.index_select(0, tokens_of_rows(gather_indices, top_k))
         left, right = (x, grad_output) if transposed else (grad_output, x)
-        stored = _grouped_mm_transposed(left, right, token_counts)
-        return stored.mT if transposed else stored, grad_output.new_empty(0)
+        stored = plan.multiply_transposed(left, right)
+        return stored.mT if transposed else stored, unneeded
 
     dtype = _product_dtype(grad_output.dtype, exact=topk_weights is not None)
     accumulator = torch.promote_types(dtype, torch.float32)
@@ -201,61 +193,6 @@ def grouped_gemm_dw(
     return grad_weight, grad_bias
 
 
-# Where oneDNN's fp32 product is the faster one: the mean multiplications per expert from which a loop
-# over such products, in Python, is faster than functional.grouped_mm.
-_LARGE_FP32 = 2**23
-_LARGE_FP32_DW = 2**25
-
-
-@functools.lru_cache(maxsize=4096)
-def _grouped_mm_is_best(
-    num_rows: int,
-    weight_shape: Sequence[int],
-    large_fp32: int,
-    dtype: torch.dtype,
-    is_cpu: bool,
-    *layouts: Sequence[int],
-) -> bool:
-    """Whether functional.grouped_mm, whose loop over the experts is in C++, applies and is faster.
-
-    It wants whole 16 bytes from a row to the next, 8 elements here, and something to multiply.
-    `layouts` are the shape and the strides of both operands.
-    """
-    num_experts, out_features, in_features = weight_shape
-    if not (is_cpu and num_rows and num_experts and out_features and in_features):
-        return False
-    if dtype == torch.float32:
-        is_large = num_rows * out_features * in_features >= num_experts * large_fp32
-        if is_large and _prefers_onednn():
-            return False
-    elif dtype == torch.float64 or not _is_native(dtype):
-        return False
-    pitches = (_pitch(*layouts[:2]), _pitch(*layouts[2:]))
-    return all(size > 0 and size % 8 == 0 for size in (out_features, in_features, *pitches))
-
-
-def _grouped_mm(
-    rows: torch.Tensor,
-    matrices: torch.Tensor,
-    token_counts: torch.Tensor,
-    sources: torch.Tensor | None,
-) -> torch.Tensor:
-    """functional.grouped_mm, or many small experts as one product, with zeros in the tail.
-
-    Of rows[sources] where sources are given.
-    """
-    num_rows = rows.shape[0] if sources is None else sources.shape[0]
-    ends = expert_ends(token_counts, num_rows)
-    batch = best_batch(ends, matrices.shape[1:], rows.dtype, sums_rows=False)
-    if batch is not None:
-        return batch.multiply(rows, matrices, sources)
-    x = rows if sources is None else rows.index_select(0, sources)
-    output = functional.grouped_mm(x, matrices, offs=ends.tensor)
-    if ends.tail < num_rows:
-        output[ends.tail :].zero_()
-    return output
-
-
 def batched_products(
     rows: torch.Tensor, matrices: torch.Tensor, token_counts: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -264,26 +201,121 @@ def batched_products(
     The product of row i is products[places[i]]; the rows of no expert have no place. None where no
     batch is the best way to multiply, as grouped_gemm would.
     """
-    num_rows = rows.shape[0]
-    if not _grouped_mm_is_best(
-        num_rows, matrices.mT.shape, _LARGE_FP32, rows.dtype, rows.is_cpu,
-        rows.shape, rows.stride(), matrices.shape, matrices.stride(),
-    ):  # fmt: skip
+    plan = _plan(token_counts, rows.shape[0], rows, matrices)
+    if plan is None or not plan.batch_size:
         return None
-    ends = expert_ends(token_counts, num_rows)
-    batch = best_batch(ends, matrices.shape[1:], rows.dtype, sums_rows=False)
-    return None if batch is None else (batch.products(rows, matrices), batch.places)
+    batch = plan.batch()
+    return batch.products(rows, matrices), batch.places
 
 
-def _grouped_mm_transposed(
-    left: torch.Tensor, right: torch.Tensor, token_counts: torch.Tensor
-) -> torch.Tensor:
-    """functional.grouped_mm of left.t() and right, or many small experts as one product."""
-    ends = expert_ends(token_counts, left.shape[0])
-    batch = best_batch(ends, (left.shape[1], right.shape[1]), left.dtype, sums_rows=True)
-    if batch is not None:
-        return batch.multiply_transposed(left, right)
-    return functional.grouped_mm(left.t(), right, offs=ends.tensor)
+# What functional.grouped_mm calls, without the Python function around it.
+_grouped_mm = torch._grouped_mm
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Plan:
+    """functional.grouped_mm for certain counts, or many small experts as one product.
+
+    What runs between large products finds the caches empty, so that each name that is looked up,
+    each function that is called, counts: all that depends on the counts is found at once, and what
+    can be done before a product is not left until after it.
+
+    Attributes:
+        ends, offs, tail: as in ExpertEnds.
+        batch_size: that of batched_gemm.
+    """
+
+    num_rows: int
+    ends: tuple[int, ...]
+    offs: torch.Tensor
+    tail: int
+    batch_size: int
+
+    def batch(self) -> Batch:
+        return batch(self.ends, self.num_rows, self.batch_size)
+
+    def multiply(
+        self, rows: torch.Tensor, matrices: torch.Tensor, sources: torch.Tensor | None
+    ) -> torch.Tensor:
+        """rows[i] @ matrices[e] of each row i of each expert e, zero for the rows of no expert.
+
+        With sources it is rows[sources[i]].
+        """
+        if self.batch_size:
+            return self.batch().multiply(rows, matrices, sources)
+        x = rows if sources is None else rows.index_select(0, sources)
+        if self.tail == self.num_rows:
+            return _grouped_mm(x, matrices, self.offs)
+        output = _grouped_mm(x, matrices, self.offs)
+        output[self.tail :].zero_()
+        return output
+
+    def multiply_transposed(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """sum_i outer(left[i], right[i]) over each expert's rows."""
+        if self.batch_size:
+            return self.batch().multiply_transposed(left, right)
+        return _grouped_mm(left.t(), right, self.offs)
+
+
+def _plan(
+    token_counts: torch.Tensor, num_rows: int, left: torch.Tensor, right: torch.Tensor
+) -> _Plan | None:
+    """How to multiply these counts of rows, where functional.grouped_mm applies and is faster.
+
+    `right` are one matrix for each expert, or, to sum over the rows, as many rows as `left`.
+    """
+    return _plan_of(
+        tuple(token_counts.tolist()), num_rows, left.dtype, left.is_cpu,
+        left.shape, left.stride(), right.shape, right.stride(),
+    )  # fmt: skip
+
+
+# A model's layers, both projections of each, forward and backward, have room here.
+@functools.lru_cache(maxsize=256)
+def _plan_of(
+    counts: tuple[int, ...], num_rows: int, dtype: torch.dtype, is_cpu: bool, *layouts: Any
+) -> _Plan | None:
+    if not (is_cpu and _grouped_mm_is_best(len(counts), num_rows, dtype, *layouts)):
+        return None
+    ends = expert_ends(counts, num_rows)
+    left_shape, _, right_shape, _ = layouts
+    sums_rows = len(right_shape) == 2
+    sizes = (left_shape[1], right_shape[1]) if sums_rows else right_shape[1:]
+    size = batch_size(ends.listed, num_rows, sizes, dtype, sums_rows=sums_rows)
+    return _Plan(num_rows, ends.listed, ends.tensor, ends.tail, size)
+
+
+# Where oneDNN's fp32 product is the faster one: the mean multiplications per expert from which a
+# loop over such products, in Python, is faster than functional.grouped_mm; where rows are summed,
+# the others.
+_LARGE_FP32, _LARGE_FP32_SUMS = 2**23, 2**25
+
+
+def _grouped_mm_is_best(
+    num_experts: int,
+    num_rows: int,
+    dtype: torch.dtype,
+    left_shape: Sequence[int],
+    left_stride: Sequence[int],
+    right_shape: Sequence[int],
+    right_stride: Sequence[int],
+) -> bool:
+    """Whether functional.grouped_mm, whose loop over the experts is in C++, applies and is faster.
+
+    It wants whole 16 bytes from a row to the next, 8 elements here, and something to multiply.
+    """
+    sums_rows = len(right_shape) == 2
+    sizes = (left_shape[1], right_shape[1]) if sums_rows else right_shape[1:]
+    if not (num_experts and num_rows and sizes[0] and sizes[1]):
+        return False
+    if dtype == torch.float32:
+        large = num_experts * (_LARGE_FP32_SUMS if sums_rows else _LARGE_FP32)
+        if num_rows * sizes[0] * sizes[1] >= large and _prefers_onednn():
+            return False
+    elif dtype == torch.float64 or not _is_native(dtype):
+        return False
+    pitches = (_pitch(left_shape, left_stride), _pitch(right_shape, right_stride))
+    return all(size > 0 and size % 8 == 0 for size in (*sizes, *pitches))
 
 
 class _Groups:
@@ -297,7 +329,7 @@ class _Groups:
 
     def __init__(self, token_counts: torch.Tensor, num_rows: int) -> None:
         self.num_rows = num_rows
-        ends = expert_ends(token_counts, num_rows)
+        ends = expert_ends(tuple(token_counts.tolist()), num_rows)
         self.ends, self.tail = ends.listed, ends.tail
 
     def __iter__(self) -> Iterator[tuple[int, slice, slice, slice]]:

@@ -84,7 +84,7 @@ def grouped_gemm(
     permute_y: bool = False,
     kernel_config: str | None = None,
 ) -> torch.Tensor:
-    return _op(
+    return _op.overload(
         input,
         weight,
         token_counts,

@@ -67,7 +67,7 @@ def grouped_gemm_fp8(
     permute_y: bool = False,
     kernel_config: str | None = None,
 ) -> torch.Tensor:
-    return _op(
+    return _op.overload(
         input,
         weight,
         weight_scale,

@@ -39,4 +39,4 @@ def permute(
     top_k: int,
     scatter_indices: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return _op(input, gather_indices, top_k, scatter_indices)
+    return _op.overload(input, gather_indices, top_k, scatter_indices)

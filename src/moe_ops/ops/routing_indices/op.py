@@ -17,4 +17,4 @@ _op.implement("triton", "moe_ops.ops.routing_indices.launch:routing_indices")
 def routing_indices(
     topk_ids: torch.Tensor, num_experts: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _op(topk_ids, num_experts)
+    return _op.overload(topk_ids, num_experts)

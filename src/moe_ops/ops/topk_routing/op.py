@@ -48,7 +48,7 @@ def topk_routing(
     group_score: str = "top2_sum",
     scaling_factor: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _op(
+    return _op.overload(
         logits,
         top_k,
         selection_bias,

@@ -49,4 +49,4 @@ def unpermute(
     top_k: int = 1,
     scatter_indices: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return _op(input, gather_indices, topk_weights, top_k, scatter_indices)
+    return _op.overload(input, gather_indices, topk_weights, top_k, scatter_indices)
