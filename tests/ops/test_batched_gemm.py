@@ -171,8 +171,11 @@ def test_when_it_is_taken(sums_rows):
     assert size([2, 1, 0, 1] * 16, (2048, 1024)) == 0
     assert size([0] * 64) == 0
     assert size([]) == 0
-    # Around a product in fp32 stands too little.
-    assert not size([16] * 64, (128, 128), torch.float32)
+    # Around a product in fp32 stands less: it pays for smaller experts alone, of more equal counts.
+    assert size([16] * 64, (128, 128), torch.float32) == 16
+    assert size([15, 17] * 32, (128, 128), torch.float32) == 17
+    assert size([15, 17] * 32, (256, 256), torch.float32) == 0
+    assert size([16] * 8, (128, 128), torch.float32) == 0
 
 
 def test_a_batch_is_not_more_than_twice_the_rows():

@@ -124,7 +124,7 @@ class _Body:
         self.first = schema.arguments[0]
         # Where a letter, or a choice between sizes, is simply an axis, errors name that axis.
         self.axis_of = {
-            s.expr.source: f"{s.argument.name}.shape[{s.axis}]"
+            s.expr.source: _named(s)
             for s in schema.sizes
             if s.letter and isinstance(s.expr.node, (ast.Name, ast.IfExp))
         }
@@ -146,7 +146,8 @@ class _Body:
         return lines
 
     def bindings(self) -> list[str]:
-        return [line for size in self.schema.sizes if size.letter for line in self.bind(size)]
+        sizes = [size for size in self.schema.sizes if size.letter]
+        return [line for size in sizes for line in self.bind(size, "{}.shape")]
 
     def mentions_dims(self, argument: Argument) -> bool:
         bounds = filter(None, (argument.minimum, argument.maximum))
@@ -195,6 +196,8 @@ class _Body:
                 f"if {name}.device != {self.first.name}.device:",
                 f"    raise ValueError({message})",
             ]
+        # Read once: each `tensor.shape` is a new object.
+        lines.append(f"_{name}_shape = {name}.shape")
         letters = ", ".join(self.schema.spell(e) for e in argument.shape)
         message = self.message(
             f"{name}.dim() == {len(argument.shape)} ({letters})",
@@ -203,7 +206,7 @@ class _Body:
         )
         return [
             *lines,
-            f"if {name}.dim() != {len(argument.shape)}:",
+            f"if len(_{name}_shape) != {len(argument.shape)}:",
             f"    raise ValueError({message})",
         ]
 
@@ -234,25 +237,25 @@ class _Body:
     def size(self, size: Size) -> list[str]:
         return self.bind(size) if size.letter else self.equal(size)
 
-    def bind(self, size: Size) -> list[str]:
-        axis = f"{size.argument.name}.shape[{size.axis}]"
+    def bind(self, size: Size, shape: str = "_{}_shape") -> list[str]:
+        axis = f"{shape.format(size.argument.name)}[{size.axis}]"
         value = solve(size.expr.node, size.letter, axis)
         lines = [f"{size.letter} = {value}"]
         if value != axis:
             factors = _factors(size.expr.node, size.letter)
             lines += self.require(
                 f"{axis} == {_operand(size.expr)}",
-                f"{axis} to be a multiple of {factors}{_value(factors)}",
+                f"{_named(size)} to be a multiple of {factors}{_value(factors)}",
                 f"{{{axis}}}",
                 self.advice(size.argument),
             )
         return lines
 
     def equal(self, size: Size) -> list[str]:
-        axis = f"{size.argument.name}.shape[{size.axis}]"
+        axis = f"_{size.argument.name}_shape[{size.axis}]"
         return self.require(
             f"{axis} == {_operand(size.expr)}",
-            f"{axis} == {self.spell(size.expr)} ({{{size.expr.source}}})",
+            f"{_named(size)} == {self.spell(size.expr)} ({{{size.expr.source}}})",
             f"{{{axis}}}",
             self.advice(size.argument),
         )
@@ -305,6 +308,11 @@ class _Body:
 def _literal(text: str) -> str:
     """`text` as it stands, within an f-string in double quotes."""
     return text.replace("{", "{{").replace("}", "}}").replace('"', "'")
+
+
+def _named(size: Size) -> str:
+    """The axis as errors name it."""
+    return f"{size.argument.name}.shape[{size.axis}]"
 
 
 def _value(source: str) -> str:

@@ -15,20 +15,35 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
-# In multiplications, measured on Zen 4 in bf16: what stands around the product of one expert, and
-# what copying an element costs, twice that where the rows that are not the expert's are then zeroed.
-# Around MKL's products in fp32 stands too little to pay for the copies.
-_AROUND_PRODUCT = 5 * 2**20
-_COPY = 10
-# In products: the steps around the batch, and those around the rest of an expert beyond it.
-_AROUND_BATCH, _AROUND_BEYOND = 3, 2
+
+class _Costs(NamedTuple):
+    """What the steps beside the multiplications cost, in multiplications.
+
+    Attributes:
+        product: the steps around the product of one expert.
+        copy: copying an element; twice that where the rows of others are then zeroed.
+        batch: the steps around the batch, in `product`.
+        beyond: those around the rest of an expert beyond it, in `product`.
+        won: the part of all multiplications that must be won.
+    """
+
+    product: float
+    copy: float
+    batch: int
+    beyond: int
+    won: float
+
+
+# Measured on Zen 4, of products by oneDNN.
+_NARROW = _Costs(product=5 * 2**20, copy=10, batch=3, beyond=2, won=1 / 32)
+# Measured on Zen 4 and a Xeon, of products by MKL, around which stands far less.
+_FP32 = _Costs(product=3 * 2**17, copy=5, batch=8, beyond=6, won=1 / 4)
 # Rows of a batch for each row there is, at most: it bounds the memory of the copies.
 _MOST_ROWS = 2
-# The part of all multiplications that must be won.
-_WON = 1 / 32
 
 
 def batch_size(
@@ -43,17 +58,16 @@ def batch_size(
 
     0 where products one by one do. sums_rows: it is for multiply_transposed.
     """
-    if dtype == torch.float32:
-        return 0
+    costs = _FP32 if dtype == torch.float32 else _NARROW
     num_experts, (d, n) = len(ends), matrix_shape
-    around, per_row, copy = _AROUND_PRODUCT, d * n, _COPY * (1 + sums_rows) * (d + n)
+    per_row, copy = d * n, costs.copy * (1 + sums_rows) * (d + n)
     # Compared with a product for each expert, of the same rows.
-    won = around * (num_experts - _AROUND_BATCH) - num_rows * (copy + _WON * per_row)
+    won = costs.product * (num_experts - costs.batch) - num_rows * (copy + costs.won * per_row)
     if won <= 0:
         return 0
     counts = _counts(ends)
     # Experts without rows cost nothing alone; a batch reads their matrices.
-    won -= counts.count(0) * (around + _COPY * per_row)
+    won -= counts.count(0) * (costs.product + costs.copy * per_row)
     best, best_won, beyond = 0, 0.0, 0
     largest = sorted(counts, reverse=True)[: num_experts // 4 + 1]
     for larger, count in enumerate(largest):
@@ -62,7 +76,8 @@ def batch_size(
         if 0 < size <= num_rows and rows <= _MOST_ROWS * num_rows:
             more = max(rows - num_rows, 0)
             again = beyond if sums_rows else beyond - larger * size
-            cost = (more + max(again, 0)) * per_row + more * copy + _AROUND_BEYOND * around * larger
+            cost = (more + max(again, 0)) * per_row + more * copy
+            cost += costs.beyond * costs.product * larger
             if cost < won - best_won:
                 best, best_won = size, won - cost
         beyond += count

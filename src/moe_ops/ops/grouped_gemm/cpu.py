@@ -147,8 +147,7 @@ def grouped_gemm_dw(
     transposed: bool,
     kernel_config: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    num_rows, out_features = grad_output.shape
-    num_experts, in_features = token_counts.shape[0], input.shape[1]
+    num_rows = grad_output.shape[0]
     plain = topk_weights is None and not permute_y and needs == [True, False]
     if plain and (plan := _plan(token_counts, num_rows, grad_output, input)):
         x, unneeded = input, grad_output.new_empty(0)
@@ -162,6 +161,8 @@ def grouped_gemm_dw(
     accumulator = torch.promote_types(dtype, torch.float32)
     routing = Routing(gather_indices, topk_weights, top_k, num_rows, dtype)
     groups = _Groups(token_counts, num_rows)
+    num_experts = token_counts.shape[0]
+    out_features, in_features = grad_output.shape[1], input.shape[1]
     grad_weight, grad_bias = grad_output.new_empty(0), grad_output.new_empty(0)
     if needs[0]:
         sizes = (in_features, out_features) if transposed else (out_features, in_features)
