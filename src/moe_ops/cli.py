@@ -71,7 +71,7 @@ def _fitted(lines: Iterable[str]) -> Iterable[str]:
         yield from textwrap.wrap(
             line,
             width,
-            subsequent_indent=indent + 8 * " ",
+            subsequent_indent=indent + 4 * " ",
             break_long_words=False,
             break_on_hyphens=False,
         ) or [""]
