@@ -60,14 +60,6 @@ def intermediate_size_of(hidden_size: int, num_experts: int) -> int:
     )
 
 
-def hidden_size_of(case: Case) -> int:
-    """Of the model whose projection, up or down, a case of the grouped GEMM is."""
-    if "H" in case:
-        return int(case["H"])
-    is_up = case["N"] == 2 * intermediate_size_of(case["D"], case["E"])
-    return int(case["D"] if is_up else case["N"])
-
-
 # The grouped GEMM
 
 

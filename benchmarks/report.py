@@ -20,14 +20,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu import hidden_size_of
-
 ROOT = Path(__file__).resolve().parent.parent
 CPU_MARKERS = ("<!-- tables: begin -->", "<!-- tables: end -->")
 CUDA_MARKERS = ("<!-- cuda tables: begin -->", "<!-- cuda tables: end -->")
 PASSES = ("forward", "dX", "dW")
 # What a result's environment says of its part and not of the run.
 PART_FACTS = ("part", "grouped_mm", "present", "absent")
+# Of the tensors of a CPU case; its cases are routings.
+SIZES = tuple("ENDRHIKT")
 MEMORY = ("kept", "output", "peak", "gradients")
 
 Record = dict[str, Any]
@@ -41,14 +41,14 @@ def cpu_tables(results: Path) -> Iterator[str]:
     for file in sorted(results.glob("cpu_*.json")):
         result = json.loads(file.read_text(encoding="utf-8"))
         yield f"### {file.name}\n\n{_facts(result['environment'])}\n"
-        groups: dict[tuple[str, str, str], dict[tuple[int, int], list[float]]] = {}
+        groups: dict[tuple[str, str, str], dict[tuple[int, ...], list[float]]] = {}
         # Without a ratio: a result was wrong, and `wrong` names whose.
         wrong = [case["wrong"] for case in result["cases"] if "ratio" not in case]
         for case in result["cases"]:
             if "ratio" in case:
                 key = (case["dtype"], case.get("counts", ""), case["pass"])
                 shapes = groups.setdefault(key, defaultdict(list))
-                shapes[case["E"], hidden_size_of(case)].append(case["ratio"][1])
+                shapes[tuple(case[s] for s in SIZES if s in case)].append(case["ratio"][1])
         rows = []
         for key, shapes in groups.items():
             ratios = [ratio for of_shape in shapes.values() for ratio in of_shape]

@@ -56,7 +56,7 @@ def _show(name: str, with_code: bool) -> Iterable[str]:
     if with_code:
         flops = "" if op.generated.flops is None else "; flops for torch.utils.flop_counter"
         yield ""
-        yield f"=== Code (check before each call; fake for FakeTensors and meta tensors{flops})"
+        yield f"=== Code (kernel for each call, which checks it first; fake for FakeTensors and meta tensors{flops})"
         yield from op.generated.source.rstrip().splitlines()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cpu, report
+from benchmarks import report
 
 PAGE = "\n".join(["before", *report.CPU_MARKERS, "between", *report.CUDA_MARKERS, "after", ""])
 PART_FACTS: dict[str, dict[str, Any]] = {
@@ -293,25 +293,15 @@ def test_page_without_markers(folder):
         render(folder)
 
 
-def test_cpu_tables_take_the_projections_of_a_model_together(tmp_path):
+def test_cpu_tables_take_the_routings_of_a_shape_together(tmp_path):
     cases = []
-    # 8 experts of 256: up (512, 256), down (256, 256); 64 of 512: up (256, 512), down (512, 128).
-    for num_experts, out_features, in_features, ratio in (
-        (8, 512, 256, 0.8), (8, 256, 256, 1.25), (64, 256, 512, 0.9), (64, 512, 128, 0.9),
+    for num_rows, routing, ratio in (
+        (1024, "uniform", 0.8), (1024, "skewed", 1.25), (4096, "uniform", 0.9), (4096, "skewed", 0.9),
     ):  # fmt: skip
-        shape = {"E": num_experts, "N": out_features, "D": in_features}
+        shape = {"E": 8, "N": 512, "D": 256, "R": num_rows, "routing": routing}
         case = {"dtype": "bf16", "counts": "same", "pass": "dX", "ratio": [0.0, ratio, 2.0]}
         cases.append({**shape, **case})
     result = {"environment": {"date": "2026-01-02"}, "cases": cases}
     (tmp_path / "cpu_gemm_bf16.json").write_text(json.dumps(result), encoding="utf-8")
     table = "\n".join(report.cpu_tables(tmp_path))
     assert "| bf16 | same | dX | 4 | 0.949 | 0.900 | 0.800 | 1 |" in table
-
-
-def test_hidden_size_of_every_projection():
-    for num_experts in cpu.NUM_EXPERTS:
-        for hidden_size in cpu.HIDDEN_SIZES:
-            intermediate_size = cpu.intermediate_size_of(hidden_size, num_experts)
-            for sizes in ((2 * intermediate_size, hidden_size), (hidden_size, intermediate_size)):
-                case = {"E": num_experts, "N": sizes[0], "D": sizes[1]}
-                assert cpu.hidden_size_of(case) == hidden_size

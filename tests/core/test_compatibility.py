@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A released op's schema may only grow defaulted arguments at its end."""
+"""A released op's schema may only gain defaults, and defaulted arguments at its end."""
 
 import re
 from pathlib import Path

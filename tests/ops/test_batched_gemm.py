@@ -6,13 +6,13 @@ E experts, D in_features, N out_features, R rows.
 
 import itertools
 import random
-from itertools import accumulate
 
 import pytest
 import torch
 
 from moe_ops.ops import batched_gemm
 from moe_ops.ops.grouped_gemm import cpu
+from moe_ops.ops.rows import expert_ends
 from tests import checks, oracle
 
 D, N = 24, 16
@@ -42,13 +42,14 @@ def sizes(monkeypatch):
         state["taken"] += 1
         return bmm(*args, **kwargs)
 
+    monkeypatch.setattr(cpu, "may_batch", lambda *_, **__: True)
     monkeypatch.setattr(cpu, "batch_size", lambda *_, **__: state["size"])
     monkeypatch.setattr(torch, "bmm", counting_bmm)
     monkeypatch.setattr(cpu, "_is_native", lambda _: True)
     # What depends on either is remembered.
-    cpu._plan_of.cache_clear()
+    cpu._grouped_mm_of.cache_clear()
     yield state
-    cpu._plan_of.cache_clear()
+    cpu._grouped_mm_of.cache_clear()
 
 
 def make_operands(num_rows, dtype, transposed=False, num_experts=6):
@@ -146,9 +147,12 @@ def test_rows_of_any_stride(sizes):
 
 
 def size_of(counts, sums_rows, sizes=(256, 256), dtype=torch.bfloat16, num_rows=None):
-    ends = tuple(accumulate(counts))
     num_rows = sum(counts) if num_rows is None else num_rows
-    return batched_gemm.batch_size(ends, num_rows, sizes, dtype, sums_rows=sums_rows)
+    ends = expert_ends(torch.tensor(counts, dtype=torch.int32), num_rows)
+    size = batched_gemm.batch_size(ends, sizes, dtype, sums_rows=sums_rows)
+    may = batched_gemm.may_batch(len(counts), num_rows, sizes, dtype, sums_rows=sums_rows)
+    assert may or not size
+    return size
 
 
 @pytest.mark.parametrize("sums_rows", [False, True])
@@ -171,11 +175,8 @@ def test_when_it_is_taken(sums_rows):
     assert size([2, 1, 0, 1] * 16, (2048, 1024)) == 0
     assert size([0] * 64) == 0
     assert size([]) == 0
-    # Around a product in fp32 stands less: it pays for smaller experts alone, of more equal counts.
-    assert size([16] * 64, (128, 128), torch.float32) == 16
-    assert size([15, 17] * 32, (128, 128), torch.float32) == 17
-    assert size([15, 17] * 32, (256, 256), torch.float32) == 0
-    assert size([16] * 8, (128, 128), torch.float32) == 0
+    # Around a product in fp32 stands too little.
+    assert not size([16] * 64, (128, 128), torch.float32)
 
 
 def test_a_batch_is_not_more_than_twice_the_rows():
@@ -193,26 +194,32 @@ def test_a_batch_is_not_more_than_twice_the_rows():
 
 
 def test_each_product_of_the_same_rows_has_its_own_batch(monkeypatch):
-    """What is remembered by the counts is told apart by what else it depends on."""
+    """What is remembered by the counts, or by the sizes, is told apart by what it depends on."""
     monkeypatch.setattr(cpu, "_is_native", lambda _: True)
-    cpu._plan_of.cache_clear()
+    monkeypatch.setattr(cpu, "_prefers_onednn", lambda: False)
+    cpu._grouped_mm_of.cache_clear()
     counts = torch.tensor([84, 60, 60, 60, 64, 58, 62, 64] * 2, dtype=torch.int32)
     num_rows = int(counts.sum())
-    ends = tuple(accumulate(counts.tolist()))
+    ends = expert_ends(counts, num_rows)
     sizes = {}
     for key in itertools.product(
-        ((256, 256), (512, 512)), (torch.bfloat16, torch.float32), (False, True)
+        ((256, 384), (256, 640), (640, 256)), (torch.bfloat16, torch.float32), (False, True)
     ):
         shape, dtype, sums_rows = key
-        sizes[key] = batched_gemm.batch_size(ends, num_rows, shape, dtype, sums_rows=sums_rows)
+        sizes[key] = batched_gemm.batch_size(ends, shape, dtype, sums_rows=sums_rows)
         left = torch.empty(num_rows, shape[0], dtype=dtype)
-        right = torch.empty(num_rows if sums_rows else len(ends), *shape[sums_rows:], dtype=dtype)
-        plan = cpu._plan(counts, num_rows, left, right)
-        assert (0 if plan is None else plan.batch_size) == sizes[key]
-    # Each of the three makes a difference here.
-    large = ((512, 512), torch.bfloat16, False)
-    for other in (((256, 256), *large[1:]), (large[0], torch.float32, False), (*large[:2], True)):
-        assert sizes[large] != sizes[other]
+        right = torch.empty(num_rows if sums_rows else len(counts), *shape[sums_rows:], dtype=dtype)
+        grouped_mm = cpu._grouped_mm(counts, num_rows, left, right)
+        assert grouped_mm is not None
+        batch = grouped_mm.batch(ends) if grouped_mm.may_batch else None
+        assert (0 if batch is None else batch.size) == sizes[key]
+    cpu._grouped_mm_of.cache_clear()
+    # Each of the three makes a difference here, and so would a square of one of the sizes.
+    one = ((256, 384), torch.bfloat16, True)
+    for other in (((256, 640), *one[1:]), (one[0], torch.float32, True), (*one[:2], False)):
+        assert sizes[one] != sizes[other]
+    wide = ((256, 640), torch.bfloat16, False)
+    assert sizes[wide] != batched_gemm.batch_size(ends, (256, 256), wide[1], sums_rows=False)
 
 
 @pytest.mark.parametrize("permute_x", [False, True])

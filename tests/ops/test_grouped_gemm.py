@@ -313,3 +313,32 @@ def test_rejects_a_quantised_weight(dtype, requires_grad):
         "moe::grouped_gemm: expected weight.dtype == input.dtype (float32), "
         f"got {name}; {QUANTISED[dtype]}"
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_arguments_that_a_plain_product_leaves_out(dtype):
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.tensor([3, 0, 4], dtype=torch.int32)
+    x, dy = (torch.randn(9, n, generator=generator).to(dtype) for n in (8, 16))
+    weight = torch.randn(3, 16, 8, generator=generator).to(dtype)
+    plain = (1, False, False, [True, False])
+    dx, unneeded = moe.grouped_gemm_dx(dy, weight, counts)
+    full = moe.grouped_gemm_dx(dy, weight, counts, None, None, None, None, *plain)
+    assert torch.equal(dx, full[0])
+    assert unneeded.shape == full[1].shape == (0,)
+    dw, unneeded = moe.grouped_gemm_dw(dy, x, counts)
+    full = moe.grouped_gemm_dw(dy, x, counts, None, None, *plain, False)
+    assert torch.equal(dw, full[0])
+    assert unneeded.shape == full[1].shape == (0,)
+    expected = oracle.gradients(
+        oracle.grouped_gemm,
+        {"input": x, "weight": weight, "token_counts": counts},
+        ["input", "weight"],
+        dy,
+    )
+    checks.assert_close(dx, expected["input"])
+    checks.assert_close(dw, expected["weight"])
+    with pytest.raises(ValueError, match=r"expected weight.shape\[1\] == grad_output.shape\[1\]"):
+        moe.grouped_gemm_dx(x, weight, counts)
+    with pytest.raises(ValueError, match=r"expected input.shape\[0\] == "):
+        moe.grouped_gemm_dw(dy, x[1:], counts)

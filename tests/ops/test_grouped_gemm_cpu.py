@@ -79,17 +79,17 @@ def assert_matches_oracle(arguments):
 
 @pytest.fixture(autouse=True)
 def _forgotten():
-    """What a test changes, plans that were made before it would not see."""
-    cpu._plan_of.cache_clear()
+    """What a test changes, what was remembered before would not see."""
+    cpu._grouped_mm_of.cache_clear()
     yield
-    cpu._plan_of.cache_clear()
+    cpu._grouped_mm_of.cache_clear()
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """How often each way was taken."""
     counted = {"grouped_mm": 0, "blocks": 0}
-    grouped_mm, product = cpu._grouped_mm, cpu._product
+    grouped_mm, product = cpu._torch_grouped_mm, cpu._product
 
     def counting_grouped_mm(*args, **kwargs):
         counted["grouped_mm"] += 1
@@ -99,7 +99,7 @@ def calls(monkeypatch):
         counted["blocks"] += 1
         return product(*args)
 
-    monkeypatch.setattr(cpu, "_grouped_mm", counting_grouped_mm)
+    monkeypatch.setattr(cpu, "_torch_grouped_mm", counting_grouped_mm)
     monkeypatch.setattr(cpu, "_product", counting_product)
     return counted
 

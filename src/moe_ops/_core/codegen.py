@@ -4,8 +4,7 @@
 The functions are source text, compiled once at import: a call costs one to two microseconds where
 walking the schema would cost several times that. `python -m moe_ops show OP` prints them.
 
-All three functions begin with the same lines, which bind the dimension letters from the shapes of
-the arguments. The checks of the kernel raise at once; the fake kernel asks the same questions through
+The same lines bind the dimension letters from the shapes of the arguments in all three. The checks of the kernel raise at once; the fake kernel asks the same questions through
 torch._check_with, so that they also hold for sizes that a compiler knows by name alone.
 """
 

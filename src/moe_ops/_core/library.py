@@ -61,7 +61,8 @@ class Choice:
 class Op:
     """An op of the namespace `moe`, defined from its schema in op_schemas/.
 
-    Made once, in its folder. Calling it calls the dispatcher, as `torch.ops.moe.permute(...)` does.
+    Made once, in its folder. Calling its `overload` calls the dispatcher, as
+    `torch.ops.moe.permute(...)` does.
     """
 
     def __init__(self, name: str) -> None:
@@ -88,9 +89,6 @@ class Op:
         if self.generated.flops is not None:
             flops.register(getattr(torch.ops.moe, name), self.generated.flops)
         OPS[name] = self
-
-    def __call__(self, *args: Any) -> Any:
-        return self.overload(*args)
 
     def __repr__(self) -> str:
         return f"Op({NAMESPACE}::{self.name})"

@@ -13,61 +13,56 @@ R rows in expert order, E experts, D and N the sizes of each matrix.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 
+from moe_ops.ops.rows import ExpertEnds
 
-class _Costs(NamedTuple):
-    """What the steps beside the multiplications cost, in multiplications.
-
-    Attributes:
-        product: the steps around the product of one expert.
-        copy: copying an element; twice that where the rows of others are then zeroed.
-        batch: the steps around the batch, in `product`.
-        beyond: those around the rest of an expert beyond it, in `product`.
-        won: the part of all multiplications that must be won.
-    """
-
-    product: float
-    copy: float
-    batch: int
-    beyond: int
-    won: float
-
-
-# Measured on Zen 4, of products by oneDNN.
-_NARROW = _Costs(product=5 * 2**20, copy=10, batch=3, beyond=2, won=1 / 32)
-# Measured on Zen 4 and a Xeon, of products by MKL, around which stands far less.
-_FP32 = _Costs(product=3 * 2**17, copy=5, batch=8, beyond=6, won=1 / 4)
+# In multiplications, measured on Zen 4 in bf16: what stands around the product of one expert, and
+# what copying an element costs, twice that where the rows that are not the expert's are then zeroed.
+# Around MKL's products in fp32 stands too little to pay for the copies.
+_AROUND_PRODUCT = 5 * 2**20
+_COPY = 10
+# In products: the steps around the batch, and those around the rest of an expert beyond it.
+_AROUND_BATCH, _AROUND_BEYOND = 3, 2
 # Rows of a batch for each row there is, at most: it bounds the memory of the copies.
 _MOST_ROWS = 2
+# The part of all multiplications that must be won.
+_WON = 1 / 32
 
 
-def batch_size(
-    ends: tuple[int, ...],
+def may_batch(
+    num_experts: int,
     num_rows: int,
-    matrix_shape: Sequence[int],
+    matrix_shape: tuple[int, int],
     dtype: torch.dtype,
     *,
     sums_rows: bool,
-) -> int:
-    """The rows of each expert in the batch with which all products cost least.
+) -> bool:
+    """Whether there are counts for which a batch costs less than products one by one."""
+    return _most_won(num_experts, num_rows, matrix_shape, dtype, sums_rows) > 0
 
-    0 where products one by one do. sums_rows: it is for multiply_transposed.
+
+# The same counts come to both projections, forward and backward.
+@functools.lru_cache(maxsize=256)
+def batch_size(
+    ends: ExpertEnds, matrix_shape: tuple[int, int], dtype: torch.dtype, *, sums_rows: bool
+) -> int:
+    """The rows of each expert in the batch that costs least; 0 where none costs less than a loop.
+
+    sums_rows: it is for multiply_transposed.
     """
-    costs = _FP32 if dtype == torch.float32 else _NARROW
-    num_experts, (d, n) = len(ends), matrix_shape
-    per_row, copy = d * n, costs.copy * (1 + sums_rows) * (d + n)
-    # Compared with a product for each expert, of the same rows.
-    won = costs.product * (num_experts - costs.batch) - num_rows * (copy + costs.won * per_row)
+    num_rows, num_experts = ends.num_rows, len(ends.listed)
+    won = _most_won(num_experts, num_rows, matrix_shape, dtype, sums_rows)
     if won <= 0:
         return 0
-    counts = _counts(ends)
+    counts = _counts(ends.listed)
+    per_row, copy = math.prod(matrix_shape), _copy(matrix_shape, sums_rows)
     # Experts without rows cost nothing alone; a batch reads their matrices.
-    won -= counts.count(0) * (costs.product + costs.copy * per_row)
+    won -= counts.count(0) * (_AROUND_PRODUCT + _COPY * per_row)
     best, best_won, beyond = 0, 0.0, 0
     largest = sorted(counts, reverse=True)[: num_experts // 4 + 1]
     for larger, count in enumerate(largest):
@@ -77,11 +72,30 @@ def batch_size(
             more = max(rows - num_rows, 0)
             again = beyond if sums_rows else beyond - larger * size
             cost = (more + max(again, 0)) * per_row + more * copy
-            cost += costs.beyond * costs.product * larger
+            cost += _AROUND_BEYOND * _AROUND_PRODUCT * larger
             if cost < won - best_won:
                 best, best_won = size, won - cost
         beyond += count
     return best
+
+
+def _most_won(
+    num_experts: int,
+    num_rows: int,
+    matrix_shape: tuple[int, int],
+    dtype: torch.dtype,
+    sums_rows: bool,
+) -> float:
+    """Against a product for each expert, by a batch of the same rows."""
+    if dtype == torch.float32:
+        return 0.0
+    per_row = _copy(matrix_shape, sums_rows) + _WON * math.prod(matrix_shape)
+    return _AROUND_PRODUCT * (num_experts - _AROUND_BATCH) - num_rows * per_row
+
+
+def _copy(matrix_shape: tuple[int, int], sums_rows: bool) -> float:
+    """Of one row of both operands, or of the operand and the product."""
+    return _COPY * (1 + sums_rows) * sum(matrix_shape)
 
 
 def few_sizes(count: int) -> int:
@@ -184,10 +198,10 @@ class Batch:
         return windows.index_select(0, self._firsts)
 
 
-# The same rows come to forward and backward, and to both projections.
+# Few: a batch keeps its rows' places, 8 bytes each.
 @functools.lru_cache(maxsize=32)
-def batch(ends: tuple[int, ...], num_rows: int, size: int) -> Batch:
-    return Batch(ends, num_rows, size)
+def batch_of(ends: ExpertEnds, size: int) -> Batch:
+    return Batch(ends.listed, ends.num_rows, size)
 
 
 def _counts(ends: Sequence[int]) -> list[int]:

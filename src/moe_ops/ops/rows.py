@@ -73,13 +73,17 @@ class ExpertEnds:
     tail: int
 
 
-# The same counts come to both projections, forward and backward: a model's layers have room here.
-@functools.lru_cache(maxsize=256)
-def expert_ends(counts: tuple[int, ...], num_rows: int) -> ExpertEnds:
+def expert_ends(token_counts: torch.Tensor, num_rows: int) -> ExpertEnds:
     """Where each expert's rows end.
 
     Corrupt counts are clamped: they give unspecified values, never an access out of bounds.
     """
+    return _ends_of(tuple(token_counts.tolist()), num_rows)
+
+
+# The same counts come to both projections, forward and backward: a model's layers have room here.
+@functools.lru_cache(maxsize=256)
+def _ends_of(counts: tuple[int, ...], num_rows: int) -> ExpertEnds:
     ends = list(itertools.accumulate(counts))
     if ends and (min(counts) < 0 or ends[-1] > num_rows):
         clamped = itertools.accumulate(min(max(count, 0), num_rows) for count in counts)

@@ -275,7 +275,7 @@ class _Routing:
         self.top_k, self.counts, self.gather, self.scatter = top_k, counts, gather, scatter
         self.num_rows = gather.shape[0]
         # The rows from here on belong to no expert.
-        self.tail = expert_ends(tuple(counts.tolist()), self.num_rows).tail
+        self.tail = expert_ends(counts, self.num_rows).tail
 
     @property
     def dropped(self) -> torch.Tensor:

@@ -15,13 +15,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.nn import functional
 
-from moe_ops.ops.batched_gemm import Batch, batch, batch_size, few_sizes
-from moe_ops.ops.rows import Routing, expert_ends, rows_of_slots, sum_slots, tokens_of_rows
+from moe_ops.ops.batched_gemm import Batch, batch_of, batch_size, few_sizes, may_batch
+from moe_ops.ops.rows import (
+    ExpertEnds,
+    Routing,
+    expert_ends,
+    rows_of_slots,
+    sum_slots,
+    tokens_of_rows,
+)
 
 
 def grouped_gemm(
@@ -38,11 +44,11 @@ def grouped_gemm(
 ) -> torch.Tensor:
     num_rows = input.shape[0] * top_k if permute_x else input.shape[0]
     plain = topk_weights is None and bias is None and not permute_y
-    if plain and (plan := _plan(token_counts, num_rows, input, weight)):
+    if plain and (grouped_mm := _grouped_mm(token_counts, num_rows, input, weight)):
         tokens = None
         if gather_indices is not None and permute_x:
             tokens = tokens_of_rows(gather_indices, top_k)
-        return plan.multiply(input, weight.mT, tokens)
+        return grouped_mm.multiply(input, weight.mT, token_counts, tokens)
 
     # The weight of a row is applied before the downcast, which needs the product in fp32.
     dtype = _product_dtype(input.dtype, exact=topk_weights is not None)
@@ -86,11 +92,11 @@ def grouped_gemm_dx(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_rows = grad_output.shape[0]
     plain = topk_weights is None and not permute_x and needs[0]
-    if plain and (plan := _plan(token_counts, num_rows, grad_output, weight)):
+    if plain and (grouped_mm := _grouped_mm(token_counts, num_rows, grad_output, weight)):
         slots, unneeded = None, grad_output.new_empty(0)
         if gather_indices is not None and permute_y:
             slots = tokens_of_rows(gather_indices, 1)
-        return plan.multiply(grad_output, weight, slots), unneeded
+        return grouped_mm.multiply(grad_output, weight, token_counts, slots), unneeded
 
     dtype = _product_dtype(grad_output.dtype, exact=topk_weights is not None)
     accumulator = torch.promote_types(dtype, torch.float32)
@@ -149,12 +155,12 @@ def grouped_gemm_dw(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_rows = grad_output.shape[0]
     plain = topk_weights is None and not permute_y and needs == [True, False]
-    if plain and (plan := _plan(token_counts, num_rows, grad_output, input)):
+    if plain and (grouped_mm := _grouped_mm(token_counts, num_rows, grad_output, input)):
         x, unneeded = input, grad_output.new_empty(0)
         if gather_indices is not None and permute_x:
             x = input.index_select(0, tokens_of_rows(gather_indices, top_k))
         left, right = (x, grad_output) if transposed else (grad_output, x)
-        stored = plan.multiply_transposed(left, right)
+        stored = grouped_mm.multiply_transposed(left, right, token_counts)
         return stored.mT if transposed else stored, unneeded
 
     dtype = _product_dtype(grad_output.dtype, exact=topk_weights is not None)
@@ -202,97 +208,93 @@ def batched_products(
     The product of row i is products[places[i]]; the rows of no expert have no place. None where no
     batch is the best way to multiply, as grouped_gemm would.
     """
-    plan = _plan(token_counts, rows.shape[0], rows, matrices)
-    if plan is None or not plan.batch_size:
+    grouped_mm = _grouped_mm(token_counts, rows.shape[0], rows, matrices)
+    if grouped_mm is None or not grouped_mm.may_batch:
         return None
-    batch = plan.batch()
-    return batch.products(rows, matrices), batch.places
-
-
-# What functional.grouped_mm calls, without the Python function around it.
-_grouped_mm = torch._grouped_mm
+    batch = grouped_mm.batch(expert_ends(token_counts, rows.shape[0]))
+    return None if batch is None else (batch.products(rows, matrices), batch.places)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class _Plan:
-    """functional.grouped_mm for certain counts, or many small experts as one product.
+class _GroupedMM:
+    """functional.grouped_mm of operands of certain sizes, or many small experts as one product.
 
     What runs between large products finds the caches empty, so that each name that is looked up,
-    each function that is called, counts: all that depends on the counts is found at once, and what
-    can be done before a product is not left until after it.
+    each function that is called, counts, and what can be done before a product is not left until
+    after it.
 
     Attributes:
-        ends, offs, tail: as in ExpertEnds.
-        batch_size: that of batched_gemm.
+        num_rows: of the left operand, after a gather.
+        matrix_shape: of each expert's matrix, or of its sum over rows.
+        sums_rows: for multiply_transposed.
+        may_batch: whether there are counts for which a batch is the best.
     """
 
     num_rows: int
-    ends: tuple[int, ...]
-    offs: torch.Tensor
-    tail: int
-    batch_size: int
+    matrix_shape: tuple[int, int]
+    dtype: torch.dtype
+    sums_rows: bool
+    may_batch: bool
 
-    def batch(self) -> Batch:
-        return batch(self.ends, self.num_rows, self.batch_size)
+    def batch(self, ends: ExpertEnds) -> Batch | None:
+        """The batch that is the best for these counts, if one is."""
+        size = batch_size(ends, self.matrix_shape, self.dtype, sums_rows=self.sums_rows)
+        return batch_of(ends, size) if size else None
 
     def multiply(
-        self, rows: torch.Tensor, matrices: torch.Tensor, sources: torch.Tensor | None
+        self,
+        rows: torch.Tensor,
+        matrices: torch.Tensor,
+        token_counts: torch.Tensor,
+        sources: torch.Tensor | None,
     ) -> torch.Tensor:
         """rows[i] @ matrices[e] of each row i of each expert e, zero for the rows of no expert.
 
         With sources it is rows[sources[i]].
         """
-        if self.batch_size:
-            return self.batch().multiply(rows, matrices, sources)
+        ends = expert_ends(token_counts, self.num_rows)
+        if self.may_batch and (batch := self.batch(ends)):
+            return batch.multiply(rows, matrices, sources)
         x = rows if sources is None else rows.index_select(0, sources)
-        if self.tail == self.num_rows:
-            return _grouped_mm(x, matrices, self.offs)
-        output = _grouped_mm(x, matrices, self.offs)
-        output[self.tail :].zero_()
+        has_tail = ends.tail < self.num_rows
+        output = _torch_grouped_mm(x, matrices, offs=ends.tensor)
+        if has_tail:
+            output[ends.tail :].zero_()
         return output
 
-    def multiply_transposed(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    def multiply_transposed(
+        self, left: torch.Tensor, right: torch.Tensor, token_counts: torch.Tensor
+    ) -> torch.Tensor:
         """sum_i outer(left[i], right[i]) over each expert's rows."""
-        if self.batch_size:
-            return self.batch().multiply_transposed(left, right)
-        return _grouped_mm(left.t(), right, self.offs)
+        ends = expert_ends(token_counts, self.num_rows)
+        if self.may_batch and (batch := self.batch(ends)):
+            return batch.multiply_transposed(left, right)
+        return _torch_grouped_mm(left.t(), right, offs=ends.tensor)
 
 
-def _plan(
+# What functional.grouped_mm calls, where torch has it: without a Python function around it.
+_torch_grouped_mm = getattr(torch, "_grouped_mm", functional.grouped_mm)
+
+
+def _grouped_mm(
     token_counts: torch.Tensor, num_rows: int, left: torch.Tensor, right: torch.Tensor
-) -> _Plan | None:
-    """How to multiply these counts of rows, where functional.grouped_mm applies and is faster.
+) -> _GroupedMM | None:
+    """How to multiply num_rows rows, where functional.grouped_mm applies and is the faster.
 
-    `right` are one matrix for each expert, or, to sum over the rows, as many rows as `left`.
+    `left` are rows, or what they are gathered from. `right` are a matrix for each expert, or, where
+    the product sums over rows, other rows; which of the two is then transposed makes no difference.
     """
-    return _plan_of(
-        tuple(token_counts.tolist()), num_rows, left.dtype, left.is_cpu,
+    if not left.is_cpu:
+        return None
+    return _grouped_mm_of(
+        token_counts.shape[0], num_rows, left.dtype,
         left.shape, left.stride(), right.shape, right.stride(),
     )  # fmt: skip
 
 
-# A model's layers, both projections of each, forward and backward, have room here.
-@functools.lru_cache(maxsize=256)
-def _plan_of(
-    counts: tuple[int, ...], num_rows: int, dtype: torch.dtype, is_cpu: bool, *layouts: Any
-) -> _Plan | None:
-    if not (is_cpu and _grouped_mm_is_best(len(counts), num_rows, dtype, *layouts)):
-        return None
-    ends = expert_ends(counts, num_rows)
-    left_shape, _, right_shape, _ = layouts
-    sums_rows = len(right_shape) == 2
-    sizes = (left_shape[1], right_shape[1]) if sums_rows else right_shape[1:]
-    size = batch_size(ends.listed, num_rows, sizes, dtype, sums_rows=sums_rows)
-    return _Plan(num_rows, ends.listed, ends.tensor, ends.tail, size)
-
-
-# Where oneDNN's fp32 product is the faster one: the mean multiplications per expert from which a
-# loop over such products, in Python, is faster than functional.grouped_mm; where rows are summed,
-# the others.
-_LARGE_FP32, _LARGE_FP32_SUMS = 2**23, 2**25
-
-
-def _grouped_mm_is_best(
+# By sizes and strides, of which a model has few; the counts are others in every step.
+@functools.lru_cache(maxsize=4096)
+def _grouped_mm_of(
     num_experts: int,
     num_rows: int,
     dtype: torch.dtype,
@@ -300,23 +302,43 @@ def _grouped_mm_is_best(
     left_stride: Sequence[int],
     right_shape: Sequence[int],
     right_stride: Sequence[int],
+) -> _GroupedMM | None:
+    sums_rows = len(right_shape) == 2
+    matrix_shape = (left_shape[1] if sums_rows else right_shape[1], right_shape[-1])
+    pitches = (_pitch(left_shape, left_stride), _pitch(right_shape, right_stride))
+    if not _grouped_mm_is_best(num_experts, num_rows, matrix_shape, dtype, sums_rows, pitches):
+        return None
+    may = may_batch(num_experts, num_rows, matrix_shape, dtype, sums_rows=sums_rows)
+    return _GroupedMM(num_rows, matrix_shape, dtype, sums_rows, may)
+
+
+# The mean multiplications per expert from which a loop over oneDNN's fp32 products, in Python, is
+# faster than functional.grouped_mm, on CPUs where oneDNN's are the faster ones; the second where
+# the products sum over rows.
+_LARGE_FP32, _LARGE_FP32_SUMS = 2**23, 2**25
+
+
+def _grouped_mm_is_best(
+    num_experts: int,
+    num_rows: int,
+    matrix_shape: tuple[int, int],
+    dtype: torch.dtype,
+    sums_rows: bool,
+    pitches: tuple[int, int],
 ) -> bool:
     """Whether functional.grouped_mm, whose loop over the experts is in C++, applies and is faster.
 
     It wants whole 16 bytes from a row to the next, 8 elements here, and something to multiply.
     """
-    sums_rows = len(right_shape) == 2
-    sizes = (left_shape[1], right_shape[1]) if sums_rows else right_shape[1:]
-    if not (num_experts and num_rows and sizes[0] and sizes[1]):
+    if not (num_experts and num_rows and all(matrix_shape)):
         return False
     if dtype == torch.float32:
         large = num_experts * (_LARGE_FP32_SUMS if sums_rows else _LARGE_FP32)
-        if num_rows * sizes[0] * sizes[1] >= large and _prefers_onednn():
+        if num_rows * matrix_shape[0] * matrix_shape[1] >= large and _prefers_onednn():
             return False
     elif dtype == torch.float64 or not _is_native(dtype):
         return False
-    pitches = (_pitch(left_shape, left_stride), _pitch(right_shape, right_stride))
-    return all(size > 0 and size % 8 == 0 for size in (*sizes, *pitches))
+    return all(size > 0 and size % 8 == 0 for size in (*matrix_shape, *pitches))
 
 
 class _Groups:
@@ -330,7 +352,7 @@ class _Groups:
 
     def __init__(self, token_counts: torch.Tensor, num_rows: int) -> None:
         self.num_rows = num_rows
-        ends = expert_ends(tuple(token_counts.tolist()), num_rows)
+        ends = expert_ends(token_counts, num_rows)
         self.ends, self.tail = ends.listed, ends.tail
 
     def __iter__(self) -> Iterator[tuple[int, slice, slice, slice]]:

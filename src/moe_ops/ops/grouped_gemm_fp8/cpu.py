@@ -88,7 +88,7 @@ def grouped_gemm_fp8_dx(
 
 
 def _experts_with_rows(token_counts: torch.Tensor, num_rows: int) -> Iterator[tuple[int, slice]]:
-    ends = expert_ends(tuple(token_counts.tolist()), num_rows)
+    ends = expert_ends(token_counts, num_rows)
     for e, (start, end) in enumerate(pairwise([0, *ends.listed])):
         if start < end:
             yield e, slice(start, end)

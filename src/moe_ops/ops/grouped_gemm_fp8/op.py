@@ -37,7 +37,7 @@ def _save(ctx: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
 def _backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     input, weight, weight_scale, token_counts, gather_indices, topk_weights = ctx.saved_tensors
     needs = [ctx.needs[0], ctx.need_topk_weights]
-    grad_input, grad_topk_weights = _dx_op(
+    grad_input, grad_topk_weights = _dx_op.overload(
         grad_output, weight, weight_scale, token_counts, gather_indices, topk_weights, input,
         *ctx.flags, needs, ctx.config,
     )  # fmt: skip
