@@ -8,6 +8,10 @@
 Each writes benchmarks/results/cpu_<what>.json, from which `python -m benchmarks.report` makes the
 tables of docs/performance.md. Run from the root of the repository.
 
+The repeats of a case are spread over `--rounds`, each of which goes through all the cases. What a
+visit of a case found is appended to a log beside the results, cpu_<what>.visits.jsonl, from which
+`--resume` goes on; a case is in the results when every round has visited it.
+
 E num_experts, H hidden_size, I intermediate_size, K top_k, T num_tokens, R = T * K routed rows;
 N and D, the out_features and in_features of a projection.
 """
@@ -87,7 +91,7 @@ def gemm_cases(args: argparse.Namespace) -> Iterator[Case]:
         }
 
 
-def run_gemm(case: Case, repeats: int) -> Iterator[Case]:
+def run_gemm(case: Case, turns: int) -> Iterator[Case]:
     dtype = DTYPES[case["dtype"]]
     num_experts, num_rows = case["E"], case["R"]
     x = torch.randn(num_rows, case["D"]).to(dtype)
@@ -96,7 +100,7 @@ def run_gemm(case: Case, repeats: int) -> Iterator[Case]:
     expected = popularity(case["routing"], num_experts)
     routings = []
     # New ones differ between the two: who came second would find a compiled product.
-    for _ in range(2 * repeats if case["counts"] == "new" else 1):
+    for _ in range(2 * turns if case["counts"] == "new" else 1):
         ids = torch.multinomial(expected, num_rows, replacement=True)
         counts = ids.bincount(minlength=num_experts).int()
         routings.append((counts, counts.cumsum(0, dtype=torch.int32)))
@@ -127,7 +131,7 @@ def run_gemm(case: Case, repeats: int) -> Iterator[Case]:
         def turn_peer(turn: int, run: Run = peer[name]) -> object:
             return run(routings[(2 * turn + 1) % len(routings)][1])
 
-        record = timing.compare({OURS: turn_ours, PEER: turn_peer}, worst, dtype, repeats)
+        record = timing.compare({OURS: turn_ours, PEER: turn_peer}, worst, dtype, turns)
         yield {**case, "pass": name, **record}
 
 
@@ -159,7 +163,7 @@ def experts_cases(args: argparse.Namespace) -> Iterator[Case]:
         }
 
 
-def run_experts(case: Case, repeats: int) -> Iterator[Case]:
+def run_experts(case: Case, turns: int) -> Iterator[Case]:
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -181,7 +185,7 @@ def run_experts(case: Case, repeats: int) -> Iterator[Case]:
     grad_output = torch.randn(case["T"], case["H"]).to(dtype)
     expected = popularity(case["routing"], case["E"]).expand(case["T"], -1)
     routings = []
-    for _ in range(2 * repeats):
+    for _ in range(2 * turns):
         ids = torch.multinomial(expected, case["K"])
         weights = torch.randn(case["T"], case["K"]).softmax(1).to(dtype).requires_grad_()
         routings.append((ids, weights))
@@ -217,7 +221,7 @@ def run_experts(case: Case, repeats: int) -> Iterator[Case]:
             def turn_peer(turn: int, run: Run = run) -> object:
                 return run(modules[PEER], 2 * turn + 1)
 
-            record = timing.compare({OURS: turn_ours, PEER: turn_peer}, worst, dtype, repeats)
+            record = timing.compare({OURS: turn_ours, PEER: turn_peer}, worst, dtype, turns)
         yield {**case, "pass": name, **record}
 
 
@@ -251,7 +255,7 @@ def _experts_reference(
 # The whole layer of experts as one op
 
 
-def run_fused(case: Case, repeats: int) -> Iterator[Case]:
+def run_fused(case: Case, turns: int) -> Iterator[Case]:
     dtype = DTYPES[case["dtype"]]
     num_experts, hidden_size, top_k = case["E"], case["H"], case["K"]
 
@@ -267,7 +271,7 @@ def run_fused(case: Case, repeats: int) -> Iterator[Case]:
     grad_output = torch.randn(case["T"], hidden_size).to(dtype)
     expected = popularity(case["routing"], num_experts).expand(case["T"], -1)
     routings = []
-    for _ in range(2 * repeats):
+    for _ in range(2 * turns):
         ids = torch.multinomial(expected, top_k).int()
         routings.append((ids, torch.randn(case["T"], top_k).softmax(1).requires_grad_()))
 
@@ -297,7 +301,7 @@ def run_fused(case: Case, repeats: int) -> Iterator[Case]:
             def turn_peer(turn: int, run: Run = run) -> object:
                 return run(contenders[PEER], 2 * turn + 1)
 
-            record = timing.compare({OURS: turn_ours, PEER: turn_peer}, worst, dtype, repeats)
+            record = timing.compare({OURS: turn_ours, PEER: turn_peer}, worst, dtype, turns)
         yield {**case, "pass": name, **record}
 
 
@@ -319,6 +323,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("gemm", "experts", "fused"))
     parser.add_argument("--repeats", type=int, default=60)
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=6,
+        help="over all cases; each takes its share of the repeats",
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", type=int, nargs="+", default=(1024, 4096))
     parser.add_argument(
@@ -337,17 +347,19 @@ def main() -> None:
     parser.add_argument(
         "--others",
         type=float,
-        default=float("inf"),
         help="leave out what runs while other processes use more CPUs than this",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="keep what the output has, run what was left out"
+        "--resume", action="store_true", help="go on from the log of visits that a run has left"
     )
     args = parser.parse_args()
     if args.what != "experts" and "compiled" in args.modes:
         parser.error("--modes compiled: of experts alone")
     if args.what != "gemm" and tuple(args.counts) != ("same",):
         parser.error("--counts: of gemm alone; the others have new counts in every turn")
+    if min(args.repeats, args.rounds) < 1:
+        parser.error("--repeats and --rounds: at least 1")
+    rounds = min(args.rounds, args.repeats)
     if not args.default_malloc and not KEEP_MEMORY.items() <= os.environ.items():
         # glibc reads them once, when the process starts.
         command = [sys.executable, "-m", "benchmarks.cpu", *sys.argv[1:]]
@@ -355,7 +367,7 @@ def main() -> None:
 
     env = timing.environment(args.threads)
     env["malloc"] = "glibc's default" if args.default_malloc else "freed memory is kept"
-    env["repeats"] = args.repeats
+    env |= {"repeats": args.repeats, "rounds": rounds}
     if args.what == "experts":
         env["transformers"] = importlib.metadata.version("transformers")
     torch.manual_seed(0)
@@ -365,29 +377,29 @@ def main() -> None:
         "fused": (experts_cases, run_fused),
     }[args.what]
     output = args.output or RESULTS / f"cpu_{args.what}.json"
-    done: list[Case] = []
-    if args.resume and output.exists():
-        before, done = timing.read(output)
-        if before.get("repeats") != args.repeats:
-            parser.error(f"--resume: {output} is of {before.get('repeats')} repeats")
-    records, left_out = [], 0
+    log = timing.VisitLog(output.with_suffix(".visits.jsonl"), args.repeats, rounds)
+    try:
+        log.open(resume=args.resume)
+    except ValueError as error:
+        parser.error(f"--resume: {error}")
     todo = list(cases(args))
-    for i, case in enumerate(todo):
-        found = [record for record in done if case.items() <= record.items()]
-        if not found and timing.others_now() <= args.others:
-            found = list(run(case, args.repeats))
-            for record in found:
-                shown = record.get("ratio", f"wrong: {record['errors']}")
-                print(f"{i + 1}/{len(todo)}", *case.values(), record["pass"], shown, flush=True)
-            if any(record.get("others", 0.0) > args.others for record in found):
-                found = []
-        records += found
-        left_out += not found
-        # At once: a run that is cut short keeps what it has, and what it was to resume.
-        later = [
-            record for case in todo[i + 1 :] for record in done if case.items() <= record.items()
-        ]
-        timing.write(output, env, records + later)
+    limited = args.others is not None
+    for number, turns in enumerate(log.turns):
+        for i, case in enumerate(todo):
+            if log.has(number, case) or (limited and timing.others_now() > args.others):
+                continue
+            visits = list(run(case, turns))
+            for visit in visits:
+                shown = timing.summary([visit]).get("ratio", f"wrong: {visit['errors']}")
+                place = f"round {number + 1}/{rounds}, {i + 1}/{len(todo)}"
+                print(place, *case.values(), visit["pass"], shown, flush=True)
+            if not limited or all(visit.get("others", 0.0) <= args.others for visit in visits):
+                log.append(number, case, visits)
+    records = [log.records(case) for case in todo]
+    timing.write(output, env, [record for found in records for record in found])
+    left_out = sum(not found for found in records)
+    if not left_out:
+        log.path.unlink()
     print(f"wrote {output}; {left_out} of {len(todo)} cases left out")
 
 

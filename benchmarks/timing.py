@@ -2,16 +2,19 @@
 """Timing two implementations side by side, on a machine that does other things too.
 
 Everything is compared inside one process, taking turns: whatever slows the machine down slows
-both. A comparison is the ratio peer / ours of each turn, and its quartiles; the quartiles of the
-times themselves are kept beside it, and how many CPUs other processes used meanwhile: two threads
-that wait for each other lose far more than the share that is taken from them. Nothing is timed
-whose result was not found right first.
+both. What slows one more than the other, as a busy cache slows who reads more of it, often lasts
+for seconds: so the turns of a case are spread over the run, some in each of its rounds, and
+each such visit draws its operands anew. A comparison is the ratio peer / ours of each turn, and
+its quartiles; the quartiles of the times themselves are kept beside it, and how many CPUs other
+processes used meanwhile: two threads that wait for each other lose far more than the share that
+is taken from them. Nothing is timed whose result was not found right first.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import platform
 import statistics
@@ -67,11 +70,11 @@ def compare(
     contenders: dict[str, Contender],
     worst_errors: dict[str, float],
     dtype: torch.dtype,
-    repeats: int,
+    turns: int,
 ) -> dict[str, Any]:
-    """Times `contenders`, OURS and PEER, in turns; the record that is written to the results.
+    """Times `contenders`, OURS and PEER, in turns; the record of one visit, with every time.
 
-    Where a result is wrong there is no ratio, and `wrong` names whose it is.
+    Where a result is wrong nothing is timed, and `wrong` names whose it is.
     """
     record: dict[str, Any] = {
         "errors": {name: float(f"{e:.2e}") for name, e in worst_errors.items()}
@@ -81,23 +84,46 @@ def compare(
     if wrong:
         return {**record, "wrong": wrong}
     others = OtherProcesses()
-    milliseconds = _take_turns(contenders, repeats)
+    milliseconds = _take_turns(contenders, turns)
+    return {**record, "others": others.cpus(), "milliseconds": milliseconds}
+
+
+def summary(visits: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The record that is written to the results, of the visits of one case.
+
+    Of a case that was wrong in any visit there is no ratio, and `wrong` names whose result it was.
+    """
+    errors = [visit["errors"] for visit in visits]
+    # max would pass over a NaN.
+    worst = {name: max((e[name] for e in errors), key=_nan_last) for name in errors[0]}
+    wrong = {name for visit in visits for name in visit.get("wrong", ())}
+    timed = ("others", "milliseconds", "wrong")
+    record = {**{k: v for k, v in visits[0].items() if k not in timed}, "errors": worst}
+    if wrong:
+        return {**record, "wrong": [name for name in worst if name in wrong]}
+    milliseconds = {
+        name: [time for visit in visits for time in visit["milliseconds"][name]] for name in worst
+    }
     turns = zip(milliseconds[PEER], milliseconds[OURS], strict=True)
     return {
         **record,
-        "others": others.cpus(),
+        "others": round(statistics.mean(visit["others"] for visit in visits), 2),
         "milliseconds": {name: _quartiles(times) for name, times in milliseconds.items()},
         "ratio": _quartiles([peer / ours for peer, ours in turns]),
     }
 
 
-def _take_turns(contenders: dict[str, Contender], repeats: int) -> dict[str, list[float]]:
+def _nan_last(error: float) -> float:
+    return math.inf if math.isnan(error) else error
+
+
+def _take_turns(contenders: dict[str, Contender], turns: int) -> dict[str, list[float]]:
     names = list(contenders)
     milliseconds: dict[str, list[float]] = {name: [] for name in names}
     for warmup in range(2):
         for name in names:
-            contenders[name](warmup)
-    for turn in range(repeats):
+            contenders[name](warmup % turns)
+    for turn in range(turns):
         # Each goes first every other turn: the first one finds colder caches.
         for name in names if turn % 2 else reversed(names):
             contender = contenders[name]
@@ -137,13 +163,50 @@ def others_now() -> float:
 
 
 def _quartiles(values: list[float]) -> list[float]:
+    if len(values) == 1:
+        values = values * 2
     return [float(f"{q:.4g}") for q in statistics.quantiles(values, n=4, method="inclusive")]
 
 
-def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The environment and the records of a file of results."""
-    content = json.loads(path.read_text())
-    return content["environment"], content["cases"]
+class VisitLog:
+    """What a run has measured so far, a line for each visit of a case; a run cut short goes on from it.
+
+    Attributes:
+        turns: of each round, which share the repeats.
+    """
+
+    def __init__(self, path: Path, repeats: int, rounds: int) -> None:
+        self.path = path
+        self.turns = [len(range(number, repeats, rounds)) for number in range(rounds)]
+        self.visits: dict[tuple[int, str], list[dict[str, Any]]] = {}
+
+    def open(self, resume: bool) -> None:
+        """Empties it, or reads what is there; ValueError where that shared its repeats otherwise."""
+        lines = self.path.read_text().splitlines(True) if resume and self.path.exists() else []
+        # A run that is killed may leave half a line.
+        entries = [json.loads(line) for line in lines if line.endswith("\n")]
+        if entries and entries[0] != self.turns:
+            raise ValueError(f"{self.path} has {entries[0]} turns a round, not {self.turns}")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.turns) + "\n")
+        for entry in entries[1:]:
+            self.append(*entry)
+
+    def append(self, number: int, case: dict[str, Any], visits: list[dict[str, Any]]) -> None:
+        """Of a round, what it found of a case, a record for each pass."""
+        self.visits[number, json.dumps(case)] = visits
+        with self.path.open("a") as file:
+            file.write(json.dumps([number, case, visits]) + "\n")
+
+    def has(self, number: int, case: dict[str, Any]) -> bool:
+        return (number, json.dumps(case)) in self.visits
+
+    def records(self, case: dict[str, Any]) -> list[dict[str, Any]]:
+        """For the results, one for each pass; none before every round has visited the case."""
+        if not all(self.has(number, case) for number in range(len(self.turns))):
+            return []
+        rounds = [self.visits[number, json.dumps(case)] for number in range(len(self.turns))]
+        return [summary(visits) for visits in zip(*rounds, strict=True)]
 
 
 def write(path: Path, env: dict[str, Any], records: list[dict[str, Any]]) -> None:

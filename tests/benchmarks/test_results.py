@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a benchmark writes down beside its numbers, and what the tables say of it."""
 
-import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -60,30 +60,124 @@ def test_tables_count_what_they_leave_out(tmp_path):
         assert said is None or f"Left out, since a result was found wrong: {said}." in text
 
 
-def test_a_resumed_run_that_is_cut_short_loses_nothing(tmp_path, monkeypatch):
-    output = tmp_path / "results.json"
-    arguments = ["gemm", "--dtypes", "bf16", "--num-experts", "8", "--hidden-sizes", "256"]
-    arguments += ["--repeats", "2", "--threads", "1", "--default-malloc", "--output", str(output)]
+def visit(*times, ours=1.0, others=0.0, error=1e-7, **more):
+    """What a round finds of a case: torch's times, ours being all the same."""
+    milliseconds = {"moe_ops": [ours] * len(times), "peer": list(times)}
+    errors = {"moe_ops": error, "peer": 1e-7}
+    return {"pass": "dX", "errors": errors, "others": others, "milliseconds": milliseconds} | more
+
+
+def test_summary_is_of_the_turns_of_all_rounds():
+    rounds = [visit(2.0, 4.0, others=0.1), visit(6.0, error=3e-7), visit(8.0, 10.0, others=0.2)]
+    record = timing.summary(rounds)
+    assert record["ratio"] == [4.0, 6.0, 8.0]
+    assert record["milliseconds"] == {"moe_ops": [1.0, 1.0, 1.0], "peer": [4.0, 6.0, 8.0]}
+    assert record["others"] == 0.1
+    assert record["errors"] == {"moe_ops": 3e-7, "peer": 1e-7}
+    assert record["pass"] == "dX"
+
+
+@pytest.mark.parametrize("error", [1.0, math.nan])
+def test_summary_of_what_was_wrong_once_has_no_ratio(error):
+    wrong = {"pass": "dX", "errors": {"moe_ops": error, "peer": 1e-7}, "wrong": ["moe_ops"]}
+    for rounds in ([wrong, visit(1.0)], [visit(1.0), wrong, visit(1.0)]):
+        record = timing.summary(rounds)
+        assert record["wrong"] == ["moe_ops"]
+        assert "ratio" not in record
+        assert record["errors"]["moe_ops"] == pytest.approx(error, nan_ok=True)
+
+
+class Benchmark:
+    """The CLI on four cases of 8 experts, with a function in place of the measuring."""
+
+    def __init__(self, folder, monkeypatch):
+        self.output = folder / "results.json"
+        self.log = folder / "results.visits.jsonl"
+        self.monkeypatch = monkeypatch
+
+    def __call__(self, run, *arguments):
+        command = ["benchmarks.cpu", "gemm", "--dtypes", "bf16", "--num-experts", "8"]
+        command += ["--hidden-sizes", "256", "--rows", "1024", "--threads", "1"]
+        command += ["--default-malloc", "--output", str(self.output), *arguments]
+        self.monkeypatch.setattr(sys, "argv", command)
+        self.monkeypatch.setattr(cpu, "run_gemm", run)
+        cpu.main()
+        return json.loads(self.output.read_text())
+
+
+@pytest.fixture
+def benchmark(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    return Benchmark(tmp_path, monkeypatch)
+
+
+def are_of(records, cases):
+    return [{**record, **case} for record, case in zip(records, cases, strict=True)] == records
+
+
+def test_repeats_are_spread_over_rounds_of_all_cases(benchmark):
+    asked: list[tuple[int, cpu.Case]] = []
+
+    def run(case, turns):
+        asked.append((turns, case))
+        return [{**case, **visit(*range(len(asked), len(asked) + turns))}]
+
+    result = benchmark(run, "--repeats", "7", "--rounds", "3")
+    cases = [case for _, case in asked[:4]]
+    assert [turns for turns, _ in asked] == [3] * 4 + [2] * 8
+    assert [case for _, case in asked] == cases * 3
+    assert len({json.dumps(case) for case in cases}) == 4
+    # Of the first case in turns of 1, 2, 3; 5, 6; 9, 10 times our time.
+    assert result["cases"][0]["ratio"] == [2.5, 5.0, 7.5]
+    assert are_of(result["cases"], cases)
+    assert result["environment"]["rounds"] == 3
+    assert not benchmark.log.exists()
+
+
+def test_a_run_that_is_cut_short_goes_on_from_its_visits(benchmark):
+    cut_after = 6
     asked: list[cpu.Case] = []
 
-    def run(case, repeats):
+    def run(case, turns):
+        if len(asked) == cut_after:
+            raise KeyboardInterrupt
         asked.append(case)
-        raise KeyboardInterrupt
+        return [{**case, **visit(*[float(len(asked))] * turns)}]
 
-    monkeypatch.setattr(cpu, "run_gemm", run)
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
-    parser = argparse.Namespace(
-        dtypes=["bf16"], num_experts=[8], hidden_sizes=[256], rows=(1024, 4096), counts=("same",)
-    )
-    first, second, third, *_ = cpu.gemm_cases(parser)
-    before = [{**case, "pass": "dX", "ratio": [2.0, 2.0, 2.0]} for case in (first, third)]
-    timing.write(output, {"repeats": 2}, before)
-    monkeypatch.setattr(sys, "argv", ["benchmarks.cpu", *arguments, "--resume"])
+    repeats = ("--repeats", "2", "--rounds", "2")
     with pytest.raises(KeyboardInterrupt):
-        cpu.main()
-    assert asked == [second]
-    _, records = timing.read(output)
-    assert records == before
-    monkeypatch.setattr(sys, "argv", ["benchmarks.cpu", *arguments, "--resume", "--repeats", "3"])
+        benchmark(run, *repeats)
+    assert not benchmark.output.exists()
+    # Killed in the middle of a line.
+    with benchmark.log.open("a") as file:
+        file.write('[1, {"dtype"')
     with pytest.raises(SystemExit):
-        cpu.main()
+        benchmark(run, "--repeats", "3", "--rounds", "2", "--resume")
+    cut_after = 7
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(run, *repeats, "--resume")
+    cut_after = 8
+    result = benchmark(run, *repeats, "--resume")
+    cases = asked[:4]
+    assert asked == cases * 2
+    assert [record["ratio"][1] for record in result["cases"]] == [3.0, 4.0, 5.0, 6.0]
+    assert not benchmark.log.exists()
+
+
+def test_visits_beside_other_processes_are_left_out_and_repeated(benchmark, monkeypatch):
+    monkeypatch.setattr(timing, "others_now", lambda: 0.0)
+    busy = True
+    asked: list[cpu.Case] = []
+
+    def run(case, turns):
+        asked.append(case)
+        return [{**case, **visit(*[2.0] * turns, others=0.5 * (busy and len(asked) == 6))}]
+
+    limit = ("--repeats", "2", "--rounds", "2", "--others", "0.3")
+    result = benchmark(run, *limit)
+    cases = asked[:4]
+    assert are_of(result["cases"], [cases[0], *cases[2:]])
+    busy = False
+    result = benchmark(run, *limit, "--resume")
+    assert asked[8:] == cases[1:2]
+    assert are_of(result["cases"], cases)
