@@ -313,6 +313,25 @@ def test_rejects_mixed_devices():
         torch.ops.moe.grouped_gemm(**arguments)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", sorted(SCHEMAS))
+def test_the_kernel_of_the_cpu_never_gets_a_tensor_of_another_device(name, grad):
+    """It does not ask: the dispatcher goes by the other device, wherever its tensor stands."""
+    sample = seeded_sample(SCHEMAS[name], 0)
+    first = sample.schema.tensors[0].name
+    given = [a.name for a in sample.schema.tensors if sample.arguments[a.name] is not None]
+    # Where a gradient is recorded, an op of its own makes what the backward needs.
+    text = rf"^moe::{name}(_forward)?: expected \w+\.device == {first}\.device \((cpu|meta)\), got (cpu|meta)$"
+    for argument, others in itertools.product(given if len(given) > 1 else (), (False, True)):
+        moved = {
+            key: value.to("meta").requires_grad_(grad and value.is_floating_point())
+            for key, value in sample.arguments.items()
+            if key in given and (key != argument) == others
+        }
+        with pytest.raises(ValueError, match=text):
+            sample(**moved)
+
+
 def test_fake_cuda_tensors():
     """Devices that this machine lacks: mixed ones and fp64 are refused all the same."""
     with FakeTensorMode():

@@ -4,8 +4,9 @@
 The functions are source text, compiled once at import: a call costs one to two microseconds where
 walking the schema would cost several times that. `python -m moe_ops show OP` prints them.
 
-The same lines bind the dimension letters from the shapes of the arguments in all three. The checks of the kernel raise at once; the fake kernel asks the same questions through
-torch._check_with, so that they also hold for sizes that a compiler knows by name alone.
+The same lines bind the dimension letters from the shapes of the arguments in all three. The checks
+of the kernel raise at once; the fake kernel asks the same questions through torch._check_with, so
+that they also hold for sizes that a compiler knows by name alone.
 """
 
 from __future__ import annotations
@@ -47,12 +48,13 @@ _GLOBALS: dict[str, Any] = {
 class Functions:
     """What is generated for one op; `source` is the text of all of it.
 
-    kernel_of(load) makes a kernel that checks its arguments, then calls with all of them, defaults
-    too, the implementation that load() returned when the first call was right.
+    kernel_of(load, may_mix) makes a kernel that checks its arguments, then calls with all of them,
+    defaults too, the implementation that load() returned when the first call was right. may_mix:
+    whether the dispatcher may hand it tensors of several devices.
     """
 
     source: str
-    kernel_of: Callable[[Callable[[], Callable[..., Any]]], Callable[..., Any]]
+    kernel_of: Callable[[Callable[[], Callable[..., Any]], bool], Callable[..., Any]]
     fake: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
     flops: Callable[..., int] | None
 
@@ -103,7 +105,7 @@ def _kernel_of(schema: OpSchema) -> str:
         f"return _implementation({names})",
     ]
     kernel = textwrap.indent(_function("kernel", schema, body), "    ")
-    return f"def kernel_of(_load):\n    _implementation = None\n\n{kernel}\n    return kernel\n"
+    return f"def kernel_of(_load, _may_mix):\n    _implementation = None\n\n{kernel}\n    return kernel\n"
 
 
 def _function(name: str, schema: OpSchema, body: list[str], extra: str = "") -> str:
@@ -191,8 +193,9 @@ class _Body:
                 f"{name}.device == {self.first.name}.device ({{{self.first.name}.device}})",
                 f"{{{name}.device}}",
             )
+            asked = "" if self.symbolic else "_may_mix and "
             lines += [
-                f"if {name}.device != {self.first.name}.device:",
+                f"if {asked}{name}.device != {self.first.name}.device:",
                 f"    raise ValueError({message})",
             ]
         # Read once: each `tensor.shape` is a new object.

@@ -186,7 +186,8 @@ def _device_kernel(op: Op, device_type: str) -> Callable[..., Tensors]:
             )  # fmt: skip
         return op._load(choice.name)
 
-    return op.generated.kernel_of(load)
+    # Of tensors of several devices the dispatcher asks the CPU's kernel last.
+    return op.generated.kernel_of(load, device_type != "cpu")
 
 
 def _autocast_kernel(op: Op, device_type: str) -> Callable[..., Tensors]:

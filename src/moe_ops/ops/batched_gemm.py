@@ -46,8 +46,6 @@ def may_batch(
     return _most_won(num_experts, num_rows, matrix_shape, dtype, sums_rows) > 0
 
 
-# The same counts come to both projections, forward and backward.
-@functools.lru_cache(maxsize=256)
 def batch_size(
     ends: ExpertEnds, matrix_shape: tuple[int, int], dtype: torch.dtype, *, sums_rows: bool
 ) -> int:

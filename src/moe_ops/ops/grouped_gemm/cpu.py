@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from moe_ops.ops.batched_gemm import Batch, batch_of, batch_size, few_sizes, may_batch
+from moe_ops.ops.batched_gemm import batch_of, batch_size, few_sizes, may_batch
 from moe_ops.ops.rows import (
     ExpertEnds,
     Routing,
@@ -211,8 +211,12 @@ def batched_products(
     grouped_mm = _grouped_mm(token_counts, rows.shape[0], rows, matrices)
     if grouped_mm is None or not grouped_mm.may_batch:
         return None
-    batch = grouped_mm.batch(expert_ends(token_counts, rows.shape[0]))
-    return None if batch is None else (batch.products(rows, matrices), batch.places)
+    ends = expert_ends(token_counts, rows.shape[0])
+    size = _batch_size(grouped_mm, ends)
+    if not size:
+        return None
+    batch = batch_of(ends, size)
+    return batch.products(rows, matrices), batch.places
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -236,11 +240,6 @@ class _GroupedMM:
     sums_rows: bool
     may_batch: bool
 
-    def batch(self, ends: ExpertEnds) -> Batch | None:
-        """The batch that is the best for these counts, if one is."""
-        size = batch_size(ends, self.matrix_shape, self.dtype, sums_rows=self.sums_rows)
-        return batch_of(ends, size) if size else None
-
     def multiply(
         self,
         rows: torch.Tensor,
@@ -253,8 +252,8 @@ class _GroupedMM:
         With sources it is rows[sources[i]].
         """
         ends = expert_ends(token_counts, self.num_rows)
-        if self.may_batch and (batch := self.batch(ends)):
-            return batch.multiply(rows, matrices, sources)
+        if self.may_batch and (size := _batch_size(self, ends)):
+            return batch_of(ends, size).multiply(rows, matrices, sources)
         x = rows if sources is None else rows.index_select(0, sources)
         has_tail = ends.tail < self.num_rows
         output = _torch_grouped_mm(x, matrices, offs=ends.tensor)
@@ -267,9 +266,17 @@ class _GroupedMM:
     ) -> torch.Tensor:
         """sum_i outer(left[i], right[i]) over each expert's rows."""
         ends = expert_ends(token_counts, self.num_rows)
-        if self.may_batch and (batch := self.batch(ends)):
-            return batch.multiply_transposed(left, right)
+        if self.may_batch and (size := _batch_size(self, ends)):
+            return batch_of(ends, size).multiply_transposed(left, right)
         return _torch_grouped_mm(left.t(), right, offs=ends.tensor)
+
+
+# Both stand for what they were made of, so that a lookup compares no sizes and no counts.
+@functools.lru_cache(maxsize=256)
+def _batch_size(grouped_mm: _GroupedMM, ends: ExpertEnds) -> int:
+    """The rows of each expert in the batch that is the best for these counts; 0 if none is."""
+    shape, dtype = grouped_mm.matrix_shape, grouped_mm.dtype
+    return batch_size(ends, shape, dtype, sums_rows=grouped_mm.sums_rows)
 
 
 # What functional.grouped_mm calls, where torch has it: without a Python function around it.
