@@ -169,7 +169,7 @@ def _quartiles(values: list[float]) -> list[float]:
 
 
 class VisitLog:
-    """What a run has measured so far, a line for each visit of a case; a run cut short goes on from it.
+    """What a run has measured so far, a line for each visit; a run cut short goes on from it.
 
     Attributes:
         turns: of each round, which share the repeats.
@@ -181,7 +181,7 @@ class VisitLog:
         self.visits: dict[tuple[int, str], list[dict[str, Any]]] = {}
 
     def open(self, resume: bool) -> None:
-        """Empties it, or reads what is there; ValueError where that shared its repeats otherwise."""
+        """Empties it, or reads what is there; ValueError where that has other turns in a round."""
         lines = self.path.read_text().splitlines(True) if resume and self.path.exists() else []
         # A run that is killed may leave half a line.
         entries = [json.loads(line) for line in lines if line.endswith("\n")]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moe_ops
-from moe_ops._core.library import SCHEMAS
+from moe_ops._core.library import OPS, SCHEMAS
 from tests import checks
 from tests.strategies import PRESENT, Sample, samples, seeded_sample
 
@@ -321,7 +321,8 @@ def test_the_kernel_of_the_cpu_never_gets_a_tensor_of_another_device(name, grad)
     first = sample.schema.tensors[0].name
     given = [a.name for a in sample.schema.tensors if sample.arguments[a.name] is not None]
     # Where a gradient is recorded, an op of its own makes what the backward needs.
-    text = rf"^moe::{name}(_forward)?: expected \w+\.device == {first}\.device \((cpu|meta)\), got (cpu|meta)$"
+    op, device = rf"moe::{name}(_forward)?", "(cpu|meta)"
+    text = rf"^{op}: expected \w+\.device == {first}\.device \({device}\), got {device}$"
     for argument, others in itertools.product(given if len(given) > 1 else (), (False, True)):
         moved = {
             key: value.to("meta").requires_grad_(grad and value.is_floating_point())
@@ -330,6 +331,14 @@ def test_the_kernel_of_the_cpu_never_gets_a_tensor_of_another_device(name, grad)
         }
         with pytest.raises(ValueError, match=text):
             sample(**moved)
+
+
+def test_the_kernel_of_cuda_compares_devices():
+    kernel = OPS["permute"].device_kernels["CUDA"]
+    rows, indices = torch.randn(6, 8), torch.empty(12, dtype=I32, device="meta")
+    text = r"^moe::permute: expected gather_indices.device == input.device \(cpu\), got meta$"
+    with pytest.raises(ValueError, match=text):
+        kernel(rows, indices, 2)
 
 
 def test_fake_cuda_tensors():
