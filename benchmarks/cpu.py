@@ -98,12 +98,13 @@ def run_gemm(case: Case, turns: int) -> Iterator[Case]:
     weight = torch.randn(num_experts, case["N"], case["D"]).to(dtype)
     dy = torch.randn(num_rows, case["N"]).to(dtype)
     expected = popularity(case["routing"], num_experts)
-    routings = []
-    # New ones differ between the two: who came second would find a compiled product.
-    for _ in range(2 * turns if case["counts"] == "new" else 1):
+
+    def draw() -> tuple[Tensor, Tensor]:
         ids = torch.multinomial(expected, num_rows, replacement=True)
         counts = ids.bincount(minlength=num_experts).int()
-        routings.append((counts, counts.cumsum(0, dtype=torch.int32)))
+        return counts, counts.cumsum(0, dtype=torch.int32)
+
+    checked = draw()
 
     dx_op = torch.ops.moe.grouped_gemm_dx.default
     dw_op = torch.ops.moe.grouped_gemm_dw.default
@@ -118,17 +119,21 @@ def run_gemm(case: Case, turns: int) -> Iterator[Case]:
         "dW": lambda ends: torch._grouped_mm(dy.t(), x, ends),
     }
     for name, run in ours.items():
-        counts, ends = routings[0]
+        counts, ends = checked
         reference = _gemm_reference(name, x.double(), weight, dy.double(), ends.tolist())
         worst = {
             OURS: timing.worst_error([run(counts)], [reference]),
             PEER: timing.worst_error([peer[name](ends)], [reference]),
         }
+        routings = [checked]
+        if case["counts"] == "new":
+            # Neither contender has met any: who came second would find a compiled product.
+            routings = [draw() for _ in range(2 * (turns + timing.WARM_UPS))]
 
-        def turn_ours(turn: int, run: Run = run) -> object:
+        def turn_ours(turn: int, run: Run = run, routings: Any = routings) -> object:
             return run(routings[2 * turn % len(routings)][0])
 
-        def turn_peer(turn: int, run: Run = peer[name]) -> object:
+        def turn_peer(turn: int, run: Run = peer[name], routings: Any = routings) -> object:
             return run(routings[(2 * turn + 1) % len(routings)][1])
 
         record = timing.compare({OURS: turn_ours, PEER: turn_peer}, worst, dtype, turns)
@@ -184,11 +189,15 @@ def run_experts(case: Case, turns: int) -> Iterator[Case]:
     hidden_states = torch.randn(case["T"], case["H"]).to(dtype).requires_grad_()
     grad_output = torch.randn(case["T"], case["H"]).to(dtype)
     expected = popularity(case["routing"], case["E"]).expand(case["T"], -1)
-    routings = []
-    for _ in range(2 * turns):
+
+    def draw() -> tuple[Tensor, Tensor]:
         ids = torch.multinomial(expected, case["K"])
-        weights = torch.randn(case["T"], case["K"]).softmax(1).to(dtype).requires_grad_()
-        routings.append((ids, weights))
+        weights = torch.randn(case["T"], case["K"]).softmax(1).to(dtype)
+        return ids, weights.requires_grad_()
+
+    # Every turn of every pass has a routing that neither contender has met.
+    num_routings = 2 * (turns + timing.WARM_UPS)
+    checked = draw()
 
     def forward(module: nn.Module, i: int) -> tuple[Tensor, ...]:
         return (module(hidden_states, *routings[i]),)
@@ -207,13 +216,15 @@ def run_experts(case: Case, turns: int) -> Iterator[Case]:
         torch._dynamo.reset()
         for module in modules.values():
             module.compile(fullgraph=True)
-    references = _experts_reference(experts, hidden_states, *routings[0], grad_output)
+    references = _experts_reference(experts, hidden_states, *checked, grad_output)
     for name, run in (("forward", forward), ("forward+backward", forward_backward)):
+        routings = [checked]
         with torch.set_grad_enabled(run is forward_backward):
             worst = {
                 contender: timing.worst_error(found := run(module, 0), references[: len(found)])
                 for contender, module in modules.items()
             }
+            routings = [draw() for _ in range(num_routings)]
 
             def turn_ours(turn: int, run: Run = run) -> object:
                 return run(modules[OURS], 2 * turn)
@@ -270,10 +281,14 @@ def run_fused(case: Case, turns: int) -> Iterator[Case]:
     ]
     grad_output = torch.randn(case["T"], hidden_size).to(dtype)
     expected = popularity(case["routing"], num_experts).expand(case["T"], -1)
-    routings = []
-    for _ in range(2 * turns):
+
+    def draw() -> tuple[Tensor, Tensor]:
         ids = torch.multinomial(expected, top_k).int()
-        routings.append((ids, torch.randn(case["T"], top_k).softmax(1).requires_grad_()))
+        return ids, torch.randn(case["T"], top_k).softmax(1).requires_grad_()
+
+    # Every turn of every pass has a routing that neither contender has met.
+    num_routings = 2 * (turns + timing.WARM_UPS)
+    checked = draw()
 
     def forward(experts: Run, i: int) -> tuple[Tensor, ...]:
         return (experts(*leaves, *routings[i]),)
@@ -283,17 +298,19 @@ def run_fused(case: Case, turns: int) -> Iterator[Case]:
         wanted = (*leaves, routings[i][1])
         return (output.detach(), *torch.autograd.grad(output, wanted, grad_output))
 
-    wide = [t.detach().double().requires_grad_() for t in (*leaves, routings[0][1])]
-    output = separate_ops(wide[0], wide[1], wide[2], routings[0][0], wide[3])
+    wide = [t.detach().double().requires_grad_() for t in (*leaves, checked[1])]
+    output = separate_ops(wide[0], wide[1], wide[2], checked[0], wide[3])
     grads = torch.autograd.grad(output, wide, grad_output.double())
     references = [output.detach(), *grads]
     contenders: dict[str, Run] = {OURS: moe_ops.fused_experts, PEER: separate_ops}
     for name, run in (("forward", forward), ("forward+backward", forward_backward)):
+        routings = [checked]
         with torch.set_grad_enabled(run is forward_backward):
             worst = {
                 contender: timing.worst_error(found := run(experts, 0), references[: len(found)])
                 for contender, experts in contenders.items()
             }
+            routings = [draw() for _ in range(num_routings)]
 
             def turn_ours(turn: int, run: Run = run) -> object:
                 return run(contenders[OURS], 2 * turn)
@@ -377,7 +394,7 @@ def main() -> None:
         "fused": (experts_cases, run_fused),
     }[args.what]
     output = args.output or RESULTS / f"cpu_{args.what}.json"
-    log = timing.VisitLog(output.with_suffix(".visits.jsonl"), args.repeats, rounds)
+    log = timing.VisitLog(output.with_suffix(".visits.jsonl"), env)
     try:
         log.open(resume=args.resume)
     except ValueError as error:
@@ -398,7 +415,8 @@ def main() -> None:
     records = [log.records(case) for case in todo]
     timing.write(output, env, [record for found in records for record in found])
     left_out = sum(not found for found in records)
-    if not left_out:
+    # Visits of cases that were not asked for this time are kept.
+    if len(log.visits) == len(todo) * rounds:
         log.path.unlink()
     print(f"wrote {output}; {left_out} of {len(todo)} cases left out")
 

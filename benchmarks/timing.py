@@ -30,7 +30,9 @@ from tests.tolerances import RELATIVE_NORM, relative_error
 
 OURS, PEER = "moe_ops", "peer"
 
-# Called with the number of the turn; what is not to be timed was prepared before.
+# Called with the number of the turn; what is not to be timed was prepared before. The turns that are
+# timed are followed by WARM_UPS more, which run before them.
+WARM_UPS = 2
 Contender = Callable[[int], Any]
 
 
@@ -120,9 +122,9 @@ def _nan_last(error: float) -> float:
 def _take_turns(contenders: dict[str, Contender], turns: int) -> dict[str, list[float]]:
     names = list(contenders)
     milliseconds: dict[str, list[float]] = {name: [] for name in names}
-    for warmup in range(2):
+    for warm_up in range(turns, turns + WARM_UPS):
         for name in names:
-            contenders[name](warmup % turns)
+            contenders[name](warm_up)
     for turn in range(turns):
         # Each goes first every other turn: the first one finds colder caches.
         for name in names if turn % 2 else reversed(names):
@@ -172,23 +174,26 @@ class VisitLog:
     """What a run has measured so far, a line for each visit; a run cut short goes on from it.
 
     Attributes:
+        settings: the run's environment but for the date; they are the log's first line.
         turns: of each round, which share the repeats.
     """
 
-    def __init__(self, path: Path, repeats: int, rounds: int) -> None:
+    def __init__(self, path: Path, env: dict[str, Any]) -> None:
         self.path = path
+        self.settings = {key: value for key, value in env.items() if key != "date"}
+        repeats, rounds = env["repeats"], env["rounds"]
         self.turns = [len(range(number, repeats, rounds)) for number in range(rounds)]
         self.visits: dict[tuple[int, str], list[dict[str, Any]]] = {}
 
     def open(self, resume: bool) -> None:
-        """Empties it, or reads what is there; ValueError where that has other turns in a round."""
+        """Empties it, or reads what is there; ValueError where that was measured otherwise."""
         lines = self.path.read_text().splitlines(True) if resume and self.path.exists() else []
         # A run that is killed may leave half a line.
         entries = [json.loads(line) for line in lines if line.endswith("\n")]
-        if entries and entries[0] != self.turns:
-            raise ValueError(f"{self.path} has {entries[0]} turns a round, not {self.turns}")
+        if entries and entries[0] != self.settings:
+            raise ValueError(f"{self.path} is of {entries[0]}, not {self.settings}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.turns) + "\n")
+        self.path.write_text(json.dumps(self.settings) + "\n")
         for entry in entries[1:]:
             self.append(*entry)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a benchmark writes down beside its numbers, and what the tables say of it."""
 
+import argparse
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import cpu, report, timing
+from moe_ops.ops import rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,11 +70,11 @@ def visit(*times, ours=1.0, others=0.0, error=1e-7, **more):
 
 
 def test_summary_is_of_the_turns_of_all_rounds():
-    rounds = [visit(2.0, 4.0, others=0.1), visit(6.0, error=3e-7), visit(8.0, 10.0, others=0.2)]
+    rounds = [visit(2.0, 4.0, others=0.1), visit(6.0, error=3e-7), visit(8.0, 10.0, others=0.5)]
     record = timing.summary(rounds)
     assert record["ratio"] == [4.0, 6.0, 8.0]
     assert record["milliseconds"] == {"moe_ops": [1.0, 1.0, 1.0], "peer": [4.0, 6.0, 8.0]}
-    assert record["others"] == 0.1
+    assert record["others"] == 0.2
     assert record["errors"] == {"moe_ops": 3e-7, "peer": 1e-7}
     assert record["pass"] == "dX"
 
@@ -162,6 +164,71 @@ def test_a_run_that_is_cut_short_goes_on_from_its_visits(benchmark):
     assert asked == cases * 2
     assert [record["ratio"][1] for record in result["cases"]] == [3.0, 4.0, 5.0, 6.0]
     assert not benchmark.log.exists()
+
+
+def test_resume_refuses_what_was_measured_otherwise(benchmark):
+    def cut(case, turns):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(cut, "--repeats", "2")
+    for other in (("--repeats", "3"), ("--repeats", "2", "--rounds", "1")):
+        with pytest.raises(SystemExit):
+            benchmark(cut, *other, "--resume")
+    with pytest.raises(SystemExit):
+        benchmark(cut, "--repeats", "2", "--threads", "2", "--resume")
+
+
+def test_resume_keeps_the_visits_of_other_cases(benchmark):
+    asked: list[cpu.Case] = []
+
+    def run(case, turns):
+        asked.append(case)
+        return [{**case, **visit(*[2.0] * turns)}]
+
+    def cut(case, turns):
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return run(case, turns)
+
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(cut, "--repeats", "1", "--rows", "8", "16")
+    benchmark(run, "--repeats", "1", "--rows", "16", "--resume")
+    assert benchmark.log.exists()
+    benchmark(run, "--repeats", "1", "--rows", "8", "16", "--resume")
+    assert len(asked) == 8
+    assert not benchmark.log.exists()
+
+
+@pytest.mark.parametrize("what", ["gemm", "fused"])
+def test_no_turn_meets_counts_that_were_met_before(what, monkeypatch):
+    arguments = argparse.Namespace(
+        dtypes=["fp32"], num_experts=[8], hidden_sizes=[16], rows=[64], counts=["new"],
+        modes=["eager"],
+    )  # fmt: skip
+    cases, run = {
+        "gemm": (cpu.gemm_cases, cpu.run_gemm), "fused": (cpu.experts_cases, cpu.run_fused)
+    }[what]  # fmt: skip
+    met, ends = [], rows._ends_of.__wrapped__
+    timed = []
+
+    def ends_of(counts, num_rows):
+        met.append(counts)
+        return ends(counts, num_rows)
+
+    def take_turns(contenders, turns):
+        for turn in range(turns + timing.WARM_UPS):
+            before = len(met)
+            contenders[timing.OURS](turn)
+            timed.append(met[before:])
+        return {name: [1.0] * turns for name in contenders}
+
+    monkeypatch.setattr(rows, "_ends_of", ends_of)
+    monkeypatch.setattr(timing, "_take_turns", take_turns)
+    assert list(run(next(iter(cases(arguments))), 5))
+    first = [counts[0] for counts in timed if counts]
+    assert len(first) >= 14
+    assert len(set(first)) == len(first)
 
 
 def test_visits_beside_other_processes_are_left_out_and_repeated(benchmark, monkeypatch):

@@ -47,9 +47,12 @@ def sizes(monkeypatch):
     monkeypatch.setattr(torch, "bmm", counting_bmm)
     monkeypatch.setattr(cpu, "_is_native", lambda _: True)
     # What depends on either is remembered.
-    cpu._grouped_mm_of.cache_clear()
+    remembered = cpu._grouped_mm_of, cpu._batch_size
+    for function in remembered:
+        function.cache_clear()
     yield state
-    cpu._grouped_mm_of.cache_clear()
+    for function in remembered:
+        function.cache_clear()
 
 
 def make_operands(num_rows, dtype, transposed=False, num_experts=6):
@@ -211,7 +214,7 @@ def test_each_product_of_the_same_rows_has_its_own_batch(monkeypatch):
         right = torch.empty(num_rows if sums_rows else len(counts), *shape[sums_rows:], dtype=dtype)
         grouped_mm = cpu._grouped_mm(counts, num_rows, left, right)
         assert grouped_mm is not None
-        size = cpu._batch_size(grouped_mm, ends) if grouped_mm.may_batch else 0
+        size = cpu._batch_size(grouped_mm.product, ends) if grouped_mm.may_batch else 0
         assert size == sizes[key]
     cpu._grouped_mm_of.cache_clear()
     # Each of the three makes a difference here, and so would a square of one of the sizes.
@@ -220,6 +223,27 @@ def test_each_product_of_the_same_rows_has_its_own_batch(monkeypatch):
         assert sizes[one] != sizes[other]
     wide = ((256, 640), torch.bfloat16, False)
     assert sizes[wide] != batched_gemm.batch_size(ends, (256, 256), wide[1], sums_rows=False)
+
+
+def test_forward_and_dx_share_the_search_for_a_batch(monkeypatch):
+    monkeypatch.setattr(cpu, "_is_native", lambda _: True)
+    searched = []
+
+    def no_batch(*args, **_):
+        searched.append(args)
+        return 0
+
+    monkeypatch.setattr(cpu, "batch_size", no_batch)
+    for function in (cpu._grouped_mm_of, cpu._batch_size):
+        function.cache_clear()
+    counts = torch.full((16,), 64, dtype=torch.int32)
+    x = torch.randn(1024, 32, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(16, 64, 32, dtype=torch.bfloat16)
+    output = torch.ops.moe.grouped_gemm(x, weight, counts)
+    torch.autograd.grad(output, x, torch.randn_like(output))
+    cpu._grouped_mm_of.cache_clear()
+    cpu._batch_size.cache_clear()
+    assert len(searched) == 1
 
 
 @pytest.mark.parametrize("permute_x", [False, True])

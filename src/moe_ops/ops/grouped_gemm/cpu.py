@@ -212,11 +212,29 @@ def batched_products(
     if grouped_mm is None or not grouped_mm.may_batch:
         return None
     ends = expert_ends(token_counts, rows.shape[0])
-    size = _batch_size(grouped_mm, ends)
+    size = _batch_size(grouped_mm.product, ends)
     if not size:
         return None
     batch = batch_of(ends, size)
     return batch.products(rows, matrices), batch.places
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Product:
+    """What the choice of a batch depends on beside the counts; one object for each, see _product_of.
+
+    Attributes:
+        matrix_shape: of each expert's matrix, or of its sum over rows.
+        sums_rows: for multiply_transposed.
+    """
+
+    matrix_shape: tuple[int, int]
+    dtype: torch.dtype
+    sums_rows: bool
+
+
+# The same object for the same sizes: forward and dX of a projection share it.
+_product_of = functools.lru_cache(maxsize=4096)(_Product)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -229,15 +247,11 @@ class _GroupedMM:
 
     Attributes:
         num_rows: of the left operand, after a gather.
-        matrix_shape: of each expert's matrix, or of its sum over rows.
-        sums_rows: for multiply_transposed.
         may_batch: whether there are counts for which a batch is the best.
     """
 
     num_rows: int
-    matrix_shape: tuple[int, int]
-    dtype: torch.dtype
-    sums_rows: bool
+    product: _Product
     may_batch: bool
 
     def multiply(
@@ -252,7 +266,7 @@ class _GroupedMM:
         With sources it is rows[sources[i]].
         """
         ends = expert_ends(token_counts, self.num_rows)
-        if self.may_batch and (size := _batch_size(self, ends)):
+        if self.may_batch and (size := _batch_size(self.product, ends)):
             return batch_of(ends, size).multiply(rows, matrices, sources)
         x = rows if sources is None else rows.index_select(0, sources)
         has_tail = ends.tail < self.num_rows
@@ -266,17 +280,17 @@ class _GroupedMM:
     ) -> torch.Tensor:
         """sum_i outer(left[i], right[i]) over each expert's rows."""
         ends = expert_ends(token_counts, self.num_rows)
-        if self.may_batch and (size := _batch_size(self, ends)):
+        if self.may_batch and (size := _batch_size(self.product, ends)):
             return batch_of(ends, size).multiply_transposed(left, right)
         return _torch_grouped_mm(left.t(), right, offs=ends.tensor)
 
 
 # Both stand for what they were made of, so that a lookup compares no sizes and no counts.
 @functools.lru_cache(maxsize=256)
-def _batch_size(grouped_mm: _GroupedMM, ends: ExpertEnds) -> int:
+def _batch_size(product: _Product, ends: ExpertEnds) -> int:
     """The rows of each expert in the batch that is the best for these counts; 0 if none is."""
-    shape, dtype = grouped_mm.matrix_shape, grouped_mm.dtype
-    return batch_size(ends, shape, dtype, sums_rows=grouped_mm.sums_rows)
+    shape, dtype = product.matrix_shape, product.dtype
+    return batch_size(ends, shape, dtype, sums_rows=product.sums_rows)
 
 
 # What functional.grouped_mm calls, where torch has it: without a Python function around it.
@@ -316,7 +330,7 @@ def _grouped_mm_of(
     if not _grouped_mm_is_best(num_experts, num_rows, matrix_shape, dtype, sums_rows, pitches):
         return None
     may = may_batch(num_experts, num_rows, matrix_shape, dtype, sums_rows=sums_rows)
-    return _GroupedMM(num_rows, matrix_shape, dtype, sums_rows, may)
+    return _GroupedMM(num_rows, _product_of(matrix_shape, dtype, sums_rows), may)
 
 
 # The mean multiplications per expert from which a loop over oneDNN's fp32 products, in Python, is
