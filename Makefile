@@ -94,7 +94,7 @@ help: ## Show this list
 	  "ARGS='...' is handed on to the demo or to pytest."
 
 demo: $(DEMO_ENV) ## Train a small Qwen3-MoE on real text, compiled, and show what was learned
-	@$(PY) examples/train_qwen3_moe.py $(ARGS)
+	@$(PY) demo/train_qwen3_moe.py $(ARGS)
 
 .PHONY: bench
 bench: $(DEV_ENV) ## Benchmark the Triton kernels; needs a CUDA GPU
@@ -116,7 +116,7 @@ test-gpu: $(DEV_ENV) ## Run the GPU suite and write its report; needs a CUDA GPU
 	  -o faulthandler_timeout=240 $(ARGS)
 
 gpu-report-check: $(DEV_ENV) ## Fail if the committed GPU report is not of the tree's kernels
-	@$(PY) -m tests.gpu.report
+	@$(PY) -m testing.gpu_report
 
 test-transformers-newest: $(VENV_NEWEST)/.transformers-$(TRANSFORMERS_NEWEST_VERSION) ## Run tests/integrations, layers and compat with the newest transformers
 	$(call PYTEST,$(VENV_NEWEST)/bin/python) tests/integrations tests/layers tests/compat $(ARGS)
@@ -152,7 +152,7 @@ env: $(DEV_ENV) ## Make the environment that the checks use
 clean: ## Remove builds and caches
 	rm -rf build dist src/*.egg-info runs
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
-	find src op_schemas tests examples benchmarks -type d -name __pycache__ -exec rm -rf {} +
+	find src op_schemas testing tests demo examples benchmarks -type d -name __pycache__ -exec rm -rf {} +
 
 distclean: clean ## Remove the environments too
 	rm -rf $(VENV) $(VENV_NEWEST)

@@ -18,8 +18,8 @@ SCHEMA_MODULE = ROOT / "src" / "moe_ops" / "_core" / "schema.py"
 
 
 def read_version() -> str:
-    """The literal assigned to __version__ in src/moe_ops/__init__.py, read without importing it."""
-    path = ROOT / "src" / "moe_ops" / "__init__.py"
+    """The literal assigned to __version__ in src/moe_ops/_version.py, read without importing it."""
+    path = ROOT / "src" / "moe_ops" / "_version.py"
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__":
             return str(ast.literal_eval(node.value))

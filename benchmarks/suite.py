@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tests.gpu import reference
+from testing import reference
 
 PROJECTIONS = ("up", "down")
 ROUTINGS = ("uniform", "zipf", "hot_and_empty")

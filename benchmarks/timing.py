@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.tolerances import RELATIVE_NORM, relative_error
+from testing.tolerances import RELATIVE_NORM, relative_error
 
 OURS, PEER = "moe_ops", "peer"
 

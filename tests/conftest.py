@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck
 
-pytest.register_assert_rewrite("tests.checks")
+pytest.register_assert_rewrite("testing.checks")
 
 _SLOW_TO_DRAW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 hypothesis.settings.register_profile(

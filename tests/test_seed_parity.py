@@ -4,7 +4,7 @@
 import re
 from pathlib import Path
 
-from tests.pages import DOCS
+from testing.pages import DOCS
 
 ROOT = DOCS.parent
 NAMED = re.compile(r"(tests/[\w/]+(?:\.py)?)|::(\w+)")

@@ -44,7 +44,7 @@ from benchmarks.cuda.timing import (
     worst,
 )
 from benchmarks.suite import Shape
-from tests.gpu import reference
+from testing import reference
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -36,7 +36,7 @@ from benchmarks.cuda.experts import (
 from benchmarks.cuda.timing import OURS, Bench, Case, Record
 from benchmarks.suite import Shape
 from moe_ops.layers.lora import LoraWeights, lora_experts
-from tests.gpu import reference
+from testing import reference
 
 RANK, SCALING = 16, 2.0
 # What is compared, beside OURS; EAGER and COMPILED are torch's grouped_mm.

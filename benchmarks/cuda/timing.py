@@ -30,10 +30,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_ops._triton.kernels.grouped_gemm import follow_on
 from moe_ops.configs.choose import device_of
-from moe_ops.kernels.grouped_gemm import follow_on
-from tests.gpu.report import kernel_sha256
-from tests.tolerances import RELATIVE_NORM
+from testing.gpu_report import kernel_sha256
+from testing.tolerances import RELATIVE_NORM
 
 # What most parts compare.
 OURS, TORCH = "moe_ops", "torch"

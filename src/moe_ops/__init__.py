@@ -7,13 +7,14 @@ documented.
 
 from typing import TYPE_CHECKING, Any
 
+from moe_ops._version import __version__ as __version__
 from moe_ops.configs.kernel_config import (
     KernelConfigBackward_dW,
     KernelConfigBackward_dX,
     KernelConfigForward,
     kernel_config,
 )
-from moe_ops.ops.fp8 import dequantize_fp8, quantize_fp8
+from moe_ops.fp8 import dequantize_fp8, quantize_fp8
 from moe_ops.ops.fused_experts import fused_experts
 from moe_ops.ops.grouped_gemm import grouped_gemm
 from moe_ops.ops.grouped_gemm_fp8 import grouped_gemm_fp8
@@ -41,7 +42,6 @@ __all__ = [
     "tune",
     "unpermute",
 ]
-__version__ = "0.1.0.dev0"
 
 
 def __getattr__(name: str) -> Any:

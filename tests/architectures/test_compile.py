@@ -29,8 +29,8 @@ from moe_ops.configs.kernel_config import (
     KernelConfigForward,
     kernel_config,
 )
-from tests.gpu import experts_problem
-from tests.gpu.gemm_problem import MODES
+from testing import experts_problem
+from testing.gemm_problem import MODES
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles kernels, which TRITON_INTERPRET=1 interprets", allow_module_level=True)
@@ -38,10 +38,10 @@ pytest.importorskip("triton", exc_type=ImportError)
 
 from triton.runtime.jit import JITFunction
 
-from moe_ops.ops import gemm_launching, hopper_launching
-from tests.architectures import calls
-from tests.architectures.calls import SIZES, Call, Sizes
-from tests.architectures.compiled import GPUS, Resources, compiling_for
+from moe_ops._triton import gemm, hopper
+from testing import kernel_calls as calls
+from testing.compiled import GPUS, Resources, compiling_for
+from testing.kernel_calls import SIZES, Call, Sizes
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 EVERY_FLAG = ("permute_x-weights-bias", "permute_y-weights-bias")
@@ -134,10 +134,10 @@ def test_kernels_for_hopper_serve_16_bits_on_hopper_alone(gpu, dtype, monkeypatc
         raise AssertionError("Gluon is imported")
 
     with compiling_for(GPUS["sm_90"]):
-        assert hopper_launching.serves(torch.empty(1, dtype=BF16, device="meta"))
-    monkeypatch.setattr(hopper_launching, "_import_kernels", refuse)
+        assert hopper.serves(torch.empty(1, dtype=BF16, device="meta"))
+    monkeypatch.setattr(hopper, "_import_kernels", refuse)
     with compiling_for(GPUS[gpu]):
-        assert not hopper_launching.serves(torch.empty(1, dtype=dtype, device="meta"))
+        assert not hopper.serves(torch.empty(1, dtype=dtype, device="meta"))
 
 
 @pytest.mark.parametrize("kernel_config", [IN_TURNS, SHARED, None])
@@ -179,13 +179,13 @@ def test_a_group_of_warps_meets_before_one_of_its_threads_arrives(kernel_config)
 def test_what_is_asked_of_the_down_projections_backward(gpu, dtype, mode, is_gated, monkeypatch):
     """That the activation's backward is on top of it, where there is a kernel for that."""
     asked = []
-    tiling = gemm_launching._tiling.__wrapped__
+    tiling = gemm._tiling.__wrapped__
 
     def recorded(problem: Problem, *rest: Any) -> Any:
         asked.append(problem)
         return tiling(problem, *rest)
 
-    monkeypatch.setattr(gemm_launching, "_tiling", recorded)
+    monkeypatch.setattr(gemm, "_tiling", recorded)
     launched(GPUS[gpu], calls.experts(SIZES["training"], dtype, **mode)["backward"])
     down, up = (problem for problem in asked if problem.kind == "backward_dX")
     assert ("gated" in down.flags) == is_gated
@@ -222,7 +222,7 @@ def kernels_of_the_package() -> set[str]:
     """The names of all functions that a launcher launches."""
     names = set()
     for module in pkgutil.walk_packages(moe_ops.__path__, "moe_ops."):
-        if module.name.endswith(".kernels") or module.name.startswith("moe_ops.kernels."):
+        if module.name.endswith(".kernels") or module.name.startswith("moe_ops._triton.kernels."):
             names |= {
                 n for n in vars(importlib.import_module(module.name)) if n.endswith("_kernel")
             }
@@ -364,7 +364,7 @@ def test_sizes(gpu, size):
 def test_fp32(gpu, precision, monkeypatch):
     if precision == "tf32" and gpu == "sm_75":
         pytest.skip("no tf32 before compute capability 8.0")
-    monkeypatch.setattr(gemm_launching, "_precision", lambda dtype: precision)
+    monkeypatch.setattr(gemm, "_precision", lambda dtype: precision)
     named = calls.grouped_gemm(SIZES["training"], F32, **MODES["permute_y-weights-bias"])
     check(GPUS[gpu], named, stack_limit(gpu))
     used = "tf32" in compile_all(GPUS[gpu], [named["forward"]])[-1].ptx

@@ -36,7 +36,7 @@ from benchmarks.cuda.experts import (
     Implementation,
 )
 from benchmarks.cuda.timing import OURS, Bench
-from tests import tolerances
+from testing import tolerances
 
 TINY = suite.TINY_SUITE[0]
 CEILINGS = {"dense_tflops": 790.0, "copy_tbs": 4.3, "read_tbs": 4.4}

@@ -19,7 +19,7 @@ from benchmarks.cuda import blocks, experts, lora, peers
 from benchmarks.cuda.experts import BOTH, COMPILED, EAGER, FORWARD, PASSES, Comparison
 from benchmarks.cuda.lora import CHECKPOINT, LAYOUTS, LoraBlock
 from benchmarks.cuda.timing import OURS, Bench
-from tests import tolerances
+from testing import tolerances
 
 TINY = suite.TINY_SUITE[0]
 CEILINGS = {"dense_tflops": 790.0, "copy_tbs": 4.3, "read_tbs": 4.4}

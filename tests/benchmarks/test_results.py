@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import cpu, report, timing
-from moe_ops.ops import rows
+from moe_ops._pytorch import rows
 
 ROOT = Path(__file__).resolve().parents[2]
 

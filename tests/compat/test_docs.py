@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from tests.pages import DOCS, has_only_python_blocks, run_python_blocks
+from testing.pages import DOCS, has_only_python_blocks, run_python_blocks
 
 pytest.importorskip("transformers")
 

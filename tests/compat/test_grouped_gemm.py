@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from moe_ops.compat import grouped_gemm, torch_grouped_gemm
-from tests import checks
-from tests.compat.functional_problem import (
+from testing import checks
+from testing.compat_problem import (
     EMPTY_EXPERT,
     FLAGS,
     INTEGER,

@@ -9,8 +9,8 @@ import torch
 
 import moe_ops
 from moe_ops.compat import grouped_gemm
-from tests import checks
-from tests.compat.functional_problem import MoeOps, problem
+from testing import checks
+from testing.compat_problem import MoeOps, problem
 
 
 def test_signature():

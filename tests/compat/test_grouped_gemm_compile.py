@@ -8,8 +8,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from moe_ops.compat import calculate_topk, get_routing_indices, grouped_gemm, permute, unpermute
-from tests import checks
-from tests.compat.functional_problem import FLAGS, forward_and_backward, problem
+from testing import checks
+from testing.compat_problem import FLAGS, forward_and_backward, problem
 
 flags = pytest.mark.parametrize(("permute_x", "permute_y", "weighted"), FLAGS)
 

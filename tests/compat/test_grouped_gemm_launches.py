@@ -15,8 +15,8 @@ from moe_ops.compat import (
     torch_grouped_gemm,
     unpermute,
 )
-from tests import checks
-from tests.compat.functional_problem import Allocations, MoeOps, forward_and_backward, problem
+from testing import checks
+from testing.compat_problem import Allocations, MoeOps, forward_and_backward, problem
 
 # Which gradients are wanted, and the ops of the backward that compute them.
 LAUNCHES = [

@@ -20,8 +20,8 @@ import moe_ops
 from moe_ops.compat.kernels.tuning import KernelConfigForward
 from moe_ops.compat.reference.layers import llama4_moe
 from moe_ops.compat.reference.layers.llama4_moe import Llama4GroupedGemmTextMoe
-from tests.checks import assert_close
-from tests.compat.block_models import (
+from testing.checks import assert_close
+from testing.compat_blocks import (
     HIDDEN_SIZE,
     RecordOps,
     gradients,

@@ -25,8 +25,8 @@ from moe_ops.compat.reference.moe_block import (
     Qwen3MoeFusedGroupedGEMMBlock,
     Qwen3MoeGroupedGEMMBlock,
 )
-from tests.checks import assert_close
-from tests.compat.block_models import (
+from testing.checks import assert_close
+from testing.compat_blocks import (
     BLOCKS,
     HIDDEN_SIZE,
     INTERMEDIATE_SIZE,

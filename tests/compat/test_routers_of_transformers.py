@@ -12,7 +12,7 @@ import torch
 
 import moe_ops
 from moe_ops.compat import calculate_topk
-from tests import checks
+from testing import checks
 
 pytest.importorskip("transformers", reason="compares with transformers")
 

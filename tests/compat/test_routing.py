@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from moe_ops.compat import calculate_topk, get_routing_indices, permute, unpermute
-from tests import checks
-from tests.compat.functional_problem import INTEGER
+from testing import checks
+from testing.compat_problem import INTEGER
 
 integer_dtypes = pytest.mark.parametrize("dtype", INTEGER, ids=str)
 floating_dtypes = pytest.mark.parametrize(

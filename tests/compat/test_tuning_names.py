@@ -16,7 +16,7 @@ from moe_ops.compat.kernels.tuning import (
     KernelConfigBackward_dX,
     KernelConfigForward,
 )
-from tests.compat.functional_problem import MoeOps, problem
+from testing.compat_problem import MoeOps, problem
 
 CONFIGS: dict[str, Any] = {
     "kernel_config_fwd": KernelConfigForward(BLOCK_M=128, BLOCK_N=64, BLOCK_K=32),

@@ -15,8 +15,8 @@ pytest.importorskip("transformers")
 
 import moe_ops
 from moe_ops.layers import load_balancing_loss
-from tests.checks import assert_close
-from tests.compat.block_models import TOP_K, filled, qwen3_config
+from testing.checks import assert_close
+from testing.compat_blocks import TOP_K, filled, qwen3_config
 
 config = qwen3_config()
 

@@ -24,7 +24,7 @@ from moe_ops.configs.kernel_config import (
     kernel_config,
     parse,
 )
-from tests import checks
+from testing import checks
 
 moe = torch.ops.moe
 FORWARD = KernelConfigForward(BLOCK_M=64, BLOCK_N=32, num_stages=2, use_tma_load_x=True)

@@ -25,9 +25,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles kernels, which TRITON_INTERPRET=1 interprets", allow_module_level=True)
 pytest.importorskip("triton", exc_type=ImportError)
 
-from tests.architectures import calls
-from tests.architectures.calls import SIZES
-from tests.architectures.compiled import GPUS, compiling_for
+from testing import kernel_calls as calls
+from testing.compiled import GPUS, compiling_for
+from testing.kernel_calls import SIZES
 
 pytestmark = pytest.mark.slow
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from moe_ops._core.library import SCHEMAS
-from tests import checks
-from tests.moe_block import BLOCKS, loss_and_gradients, make_tokens, make_weights
-from tests.strategies import PRESENT, Sample, seeded_sample, variants
+from testing import checks
+from testing.moe_block import BLOCKS, loss_and_gradients, make_tokens, make_weights
+from testing.strategies import PRESENT, Sample, seeded_sample, variants
 
 moe = torch.ops.moe
 LOW = (torch.bfloat16, torch.float16)

@@ -2,19 +2,18 @@
 """The one Autograd kernel: what it computes, what it refuses, what it does not compute."""
 
 import itertools
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_ops._core.library import SCHEMAS
-from tests import checks, oracle
-from tests.moe_block import BLOCKS, loss_and_gradients, make_tokens, make_weights
-from tests.strategies import PRESENT, Sample, seeded_sample, variants
+from testing import checks, oracle
+from testing.count_calls import CountCalls
+from testing.moe_block import BLOCKS, loss_and_gradients, make_tokens, make_weights
+from testing.strategies import PRESENT, Sample, seeded_sample, variants
 
 moe = torch.ops.moe
 DIFFERENTIABLE = sorted(name for name, s in SCHEMAS.items() if any(a.grad for a in s.tensors))
@@ -26,26 +25,6 @@ blocks = pytest.mark.parametrize("name", sorted(BLOCKS))
 EXPERTS = [
     "hidden_states", "gate_up_proj", "down_proj", "topk_weights", "gate_up_bias", "down_bias",
 ]  # fmt: skip
-
-
-class CountCalls(TorchDispatchMode):
-    """Counts the calls of each moe op that reach a device kernel, and keeps their `needs`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-        self.needs: dict[str, list[bool]] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "moe":
-            name = func.name().removeprefix("moe::")
-            self.calls[name] += 1
-            # Trailing arguments that equal their defaults do not come.
-            given = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
-            for argument in func._schema.arguments:
-                if argument.name == "needs":
-                    self.needs[name] = list(given.get("needs", argument.default_value))
-        return func(*args, **(kwargs or {}))
 
 
 def floating(output):

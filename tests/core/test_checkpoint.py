@@ -11,9 +11,9 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from tests import checks
-from tests.core.test_autograd import CountCalls
-from tests.moe_block import (
+from testing import checks
+from testing.count_calls import CountCalls
+from testing.moe_block import (
     BLOCKS,
     Weights,
     compiled_graphs,

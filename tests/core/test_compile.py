@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests import checks, moe_block, oracle
-from tests.moe_block import BLOCKS, loss_and_gradients, make_tokens, make_weights
+from testing import checks, moe_block, oracle
+from testing.moe_block import BLOCKS, loss_and_gradients, make_tokens, make_weights
 
 blocks = pytest.mark.parametrize("name", sorted(BLOCKS))
 

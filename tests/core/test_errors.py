@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moe_ops
 from moe_ops._core.library import OPS, SCHEMAS
-from tests import checks
-from tests.strategies import PRESENT, Sample, samples, seeded_sample
+from testing import checks
+from testing.strategies import PRESENT, Sample, samples, seeded_sample
 
 F32, F64, BF16, I32 = torch.float32, torch.float64, torch.bfloat16, torch.int32
 FP8 = torch.float8_e4m3fn

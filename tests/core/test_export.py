@@ -8,8 +8,8 @@ import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
-from tests import checks
-from tests.moe_block import BLOCKS, Weights, make_tokens, make_weights
+from testing import checks
+from testing.moe_block import BLOCKS, Weights, make_tokens, make_weights
 
 
 class Block(torch.nn.Module):

@@ -12,8 +12,8 @@ import moe_ops
 from moe_ops._core import reference
 from moe_ops._core.library import SCHEMAS
 from moe_ops._core.schema import DTYPES, FLOAT64_DEVICES
-from tests import checks
-from tests.strategies import seeded_sample
+from testing import checks
+from testing.strategies import seeded_sample
 
 # What autograd calls, not users.
 INNER_OPS = {

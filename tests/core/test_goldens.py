@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moe_ops._core.library import SCHEMAS
-from tests.moe_block import BLOCKS, compiled_graphs
+from testing.moe_block import BLOCKS, compiled_graphs
 
 expecttest = pytest.importorskip("expecttest", reason="the goldens are expecttest's")
 

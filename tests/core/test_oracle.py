@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tests import oracle
+from testing import oracle
 
 
 def test_imports_nothing_of_moe_ops():

@@ -9,8 +9,8 @@ import torch
 
 from moe_ops._core.library import SCHEMAS
 from moe_ops._core.schema import DTYPES
-from tests import oracle, strategies
-from tests.strategies import seeded_sample, variants
+from testing import oracle, strategies
+from testing.strategies import seeded_sample, variants
 
 schemas = pytest.mark.parametrize("name", sorted(SCHEMAS))
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tests.gpu import recorder
+from testing import gpu_recorder as recorder
 
 
 def pytest_configure(config):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The blocks of tests/moe_block.py on CUDA: compiled by Inductor, and captured in CUDA graphs."""
+"""The blocks of testing/moe_block.py on CUDA: compiled by Inductor, and captured in CUDA graphs."""
 
 import functools
 
@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests import checks, moe_block
-from tests.gpu.on_device import DEVICE, assert_same_bits
-from tests.moe_block import EVERY_BLOCK, Weights
+from testing import checks, moe_block
+from testing.moe_block import EVERY_BLOCK, Weights
+from testing.on_device import DEVICE, assert_same_bits
 
 pytestmark = pytest.mark.gpu
 

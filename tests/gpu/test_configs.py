@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import moe_ops
-from tests.gpu.gemm_problem import MODES, check, problem
+from testing.gemm_problem import MODES, check, problem
 
 pytestmark = pytest.mark.gpu
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu.on_device import ALL, memory_slot
-from tests.gpu.test_every_op import INDEX_OPS
+from testing.every_op import INDEX_OPS
+from testing.on_device import ALL, memory_slot
 
 pytestmark = pytest.mark.gpu
 
@@ -22,7 +22,7 @@ FOUND = 86
 
 
 def call(names: list[str], *wrapper: str) -> subprocess.CompletedProcess[str]:
-    command = [*wrapper, sys.executable, "-m", "tests.gpu.corrupt_calls", *names]
+    command = [*wrapper, sys.executable, "-m", "testing.corrupt_calls", *names]
     return subprocess.run(
         command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=400
     )

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from moe_ops._core.library import SCHEMAS
-from tests import checks, oracle, strategies
-from tests.gpu.on_device import (
+from testing import checks, oracle, strategies
+from testing.on_device import (
     ALL,
     DEVICE,
     DIFFERENTIABLE,
@@ -31,7 +31,7 @@ from tests.gpu.on_device import (
     to_cpu,
     variant_samples,
 )
-from tests.strategies import Sample, seeded_sample
+from testing.strategies import Sample, seeded_sample
 
 pytestmark = pytest.mark.gpu
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import moe_ops
-from tests.gpu import reference
-from tests.gpu.experts_problem import MODES, check, problem
-from tests.gpu.gemm_problem import assert_rows_close
-from tests.gpu.on_device import DEVICE, DTYPES, memory_slot
-from tests.gpu.test_models import MODELS, Model
-from tests.tolerances import RELATIVE_NORM
+from testing import reference
+from testing.experts_problem import MODES, check, problem
+from testing.gemm_problem import assert_rows_close
+from testing.model_sizes import MODELS, Model
+from testing.on_device import DEVICE, DTYPES, memory_slot
+from testing.tolerances import RELATIVE_NORM
 
 pytestmark = pytest.mark.gpu
 

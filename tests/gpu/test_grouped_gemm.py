@@ -14,30 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import checks
-from tests.gpu import reference
-from tests.gpu.gemm_problem import MODES, check, problem
-from tests.gpu.on_device import DEVICE, DTYPES
+from testing import checks, reference
+from testing.gemm_problem import MODES, SHAPES, check, problem
+from testing.on_device import DEVICE, DTYPES
 
 pytestmark = pytest.mark.gpu
 
 moe = torch.ops.moe
 
-# T, K, E, N, D: many rows an expert, then few. Widths that blocks divide, that descriptors can read
-# but no block divides (704, 96, 2880), and that no descriptor can read (odd, or not 16 bytes).
-SHAPES = {
-    "even": (1000, 2, 4, 512, 256),
-    "gptoss": (700, 4, 8, 2880, 96),
-    "gptoss-down": (700, 2, 4, 96, 2880),
-    "moonlight": (900, 3, 6, 704, 160),
-    "odd": (801, 2, 5, 129, 257),
-    "odd-n": (600, 2, 3, 100, 64),
-    "odd-d": (600, 2, 3, 64, 100),
-    "one-expert": (300, 1, 1, 200, 136),
-    "decode": (6, 4, 32, 256, 512),
-    "decode-odd": (3, 2, 8, 67, 131),
-    "narrow": (700, 2, 4, 1, 1),
-}
 LAYOUTS = ("contiguous", "transposed", "padded", "expert-last")
 ROUTINGS = ("uniform", "dropped", "hot_and_empty", "zipf")
 
@@ -240,8 +224,8 @@ def test_forced_pytorch_implementation_gives_the_same(tmp_path):
     file = tmp_path / "outputs.pt"
     script = f"""
 import torch
-from tests.gpu.gemm_problem import MODES, problem
-from tests.gpu.test_grouped_gemm import SHAPES
+from testing.gemm_problem import MODES, problem
+from testing.gemm_problem import SHAPES
 outputs = [
     problem(SHAPES["odd"], torch.float32, poison=False, **mode).run() for mode in MODES.values()
 ]

@@ -7,15 +7,15 @@ T tokens, K top_k, R = T * K rows, E experts, N out_features, D in_features.
 import pytest
 import torch
 
-from tests.gpu import reference
-from tests.gpu.gemm_problem import (
+from testing import reference
+from testing.gemm_problem import (
     FP8_MODES,
     assert_rows_close,
     check,
     check_every_code,
     fp8_problem,
 )
-from tests.gpu.on_device import DEVICE, DTYPES
+from testing.on_device import DEVICE, DTYPES
 
 pytestmark = pytest.mark.gpu
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 import moe_ops
-from moe_ops.ops import gemm_launching, hopper_launching
-from tests.gpu import experts_problem
-from tests.gpu.gemm_problem import check, problem
-from tests.gpu.on_device import DEVICE, memory_slot
+from moe_ops._triton import gemm, hopper
+from testing import experts_problem
+from testing.gemm_problem import check, problem
+from testing.on_device import DEVICE, memory_slot
 
 pytestmark = pytest.mark.gpu
 
@@ -63,8 +63,8 @@ def served(monkeypatch):
     names = ("grouped_gemm", "grad_weight", "expert_up", "expert_down_backward")
     said: dict[str, list[bool]] = {name: [] for name in names}
     for name, answers in said.items():
-        launch = functools.partial(tell, getattr(hopper_launching, name), answers)
-        monkeypatch.setattr(hopper_launching, name, launch)
+        launch = functools.partial(tell, getattr(hopper, name), answers)
+        monkeypatch.setattr(hopper, name, launch)
     return said
 
 
@@ -290,7 +290,7 @@ def operands(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tenso
     g, x = (
         torch.randn(num_rows, n, generator=generator, device=DEVICE).to(dtype) for n in (768, 1024)
     )
-    return g, x, gemm_launching.expert_offsets(counts, num_rows)
+    return g, x, gemm.expert_offsets(counts, num_rows)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -299,9 +299,9 @@ def test_dw_is_that_of_the_other_kernel_bit_for_bit(tile, transposed):
     """Both add up the same products in the same order."""
     plain = moe_ops.kernel_config(backward_dW=moe_ops.KernelConfigBackward_dW(flatten=False))
     g, x, offsets = operands()
-    expected = gemm_launching.grad_weight(g, x, offsets, transposed, plain)
+    expected = gemm.grad_weight(g, x, offsets, transposed, plain)
     for _ in range(20):
-        found = gemm_launching.grad_weight(g, x, offsets, transposed, config(*tile))
+        found = gemm.grad_weight(g, x, offsets, transposed, config(*tile))
         assert torch.equal(found, expected)
 
 
@@ -331,8 +331,8 @@ def check_weights_of_more_than_2_31_elements():
     counts[-1] = 200
     x = torch.randn(200, in_features, device=DEVICE).bfloat16()
     g = torch.randn(200, out_features, device=DEVICE).bfloat16()
-    offsets = gemm_launching.expert_offsets(counts, 200)
-    dw = gemm_launching.grad_weight(g, x, offsets, False, config(128, 256, 32, 6))
+    offsets = gemm.expert_offsets(counts, 200)
+    dw = gemm.grad_weight(g, x, offsets, False, config(128, 256, 32, 6))
     assert dw.numel() > 2**31
     assert not dw[:-1].any()
     assert reference_error(dw[-1], g.float().t() @ x.float()) < 4e-3

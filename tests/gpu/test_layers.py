@@ -14,10 +14,9 @@ from torch.utils.checkpoint import checkpoint
 import moe_ops
 from moe_ops.compat import grouped_gemm
 from moe_ops.layers.lora import LoraWeights, lora_grouped_gemm
-from tests import checks, oracle
-from tests.compat.functional_problem import FLAGS, composition, forward_and_backward, problem
-from tests.gpu import layers_problem
-from tests.gpu.layers_problem import (
+from testing import checks, layers_problem, lora_problem, oracle
+from testing.compat_problem import FLAGS, composition, forward_and_backward, problem
+from testing.layers_problem import (
     EXPERTS,
     HIDDEN,
     INTERMEDIATE,
@@ -32,8 +31,7 @@ from tests.gpu.layers_problem import (
     step,
     tangents_of,
 )
-from tests.gpu.on_device import DEVICE, DTYPES, assert_same_bits, move
-from tests.layers import lora_problem
+from testing.on_device import DEVICE, DTYPES, assert_same_bits, move
 
 pytestmark = pytest.mark.gpu
 

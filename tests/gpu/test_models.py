@@ -10,50 +10,22 @@ T tokens, H hidden size, I intermediate size, E experts, K top_k, R = T * K rows
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests import checks
-from tests.gpu import reference
-from tests.gpu.gemm_problem import assert_rows_close
-from tests.gpu.on_device import DEVICE, assert_same_bits, memory_slot
-from tests.tolerances import RELATIVE_NORM
+from testing import checks, reference
+from testing.gemm_problem import assert_rows_close
+from testing.model_sizes import MODELS, Model
+from testing.on_device import DEVICE, assert_same_bits, memory_slot
+from testing.tolerances import RELATIVE_NORM
 
 pytestmark = pytest.mark.gpu
 
 moe = torch.ops.moe
 
 
-class Model(NamedTuple):
-    num_tokens: int
-    hidden_size: int
-    intermediate_size: int
-    num_experts: int
-    top_k: int
-    bias: bool = False
-
-
-MODELS = {
-    "qwen3-30b": Model(16384, 2048, 768, 128, 8),
-    "olmoe": Model(16384, 2048, 1024, 64, 8),
-    "mixtral": Model(8192, 4096, 14336, 8, 2),
-    "dsv3": Model(8192, 7168, 2048, 256, 8),
-    "gptoss20b": Model(16384, 2880, 2880, 32, 4, bias=True),
-    "fine-grained": Model(24576, 1536, 256, 128, 8),
-    "large": Model(32768, 4096, 1024, 128, 8),
-    "decode-1": Model(1, 2048, 768, 128, 8),
-    "decode-8": Model(8, 2048, 768, 128, 8),
-    "decode-64": Model(64, 2048, 768, 128, 8),
-    "decode-256": Model(256, 2048, 768, 128, 8),
-    # E * N * D = 2.4e9 in the first GEMM, with few rows an expert and with many.
-    "weights-past-int32": Model(4096, 4096, 2304, 128, 8),
-    "decode-past-int32": Model(64, 4096, 2304, 128, 8),
-    # R * H = 2.4e9.
-    "rows-past-int32": Model(147456, 2048, 64, 8, 8),
-}
 ROUTINGS = {
     **dict.fromkeys(MODELS, ("uniform",)),
     "qwen3-30b": ("uniform", "zipf", "hot_and_empty", "dropped"),

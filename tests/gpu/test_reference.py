@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from moe_ops._core.library import SCHEMAS
-from tests import checks, oracle, strategies
-from tests.gpu import reference
-from tests.strategies import seeded_sample
+from testing import checks, oracle, reference, strategies
+from testing.strategies import seeded_sample
 
 NAMES = ("permute", "unpermute", "grouped_gemm", "grouped_gemm_fp8", "routing_indices")
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from moe_ops._core.library import ENVIRONMENT_VARIABLE, OPS, SCHEMAS
-from tests.gpu.on_device import ALL, move_sample
-from tests.strategies import seeded_sample
+from testing.on_device import ALL, move_sample
+from testing.strategies import seeded_sample
 
 pytestmark = pytest.mark.gpu
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 import moe_ops
-from tests import checks, masked_routing, oracle
-from tests.gpu import reference
-from tests.gpu.on_device import DEVICE, DTYPES, assert_same_bits
+from testing import checks, masked_routing, oracle, reference
+from testing.on_device import DEVICE, DTYPES, assert_same_bits
 
 pytestmark = pytest.mark.gpu
 

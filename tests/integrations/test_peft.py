@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.integrations.comparison import TOLERANCE, relative_error
-from tests.integrations.tiny_models import MODELS as TINY_MODELS
-from tests.integrations.tiny_models import NUM_EXPERTS, make_model, run_step
-from tests.pages import DOCS, has_only_python_blocks, run_python_blocks
+from testing.comparison import TOLERANCE, relative_error
+from testing.pages import DOCS, has_only_python_blocks, run_python_blocks
+from testing.tiny_models import MODELS as TINY_MODELS
+from testing.tiny_models import NUM_EXPERTS, make_model, run_step
 
 pytest.importorskip("peft", reason="the peft extra is not installed")
 

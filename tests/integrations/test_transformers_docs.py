@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import torch
 
-from tests.pages import DOCS, has_only_python_blocks, run_python_blocks
+from testing.pages import DOCS, has_only_python_blocks, run_python_blocks
 
 
 def test_every_code_block_runs(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import nn
 
-from tests.integrations.comparison import TOLERANCE, relative_error
+from testing.comparison import TOLERANCE, relative_error
 
 NUM_TOKENS, TOP_K, NUM_EXPERTS = 24, 3, 6
 DECORATED = re.compile(r"^@use_experts_implementation(?:\([^)]*\))?\nclass (\w+)", re.MULTILINE)

@@ -11,8 +11,8 @@ import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
-from tests.integrations.comparison import TOLERANCE, relative_error
-from tests.integrations.tiny_models import (
+from testing.comparison import TOLERANCE, relative_error
+from testing.tiny_models import (
     MODELS,
     draw_batch,
     find_experts,

@@ -13,8 +13,8 @@ from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface
 
 from moe_ops.integrations.transformers import experts_forward, register
-from tests.integrations.comparison import TOLERANCE, relative_error
-from tests.integrations.tiny_models import (
+from testing.comparison import TOLERANCE, relative_error
+from testing.tiny_models import (
     MODELS,
     draw_batch,
     find_experts,

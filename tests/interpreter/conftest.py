@@ -12,12 +12,12 @@ HOPPER = Device("H", (9, 0), 232448, 4)
 def descriptors(monkeypatch):
     """The launchers take the CPU for a Hopper GPU; lists the descriptors made: kind, dimensions.
 
-    But not hopper_launching, whose kernels Triton's interpreter does not take.
+    But not hopper.py, whose kernels Triton's interpreter does not take.
     """
-    gemm_launching = pytest.importorskip("moe_ops.ops.gemm_launching")
-    tma_launching = pytest.importorskip("moe_ops.ops.tma_launching")
+    gemm = pytest.importorskip("moe_ops._triton.gemm")
+    descriptors = pytest.importorskip("moe_ops._triton.descriptors")
     made: list[tuple[str, int]] = []
-    describe = tma_launching.describe
+    describe = descriptors.describe
 
     def describe_and_list(tensor, block, ragged=False):
         descriptor = describe(tensor, block, ragged)
@@ -25,7 +25,7 @@ def descriptors(monkeypatch):
             made.append(("ragged" if ragged else "plain", len(block)))
         return descriptor
 
-    monkeypatch.setattr(gemm_launching, "describe", describe_and_list)
-    for module in (gemm_launching, tma_launching):
+    monkeypatch.setattr(gemm, "describe", describe_and_list)
+    for module in (gemm, descriptors):
         monkeypatch.setattr(module, "device_of", lambda device: HOPPER)
     return made

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.interpreter.interpreted import pytestmark  # noqa: F401
-from tests.ops.test_every_op import INDEX_OPS
+from testing.every_op import INDEX_OPS
+from testing.interpreted import pytestmark  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 sides = pytest.mark.parametrize("side", ["end", "start"])
@@ -18,7 +18,7 @@ sides = pytest.mark.parametrize("side", ["end", "start"])
 
 def call(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "tests.interpreter.guarded_calls", *arguments],
+        [sys.executable, "-m", "testing.guarded_calls", *arguments],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip

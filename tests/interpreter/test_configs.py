@@ -12,8 +12,8 @@ from moe_ops.configs.kernel_config import (
     KernelConfigForward,
     kernel_config,
 )
-from tests.gpu.gemm_problem import MODES, check, problem
-from tests.interpreter.interpreted import pytestmark  # noqa: F401
+from testing.gemm_problem import MODES, check, problem
+from testing.interpreted import pytestmark  # noqa: F401
 
 CPU = torch.device("cpu")
 # T, K, E, N, D: the last tile of every dimension is a part of one, and both widths are 16-byte rows.

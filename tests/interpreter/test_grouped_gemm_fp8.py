@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import moe_ops
-from tests.gpu.gemm_problem import FP8_MODES, check, check_every_code, fp8_problem
-from tests.interpreter.interpreted import pytestmark  # noqa: F401
+from testing.gemm_problem import FP8_MODES, check, check_every_code, fp8_problem
+from testing.interpreted import pytestmark  # noqa: F401
 
 CPU = torch.device("cpu")
 # T, K, E, N, D: the last tile of every dimension is a part of one; four scales an expert.

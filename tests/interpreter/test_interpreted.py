@@ -11,8 +11,10 @@ import torch
 
 import moe_ops
 from moe_ops._core.library import OPS, SCHEMAS
-from tests import checks, masked_routing, strategies
-from tests.gpu.on_device import (
+from testing import checks, masked_routing, strategies
+from testing.every_op import FAST_OPCHECKS, INDEX_OPS, opcheck
+from testing.interpreted import pytestmark  # noqa: F401
+from testing.on_device import (
     ALL,
     DIFFERENTIABLE,
     WIDTHS,
@@ -23,9 +25,7 @@ from tests.gpu.on_device import (
     some_variants,
     tangents,
 )
-from tests.interpreter.interpreted import pytestmark  # noqa: F401
-from tests.ops.test_every_op import FAST_OPCHECKS, INDEX_OPS, opcheck
-from tests.strategies import Sample, seeded_sample
+from testing.strategies import Sample, seeded_sample
 
 # bf16 products are wrong in the interpreter, fp64 is the CPU implementation's alone.
 DTYPES = (torch.float32, torch.float16)

@@ -4,8 +4,8 @@
 import pytest
 import torch
 
-from tests.gpu.gemm_problem import MODES, check, problem
-from tests.interpreter.interpreted import pytestmark  # noqa: F401
+from testing.gemm_problem import MODES, check, problem
+from testing.interpreted import pytestmark  # noqa: F401
 
 CPU = torch.device("cpu")
 # T, K, E, N, D: the last tile of every dimension is a part of one.

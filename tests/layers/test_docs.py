@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe_ops.layers import MoE
-from tests.pages import DOCS, has_only_python_blocks, run_python_blocks
+from testing.pages import DOCS, has_only_python_blocks, run_python_blocks
 
 PAGE = DOCS / "layers.md"
 

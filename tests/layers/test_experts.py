@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from moe_ops.layers import Experts, GatedMLP
-from tests import checks, oracle
+from testing import checks, oracle
 
 NUM_EXPERTS, HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_TOKENS, TOP_K = 5, 12, 8, 17, 2
 

@@ -19,10 +19,9 @@ from moe_ops.layers.lora import (
     lora_experts,
     lora_grouped_gemm,
 )
-from tests import oracle
-from tests.layers import lora_problem
-from tests.layers.lora_problem import merged, randn
-from tests.tolerances import RELATIVE_NORM, relative_error
+from testing import lora_problem, oracle
+from testing.lora_problem import merged, randn
+from testing.tolerances import RELATIVE_NORM, relative_error
 
 NUM_TOKENS, TOP_K, NUM_EXPERTS, HIDDEN, INTER = 12, 2, 4, 10, 6
 RANKS = (1, 3, 8, 64)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe_ops.layers import load_balancing_loss
-from tests import checks
+from testing import checks
 
 NUM_EXPERTS, TOP_K, BATCH, LENGTH = 6, 2, 3, 7
 NUM_TOKENS = BATCH * LENGTH

@@ -18,7 +18,7 @@ pytest.importorskip("transformers", reason="the transformers extra is not instal
 
 from moe_ops.layers import Experts, GatedMLP, MoE, Router
 from moe_ops.layers.moe import _BLOCKS, _CLASSES
-from tests.layers.layer_models import (
+from testing.layer_models import (
     HIDDEN_SIZE,
     MODELS,
     NUM_EXPERTS,
@@ -29,7 +29,7 @@ from tests.layers.layer_models import (
     run_layer,
     tangent_of,
 )
-from tests.tolerances import relative_error
+from testing.tolerances import relative_error
 
 # One that has a shared expert with a gate, one with biases, a clamp and transposed weights.
 VARIED = ["qwen2_moe", "gpt_oss"]

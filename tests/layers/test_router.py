@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from moe_ops.layers import MoE, Router
-from tests import checks, oracle
+from testing import checks, oracle
 
 HIDDEN_SIZE, NUM_EXPERTS, NUM_TOKENS = 16, 12, 40
 
@@ -134,7 +134,7 @@ def test_wrong_options_are_the_ops_errors():
 
 def transformers_models():
     try:
-        from tests.layers.layer_models import MODELS
+        from testing.layer_models import MODELS
     except ModuleNotFoundError:
         return []
     return list(MODELS)
@@ -143,7 +143,7 @@ def transformers_models():
 @pytest.mark.parametrize("name", transformers_models())
 def test_chooses_as_transformers_does(name):
     """The same experts with the same weights, for many tokens."""
-    from tests.layers import layer_models
+    from testing import layer_models
 
     block = layer_models.make_block(name)
     router = MoE.from_config(layer_models.make_config(name)).load_from(block).router

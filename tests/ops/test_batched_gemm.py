@@ -10,10 +10,10 @@ import random
 import pytest
 import torch
 
-from moe_ops.ops import batched_gemm
-from moe_ops.ops.grouped_gemm import cpu
-from moe_ops.ops.rows import expert_ends
-from tests import checks, oracle
+from moe_ops._pytorch import batched_gemm
+from moe_ops._pytorch.rows import expert_ends
+from moe_ops.ops.grouped_gemm import pytorch
+from testing import checks, oracle
 
 D, N = 24, 16
 # The rows of each expert, and how many rows there are.
@@ -42,12 +42,12 @@ def sizes(monkeypatch):
         state["taken"] += 1
         return bmm(*args, **kwargs)
 
-    monkeypatch.setattr(cpu, "may_batch", lambda *_, **__: True)
-    monkeypatch.setattr(cpu, "batch_size", lambda *_, **__: state["size"])
+    monkeypatch.setattr(pytorch, "may_batch", lambda *_, **__: True)
+    monkeypatch.setattr(pytorch, "batch_size", lambda *_, **__: state["size"])
     monkeypatch.setattr(torch, "bmm", counting_bmm)
-    monkeypatch.setattr(cpu, "_is_native", lambda _: True)
+    monkeypatch.setattr(pytorch, "_is_native", lambda _: True)
     # What depends on either is remembered.
-    remembered = cpu._grouped_mm_of, cpu._batch_size
+    remembered = pytorch._grouped_mm_of, pytorch._batch_size
     for function in remembered:
         function.cache_clear()
     yield state
@@ -198,9 +198,9 @@ def test_a_batch_is_not_more_than_twice_the_rows():
 
 def test_each_product_of_the_same_rows_has_its_own_batch(monkeypatch):
     """What is remembered by the counts, or by the sizes, is told apart by what it depends on."""
-    monkeypatch.setattr(cpu, "_is_native", lambda _: True)
-    monkeypatch.setattr(cpu, "_prefers_onednn", lambda: False)
-    cpu._grouped_mm_of.cache_clear()
+    monkeypatch.setattr(pytorch, "_is_native", lambda _: True)
+    monkeypatch.setattr(pytorch, "_prefers_onednn", lambda: False)
+    pytorch._grouped_mm_of.cache_clear()
     counts = torch.tensor([84, 60, 60, 60, 64, 58, 62, 64] * 2, dtype=torch.int32)
     num_rows = int(counts.sum())
     ends = expert_ends(counts, num_rows)
@@ -212,11 +212,11 @@ def test_each_product_of_the_same_rows_has_its_own_batch(monkeypatch):
         sizes[key] = batched_gemm.batch_size(ends, shape, dtype, sums_rows=sums_rows)
         left = torch.empty(num_rows, shape[0], dtype=dtype)
         right = torch.empty(num_rows if sums_rows else len(counts), *shape[sums_rows:], dtype=dtype)
-        grouped_mm = cpu._grouped_mm(counts, num_rows, left, right)
+        grouped_mm = pytorch._grouped_mm(counts, num_rows, left, right)
         assert grouped_mm is not None
-        size = cpu._batch_size(grouped_mm.product, ends) if grouped_mm.may_batch else 0
+        size = pytorch._batch_size(grouped_mm.product, ends) if grouped_mm.may_batch else 0
         assert size == sizes[key]
-    cpu._grouped_mm_of.cache_clear()
+    pytorch._grouped_mm_of.cache_clear()
     # Each of the three makes a difference here, and so would a square of one of the sizes.
     one = ((256, 384), torch.bfloat16, True)
     for other in (((256, 640), *one[1:]), (one[0], torch.float32, True), (*one[:2], False)):
@@ -226,29 +226,29 @@ def test_each_product_of_the_same_rows_has_its_own_batch(monkeypatch):
 
 
 def test_forward_and_dx_share_the_search_for_a_batch(monkeypatch):
-    monkeypatch.setattr(cpu, "_is_native", lambda _: True)
+    monkeypatch.setattr(pytorch, "_is_native", lambda _: True)
     searched = []
 
     def no_batch(*args, **_):
         searched.append(args)
         return 0
 
-    monkeypatch.setattr(cpu, "batch_size", no_batch)
-    for function in (cpu._grouped_mm_of, cpu._batch_size):
+    monkeypatch.setattr(pytorch, "batch_size", no_batch)
+    for function in (pytorch._grouped_mm_of, pytorch._batch_size):
         function.cache_clear()
     counts = torch.full((16,), 64, dtype=torch.int32)
     x = torch.randn(1024, 32, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(16, 64, 32, dtype=torch.bfloat16)
     output = torch.ops.moe.grouped_gemm(x, weight, counts)
     torch.autograd.grad(output, x, torch.randn_like(output))
-    cpu._grouped_mm_of.cache_clear()
-    cpu._batch_size.cache_clear()
+    pytorch._grouped_mm_of.cache_clear()
+    pytorch._batch_size.cache_clear()
     assert len(searched) == 1
 
 
 @pytest.mark.parametrize("permute_x", [False, True])
 def test_an_op_takes_it(permute_x, monkeypatch):
-    if not cpu._is_native(torch.bfloat16):
+    if not pytorch._is_native(torch.bfloat16):
         pytest.skip("this CPU has no instructions for bf16")
     taken = []
     bmm = torch.bmm

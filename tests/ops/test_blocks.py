@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 import moe_ops
-from tests import checks, oracle
-from tests.moe_block import EVERY_BLOCK, Weights, loss_and_gradients, make_tokens, make_weights
+from testing import checks, oracle
+from testing.moe_block import EVERY_BLOCK, Weights, loss_and_gradients, make_tokens, make_weights
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -2,12 +2,10 @@
 """What holds for every op, on arguments drawn from its schema: a new YAML file is covered here
 without a line of test code, but for its oracle."""
 
-import dataclasses
 import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +16,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_ops._core.library import SCHEMAS
-from tests import checks, strategies
-from tests.strategies import Sample, samples, seeded_sample
-
-ALL = sorted(SCHEMAS)
-DIFFERENTIABLE = sorted(name for name, s in SCHEMAS.items() if any(a.grad for a in s.tensors))
-FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-INDEX = (torch.int32, torch.int64)
-FAST_OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+from testing import checks, strategies
+from testing.every_op import (
+    ALL,
+    DIFFERENTIABLE,
+    FAST_OPCHECKS,
+    FLOATING,
+    INDEX,
+    INDEX_OPS,
+    opcheck,
+    run_corrupt_calls,
+)
+from testing.strategies import Sample, samples, seeded_sample
 
 schemas = pytest.mark.parametrize("name", ALL)
 differentiable_schemas = pytest.mark.parametrize("name", DIFFERENTIABLE)
-
-
-def opcheck(sample: Sample, tests: str | tuple[str, ...] = "ALL") -> None:
-    """torch.library.opcheck, with grad where the op has one."""
-    # opcheck copies its inputs with their strides, and miscounts the storage of empty ones.
-    arguments = {
-        name: torch.empty(value.shape, dtype=value.dtype)
-        if isinstance(value, Tensor) and value.numel() == 0
-        else value
-        for name, value in sample.arguments.items()
-    }
-    sample = dataclasses.replace(sample, arguments=arguments)
-    with checks.fp8_can_be_compared():
-        torch.library.opcheck(
-            sample.overload, tuple(sample.requiring_grad().values()), test_utils=tests
-        )
 
 
 @schemas
@@ -151,7 +137,6 @@ def test_opcheck(name):
         opcheck(sample)
 
 
-INDEX_OPS = sorted(name for name, s in SCHEMAS.items() if any(a.values for a in s.tensors))
 index_schemas = pytest.mark.parametrize("name", INDEX_OPS)
 
 
@@ -193,51 +178,6 @@ def test_results_are_new_memory(name):
             seen.add(storage)
 
 
-def corruptions(sample: Sample) -> Iterator[dict[str, Tensor]]:
-    """The index arguments of a call with values that their contract excludes."""
-    names = [a.name for a in sample.schema.tensors if a.values]
-    given = {n: sample.arguments[n] for n in names if sample.arguments[n] is not None}
-    largest = {n: torch.iinfo(t.dtype).max for n, t in given.items()}
-    for fill in (
-        lambda n, t: torch.full_like(t, -7),
-        lambda n, t: torch.full_like(t, largest[n]),
-        lambda n, t: torch.full_like(t, -largest[n] - 1),
-        lambda n, t: torch.zeros_like(t),
-        lambda n, t: torch.full_like(t, max(t.numel() - 1, 0)),
-        lambda n, t: torch.arange(t.numel()).to(t.dtype).reshape(t.shape) * 1000 - 500,
-        lambda n, t: torch.where(torch.arange(t.numel()).reshape(t.shape) % 2 == 0, largest[n], -1)
-        .to(t.dtype),
-    ):  # fmt: skip
-        corrupted = {n: strategies.lay_out(fill(n, t), "sliced") for n, t in given.items()}
-        yield corrupted
-        for alone, value in corrupted.items():
-            yield {alone: value}
-
-
-def run_corrupt_calls(name: str) -> int:
-    """Every corruption of samples whose neighbouring memory is NaN: nothing raises, and what
-    comes out was neither read from there nor left unwritten."""
-    count = 0
-    for seed, variant in enumerate(strategies.variants(SCHEMAS[name])):
-        for index in INDEX:
-            sample = seeded_sample(
-                SCHEMAS[name], seed, **variant, T=3,
-                dtype=torch.float32, index_dtype=index, layout="sliced",
-            )  # fmt: skip
-            expected = [output.shape for output in checks.as_tuple(sample())]
-            for corrupted in corruptions(sample):
-                with checks.poisoned_memory():
-                    outputs = checks.as_tuple(sample(**corrupted))
-                assert [output.shape for output in outputs] == expected, sample
-                for output in outputs:
-                    if output.is_floating_point():
-                        assert output.isfinite().all(), (sample, corrupted)
-                    else:
-                        assert (output.abs() < 2**30).all(), (sample, corrupted)
-                count += 1
-    return count
-
-
 @index_schemas
 def test_corrupt_indices_stay_in_bounds(name):
     assert run_corrupt_calls(name) > 0
@@ -246,9 +186,9 @@ def test_corrupt_indices_stay_in_bounds(name):
 def test_corrupt_indices_do_not_crash_a_process():
     """An access out of bounds may also kill the process: that must fail one test, not the run."""
     script = f"""
-from tests.ops import test_every_op
+from testing import every_op
 for name in {INDEX_OPS!r}:
-    test_every_op.run_corrupt_calls(name)
+    every_op.run_corrupt_calls(name)
 print("done")
 """
     root = Path(__file__).parents[2]

@@ -24,11 +24,11 @@ from torch.utils.checkpoint import (
 )
 
 from moe_ops._core.library import SCHEMAS
-from moe_ops.ops import rows
-from moe_ops.ops.fused_experts import cpu
-from tests import checks, oracle
-from tests.core.test_autograd import CountCalls
-from tests.moe_block import (
+from moe_ops._pytorch import rows
+from moe_ops.ops.fused_experts import pytorch
+from testing import checks, oracle
+from testing.count_calls import CountCalls
+from testing.moe_block import (
     Weights,
     compiled_graphs,
     experts_block,
@@ -37,7 +37,7 @@ from tests.moe_block import (
     make_weights,
     unfused_block,
 )
-from tests.strategies import PRESENT, Sample, seeded_sample
+from testing.strategies import PRESENT, Sample, seeded_sample
 
 moe = torch.ops.moe
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -342,7 +342,7 @@ def count_parts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         return call
 
     for name in PARTS:
-        monkeypatch.setattr(cpu, name, counting(name, getattr(cpu, name)))
+        monkeypatch.setattr(pytorch, name, counting(name, getattr(pytorch, name)))
     return calls
 
 

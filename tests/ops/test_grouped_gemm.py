@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from moe_ops._core.library import SCHEMAS
-from tests import checks, oracle
-from tests.strategies import PRESENT, Sample, seeded_sample
+from testing import checks, oracle
+from testing.strategies import PRESENT, Sample, seeded_sample
 
 moe = torch.ops.moe
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

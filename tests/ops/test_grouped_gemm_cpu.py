@@ -7,9 +7,9 @@ Samples drawn from the schemas are too small for most of them.
 import pytest
 import torch
 
-from moe_ops.ops import batched_gemm
-from moe_ops.ops.grouped_gemm import cpu
-from tests import checks, oracle
+from moe_ops._pytorch import batched_gemm
+from moe_ops.ops.grouped_gemm import pytorch
+from testing import checks, oracle
 
 NUM_EXPERTS, TOP_K = 3, 2
 
@@ -80,16 +80,16 @@ def assert_matches_oracle(arguments):
 @pytest.fixture(autouse=True)
 def _forgotten():
     """What a test changes, what was remembered before would not see."""
-    cpu._grouped_mm_of.cache_clear()
+    pytorch._grouped_mm_of.cache_clear()
     yield
-    cpu._grouped_mm_of.cache_clear()
+    pytorch._grouped_mm_of.cache_clear()
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """How often each way was taken."""
     counted = {"grouped_mm": 0, "blocks": 0}
-    grouped_mm, product = cpu._torch_grouped_mm, cpu._product
+    grouped_mm, product = pytorch._torch_grouped_mm, pytorch._product
 
     def counting_grouped_mm(*args, **kwargs):
         counted["grouped_mm"] += 1
@@ -99,8 +99,8 @@ def calls(monkeypatch):
         counted["blocks"] += 1
         return product(*args)
 
-    monkeypatch.setattr(cpu, "_torch_grouped_mm", counting_grouped_mm)
-    monkeypatch.setattr(cpu, "_product", counting_product)
+    monkeypatch.setattr(pytorch, "_torch_grouped_mm", counting_grouped_mm)
+    monkeypatch.setattr(pytorch, "_product", counting_product)
     return counted
 
 
@@ -108,7 +108,7 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_blocks_of_few_sizes(dtype, flags, transposed, calls, monkeypatch):
-    monkeypatch.setattr(cpu, "_grouped_mm_is_best", lambda *_: False)
+    monkeypatch.setattr(pytorch, "_grouped_mm_is_best", lambda *_: False)
     # 67 rows of expert 2 in 68, of which the last would be past the end: it begins before.
     arguments = make_arguments(dtype, FLAGS[flags], 40, 24, 16, transposed)
     counts = arguments["token_counts"].tolist()
@@ -128,9 +128,9 @@ def onednn(monkeypatch):
     """fp32 products of any size are oneDNN's, as on CPUs where it is the faster one."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(cpu, "_prefers_onednn", lambda: True)
-    monkeypatch.setattr(cpu, "_LARGE_FP32", 0)
-    monkeypatch.setattr(cpu, "_LARGE_FP32_SUMS", 0)
+    monkeypatch.setattr(pytorch, "_prefers_onednn", lambda: True)
+    monkeypatch.setattr(pytorch, "_LARGE_FP32", 0)
+    monkeypatch.setattr(pytorch, "_LARGE_FP32_SUMS", 0)
 
 
 @pytest.mark.usefixtures("onednn")
@@ -166,7 +166,7 @@ def test_bias_of_any_strides(dtype):
 
 @pytest.mark.parametrize("is_best", [False, True], ids=["blocks", "grouped_mm"])
 def test_neighbours_may_be_nan(is_best, monkeypatch):
-    monkeypatch.setattr(cpu, "_grouped_mm_is_best", lambda *_: is_best)
+    monkeypatch.setattr(pytorch, "_grouped_mm_is_best", lambda *_: is_best)
     counts = torch.tensor([33, 33], dtype=torch.int32)
     assert batched_gemm.few_sizes(33) > 33
     x, weight = torch.randn(70, 16, requires_grad=True), torch.randn(2, 8, 16, requires_grad=True)

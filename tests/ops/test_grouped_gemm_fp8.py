@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import moe_ops
-from moe_ops.ops import fp8
-from tests import checks, oracle
-from tests.gpu.gemm_problem import FP8_MODES, check, check_every_code, fp8_problem
+from moe_ops import fp8
+from testing import checks, oracle
+from testing.gemm_problem import FP8_MODES, check, check_every_code, fp8_problem
 
 moe = torch.ops.moe
 FP8 = torch.float8_e4m3fn
@@ -167,7 +167,7 @@ def test_one_expert_is_dequantised_at_a_time(monkeypatch):
         made.append(tuple(weight.shape))
         return fp8.dequantized(weight, scale, dtype)
 
-    monkeypatch.setattr("moe_ops.ops.grouped_gemm_fp8.cpu.dequantized", dequantized)
+    monkeypatch.setattr("moe_ops.ops.grouped_gemm_fp8.pytorch.dequantized", dequantized)
     arguments, leaves = with_leaves(call())
     arguments["token_counts"] = torch.tensor([5, 0, 12, 0])
     torch.autograd.grad(moe.grouped_gemm_fp8(**arguments).sum(), leaves)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from moe_ops._core.library import SCHEMAS
-from tests.strategies import PRESENT, seeded_sample
+from testing.strategies import PRESENT, seeded_sample
 
 moe = torch.ops.moe
 

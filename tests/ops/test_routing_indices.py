@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests import oracle
+from testing import oracle
 
 moe = torch.ops.moe
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_ops
-from tests import checks, masked_routing, oracle
+from testing import checks, masked_routing, oracle
 
 moe = torch.ops.moe
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

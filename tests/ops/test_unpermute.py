@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from moe_ops._core.library import SCHEMAS
-from tests import oracle
-from tests.strategies import PRESENT, seeded_sample
+from testing import oracle
+from testing.strategies import PRESENT, seeded_sample
 
 moe = torch.ops.moe
 

@@ -3,7 +3,7 @@
 
 Pure Python and PyYAML, nothing of torch: setup.py loads this file by its path to validate the
 schemas when the package is built. What is made from an `OpSchema` is in codegen.py (checks, fake
-kernel, FLOP formula), reference.py (docstrings, docs/ops) and tests/strategies.py.
+kernel, FLOP formula), reference.py (docstrings, docs/ops) and testing/strategies.py.
 
 The format is explained in docs/schemas.md.
 """

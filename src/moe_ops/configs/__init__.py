@@ -5,5 +5,4 @@ kernel_config.py   the dataclasses that a caller writes, and their form as one s
 choose.py          which configuration a launch gets: the caller's, a tuned, a shipped, a computed
 tables/            what is shipped, a file for each GPU
 cache.py           what was tuned on this machine, on disk
-space.py           what the tuner tries
 """

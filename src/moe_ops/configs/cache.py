@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import importlib.metadata
 import json
 import logging
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 
+from moe_ops._version import __version__
 from moe_ops.configs.kernel_config import PASSES, KernelConfig, read_fields, read_json
 
 logger = logging.getLogger("moe_ops")
@@ -62,9 +62,7 @@ def versions() -> dict[str, str]:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = "none"
-    # Not an import statement: moe_ops imports what imports this.
-    moe_ops = importlib.import_module("moe_ops")
-    return {"moe_ops": moe_ops.__version__, "torch": str(torch.__version__), "triton": triton}
+    return {"moe_ops": __version__, "torch": str(torch.__version__), "triton": triton}
 
 
 def table_name(device_name: str) -> str:

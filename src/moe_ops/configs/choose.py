@@ -86,7 +86,7 @@ HOPPER = 9
 FEW_ROWS = 32
 # The largest side of a weight that is taken for a LoRA's rank.
 _NARROW = 64
-# The activation's backward on top of a tile, in kernels/hopper_experts.py, takes so many columns at a
+# The activation's backward on top of a tile, in _triton/kernels/hopper_experts.py, takes so many columns at a
 # time, or half of them.
 _CHUNK_COLUMNS = 32
 
@@ -313,7 +313,7 @@ def is_flattened(config: KernelConfig, problem: Problem) -> bool:
 def epilogue_columns(config: KernelConfig, activation: str, has_limit: bool) -> int:
     """The columns of a chunk: what the activation's backward on top of dX takes at a time.
 
-    That is in kernels/hopper_experts.py.
+    That is in _triton/kernels/hopper_experts.py.
     """
     columns = _CHUNK_COLUMNS // config.epilogue_subtile
     # The derivatives of others, and a limit, take more registers.

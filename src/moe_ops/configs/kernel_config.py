@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 # What many Triton kernels call the sides of a tile.
 _ALIASES = {f"BLOCK_SIZE_{letter}": f"BLOCK_{letter}" for letter in "MNK"}
-# Rows and columns of the tiles that groups of warps compute in turns, as kernels/hopper_turns.py has
-# it; kernels/hopper.py has others.
+# Rows and columns of the tiles that groups of warps compute in turns, as _triton/kernels/hopper_pingpong.py has
+# it; _triton/kernels/hopper_cooperative.py has others.
 TURNS_TILE = (128, 128)
 
 C = TypeVar("C", bound="KernelConfig")

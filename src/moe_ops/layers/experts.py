@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_ops import fused_experts
-from moe_ops.ops.fp8 import quantize_fp8
+from moe_ops.fp8 import quantize_fp8
 
 
 class Experts(nn.Module):

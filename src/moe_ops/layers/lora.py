@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe_ops.fp8 import dequantize_fp8
 from moe_ops.layers.experts import ACTIVATIONS, Experts
-from moe_ops.ops.fp8 import dequantize_fp8
 from moe_ops.ops.grouped_gemm import grouped_gemm
 from moe_ops.ops.grouped_gemm_fp8 import grouped_gemm_fp8
 from moe_ops.ops.routing_indices import routing_indices

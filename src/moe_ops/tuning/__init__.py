@@ -2,6 +2,7 @@
 """Finds, on this GPU, the fastest configuration of each GEMM that a model's experts run.
 
 problems.py   the GEMMs of a model, as problems
+space.py      which configurations are tried
 bench.py      one problem: run in a configuration, compared with PyTorch, timed
 ranks.py      how the ranks of torch.distributed share the work
 report.py     how a person sees it
@@ -23,11 +24,11 @@ from torch import nn
 from moe_ops.configs import cache
 from moe_ops.configs.choose import Device, device_of
 from moe_ops.configs.kernel_config import KernelConfig
-from moe_ops.configs.space import candidates
 from moe_ops.tuning.bench import Bench, Timer, cuda_milliseconds
 from moe_ops.tuning.problems import NUM_TOKENS, Experts, Task, find_experts, tasks_of
 from moe_ops.tuning.ranks import ranks_of
 from moe_ops.tuning.report import Report
+from moe_ops.tuning.space import candidates
 
 __all__ = [
     "NUM_TOKENS",

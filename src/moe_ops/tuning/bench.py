@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from moe_ops._core.library import OPS
 from moe_ops.configs.kernel_config import KernelConfig, kernel_config
-from moe_ops.ops.grouped_gemm import cpu
+from moe_ops.ops.grouped_gemm import pytorch
 from moe_ops.tuning.problems import Task
 
 # How far a row may be from PyTorch's, relative to the longest row: both round, in another order.
@@ -50,7 +50,7 @@ class Bench:
             self.compared["used_rows"] = int(self.compared["token_counts"].sum())
             self.expected = _down_backward_in_pytorch(**self.compared)
         else:
-            self.expected = _tensors(getattr(cpu, f"grouped_gemm{op}")(**self.compared))
+            self.expected = _tensors(getattr(pytorch, f"grouped_gemm{op}")(**self.compared))
         given = [value for value in self.inputs[0].values() if isinstance(value, Tensor)]
         self.size = 1 + sum(t.numel() * t.element_size() for t in (*given, *self.expected))
         copies = min(_MAX_ROTATED, -(-_ROTATED_BYTES // self.size))
@@ -182,7 +182,7 @@ def _up_projection_in_pytorch(
     top_k: int,
 ) -> tuple[Tensor, Tensor]:
     """z = x @ weight.T + bias of the routed rows, and silu of it, times up where it is gated."""
-    z = cpu.grouped_gemm(
+    z = pytorch.grouped_gemm(
         input, weight, token_counts, gather_indices, None, bias, top_k, permute_x=True
     )
     gate, up = z.float().chunk(2, 1) if gated else (z.float(), 1.0)
@@ -194,18 +194,18 @@ def _up_projection(kernel_config: str | None = None, **arguments: Any) -> tuple[
     input, weight = arguments["input"], arguments["weight"]
     if OPS["fused_experts"].choose(input.device.type).name != "triton":
         return _up_projection_in_pytorch(**arguments)
-    from moe_ops.ops.fused_experts import launch
-    from moe_ops.ops.launching import Activation, inverse_permutation
+    from moe_ops._triton.launch import Activation, inverse_permutation
+    from moe_ops.ops.fused_experts import triton
 
     gather_indices, gated = arguments["gather_indices"], arguments["gated"]
-    rows = launch.RoutedRows(
+    rows = triton.RoutedRows(
         arguments["token_counts"], gather_indices, inverse_permutation(gather_indices),
         arguments["top_k"], Activation("silu", None), gated, False, kernel_config,
     )  # fmt: skip
     z = input.new_empty(rows.number, weight.shape[1])
     # The rows of no expert are nobody's in h.
     h = input.new_zeros(rows.number, weight.shape[1] // (2 if gated else 1))
-    launch.up_projection(rows, input, weight, arguments["bias"], None, z, h)
+    triton.up_projection(rows, input, weight, arguments["bias"], None, z, h)
     return z, h
 
 
@@ -220,7 +220,7 @@ def _down_backward_in_pytorch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of dh = grad_output @ weight: the gradient of the pre-activation, weighted silu, <dh, h>."""
     no_permutation = (None, None, None, None, 1, False, False, [True, False])
-    dh = cpu.grouped_gemm_dx(grad_output, weight, token_counts, *no_permutation)[0].float()
+    dh = pytorch.grouped_gemm_dx(grad_output, weight, token_counts, *no_permutation)[0].float()
     gate, up = pre_activation.float().chunk(2, 1)
     sigmoid = gate.sigmoid()
     value, slope = gate * sigmoid, sigmoid * (1 + gate * (1 - sigmoid))
@@ -238,18 +238,18 @@ def _down_backward(
     """The same as fused_experts computes it on the device; the rows of no expert are nobody's."""
     if OPS["fused_experts"].choose(arguments["weight"].device.type).name != "triton":
         return _down_backward_in_pytorch(**arguments, used_rows=used_rows)
-    from moe_ops.ops.fused_experts import launch
-    from moe_ops.ops.gemm_launching import expert_offsets
-    from moe_ops.ops.launching import Activation, inverse_permutation
+    from moe_ops._triton.gemm import expert_offsets
+    from moe_ops._triton.launch import Activation, inverse_permutation
+    from moe_ops.ops.fused_experts import triton
 
     token_counts, gather_indices = arguments["token_counts"], arguments["gather_indices"]
     weights, z = arguments["topk_weights"], arguments["pre_activation"]
-    rows = launch.RoutedRows(
+    rows = triton.RoutedRows(
         token_counts, gather_indices, inverse_permutation(gather_indices), weights.shape[1],
         Activation("silu", None), True, False, kernel_config,
     )  # fmt: skip
     offsets = expert_offsets(token_counts, rows.number)
-    down = launch.Down(rows, arguments["weight"], None, weights, offsets)
+    down = triton.Down(rows, arguments["weight"], None, weights, offsets)
     dz, h, dots = down.backward(arguments["grad_output"], 0, z, True, True, True)
     assert dz is not None
     assert h is not None

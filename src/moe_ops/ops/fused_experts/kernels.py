@@ -9,9 +9,15 @@ import triton
 import triton.language as tl
 from triton.tools.ragged_tma import to_ragged_indices
 
-from moe_ops.kernels.activations import gated_activation, plain_activation, split_gate
-from moe_ops.kernels.grouped_gemm import follow_on, halves_of, multiply, source_rows, tile_of
-from moe_ops.kernels.schedule import expert_rows, find_tile, tiles_before, zero_tail
+from moe_ops._triton.kernels.activations import gated_activation, plain_activation, split_gate
+from moe_ops._triton.kernels.grouped_gemm import (
+    follow_on,
+    halves_of,
+    multiply,
+    source_rows,
+    tile_of,
+)
+from moe_ops._triton.kernels.schedule import expert_rows, find_tile, tiles_before, zero_tail
 
 
 @triton.jit

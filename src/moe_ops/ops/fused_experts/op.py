@@ -12,19 +12,19 @@ from typing import Any
 import torch
 
 from moe_ops._core.library import Op, documented
-from moe_ops.ops.fused_experts import cpu
+from moe_ops.ops.fused_experts import pytorch
 
 _op = Op("fused_experts")
-_op.implement("pytorch", cpu.fused_experts)
-_op.implement("triton", "moe_ops.ops.fused_experts.launch:fused_experts")
+_op.implement("pytorch", pytorch.fused_experts)
+_op.implement("triton", "moe_ops.ops.fused_experts.triton:fused_experts")
 
 _forward_op = Op("fused_experts_forward")
-_forward_op.implement("pytorch", cpu.fused_experts_forward)
-_forward_op.implement("triton", "moe_ops.ops.fused_experts.launch:fused_experts_forward")
+_forward_op.implement("pytorch", pytorch.fused_experts_forward)
+_forward_op.implement("triton", "moe_ops.ops.fused_experts.triton:fused_experts_forward")
 
 _backward_op = Op("fused_experts_backward")
-_backward_op.implement("pytorch", cpu.fused_experts_backward)
-_backward_op.implement("triton", "moe_ops.ops.fused_experts.launch:fused_experts_backward")
+_backward_op.implement("pytorch", pytorch.fused_experts_backward)
+_backward_op.implement("triton", "moe_ops.ops.fused_experts.triton:fused_experts_backward")
 
 
 def _save(ctx: Any, args: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> None:

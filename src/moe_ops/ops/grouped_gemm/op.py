@@ -8,19 +8,19 @@ from typing import Any
 import torch
 
 from moe_ops._core.library import Op, documented
-from moe_ops.ops.grouped_gemm import cpu
+from moe_ops.ops.grouped_gemm import pytorch
 
 _op = Op("grouped_gemm")
-_op.implement("pytorch", cpu.grouped_gemm)
-_op.implement("triton", "moe_ops.ops.grouped_gemm.launch:grouped_gemm")
+_op.implement("pytorch", pytorch.grouped_gemm)
+_op.implement("triton", "moe_ops.ops.grouped_gemm.triton:grouped_gemm")
 
 _dx_op = Op("grouped_gemm_dx")
-_dx_op.implement("pytorch", cpu.grouped_gemm_dx)
-_dx_op.implement("triton", "moe_ops.ops.grouped_gemm.launch:grouped_gemm_dx")
+_dx_op.implement("pytorch", pytorch.grouped_gemm_dx)
+_dx_op.implement("triton", "moe_ops.ops.grouped_gemm.triton:grouped_gemm_dx")
 
 _dw_op = Op("grouped_gemm_dw")
-_dw_op.implement("pytorch", cpu.grouped_gemm_dw)
-_dw_op.implement("triton", "moe_ops.ops.grouped_gemm.launch:grouped_gemm_dw")
+_dw_op.implement("pytorch", pytorch.grouped_gemm_dw)
+_dw_op.implement("triton", "moe_ops.ops.grouped_gemm.triton:grouped_gemm_dw")
 
 
 def _save(ctx: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernel of grouped_gemm_fp8 and its dX.
 
-In GEMM letters, as kernels/grouped_gemm.py: y (M, N) = x (M, K) @ b[e] (K, N). b is float8_e4m3fn,
+In GEMM letters, as _triton/kernels/grouped_gemm.py: y (M, N) = x (M, K) @ b[e] (K, N). b is float8_e4m3fn,
 read as uint8: GPUs without FP8 (compute capability below 8.9) and Triton's interpreter decode the bits.
 """
 
 import triton
 import triton.language as tl
 
-from moe_ops.kernels.grouped_gemm import (
+from moe_ops._triton.kernels.grouped_gemm import (
     finish_tile,
     follow_on,
     load_b,
@@ -16,7 +16,7 @@ from moe_ops.kernels.grouped_gemm import (
     source_rows,
     tile_of,
 )
-from moe_ops.kernels.schedule import expert_rows, find_tile, tiles_before, zero_tail
+from moe_ops._triton.kernels.schedule import expert_rows, find_tile, tiles_before, zero_tail
 
 
 @triton.jit

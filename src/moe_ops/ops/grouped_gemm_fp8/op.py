@@ -8,15 +8,15 @@ from typing import Any
 import torch
 
 from moe_ops._core.library import Op, documented
-from moe_ops.ops.grouped_gemm_fp8 import cpu
+from moe_ops.ops.grouped_gemm_fp8 import pytorch
 
 _op = Op("grouped_gemm_fp8")
-_op.implement("pytorch", cpu.grouped_gemm_fp8)
-_op.implement("triton", "moe_ops.ops.grouped_gemm_fp8.launch:grouped_gemm_fp8")
+_op.implement("pytorch", pytorch.grouped_gemm_fp8)
+_op.implement("triton", "moe_ops.ops.grouped_gemm_fp8.triton:grouped_gemm_fp8")
 
 _dx_op = Op("grouped_gemm_fp8_dx")
-_dx_op.implement("pytorch", cpu.grouped_gemm_fp8_dx)
-_dx_op.implement("triton", "moe_ops.ops.grouped_gemm_fp8.launch:grouped_gemm_fp8_dx")
+_dx_op.implement("pytorch", pytorch.grouped_gemm_fp8_dx)
+_dx_op.implement("triton", "moe_ops.ops.grouped_gemm_fp8.triton:grouped_gemm_fp8_dx")
 
 
 def _save(ctx: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:

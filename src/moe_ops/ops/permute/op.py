@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from moe_ops._core.library import Op, documented
-from moe_ops.ops.permute import cpu
+from moe_ops.ops.permute import pytorch
 
 _op = Op("permute")
-_op.implement("pytorch", cpu.permute)
-_op.implement("triton", "moe_ops.ops.permute.launch:permute")
+_op.implement("pytorch", pytorch.permute)
+_op.implement("triton", "moe_ops.ops.permute.triton:permute")
 
 
 def _save(ctx: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -6,11 +6,11 @@ from __future__ import annotations
 import torch
 
 from moe_ops._core.library import Op, documented
-from moe_ops.ops.routing_indices import cpu
+from moe_ops.ops.routing_indices import pytorch
 
 _op = Op("routing_indices")
-_op.implement("pytorch", cpu.routing_indices)
-_op.implement("triton", "moe_ops.ops.routing_indices.launch:routing_indices")
+_op.implement("pytorch", pytorch.routing_indices)
+_op.implement("triton", "moe_ops.ops.routing_indices.triton:routing_indices")
 
 
 @documented

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 
 from moe_ops._core.library import Op, documented
-from moe_ops.ops.topk_routing import cpu
+from moe_ops.ops.topk_routing import pytorch
 
 _op = Op("topk_routing")
-_op.implement("pytorch", cpu.topk_routing)
-_op.implement("triton", "moe_ops.ops.topk_routing.launch:topk_routing")
+_op.implement("pytorch", pytorch.topk_routing)
+_op.implement("triton", "moe_ops.ops.topk_routing.triton:topk_routing")
 
 _backward_op = Op("topk_routing_backward")
-_backward_op.implement("pytorch", cpu.topk_routing_backward)
-_backward_op.implement("triton", "moe_ops.ops.topk_routing.launch:topk_routing_backward")
+_backward_op.implement("pytorch", pytorch.topk_routing_backward)
+_backward_op.implement("triton", "moe_ops.ops.topk_routing.triton:topk_routing_backward")
 
 
 def _save(ctx: Any, args: tuple[Any, ...], outputs: tuple[torch.Tensor, torch.Tensor]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernel of unpermute_backward; unpermute itself is kernels/rows.py's sum_rows_kernel.
+"""Triton kernel of unpermute_backward; unpermute itself is _triton/kernels/rows.py's sum_rows_kernel.
 
 T num_tokens, K top_k, H hidden_size, R = T * K routed rows; slot = token * K + k.
 """

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 
 from moe_ops._core.library import Op, documented
-from moe_ops.ops.unpermute import cpu
+from moe_ops.ops.unpermute import pytorch
 
 _op = Op("unpermute")
-_op.implement("pytorch", cpu.unpermute)
-_op.implement("triton", "moe_ops.ops.unpermute.launch:unpermute")
+_op.implement("pytorch", pytorch.unpermute)
+_op.implement("triton", "moe_ops.ops.unpermute.triton:unpermute")
 
 _backward_op = Op("unpermute_backward")
-_backward_op.implement("pytorch", cpu.unpermute_backward)
-_backward_op.implement("triton", "moe_ops.ops.unpermute.launch:unpermute_backward")
+_backward_op.implement("pytorch", pytorch.unpermute_backward)
+_backward_op.implement("triton", "moe_ops.ops.unpermute.triton:unpermute_backward")
 
 
 def _save(ctx: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:

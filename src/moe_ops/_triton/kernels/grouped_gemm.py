@@ -1,0 +1,455 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grouped GEMMs: the products of grouped_gemm, its dX and its dW, and of fused_experts.
+
+In GEMM letters: each expert e multiplies its rows, y (M, N) = x (M, K) @ b[e] (K, N). Forward: M
+rows, N out_features, K in_features, b[e] = weight[e].T. dX: N in_features, K out_features, b[e] =
+weight[e], so it is the same kernel with other strides. dW contracts over the rows: (N, D) per
+expert.
+
+A kernel walks tiles (tile_of), gets its rows from the schedule, multiplies (multiply), and has its
+own way with the result.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.ragged_tma import load_ragged, to_ragged_indices
+
+from moe_ops._triton.kernels.schedule import expert_rows, find_tile, tiles_before, zero_tail
+
+
+@triton.jit
+def tile_of(t, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Tile (m, n) of position t: GROUP_M row tiles share their weight columns in the L2 cache."""
+    width = GROUP_M * tiles_n
+    first_m = (t // width) * GROUP_M
+    size_m = tl.minimum(tiles_m - first_m, GROUP_M)
+    return first_m + (t % width) % size_m, (t % width) // size_m
+
+
+@triton.jit
+def follow_on():
+    """Waits for the kernel before, of a programmatic dependent launch; lets the one after begin."""
+    gdc_wait()
+    gdc_launch_dependents()
+
+
+@triton.jit
+def load_x(
+    desc, pointers, row, k0, in_rows, in_k, TMA: tl.constexpr, EVEN_K: tl.constexpr
+):  # fmt: skip
+    """The next (BLOCK_M, BLOCK_K) of x; zeros past K, anything past the rows of a descriptor."""
+    if TMA:
+        x = desc.load([row, k0])
+    elif EVEN_K:
+        x = tl.load(pointers, mask=in_rows[:, None], other=0)
+    else:
+        x = tl.load(pointers, mask=in_rows[:, None] & in_k[None, :], other=0)
+    return x
+
+
+@triton.jit
+def load_b(
+    desc, pointers, e, n0, k0, in_cols, in_k,
+    TMA: tl.constexpr, IS_NK: tl.constexpr, HALVES: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The next (BLOCK_K, BLOCK_N) of b[e]; zeros past K and N.
+
+    With HALVES, half of the columns begin at n0 of the first half of N, half at n0 of the second.
+    """
+    if TMA and HALVES and IS_NK:
+        b = desc.load([e, 0, n0, k0]).reshape(BLOCK_N, BLOCK_K).T
+    elif TMA and HALVES:
+        b = desc.load([e, k0, 0, n0]).reshape(BLOCK_K, BLOCK_N)
+    elif TMA and IS_NK:
+        b = desc.load([e, n0, k0]).reshape(BLOCK_N, BLOCK_K).T
+    elif TMA:
+        b = desc.load([e, k0, n0]).reshape(BLOCK_K, BLOCK_N)
+    elif EVEN_K:
+        b = tl.load(pointers, mask=in_cols[None, :], other=0)
+    else:
+        b = tl.load(pointers, mask=in_k[:, None] & in_cols[None, :], other=0)
+    return b
+
+
+@triton.jit
+def multiply(
+    x_ptr, x_desc, b_ptr, b_desc, bias_ptr, source, in_source, first, e, cols, in_cols, n0, K,
+    stride_xm, stride_xk, stride_be, stride_bk, stride_bn, stride_bias_e, stride_bias_n,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    TMA_X: tl.constexpr, TMA_B: tl.constexpr, B_IS_NK: tl.constexpr, HALVES: tl.constexpr,
+    EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """x[source] @ b[e][:, cols] + bias[e, cols] in fp32, (BLOCK_M, BLOCK_N).
+
+    Descriptors load BLOCK_M rows from `first`, and columns from n0 as load_b says; pointers load
+    `source` and `cols`.
+    """
+    k = tl.arange(0, BLOCK_K)
+    # Dead code where a descriptor loads instead.
+    x_pointers = (
+        x_ptr + source[:, None].to(tl.int64) * stride_xm + k[None, :].to(tl.int64) * stride_xk
+    )
+    b_pointers = (
+        b_ptr
+        + e.to(tl.int64) * stride_be
+        + k[:, None].to(tl.int64) * stride_bk
+        + cols[None, :].to(tl.int64) * stride_bn
+    )
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if HAS_BIAS:
+        # Not after the loop: there the registers are all taken.
+        bias_pointers = (
+            bias_ptr + e.to(tl.int64) * stride_bias_e + cols.to(tl.int64) * stride_bias_n
+        )
+        acc += tl.load(bias_pointers, mask=in_cols, other=0).to(tl.float32)[None, :]
+    for k0 in range(0, K, BLOCK_K):
+        x = load_x(x_desc, x_pointers, first, k0, in_source, k0 + k < K, TMA_X, EVEN_K)
+        b = load_b(
+            b_desc, b_pointers, e, n0, k0, in_cols, k0 + k < K,
+            TMA_B, B_IS_NK, HALVES, EVEN_K, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        acc = tl.dot(x, b, acc, input_precision=PRECISION)
+        x_pointers += tl.cast(stride_xk, tl.int64) * BLOCK_K
+        b_pointers += tl.cast(stride_bk, tl.int64) * BLOCK_K
+    return acc
+
+
+@triton.jit
+def halves_of(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of a tile (BLOCK_M, BLOCK_N)."""
+    left, right = tile.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+    return left, right
+
+
+@triton.jit
+def source_rows(
+    gather_ptr, rows, in_rows, num_rows, divisor, GATHER: tl.constexpr
+):  # fmt: skip
+    """Which row of x each row multiplies, and whether there is one."""
+    source = rows
+    in_source = in_rows
+    if GATHER:
+        source = tl.load(gather_ptr + rows, mask=in_rows, other=-1)
+        in_source = in_rows & (source >= 0) & (source < num_rows)
+        source //= divisor
+    return source, in_source
+
+
+@triton.jit
+def store_rows(
+    y_ptr, y_desc, y, first, end, target, in_target, n0, N,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Stores y (BLOCK_M, BLOCK_N) from column n0 on.
+
+    A descriptor stores the rows from `first` up to `end`, pointers the rows `target`.
+    """
+    if TMA:
+        # store_ragged of triton.tools, which its interpreter does not take.
+        i0, i1, row = to_ragged_indices(first, end - first, 0)
+        y_desc.store([i0, i1, row, n0], y.reshape(1, 1, BLOCK_M, BLOCK_N))
+    else:
+        cols = n0 + tl.arange(0, BLOCK_N)
+        y_pointers = y_ptr + target[:, None].to(tl.int64) * N + cols[None, :]
+        tl.store(y_pointers, y, mask=in_target[:, None] & (cols < N)[None, :])
+
+
+@triton.jit
+def finish_tile(
+    acc, rows, cols, in_rows, in_cols, scale_ptr, gather_ptr, y_ptr, y_desc, other_ptr, dots_ptr,
+    first, end, tile_n, num_rows, N, top_k, other_divisor,
+    stride_st, stride_sk, stride_om, stride_on,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA_Y: tl.constexpr, SCATTER_Y: tl.constexpr,
+    HAS_GATHER: tl.constexpr, HAS_SCALE: tl.constexpr, STORE_Y: tl.constexpr,
+    HAS_DOTS: tl.constexpr, GATHER_OTHER: tl.constexpr, SUBTILE: tl.constexpr,
+):  # fmt: skip
+    """What becomes of a product acc (BLOCK_M, BLOCK_N): dots with `other`, the router weight, y."""
+    # Loaded here and not before the product: the registers of its loop are all taken.
+    slots = rows
+    if HAS_GATHER:
+        slots = tl.load(gather_ptr + rows, mask=in_rows, other=-1)
+    in_slots = in_rows & (slots >= 0) & (slots < num_rows)
+    if HAS_DOTS:
+        other_rows = rows
+        if GATHER_OTHER:
+            other_rows = slots // other_divisor
+        other_pointers = (
+            other_ptr
+            + other_rows[:, None].to(tl.int64) * stride_om
+            + cols[None, :].to(tl.int64) * stride_on
+        )
+        in_tile = in_slots[:, None] & in_cols[None, :]
+        other = tl.load(other_pointers, mask=in_tile, other=0).to(tl.float32)
+        dots = tl.sum(acc * other, 1)
+        tl.store(dots_ptr + tile_n.to(tl.int64) * num_rows + slots, dots, mask=in_slots)
+    if STORE_Y:
+        if HAS_SCALE:
+            scale_pointers = (
+                scale_ptr
+                + (slots // top_k).to(tl.int64) * stride_st
+                + (slots % top_k).to(tl.int64) * stride_sk
+            )
+            acc *= tl.load(scale_pointers, mask=in_slots, other=0).to(tl.float32)[:, None]
+        y = acc.to(y_ptr.dtype.element_ty)
+        target = rows
+        in_target = in_rows
+        if SCATTER_Y:
+            target = slots
+            in_target = in_slots
+        n0 = tile_n * BLOCK_N
+        if SUBTILE == 2:
+            left, right = halves_of(y, BLOCK_M, BLOCK_N)
+            HALF: tl.constexpr = BLOCK_N // 2
+            store_rows(
+                y_ptr, y_desc, left, first, end, target, in_target, n0, N, BLOCK_M, HALF, TMA_Y
+            )
+            n0 += HALF
+            store_rows(
+                y_ptr, y_desc, right, first, end, target, in_target, n0, N, BLOCK_M, HALF, TMA_Y
+            )
+        else:
+            store_rows(
+                y_ptr, y_desc, y, first, end, target, in_target, n0, N, BLOCK_M, BLOCK_N, TMA_Y
+            )
+
+
+@triton.jit
+def grouped_gemm_tile(
+    x_ptr, x_desc, b_ptr, b_desc, bias_ptr, scale_ptr, gather_ptr, y_ptr, y_desc,
+    other_ptr, dots_ptr, e, first, end, tile_n, num_rows, N, K, top_k, x_divisor, other_divisor,
+    stride_xm, stride_xk, stride_be, stride_bk, stride_bn, stride_bias_e, stride_bias_n,
+    stride_st, stride_sk, stride_om, stride_on,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    TMA_X: tl.constexpr, TMA_B: tl.constexpr, TMA_Y: tl.constexpr, B_IS_NK: tl.constexpr,
+    EVEN_K: tl.constexpr, GATHER_X: tl.constexpr, SCATTER_Y: tl.constexpr,
+    HAS_GATHER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
+    STORE_Y: tl.constexpr, HAS_DOTS: tl.constexpr, GATHER_OTHER: tl.constexpr,
+    SUBTILE: tl.constexpr,
+):  # fmt: skip
+    """One tile of grouped_gemm_kernel: up to BLOCK_M rows from `first`, columns of tile_n."""
+    rows = first + tl.arange(0, BLOCK_M)
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_rows = rows < end
+    in_cols = cols < N
+    source, in_source = source_rows(gather_ptr, rows, in_rows, num_rows, x_divisor, GATHER_X)
+    acc = multiply(
+        x_ptr, x_desc, b_ptr, b_desc, bias_ptr, source, in_source, first, e, cols, in_cols,
+        tile_n * BLOCK_N, K,
+        stride_xm, stride_xk, stride_be, stride_bk, stride_bn, stride_bias_e, stride_bias_n,
+        BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, TMA_X, TMA_B, B_IS_NK, False, EVEN_K, HAS_BIAS,
+    )  # fmt: skip
+    finish_tile(
+        acc, rows, cols, in_rows, in_cols, scale_ptr, gather_ptr, y_ptr, y_desc, other_ptr, dots_ptr,
+        first, end, tile_n, num_rows, N, top_k, other_divisor,
+        stride_st, stride_sk, stride_om, stride_on,
+        BLOCK_M, BLOCK_N, TMA_Y, SCATTER_Y, HAS_GATHER, HAS_SCALE, STORE_Y, HAS_DOTS, GATHER_OTHER,
+        SUBTILE,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["max_tiles", "num_rows"])
+def grouped_gemm_kernel(
+    x_ptr, x_desc, x_tail_desc, b_ptr, b_desc, bias_ptr, scale_ptr, gather_ptr,
+    y_ptr, y_desc, y_tail_desc, other_ptr, dots_ptr, counts_ptr, tiles_ptr,
+    max_tiles, num_rows, num_experts, N, K, top_k, x_divisor, other_divisor,
+    stride_xm, stride_xk, stride_be, stride_bk, stride_bn, stride_bias_e, stride_bias_n,
+    stride_st, stride_sk, stride_om, stride_on,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA_X: tl.constexpr, TMA_B: tl.constexpr, TMA_Y: tl.constexpr, B_IS_NK: tl.constexpr,
+    EVEN_K: tl.constexpr, GATHER_X: tl.constexpr, SCATTER_Y: tl.constexpr,
+    HAS_GATHER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
+    STORE_Y: tl.constexpr, HAS_DOTS: tl.constexpr, GATHER_OTHER: tl.constexpr,
+    FINDS_TILES: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_W: tl.constexpr,
+    TAIL_TILES: tl.constexpr, FLATTEN: tl.constexpr, SUBTILE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """y[row] = scale * (x[row] @ b[e] + bias[e]), tile by tile.
+
+    Grid (any,), persistent: a program walks the tiles pid, pid + grid size, ... With
+    HAS_DOTS it also writes dots[n_tile, row] = sum over its columns of (x[row] @ b[e]) * other[row].
+    Writes the rows of the schedule's tiles alone; with FINDS_TILES there is no schedule, and the
+    rows of no expert are zeroed here too. With TAIL_TILES an expert's last rows, where they fit,
+    are computed in a tile of half the height.
+    """
+    if PDL:
+        follow_on()
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    if FINDS_TILES:
+        starts, ends = expert_rows(counts_ptr, num_rows, num_experts, EXPERTS)
+        tiles, upto = tiles_before(starts, ends, BLOCK_M)
+        tiles_m = tl.sum(tiles)
+        if STORE_Y:
+            zero_tail(y_ptr, gather_ptr, tl.max(ends, 0), num_rows, N, SCATTER_Y, BLOCK_W)
+    else:
+        tiles_m = tl.load(tiles_ptr + 3 * max_tiles)
+    for t in tl.range(
+        tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0),
+        flatten=FLATTEN,
+    ):  # fmt: skip
+        tile_m, tile_n = tile_of(t, tiles_m, tiles_n, GROUP_M)
+        if FINDS_TILES:
+            e, first, end = find_tile(tile_m, starts, ends, tiles, upto, BLOCK_M, EXPERTS)
+        else:
+            e = tl.load(tiles_ptr + tile_m)
+            first = tl.load(tiles_ptr + max_tiles + tile_m)
+            end = tl.load(tiles_ptr + 2 * max_tiles + tile_m)
+        if TAIL_TILES and end - first <= BLOCK_M // 2:
+            grouped_gemm_tile(
+                x_ptr, x_tail_desc, b_ptr, b_desc, bias_ptr, scale_ptr, gather_ptr,
+                y_ptr, y_tail_desc, other_ptr, dots_ptr, e, first, end, tile_n,
+                num_rows, N, K, top_k, x_divisor, other_divisor,
+                stride_xm, stride_xk, stride_be, stride_bk, stride_bn, stride_bias_e, stride_bias_n,
+                stride_st, stride_sk, stride_om, stride_on,
+                BLOCK_M // 2, BLOCK_N, BLOCK_K, PRECISION, TMA_X, TMA_B, TMA_Y, B_IS_NK, EVEN_K,
+                GATHER_X, SCATTER_Y, HAS_GATHER, HAS_BIAS, HAS_SCALE, STORE_Y, HAS_DOTS,
+                GATHER_OTHER, SUBTILE,
+            )  # fmt: skip
+        else:
+            grouped_gemm_tile(
+                x_ptr, x_desc, b_ptr, b_desc, bias_ptr, scale_ptr, gather_ptr,
+                y_ptr, y_desc, other_ptr, dots_ptr, e, first, end, tile_n,
+                num_rows, N, K, top_k, x_divisor, other_divisor,
+                stride_xm, stride_xk, stride_be, stride_bk, stride_bn, stride_bias_e, stride_bias_n,
+                stride_st, stride_sk, stride_om, stride_on,
+                BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, TMA_X, TMA_B, TMA_Y, B_IS_NK, EVEN_K,
+                GATHER_X, SCATTER_Y, HAS_GATHER, HAS_BIAS, HAS_SCALE, STORE_Y, HAS_DOTS,
+                GATHER_OTHER, SUBTILE,
+            )  # fmt: skip
+
+
+@triton.jit
+def grouped_gemm_bwd_dw_kernel(
+    g_ptr, g_desc, x_ptr, x_desc, dw_ptr, dw_desc, offsets_ptr, num_experts, N, D,
+    stride_gm, stride_gn, stride_xm, stride_xd,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr, TMA_G: tl.constexpr, TMA_X: tl.constexpr, TMA_DW: tl.constexpr,
+    FLATTEN: tl.constexpr, SUBTILE: tl.constexpr,
+):  # fmt: skip
+    """dw[e] (N, D) = sum over the rows m of expert e of outer(g[m], x[m]); zeros without rows.
+
+    Grid (any,), persistent. Rows past an expert's end are zero-filled: by the hardware where a
+    ragged descriptor loads, by masks elsewhere. Writes all of dw.
+    """
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_d = tl.cdiv(D, BLOCK_D)
+    for t in tl.range(
+        tl.program_id(0), num_experts * tiles_n * tiles_d, tl.num_programs(0),
+        flatten=FLATTEN,
+    ):  # fmt: skip
+        e = t // (tiles_n * tiles_d)
+        tile_n, tile_d = tile_of(t % (tiles_n * tiles_d), tiles_n, tiles_d, GROUP)
+        start = tl.load(offsets_ptr + e)
+        end = tl.load(offsets_ptr + num_experts + e)
+        n0 = tile_n * BLOCK_N
+        d0 = tile_d * BLOCK_D
+        n = n0 + tl.arange(0, BLOCK_N)
+        d = d0 + tl.arange(0, BLOCK_D)
+        acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        for m0 in tl.range(0, end - start, BLOCK_M):
+            m = start + m0 + tl.arange(0, BLOCK_M)
+            if TMA_G:
+                g = load_ragged(g_desc, start, end - start, [m0, n0])
+            else:
+                g_pointers = (
+                    g_ptr
+                    + m[:, None].to(tl.int64) * stride_gm
+                    + n[None, :].to(tl.int64) * stride_gn
+                )
+                g = tl.load(g_pointers, mask=(m < end)[:, None] & (n < N)[None, :], other=0)
+            if TMA_X:
+                x = load_ragged(x_desc, start, end - start, [m0, d0])
+            else:
+                x_pointers = (
+                    x_ptr
+                    + m[:, None].to(tl.int64) * stride_xm
+                    + d[None, :].to(tl.int64) * stride_xd
+                )
+                x = tl.load(x_pointers, mask=(m < end)[:, None] & (d < D)[None, :], other=0)
+            acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION)
+        dw = acc.to(dw_ptr.dtype.element_ty)
+        if TMA_DW and SUBTILE == 2:
+            left, right = halves_of(dw, BLOCK_N, BLOCK_D)
+            dw_desc.store([e, n0, d0], left.reshape(1, BLOCK_N, BLOCK_D // 2))
+            dw_desc.store([e, n0, d0 + BLOCK_D // 2], right.reshape(1, BLOCK_N, BLOCK_D // 2))
+        elif TMA_DW:
+            dw_desc.store([e, n0, d0], dw.reshape(1, BLOCK_N, BLOCK_D))
+        else:
+            pointers = dw_ptr + e.to(tl.int64) * N * D + n[:, None].to(tl.int64) * D + d[None, :]
+            tl.store(pointers, dw, mask=(n < N)[:, None] & (d < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def grouped_gemm_bwd_dbias_kernel(
+    g_ptr, dbias_ptr, offsets_ptr, scale_ptr, gather_ptr, num_rows, num_experts, N, top_k,
+    stride_gm, stride_gn, stride_st, stride_sk,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_GATHER: tl.constexpr,
+):  # fmt: skip
+    """dbias[e, n] = sum over the rows m of expert e of g[m, n], in fp32; zeros without rows.
+
+    With HAS_SCALE each row counts scale[slot] times. Grid (num_experts, cdiv(N, BLOCK_N)).
+    """
+    e = tl.program_id(0)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start = tl.load(offsets_ptr + e)
+    end = tl.load(offsets_ptr + num_experts + e)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for m0 in tl.range(start, end, BLOCK_M, num_stages=3):
+        m = m0 + tl.arange(0, BLOCK_M)
+        in_rows = m < end
+        pointers = g_ptr + m[:, None].to(tl.int64) * stride_gm + n[None, :].to(tl.int64) * stride_gn
+        g = tl.load(pointers, mask=in_rows[:, None] & (n < N)[None, :], other=0).to(tl.float32)
+        if HAS_SCALE:
+            slots = m
+            if HAS_GATHER:
+                slots = tl.load(gather_ptr + m, mask=in_rows, other=-1)
+            in_slots = in_rows & (slots >= 0) & (slots < num_rows)
+            scale_pointers = (
+                scale_ptr
+                + (slots // top_k).to(tl.int64) * stride_st
+                + (slots % top_k).to(tl.int64) * stride_sk
+            )
+            g *= tl.load(scale_pointers, mask=in_slots, other=0).to(tl.float32)[:, None]
+        acc += g
+    dbias = tl.sum(acc, 0).to(dbias_ptr.dtype.element_ty)
+    tl.store(dbias_ptr + e.to(tl.int64) * N + n, dbias, mask=n < N)
+
+
+@triton.jit(do_not_specialize=["max_tiles", "num_rows"])
+def grouped_gemm_bwd_bias_dots_kernel(
+    g_ptr, gather_ptr, bias_ptr, dots_ptr, tiles_ptr, max_tiles, num_rows, N, g_divisor,
+    stride_gm, stride_gn, stride_bias_e, stride_bias_n,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_GATHER: tl.constexpr,
+    GATHER_G: tl.constexpr,
+):  # fmt: skip
+    """dots[slot] = <g[row], bias[e]> of each row: what the bias adds to the router gradient.
+
+    Grid (max_tiles,): one tile of the schedule each.
+    """
+    tile = tl.program_id(0)
+    if tile < tl.load(tiles_ptr + 3 * max_tiles):
+        e = tl.load(tiles_ptr + tile).to(tl.int64)
+        rows = tl.load(tiles_ptr + max_tiles + tile) + tl.arange(0, BLOCK_M)
+        in_rows = rows < tl.load(tiles_ptr + 2 * max_tiles + tile)
+        slots = rows
+        if HAS_GATHER:
+            slots = tl.load(gather_ptr + rows, mask=in_rows, other=-1)
+        in_slots = in_rows & (slots >= 0) & (slots < num_rows)
+        source = rows
+        if GATHER_G:
+            source = slots // g_divisor
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for n0 in tl.range(0, N, BLOCK_N, num_stages=3):
+            n = n0 + tl.arange(0, BLOCK_N)
+            bias = tl.load(
+                bias_ptr + e * stride_bias_e + n.to(tl.int64) * stride_bias_n, mask=n < N, other=0
+            )
+            pointers = (
+                g_ptr
+                + source[:, None].to(tl.int64) * stride_gm
+                + n[None, :].to(tl.int64) * stride_gn
+            )
+            g = tl.load(pointers, mask=in_slots[:, None] & (n < N)[None, :], other=0)
+            acc += g.to(tl.float32) * bias.to(tl.float32)[None, :]
+        tl.store(dots_ptr + slots, tl.sum(acc, 1), mask=in_slots)

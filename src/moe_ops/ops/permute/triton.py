@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""permute in Triton: each token's row is read once and written to its top_k rows."""
+
+from __future__ import annotations
+
+import torch
+
+from moe_ops._triton.launch import copy_rows, inverse_permutation
+
+
+def permute(
+    input: torch.Tensor,
+    gather_indices: torch.Tensor,
+    top_k: int,
+    scatter_indices: torch.Tensor | None = None,
+) -> torch.Tensor:
+    rows = inverse_permutation(gather_indices) if scatter_indices is None else scatter_indices
+    return copy_rows(input, rows, top_k)

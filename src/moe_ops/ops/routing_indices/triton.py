@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""routing_indices in Triton: allocation, grid and launch."""
+
+from __future__ import annotations
+
+import torch
+
+from moe_ops._triton.launch import cdiv, launch_on, next_power_of_2
+from moe_ops.ops.routing_indices.kernels import (
+    _routing_indices_count_kernel,
+    _routing_indices_place_kernel,
+)
+
+# Slots that a program sorts at a time, on 4 warps.
+_BLOCK = 512
+# Enough programs to fill a GPU, few enough that each reads the counts of all cheaply.
+_MAX_CHUNKS = 256
+# Counts that a program reads at a time.
+_COUNTS = 16384
+
+
+def routing_indices(
+    topk_ids: torch.Tensor, num_experts: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    num_tokens, top_k = topk_ids.shape
+    num_slots = num_tokens * top_k
+    gather_indices = torch.empty(num_slots, dtype=torch.int32, device=topk_ids.device)
+    scatter_indices = torch.empty_like(gather_indices)
+    token_counts = torch.empty(num_experts, dtype=torch.int32, device=topk_ids.device)
+    if num_slots == 0:
+        return token_counts.zero_(), gather_indices, scatter_indices
+    experts = max(2, next_power_of_2(num_experts))
+    num_blocks = cdiv(num_slots, _BLOCK * _MAX_CHUNKS)
+    num_chunks = cdiv(num_slots, _BLOCK * num_blocks)
+    counts = torch.empty(num_chunks, experts, dtype=torch.int32, device=topk_ids.device)
+    sizes = (*topk_ids.stride(), num_slots, top_k, num_experts, num_blocks)
+    with launch_on(topk_ids):
+        _routing_indices_count_kernel[(num_chunks,)](
+            topk_ids, counts, *sizes, BLOCK=_BLOCK, EXPERTS=experts
+        )
+        _routing_indices_place_kernel[(num_chunks,)](
+            topk_ids, counts, token_counts, gather_indices, scatter_indices, *sizes, num_chunks,
+            BLOCK=_BLOCK, EXPERTS=experts, CHUNKS=max(1, _COUNTS // experts),
+        )  # fmt: skip
+    return token_counts, gather_indices, scatter_indices

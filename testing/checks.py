@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Assertions that several test modules share: values against the oracle, errors alike everywhere."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from testing import oracle
+from testing.strategies import Sample
+from testing.tolerances import RELATIVE_NORM
+
+# fp32 keeps the order of two selection values that differ by this much.
+DECIDED_GAP = 1e-5
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """New memory holds NaN, or the largest integer, until something is written to it."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+@contextlib.contextmanager
+def fp8_can_be_compared() -> Iterator[None]:
+    """torch.allclose, with which opcheck looks for arguments that were written to, takes FP8 tensors."""
+    original = torch.allclose
+
+    def allclose(input: Tensor, other: Tensor, *args: Any, **kwargs: Any) -> bool:
+        if input.dtype == other.dtype == torch.float8_e4m3fn:
+            return torch.equal(input.view(torch.uint8), other.view(torch.uint8))
+        return original(input, other, *args, **kwargs)
+
+    with mock.patch.object(torch, "allclose", allclose):
+        yield
+
+
+def assert_close(
+    actual: Tensor,
+    expected: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    scale: Tensor | None = None,
+    what: str = "values",
+) -> None:
+    """||actual - expected|| within the tolerance of `dtype` (by default actual's).
+
+    The tolerance is relative to ||expected||, or to ||scale|| where that is larger: the size of
+    the terms of a sum, for sums that may cancel.
+    """
+    assert tuple(actual.shape) == tuple(expected.shape), what
+    error = (actual.detach().double() - expected.detach().double()).norm().item()
+    reference = expected.detach().double().norm().item()
+    if scale is not None:
+        reference = max(reference, scale.detach().double().norm().item())
+    limit = RELATIVE_NORM[dtype or actual.dtype] * reference
+    assert error <= limit, f"{what}: ||error|| {error:.3g}, allowed {limit:.3g}"
+
+
+def coarser(*dtypes: torch.dtype) -> torch.dtype:
+    return max(dtypes, key=RELATIVE_NORM.__getitem__)
+
+
+def as_tuple(outputs: Any) -> tuple[Any, ...]:
+    return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
+
+
+def assert_matches_oracle(sample: Sample, outputs: Any) -> None:
+    """The outputs of `sample`'s op are what the oracle says."""
+    name, arguments = sample.schema.name, sample.arguments
+    if name == "topk_routing":
+        _assert_topk_routing(arguments, *outputs)
+        return
+    expected = as_tuple(getattr(oracle, name)(**arguments))
+    scales = as_tuple(_scale(sample))
+    for declared, got, want, scale in zip(
+        sample.schema.outputs, as_tuple(outputs), expected, scales, strict=True
+    ):
+        assert got is not None
+        what = f"{sample}: {declared.name}"
+        if want is None:
+            assert got.numel() == 0, f"{what}: not asked for"
+        elif want.is_floating_point():
+            # A sum over bf16 rows that comes out as fp32 is no better than its rows.
+            first = next(iter(arguments.values()))
+            dtype = coarser(got.dtype, first.dtype) if first.is_floating_point() else got.dtype
+            dtype = got.dtype if name == "topk_routing_backward" else dtype
+            assert_close(got, want, dtype=dtype, scale=scale, what=what)
+        else:
+            assert got.tolist() == want.tolist(), what
+
+
+def _scale(sample: Sample) -> Any:
+    """The size of the terms that each output is a sum of: the op of absolute values."""
+    arguments = sample.arguments
+    if sample.schema.name == "topk_routing_backward":
+        return arguments["grad_topk_weights"] * arguments["scaling_factor"]
+    return getattr(oracle, sample.schema.name)(**_sizes(arguments))
+
+
+def _sizes(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call whose terms have no signs, and no limits that these would reach."""
+    sizes = {
+        # FP8 tensors have no abs().
+        name: oracle.to_fp64(value).abs()
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for name, value in arguments.items()
+    }
+    return {**sizes, "activation_limit": None} if "activation_limit" in sizes else sizes
+
+
+def is_decided(sample: Sample) -> bool:
+    """Whether rounding cannot move an activation of `sample` over a kink, to another slope."""
+    arguments = sample.arguments
+    if "activation_limit" not in arguments or arguments.get("pre_activation") is not None:
+        # No kinks, or at values that are given.
+        return True
+    limit, kinks = arguments["activation_limit"], [0.0] if "relu" in arguments["activation"] else []
+    kinks += [] if limit is None else [limit, -limit]
+    found, size = (_pre_activation(call) for call in (arguments, _sizes(arguments)))
+    margin = RELATIVE_NORM[arguments["gate_up_proj"].dtype] * size
+    # Rows of dropped slots are zero, of size zero.
+    return not any(((found - kink).abs() < margin).any() for kink in kinks)
+
+
+def _pre_activation(arguments: dict[str, Any]) -> Tensor:
+    if "topk_ids" in arguments:
+        return oracle.fused_experts_forward(**{**arguments, "recompute": "none"})[1]
+    names = [
+        "gate_up_proj", "down_proj", "topk_weights", "gate_up_bias", "down_bias", "token_counts",
+        "gather_indices", "activation", "gated", "interleaved", "activation_limit",
+        "weights_before",
+    ]  # fmt: skip
+    x = arguments["hidden_states"]
+    x = torch.zeros_like(arguments["grad_output"]) if x is None else x
+    return oracle.expert_layer(x, **{name: arguments[name] for name in names})[1]
+
+
+def _assert_topk_routing(arguments: dict[str, Any], topk_weights: Tensor, topk_ids: Tensor) -> None:
+    logits, bias = oracle.to_fp64(arguments["logits"], arguments["selection_bias"])
+    groups = [arguments[name] for name in ("num_groups", "top_groups", "group_score")]
+    function, before = arguments["score_function"], arguments["score_before_topk"]
+    _, expected_ids = oracle.topk_routing(**arguments)
+    for token, (got, want) in enumerate(zip(topk_ids.tolist(), expected_ids.tolist(), strict=True)):
+        keys = oracle.selection_keys(logits[token], bias, function, before)
+        gap = oracle.selection_gap(keys, arguments["top_k"], *groups)
+        assert got == want or gap < DECIDED_GAP, f"token {token}: ids {got}, expected {want}"
+        assert len(set(got)) == len(got), f"token {token}: ids {got} repeat"
+    expected = oracle.routing_weights(
+        logits, topk_ids, function, before, arguments["renormalize"], arguments["scaling_factor"]
+    )
+    assert_close(topk_weights, expected, what="topk_weights")
+
+
+def oracle_gradients(sample: Sample, grad_output: Tensor) -> dict[str, Tensor]:
+    """The oracle's gradient of every differentiable argument of `sample`."""
+    function, arguments = getattr(oracle, sample.schema.name), sample.arguments
+    return oracle.gradients(function, arguments, sample.differentiable(), grad_output)
+
+
+def assert_rejects(
+    error: type[Exception],
+    texts: tuple[str, ...],
+    function: Callable[..., Any],
+    arguments: dict[str, Any],
+) -> str:
+    """`function` raises `error` with every one of `texts`, and the same text in eager, on fake
+    tensors and on meta tensors; returns that text.
+    """
+
+    def moved(convert: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        return {
+            name: convert(value) if isinstance(value, Tensor) else value
+            for name, value in arguments.items()
+        }
+
+    with pytest.raises(error) as eager:
+        function(**arguments)
+    for text in texts:
+        assert text in str(eager.value)
+
+    mode = FakeTensorMode()
+    with mode, pytest.raises(error) as fake:
+        function(**moved(mode.from_tensor))
+    assert str(fake.value) == str(eager.value)
+
+    with pytest.raises(error) as meta:
+        function(**moved(lambda tensor: tensor.to("meta")))
+    assert str(meta.value).replace("meta", "cpu") == str(eager.value)
+    return str(eager.value)
+
+
+def gradient_scales(sample: Sample, grad_output: Tensor) -> dict[str, Tensor]:
+    """The size of the terms that each gradient is a sum of."""
+    if sample.schema.name == "topk_routing":
+        return {"logits": grad_output * sample.arguments["scaling_factor"]}
+    function, sizes = getattr(oracle, sample.schema.name), _sizes(sample.arguments)
+    return oracle.gradients(function, sizes, sample.differentiable(), grad_output.abs())

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles what the ops would launch on a GPU that is not there.
+
+The launchers run on meta tensors and take them for tensors of the GPU; Triton's own launch
+specialises and compiles for its architecture, and stops there.
+"""
+
+import contextlib
+import functools
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from moe_ops._triton import descriptors, gemm, hopper, launch
+from moe_ops.configs.choose import Device
+
+# By the name of the architecture; shared memory is what one block may have.
+GPUS = {
+    "sm_75": Device("Tesla T4", (7, 5), 64 * 1024, 40),
+    "sm_80": Device("NVIDIA A100-SXM4-80GB", (8, 0), 163 * 1024, 108),
+    "sm_89": Device("NVIDIA L4", (8, 9), 99 * 1024, 58),
+    "sm_90": Device("NVIDIA H200", (9, 0), 227 * 1024, 132),
+    "sm_100": Device("NVIDIA B200", (10, 0), 227 * 1024, 148),
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes: bytes of shared memory a block, of stack a thread."""
+
+    kernel: str
+    shared: int
+    stack: int
+    registers: int
+    ptx: str = field(repr=False)
+
+
+class _Driver:
+    """As much of Triton's driver as compiling needs."""
+
+    def __init__(self, capability: tuple[int, int]) -> None:
+        self.number = 10 * capability[0] + capability[1]
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.number, 32)
+
+    def get_current_device(self) -> int:
+        # Triton keeps the kernels of each device by this number.
+        return self.number
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compiling_for(device: Device) -> Iterator[list[Resources]]:
+    """The list fills with what each launch inside takes; nothing is run."""
+    found: list[Resources] = []
+    run = JITFunction.run
+
+    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        found.append(_resources(run(kernel, *args, grid=grid, warmup=True, **kwargs)))
+
+    with (
+        mock.patch.object(triton.runtime.driver, "_active", _Driver(device.capability)),
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(gemm, "device_of", return_value=device),
+        mock.patch.object(hopper, "device_of", return_value=device),
+        mock.patch.object(descriptors, "device_of", return_value=device),
+        mock.patch.object(launch, "device_of", return_value=device),
+    ):
+        yield found
+
+
+@functools.cache
+def _cuobjdump() -> str:
+    return triton.knobs.nvidia.cuobjdump.path
+
+
+def _resources(compiled: Any) -> Resources:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        command = [_cuobjdump(), "--dump-resource-usage", cubin.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    name = compiled.metadata.name
+    (line,) = re.findall(rf"Function {name}:\s*(.*)", usage)
+    numbers = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
+    # A register that is spilled has its place on the stack, an array that is indexed too.
+    stack = max(numbers["STACK"], numbers["LOCAL"])
+    return Resources(name, compiled.metadata.shared, stack, numbers["REG"], compiled.asm["ptx"])

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls ops with corrupt counts and indices on CUDA: `python -m testing.corrupt_calls OP...`.
+
+A program of its own, since an access out of bounds ends the process that makes it, and since
+compute-sanitizer watches a whole process. "oob" in place of an op is one that does go out of
+bounds, to see that the watcher would tell.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+import triton.language as tl
+
+from moe_ops._core.library import SCHEMAS
+from moe_ops._triton import hopper
+from moe_ops.configs.choose import HOPPER
+from testing.on_device import DEVICE, corrupt_indices, move_sample, some_variants
+from testing.strategies import PRESENT, Sample, seeded_sample
+
+INDEX = (torch.int32, torch.int64)
+# What one run under the sanitizer can hold, at its slowness.
+VARIANTS = 5
+
+
+@triton.jit
+def _store_out_of_bounds_kernel(pointer, offset):
+    tl.store(pointer + offset, 1.0)
+
+
+# The ops of which some samples have to come to the kernels for Hopper, on such a GPU.
+ON_HOPPER = ("grouped_gemm", "fused_experts", "fused_experts_forward")
+
+
+def run(name: str) -> int:
+    """Every corruption of a few samples of the op; returns how many calls that were."""
+    with served_on_hopper() as served:
+        count = run_samples(name)
+    if name in ON_HOPPER and torch.cuda.get_device_capability(DEVICE)[0] == HOPPER:
+        assert any(served), name
+    return count
+
+
+@contextlib.contextmanager
+def served_on_hopper() -> Iterator[list[bool]]:
+    """Whether a kernel for Hopper served, product by product that one was asked for."""
+    served: list[bool] = []
+    launch = hopper.grouped_gemm
+
+    def told(*args: Any, **kwargs: Any) -> bool:
+        served.append(launch(*args, **kwargs))
+        return served[-1]
+
+    with mock.patch.object(hopper, "grouped_gemm", told):
+        yield served
+
+
+def run_samples(name: str) -> int:
+    count = 0
+    for sample in _samples(name):
+        for corrupted in corrupt_indices(sample):
+            arguments = {**sample.arguments, **corrupted}
+            move_sample(Sample(sample.schema, arguments, sample.layouts))()
+            # An error is reported at the call that it belongs to.
+            torch.cuda.synchronize()
+            count += 1
+    return count
+
+
+def _samples(name: str) -> list[Sample]:
+    schema = SCHEMAS[name]
+    small = {"T": 3, "D": 17, "N": 8, "H": 17, "E": 4, "num_experts": 4, "top_k": 2}
+    # Rows that descriptors can read, and enough of them for the kernels that do.
+    large = {"T": 80, "D": 64, "N": 64, "H": 64, "E": 4, "num_experts": 4, "top_k": 2}
+    # Of sizes that the kernels in turns are chosen for.
+    wide = {**large, "T": 320, "D": 256, "N": 256, "H": 256, "I": 256}
+    all_given = {a.name: PRESENT for a in schema.tensors if a.is_optional}
+    permutations: list[dict[str, Any]] = [{}]
+    if "permute_x" in {a.name for a in schema.arguments}:
+        pairs = ((False, False), (True, False), (False, True))
+        permutations = [{"permute_x": x, "permute_y": y} for x, y in pairs]
+    fixed = [
+        {**small, **variant, "dtype": torch.float32, "index_dtype": INDEX[seed % 2]}
+        for seed, variant in enumerate(some_variants(name, VARIANTS))
+    ] + [
+        {**sizes, **all_given, **flags, "dtype": torch.bfloat16, "layout": "contiguous"}
+        for sizes in (large, wide)
+        for flags in permutations
+    ]
+    return [seeded_sample(schema, seed, **settings) for seed, settings in enumerate(fixed)]
+
+
+def main(names: list[str]) -> None:
+    for name in names:
+        if name == "oob":
+            _store_out_of_bounds_kernel[(1,)](torch.zeros(1, device=DEVICE), 1 << 20)
+            torch.cuda.synchronize()
+        else:
+            print(name, run(name))
+    print("done")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A call of grouped_gemm, or of grouped_gemm_fp8, with its gradients at any size, and what fp64 says
+of it.
+
+T tokens, K top_k, R = T * K rows, E experts, N out_features, D in_features.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from testing import checks, oracle, reference
+from testing.on_device import DEVICE
+from testing.tolerances import RELATIVE_NORM
+
+moe = torch.ops.moe
+
+# T, K, E, N, D: many rows an expert, then few. Widths that blocks divide, that descriptors can read
+# but no block divides (704, 96, 2880), and that no descriptor can read (odd, or not 16 bytes).
+SHAPES = {
+    "even": (1000, 2, 4, 512, 256),
+    "gptoss": (700, 4, 8, 2880, 96),
+    "gptoss-down": (700, 2, 4, 96, 2880),
+    "moonlight": (900, 3, 6, 704, 160),
+    "odd": (801, 2, 5, 129, 257),
+    "odd-n": (600, 2, 3, 100, 64),
+    "odd-d": (600, 2, 3, 64, 100),
+    "one-expert": (300, 1, 1, 200, 136),
+    "decode": (6, 4, 32, 256, 512),
+    "decode-odd": (3, 2, 8, 67, 131),
+    "narrow": (700, 2, 4, 1, 1),
+}
+MODES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "plain-weights-bias": {"weights": True, "bias": True},
+    "permute_x": {"permute_x": True},
+    "permute_x-weights-bias": {"permute_x": True, "weights": True, "bias": True},
+    "permute_y-weights": {"permute_y": True, "weights": True},
+    "permute_y-weights-bias": {"permute_y": True, "weights": True, "bias": True},
+}
+# FP8 weights come without a bias.
+FP8_MODES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "plain-weights": {"weights": True},
+    "permute_x": {"permute_x": True},
+    "permute_x-weights": {"permute_x": True, "weights": True},
+    "permute_y": {"permute_y": True},
+    "permute_y-weights": {"permute_y": True, "weights": True},
+}
+
+
+@dataclass
+class Problem:
+    """Arguments of one call, what its gradient is taken for, and which rows nothing may read."""
+
+    arguments: dict[str, Any]
+    differentiable: list[str]
+    grad_output: Tensor
+    name: str = "grouped_gemm"
+
+    def leaves(self) -> dict[str, Tensor]:
+        return {name: self.arguments[name].requires_grad_() for name in self.differentiable}
+
+    def run(self) -> tuple[Tensor, dict[str, Tensor]]:
+        leaves = self.leaves()
+        with checks.poisoned_memory():
+            output = getattr(moe, self.name)(**{**self.arguments, **leaves})
+            found = torch.autograd.grad(output, list(leaves.values()), self.grad_output)
+        return output.detach(), dict(zip(leaves, found, strict=True))
+
+    def expected(self) -> tuple[Tensor, dict[str, Tensor]]:
+        function = getattr(reference, self.name)
+        output = function(**self.arguments).detach()
+        call = (self.arguments, self.differentiable, self.grad_output)
+        return output, oracle.gradients(function, *call)
+
+
+def problem(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    routing: str = "uniform",
+    layout: str = "contiguous",
+    index_dtype: torch.dtype = torch.int32,
+    permute_x: bool = False,
+    permute_y: bool = False,
+    weights: bool = False,
+    bias: bool = False,
+    poison: bool = True,
+    device: torch.device = DEVICE,
+) -> Problem:
+    """Poisoned with NaN, unless told not to, are the rows of no expert, which nothing may read."""
+    num_tokens, top_k, num_experts, out_features, in_features = shape
+    num_rows = num_tokens * top_k
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*sizes: int, as_dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(sizes, generator=generator, device=device).to(as_dtype)
+
+    ids = reference.route(routing, num_tokens, num_experts, top_k, device)
+    counts, gather, _ = reference.routing_indices(ids, num_experts)
+    dropped_rows = torch.arange(num_rows, device=device) >= counts.sum()
+    dropped_slots = torch.zeros_like(dropped_rows)
+    dropped_slots[gather[dropped_rows].long()] = True
+
+    rows = randn(num_tokens if permute_x else num_rows, in_features)
+    grad_output = randn(num_rows, out_features)
+    topk_weights = torch.rand(num_tokens, top_k, generator=generator, device=device) + 0.1
+    if poison:
+        unread = dropped_slots.view(-1, top_k).all(1) if permute_x else dropped_rows
+        rows[unread] = float("nan")
+        grad_output[dropped_slots if permute_y else dropped_rows] = float("nan")
+        topk_weights[dropped_slots.view(-1, top_k)] = float("nan")
+    arguments = {
+        "input": rows,
+        "weight": lay_out(randn(num_experts, out_features, in_features), layout),
+        "token_counts": counts.to(index_dtype),
+        "gather_indices": gather.to(index_dtype),
+        "topk_weights": topk_weights if weights else None,
+        "bias": randn(num_experts, out_features) if bias else None,
+        "top_k": top_k,
+        "permute_x": permute_x,
+        "permute_y": permute_y,
+    }
+    names = ("input", "weight", "topk_weights", "bias")
+    return Problem(arguments, [n for n in names if arguments[n] is not None], grad_output)
+
+
+def fp8_problem(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    layout: str = "contiguous",
+    device: torch.device = DEVICE,
+    **options: Any,
+) -> Problem:
+    """The same with an FP8 weight of all finite values, and scales from 2**-9 to 2**-6."""
+    given = problem(shape, dtype, device=device, **options)
+    generator = torch.Generator(device).manual_seed(1)
+    num_experts, out_features, in_features = given.arguments["weight"].shape
+    codes = torch.randint(
+        0, 256, (num_experts, out_features, in_features),
+        generator=generator, device=device, dtype=torch.uint8,
+    )  # fmt: skip
+    # 0x7f and 0xff are NaN.
+    weight = torch.where(codes & 0x7F == 0x7F, codes - 1, codes).view(torch.float8_e4m3fn)
+    blocks = (num_experts, -(-out_features // 128), -(-in_features // 128))
+    exponents = 3 * torch.rand(blocks, generator=generator, device=device) - 9
+    del given.arguments["bias"]
+    names = list(given.arguments)
+    given.arguments.update(weight=lay_out(weight, layout), weight_scale=exponents.exp2())
+    # In the order of the schema.
+    names.insert(2, "weight_scale")
+    given.arguments = {name: given.arguments[name] for name in names}
+    given.differentiable = [name for name in given.differentiable if name != "weight"]
+    given.name = "grouped_gemm_fp8"
+    return given
+
+
+def lay_out(weight: Tensor, layout: str) -> Tensor:
+    """The same weight (E, N, D) stored as (E, D, N), with room between rows, or as (N, D, E)."""
+    if layout == "transposed":
+        return weight.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "padded":
+        num_experts, out_features, in_features = weight.shape
+        room = weight.new_full((num_experts, out_features + 3, in_features + 8), float("nan"))
+        return room[:, :out_features, :in_features].copy_(weight)
+    if layout == "expert-last":
+        return weight.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    return weight
+
+
+def assert_rows_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> None:
+    """Every row (last dimension) by itself, so that one wrong row of many shows."""
+    assert actual.shape == expected.shape, what
+    if expected.shape[-1] < 16:
+        # A row of a few numbers, sums that may cancel, has no size to compare with; all of them have.
+        checks.assert_close(actual, expected, dtype=dtype, what=what)
+        return
+    error = (actual.double() - expected).norm(dim=-1)
+    # Rows that nearly cancel are as exact as their neighbours, not as their own small norm.
+    norms = expected.norm(dim=-1)
+    present = norms[norms > 0]
+    typical = present.mean() if present.numel() else norms.sum()
+    limit = RELATIVE_NORM[dtype] * torch.maximum(norms, torch.where(norms > 0, typical, norms))
+    wrong = ~(error <= limit)
+    assert not wrong.any(), (
+        f"{what}: {int(wrong.sum())} of {wrong.numel()} rows are wrong, the first at "
+        f"{wrong.nonzero()[0].tolist()}: ||error|| {error[wrong][0]:.3g}, "
+        f"allowed {limit[wrong][0]:.3g}"
+    )
+
+
+def check(problem: Problem, dtype: torch.dtype | None = None) -> None:
+    output, gradients = problem.run()
+    want, want_gradients = problem.expected()
+    dtype = dtype or output.dtype
+    assert_rows_close(output, want, dtype, "output")
+    for name, expected in want_gradients.items():
+        got = gradients[name]
+        assert got.dtype == problem.arguments[name].dtype
+        if name == "topk_weights":
+            # Each is a sum over a row that may cancel.
+            checks.assert_close(got, expected, dtype=dtype, what=name)
+            assert ((expected != 0) | (got == 0)).all(), "a dropped slot's router gradient"
+        else:
+            assert_rows_close(got, expected, dtype, f"gradient of {name}")
+
+
+def check_every_code(dtype: torch.dtype, device: torch.device) -> None:
+    """All 256 FP8 numbers as weights of one row, and of its gradient: NaN is NaN, the rest is exact.
+
+    For few rows, and for enough of them that another tile is chosen.
+    """
+    codes = torch.arange(256, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+    expected = codes.to(dtype)
+    assert expected.isnan().sum() == 2
+    for num_rows in (1, 70):
+        counts = torch.tensor([num_rows], device=device)
+        rows = torch.ones(num_rows, 1, dtype=dtype, device=device)
+        scale = torch.ones(1, 2, 1, device=device)
+        output = moe.grouped_gemm_fp8(rows, codes.view(1, 256, 1), scale, counts)
+        rows = torch.ones(num_rows, 256, dtype=dtype, device=device, requires_grad=True)
+        product = moe.grouped_gemm_fp8(rows, codes.view(1, 1, 256), scale.mT, counts)
+        (gradient,) = torch.autograd.grad(product, rows, torch.ones_like(product))
+        for got in (output, gradient):
+            want = expected.expand_as(got)
+            assert torch.equal(got.isnan(), want.isnan())
+            assert torch.equal(got.nan_to_num(), want.nan_to_num())

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of every launcher on meta tensors: sizes without memory.
+
+T tokens, K top_k, R = T * K rows, E experts, N out_features, D in_features.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_ops.ops.fused_experts import triton as fused_experts
+from moe_ops.ops.grouped_gemm import triton as gemm
+from moe_ops.ops.grouped_gemm_fp8 import triton as gemm_fp8
+from moe_ops.ops.permute import triton as permute
+from moe_ops.ops.routing_indices import triton as routing_indices
+from moe_ops.ops.topk_routing import triton as topk_routing
+from moe_ops.ops.unpermute import triton as unpermute
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Those of Qwen3-30B-A3B, but for what is said."""
+
+    num_tokens: int = 8192
+    top_k: int = 8
+    num_experts: int = 128
+    out_features: int = 1536
+    in_features: int = 2048
+
+
+SIZES = {
+    "training": Sizes(),
+    "long": Sizes(num_tokens=65536),
+    "decode-8": Sizes(num_tokens=128),
+    "decode-32": Sizes(num_tokens=512),
+    "prefill-64": Sizes(num_tokens=1024),
+    # LoRA's two products beside the up projection.
+    "lora-A": Sizes(out_features=16),
+    "lora-B": Sizes(in_features=16),
+    # Rows that no descriptor reads and no vector instruction spans.
+    "uneven": Sizes(out_features=1533, in_features=2043),
+}
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def grouped_gemm(
+    sizes: Sizes,
+    dtype: torch.dtype,
+    *,
+    permute_x: bool = False,
+    permute_y: bool = False,
+    weights: bool = False,
+    bias: bool = False,
+    transposed: bool = False,
+    kernel_config: str | None = None,
+) -> dict[str, Call]:
+    """The forward and each backward of one call, by name."""
+    rows = sizes.num_tokens * sizes.top_k
+    shape = (sizes.num_experts, sizes.out_features, sizes.in_features)
+    x = _empty(sizes.num_tokens if permute_x else rows, sizes.in_features, dtype=dtype)
+    weight = _empty(*shape, dtype=dtype)
+    if transposed:
+        weight = _empty(shape[0], shape[2], shape[1], dtype=dtype).transpose(1, 2)
+    counts, gather = _empty(sizes.num_experts), _empty(rows)
+    scale = _empty(sizes.num_tokens, sizes.top_k, dtype=torch.float32) if weights else None
+    biases = _empty(*shape[:2], dtype=dtype) if bias else None
+    grad = _empty(rows, sizes.out_features, dtype=dtype)
+    flags = (sizes.top_k, permute_x, permute_y)
+    routing = (counts, gather, scale)
+
+    def dx(dots: bool) -> Call:
+        needs = [True, dots]
+        return lambda: gemm.grouped_gemm_dx(
+            grad, weight, *routing, x, biases, *flags, needs, kernel_config
+        )
+
+    calls: dict[str, Call] = {
+        "forward": lambda: gemm.grouped_gemm(x, weight, *routing, biases, *flags, kernel_config),
+        "dx": dx(False),
+        "dw": lambda: gemm.grouped_gemm_dw(
+            grad, x, *routing, *flags, [True, bias], transposed, kernel_config
+        ),
+    }
+    return {**calls, "dx-dots": dx(True)} if weights else calls
+
+
+def grouped_gemm_fp8(
+    sizes: Sizes,
+    dtype: torch.dtype,
+    *,
+    permute_x: bool = False,
+    permute_y: bool = False,
+    weights: bool = False,
+    bias: bool = False,
+    transposed: bool = False,
+    kernel_config: str | None = None,
+) -> dict[str, Call]:
+    """The forward and the backward of one call, by name; there is no bias, whatever `bias` says."""
+    rows = sizes.num_tokens * sizes.top_k
+    num_experts, out_features, in_features = (
+        sizes.num_experts, sizes.out_features, sizes.in_features
+    )  # fmt: skip
+    x = _empty(sizes.num_tokens if permute_x else rows, in_features, dtype=dtype)
+    stored = (in_features, out_features) if transposed else (out_features, in_features)
+    weight = _empty(num_experts, *stored, dtype=torch.float8_e4m3fn)
+    weight = weight.transpose(1, 2) if transposed else weight
+    blocks = (-(-out_features // 128), -(-in_features // 128))
+    block_scale = _empty(num_experts, *blocks, dtype=torch.float32)
+    scale = _empty(sizes.num_tokens, sizes.top_k, dtype=torch.float32) if weights else None
+    grad = _empty(rows, out_features, dtype=dtype)
+    flags = (sizes.top_k, permute_x, permute_y)
+    routing = (weight, block_scale, _empty(num_experts), _empty(rows), scale)
+
+    def dx(dots: bool) -> Call:
+        needs = [True, dots]
+        return lambda: gemm_fp8.grouped_gemm_fp8_dx(grad, *routing, x, *flags, needs, kernel_config)
+
+    calls: dict[str, Call] = {
+        "forward": lambda: gemm_fp8.grouped_gemm_fp8(x, *routing, *flags, kernel_config),
+        "dx": dx(False),
+    }
+    return {**calls, "dx-dots": dx(True)} if weights else calls
+
+
+def experts(
+    sizes: Sizes,
+    dtype: torch.dtype,
+    *,
+    activation: str = "silu",
+    gated: bool = True,
+    interleaved: bool = False,
+    activation_limit: float | None = None,
+    weights_before: bool = False,
+    bias: bool = False,
+    transposed: bool = False,
+    recompute: str = "none",
+    kernel_config: str | None = None,
+) -> dict[str, Call]:
+    """fused_experts; out_features are those of the up projection, in_features the hidden size."""
+    num_tokens, top_k, num_experts = sizes.num_tokens, sizes.top_k, sizes.num_experts
+    width, hidden = sizes.out_features, sizes.in_features
+    inner = width // 2 if gated else width
+    width = 2 * inner if gated else inner
+
+    def matrices(rows: int, columns: int) -> Tensor:
+        if transposed:
+            return _empty(num_experts, columns, rows, dtype=dtype).transpose(1, 2)
+        return _empty(num_experts, rows, columns, dtype=dtype)
+
+    x = _empty(num_tokens, hidden, dtype=dtype)
+    up, down = matrices(width, hidden), matrices(hidden, inner)
+    weights = _empty(num_tokens, top_k, dtype=torch.float32)
+    biases: list[Any] = [
+        _empty(num_experts, n, dtype=dtype) if bias else None for n in (width, hidden)
+    ]
+    flags: tuple[Any, ...] = (activation, gated, interleaved, activation_limit, weights_before)
+    ids = _empty(num_tokens, top_k)
+    forward: tuple[Any, ...] = (
+        x, up, down, ids, weights, *biases, *flags, recompute, kernel_config,
+    )  # fmt: skip
+    rows = [_empty(num_tokens * top_k) for _ in range(2)]
+    z = _empty(num_tokens * top_k, width, dtype=dtype) if recompute == "none" else None
+    needs = [True, True, True, True, bias, bias]
+    backward: tuple[Any, ...] = (
+        x, x, up, down, weights, *biases, z, _empty(num_experts), *rows, *flags,
+        needs, [transposed, transposed], kernel_config,
+    )  # fmt: skip
+    return {
+        "inference": lambda: fused_experts.fused_experts(*forward),
+        "forward": lambda: fused_experts.fused_experts_forward(*forward),
+        "backward": lambda: fused_experts.fused_experts_backward(*backward),
+    }  # fmt: skip
+
+
+def routing(sizes: Sizes, dtype: torch.dtype) -> Iterator[Call]:
+    """The ops that route and move rows, with each of their flags at least once."""
+    num_tokens, top_k, num_experts = sizes.num_tokens, sizes.top_k, sizes.num_experts
+    ids, rows = _empty(num_tokens, top_k), _empty(num_tokens * top_k)
+    tokens = _empty(num_tokens, sizes.in_features, dtype=dtype)
+    moved = _empty(num_tokens * top_k, sizes.in_features, dtype=dtype)
+    logits = _empty(num_tokens, num_experts, dtype=dtype)
+    weights = _empty(num_tokens, top_k, dtype=torch.float32)
+    selection_bias = _empty(num_experts, dtype=torch.float32)
+    call = functools.partial
+    yield call(routing_indices.routing_indices, ids, num_experts)
+    yield call(permute.permute, tokens, rows, top_k)
+    yield call(unpermute.unpermute, moved, rows, None, top_k)
+    yield call(unpermute.unpermute, moved, rows, weights, top_k)
+    yield call(
+        unpermute.unpermute_backward, tokens, moved, rows, weights, top_k, None, [True, True]
+    )
+    yield call(topk_routing.topk_routing, logits, top_k)
+    for group_score in ("max", "top2_sum"):
+        yield call(
+            topk_routing.topk_routing,
+            logits, top_k, selection_bias, "sigmoid", True, True, 8, 4, group_score, 2.5,
+        )  # fmt: skip
+    for function, before in (("softmax", True), ("softmax", False), ("sigmoid", True)):
+        yield call(
+            topk_routing.topk_routing_backward, weights, logits, ids, function, before, True, 1.0
+        )
