@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from moe_ops._triton import descriptors, gemm, hopper, launch
-from moe_ops.configs.choose import Device
+from moe_ops.configs.device import Device
 
 # By the name of the architecture; shared memory is what one block may have.
 GPUS = {

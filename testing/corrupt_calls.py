@@ -18,7 +18,7 @@ import triton.language as tl
 
 from moe_ops._core.library import SCHEMAS
 from moe_ops._triton import hopper
-from moe_ops.configs.choose import HOPPER
+from moe_ops.configs.device import HOPPER
 from testing.on_device import DEVICE, corrupt_indices, move_sample, some_variants
 from testing.strategies import PRESENT, Sample, seeded_sample
 

@@ -3,7 +3,7 @@
 
 import torch
 
-from moe_ops.configs.choose import Device
+from moe_ops.configs.device import Device
 from moe_ops.tuning import Experts, tasks_of, tune_tasks
 
 HOPPER = Device("NVIDIA H100", (9, 0), 232448, 132)

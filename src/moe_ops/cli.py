@@ -19,6 +19,7 @@ import torch
 import moe_ops
 from moe_ops._core import library, reference
 from moe_ops.configs import cache, choose
+from moe_ops.configs.device import device_of
 
 if TYPE_CHECKING:
     from moe_ops.tuning import Experts
@@ -146,7 +147,7 @@ def _tune(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Itera
         layers = [_layer_of_sizes(options)] if given else _layers_of_config(options)
         num_tokens = options.num_tokens or tuning.NUM_TOKENS
         device = tuning.current_device()
-        facts = choose.device_of(device)
+        facts = device_of(device)
         tasks = tuning.tasks_of(layers, num_tokens, options.separate_ops, facts)
         configs = tuning.tune_tasks(tasks, device, report=tuning.Report(progress=True))
         name = facts.name

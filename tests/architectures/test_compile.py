@@ -21,7 +21,7 @@ import torch
 
 import moe_ops
 from moe_ops.configs import cache, choose
-from moe_ops.configs.choose import Device, Problem
+from moe_ops.configs.device import Device
 from moe_ops.configs.kernel_config import (
     KernelConfig,
     KernelConfigBackward_dW,
@@ -29,6 +29,7 @@ from moe_ops.configs.kernel_config import (
     KernelConfigForward,
     kernel_config,
 )
+from moe_ops.configs.problem import Problem
 from testing import experts_problem
 from testing.gemm_problem import MODES
 

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 
 from moe_ops.configs import cache, choose
-from moe_ops.configs.choose import Device, Problem
+from moe_ops.configs.device import Device
+from moe_ops.configs.heuristics import heuristic
 from moe_ops.configs.kernel_config import (
     KernelConfigBackward_dW,
     KernelConfigForward,
     kernel_config,
 )
+from moe_ops.configs.problem import Problem
 
 GPU = "NVIDIA H200"
 DEVICE = Device(GPU, (9, 0), 232448, 132)
@@ -53,7 +55,10 @@ def output_of(process: subprocess.Popen[str]) -> str:
 
 
 LOOKUP = f"""
-from moe_ops.configs.choose import Device, Problem, choose, heuristic
+from moe_ops.configs.choose import choose
+from moe_ops.configs.device import Device
+from moe_ops.configs.heuristics import heuristic
+from moe_ops.configs.problem import Problem
 device = Device({GPU!r}, (9, 0), 232448, 132)
 problem = Problem("forward", "bfloat16", 8, 512, 256, 64, ("gather",))
 config = choose(problem, device, None)
@@ -74,10 +79,10 @@ def test_order_of_choice(monkeypatch):
     given = KernelConfigForward(group_m=11)
     shipped = KernelConfigForward(group_m=12)
     text = kernel_config(forward=given)
-    heuristic = choose.heuristic(PROBLEM, DEVICE)
+    computed = heuristic(PROBLEM, DEVICE)
     monkeypatch.setattr(choose, "shipped", lambda name: {})
     choose.forget()
-    assert choose.choose(PROBLEM, DEVICE, None) == heuristic
+    assert choose.choose(PROBLEM, DEVICE, None) == computed
     monkeypatch.setattr(choose, "shipped", lambda name: {PROBLEM.key: shipped})
     choose.forget()
     assert choose.choose(PROBLEM, DEVICE, None) == shipped

@@ -11,20 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_ops.configs import cache, choose
-from moe_ops.configs.choose import (
-    Device,
-    Problem,
-    fitting,
-    heuristic,
-    rows_bucket,
-    shared_memory,
-)
+from moe_ops.configs.device import Device
+from moe_ops.configs.footprint import fitting, shared_memory
+from moe_ops.configs.heuristics import heuristic
 from moe_ops.configs.kernel_config import (
     PASSES,
     KernelConfigBackward_dX,
     KernelConfigForward,
     kernel_config,
 )
+from moe_ops.configs.problem import Problem, rows_bucket
 
 KIB = 1024
 DEVICES = {

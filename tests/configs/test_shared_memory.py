@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from moe_ops.configs.choose import Problem, shared_memory
+from moe_ops.configs.footprint import shared_memory
 from moe_ops.configs.kernel_config import (
     PASSES,
     KernelConfig,
@@ -20,6 +20,7 @@ from moe_ops.configs.kernel_config import (
     KernelConfigForward,
     kernel_config,
 )
+from moe_ops.configs.problem import Problem
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles kernels, which TRITON_INTERPRET=1 interprets", allow_module_level=True)

@@ -3,7 +3,7 @@
 
 import pytest
 
-from moe_ops.configs.choose import Device
+from moe_ops.configs.device import Device
 
 HOPPER = Device("H", (9, 0), 232448, 4)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe_ops.configs.choose import Problem
+from moe_ops.configs.problem import Problem
 from moe_ops.tuning import Experts, find_experts, tasks_of
 from testing.tuning_fakes import HOPPER
 

@@ -7,8 +7,11 @@ from typing import Any, cast
 
 import pytest
 
-from moe_ops.configs.choose import Device, Problem, heuristic, shared_memory
+from moe_ops.configs.device import Device
+from moe_ops.configs.footprint import shared_memory
+from moe_ops.configs.heuristics import heuristic
 from moe_ops.configs.kernel_config import PASSES, kernel_config, parse
+from moe_ops.configs.problem import Problem
 from moe_ops.tuning.space import MAX_CANDIDATES, candidates
 
 KIB = 1024

@@ -20,7 +20,8 @@ from torch import nn
 import moe_ops
 from moe_ops import tuning
 from moe_ops.configs import cache
-from moe_ops.configs.choose import choose, device_of
+from moe_ops.configs.choose import choose
+from moe_ops.configs.device import device_of
 from moe_ops.configs.kernel_config import KernelConfig, parse
 from moe_ops.tuning import bench, tasks_of
 from moe_ops.tuning.report import Report
@@ -359,7 +360,7 @@ import torch
 from dataclasses import replace
 from moe_ops._triton import gemm as launch, hopper
 from moe_ops.tuning.space import candidates
-from moe_ops.configs.choose import device_of
+from moe_ops.configs.device import device_of
 from moe_ops.tuning import bench, tasks_of, tune_tasks
 from testing.tuning_fakes import CPU, HOPPER, LAYER, Clock
 

@@ -10,7 +10,7 @@ import torch
 from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe_ops.configs.choose import device_of
+from moe_ops.configs.device import device_of
 
 
 def describe(

@@ -24,30 +24,20 @@ from moe_ops._triton.kernels.grouped_gemm import (
     grouped_gemm_kernel,
 )
 from moe_ops._triton.kernels.schedule import expert_offsets_kernel, tile_schedule_kernel
-from moe_ops._triton.launch import (
-    cdiv,
-    launch_on,
-    next_power_of_2,
-    refuse_bf16,
-    strides,
-    sum_rows,
-)
+from moe_ops._triton.launch import cdiv, launch_on, next_power_of_2, refuse_bf16, strides
+from moe_ops._triton.rows import sum_rows
 from moe_ops.configs import cache
-from moe_ops.configs.choose import (
-    Device,
-    Problem,
-    choose,
-    device_of,
-    is_flattened,
-    rows_bucket,
-    specializes,
-)
+from moe_ops.configs.choose import choose
+from moe_ops.configs.device import Device, device_of
+from moe_ops.configs.footprint import is_flattened
 from moe_ops.configs.kernel_config import (
     KernelConfig,
     KernelConfigBackward_dW,
     KernelConfigBackward_dX,
     KernelConfigForward,
 )
+from moe_ops.configs.problem import Problem, rows_bucket
+from moe_ops.configs.specialize import specializes
 
 # Row tiles of at most so many rows find their place themselves: a schedule is one launch more.
 _FINDS_TILES_ROWS = 32

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 
 from moe_ops._triton.descriptors import describe_for_gluon
-from moe_ops._triton.launch import Activation, copy_rows, launch_on, strides
-from moe_ops.configs.choose import HOPPER, device_of, epilogue_columns, epilogue_slots
+from moe_ops._triton.launch import Activation, launch_on, strides
+from moe_ops._triton.rows import copy_rows
+from moe_ops.configs.device import HOPPER, device_of
+from moe_ops.configs.footprint import epilogue_columns, epilogue_slots
 from moe_ops.configs.kernel_config import KernelConfig
 
 logger = logging.getLogger("moe_ops")

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from moe_ops.configs import cache
-from moe_ops.configs.choose import Device, device_of
+from moe_ops.configs.device import Device, device_of
 from moe_ops.configs.kernel_config import KernelConfig
 from moe_ops.tuning.bench import Bench, Timer, cuda_milliseconds
 from moe_ops.tuning.problems import NUM_TOKENS, Experts, Task, find_experts, tasks_of

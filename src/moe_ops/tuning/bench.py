@@ -194,7 +194,8 @@ def _up_projection(kernel_config: str | None = None, **arguments: Any) -> tuple[
     input, weight = arguments["input"], arguments["weight"]
     if OPS["fused_experts"].choose(input.device.type).name != "triton":
         return _up_projection_in_pytorch(**arguments)
-    from moe_ops._triton.launch import Activation, inverse_permutation
+    from moe_ops._triton.launch import Activation
+    from moe_ops._triton.rows import inverse_permutation
     from moe_ops.ops.fused_experts import triton
 
     gather_indices, gated = arguments["gather_indices"], arguments["gated"]
@@ -239,7 +240,8 @@ def _down_backward(
     if OPS["fused_experts"].choose(arguments["weight"].device.type).name != "triton":
         return _down_backward_in_pytorch(**arguments, used_rows=used_rows)
     from moe_ops._triton.gemm import expert_offsets
-    from moe_ops._triton.launch import Activation, inverse_permutation
+    from moe_ops._triton.launch import Activation
+    from moe_ops._triton.rows import inverse_permutation
     from moe_ops.ops.fused_experts import triton
 
     token_counts, gather_indices = arguments["token_counts"], arguments["gather_indices"]

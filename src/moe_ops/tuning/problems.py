@@ -13,7 +13,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from moe_ops.configs.choose import HOPPER, Device, Problem, rows_bucket
+from moe_ops.configs.device import HOPPER, Device
+from moe_ops.configs.problem import Problem, rows_bucket
 
 # A decoding step of one and of some sequences, a prompt, and steps of training.
 NUM_TOKENS = (1, 64, 1024, 4096, 16384)

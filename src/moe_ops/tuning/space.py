@@ -10,22 +10,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 
-from moe_ops.configs.choose import (
-    FEW_ROWS,
-    HOPPER,
-    Device,
-    Problem,
-    fitting,
-    heuristic,
-    shared_memory,
-    specializes,
-)
+from moe_ops.configs.device import HOPPER, Device
+from moe_ops.configs.footprint import fitting, shared_memory
+from moe_ops.configs.heuristics import heuristic
 from moe_ops.configs.kernel_config import (
     KernelConfig,
     KernelConfigBackward_dW,
     KernelConfigBackward_dX,
     KernelConfigForward,
 )
+from moe_ops.configs.problem import FEW_ROWS, Problem
+from moe_ops.configs.specialize import specializes
 
 MAX_CANDIDATES = 36
 

@@ -26,16 +26,8 @@ from moe_ops._triton.gemm import (
     grad_weight,
     refuse_too_large,
 )
-from moe_ops._triton.launch import (
-    Activation,
-    cdiv,
-    copy_rows,
-    gather_rows,
-    launch_on,
-    next_power_of_2,
-    strides,
-    sum_rows,
-)
+from moe_ops._triton.launch import Activation, cdiv, launch_on, next_power_of_2, strides
+from moe_ops._triton.rows import copy_rows, gather_rows, sum_rows
 from moe_ops.ops.fused_experts.kernels import _expert_activation_bwd_kernel, _expert_up_kernel
 
 

@@ -12,7 +12,7 @@ from moe_ops._triton.gemm import (
     grad_weight,
     sum_neighbours,
 )
-from moe_ops._triton.launch import gather_rows
+from moe_ops._triton.rows import gather_rows
 
 
 def grouped_gemm(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from moe_ops._triton.launch import copy_rows, inverse_permutation
+from moe_ops._triton.rows import copy_rows, inverse_permutation
 
 
 def permute(

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from moe_ops._triton.launch import inverse_permutation, launch_on, next_power_of_2, sum_rows
+from moe_ops._triton.launch import launch_on, next_power_of_2
+from moe_ops._triton.rows import inverse_permutation, sum_rows
 from moe_ops.ops.unpermute.kernels import _unpermute_bwd_kernel
 
 # Bytes of rows that a program of the backward has at a time, on four warps.
