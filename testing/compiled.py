@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from moe_ops._triton import descriptors, gemm, hopper, launch
+from moe_ops._triton import experts, gemm, launch, schedule
 from moe_ops.configs.device import Device
 
 # By the name of the architecture; shared memory is what one block may have.
@@ -72,12 +72,18 @@ def compiling_for(device: Device) -> Iterator[list[Resources]]:
     with (
         mock.patch.object(triton.runtime.driver, "_active", _Driver(device.capability)),
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(gemm, "device_of", return_value=device),
-        mock.patch.object(hopper, "device_of", return_value=device),
-        mock.patch.object(descriptors, "device_of", return_value=device),
-        mock.patch.object(launch, "device_of", return_value=device),
+        taken_for(device),
     ):
         yield found
+
+
+@contextlib.contextmanager
+def taken_for(device: Device) -> Iterator[None]:
+    """The launchers take every torch device for this one."""
+    with contextlib.ExitStack() as stack:
+        for module in (experts, gemm, launch, schedule):
+            stack.enter_context(mock.patch.object(module, "device_of", return_value=device))
+        yield
 
 
 @functools.cache

@@ -6,19 +6,16 @@ compute-sanitizer watches a whole process. "oob" in place of an op is one that d
 bounds, to see that the watcher would tell.
 """
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 import triton
 import triton.language as tl
 
 from moe_ops._core.library import SCHEMAS
-from moe_ops._triton import hopper
 from moe_ops.configs.device import HOPPER
+from testing.launches import launches
 from testing.on_device import DEVICE, corrupt_indices, move_sample, some_variants
 from testing.strategies import PRESENT, Sample, seeded_sample
 
@@ -38,25 +35,11 @@ ON_HOPPER = ("grouped_gemm", "fused_experts", "fused_experts_forward")
 
 def run(name: str) -> int:
     """Every corruption of a few samples of the op; returns how many calls that were."""
-    with served_on_hopper() as served:
+    with launches() as launched:
         count = run_samples(name)
     if name in ON_HOPPER and torch.cuda.get_device_capability(DEVICE)[0] == HOPPER:
-        assert any(served), name
+        assert launched.specialized("gemm"), name
     return count
-
-
-@contextlib.contextmanager
-def served_on_hopper() -> Iterator[list[bool]]:
-    """Whether a kernel for Hopper served, product by product that one was asked for."""
-    served: list[bool] = []
-    launch = hopper.grouped_gemm
-
-    def told(*args: Any, **kwargs: Any) -> bool:
-        served.append(launch(*args, **kwargs))
-        return served[-1]
-
-    with mock.patch.object(hopper, "grouped_gemm", told):
-        yield served
 
 
 def run_samples(name: str) -> int:

@@ -176,7 +176,7 @@ def experts(
     )  # fmt: skip
     return {
         "inference": lambda: fused_experts.fused_experts(*forward),
-        "forward": lambda: fused_experts.fused_experts_forward(*forward),
+        "forward": lambda: fused_experts.fused_experts(*forward, for_backward=True),
         "backward": lambda: fused_experts.fused_experts_backward(*backward),
     }  # fmt: skip
 

@@ -29,7 +29,6 @@ from moe_ops.configs.kernel_config import (
     KernelConfigForward,
     kernel_config,
 )
-from moe_ops.configs.problem import Problem
 from testing import experts_problem
 from testing.gemm_problem import MODES
 
@@ -39,7 +38,7 @@ pytest.importorskip("triton", exc_type=ImportError)
 
 from triton.runtime.jit import JITFunction
 
-from moe_ops._triton import gemm, hopper
+from moe_ops._triton import gemm, plan
 from testing import kernel_calls as calls
 from testing.compiled import GPUS, Resources, compiling_for
 from testing.kernel_calls import SIZES, Call, Sizes
@@ -55,7 +54,7 @@ TENSOR_CORES = {
 
 STORE: dict[str, Any] = {"use_tma_store": True, "warp_specialize": True}
 # What Hopper has kernels for, in turns and in shared tiles: those that are not chosen anyway.
-IN_TURNS = kernel_config(
+PINGPONG = kernel_config(
     KernelConfigForward(use_tma_load_x=True, use_tma_load_w=True, **STORE),
     backward_dW=KernelConfigBackward_dW(
         BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, use_tma_load_dy=True, use_tma_load_x=True, **STORE
@@ -64,6 +63,8 @@ IN_TURNS = kernel_config(
 SHARED = kernel_config(
     KernelConfigForward(BLOCK_N=256, use_tma_load_x=True, use_tma_load_w=True, **STORE)
 )
+
+HOPPER_ALONE = ("cooperative", "pingpong")
 
 gpus = pytest.mark.parametrize("gpu", GPUS)
 
@@ -120,34 +121,40 @@ def test_every_kernel_compiles(gpu):
         calls.experts(SIZES["training"], dtype, gated=False)["backward"],
     ]
     if gpu == "sm_90":
-        in_turns = calls.experts(SIZES["training"], dtype, kernel_config=IN_TURNS)
+        pingpong = calls.experts(SIZES["training"], dtype, kernel_config=PINGPONG)
         shared = calls.grouped_gemm(SIZES["training"], dtype, kernel_config=SHARED)
-        more += [in_turns["forward"], in_turns["backward"], shared["forward"]]
+        more += [pingpong["forward"], pingpong["backward"], shared["forward"]]
     kernels = compile_all(device, [*named.values(), *more])
     names = {kernel.kernel for kernel in kernels}
-    assert names == {n for n in kernels_of_the_package() if gpu == "sm_90" or "hopper" not in n}
+    assert names == {
+        n
+        for n in kernels_of_the_package()
+        if gpu == "sm_90" or not any(word in n for word in HOPPER_ALONE)
+    }
     check(device, named, stack_limit(gpu))
 
 
 @pytest.mark.parametrize(("gpu", "dtype"), [("sm_80", BF16), ("sm_90", F32), ("sm_100", BF16)])
-def test_kernels_for_hopper_serve_16_bits_on_hopper_alone(gpu, dtype, monkeypatch):
+def test_gluon_is_not_imported_for_other_gpus_and_dtypes(gpu, dtype, monkeypatch):
     def refuse() -> None:
         raise AssertionError("Gluon is imported")
 
-    with compiling_for(GPUS["sm_90"]):
-        assert hopper.serves(torch.empty(1, dtype=BF16, device="meta"))
-    monkeypatch.setattr(hopper, "_import_kernels", refuse)
-    with compiling_for(GPUS[gpu]):
-        assert not hopper.serves(torch.empty(1, dtype=dtype, device="meta"))
+    monkeypatch.setattr(plan, "why_no_kernels", refuse)
+    for name, call in calls.grouped_gemm(SIZES["training"], dtype, kernel_config=SHARED).items():
+        assert not any("cooperative" in kernel for kernel in launched(GPUS[gpu], call)), name
 
 
-@pytest.mark.parametrize("kernel_config", [IN_TURNS, SHARED, None])
+@pytest.mark.parametrize("kernel_config", [PINGPONG, SHARED, None])
 def test_a_group_of_warps_meets_before_one_of_its_threads_arrives(kernel_config):
     """At a barrier in the same piece of straight code, whatever loop before it had no steps."""
     gemm = calls.grouped_gemm(SIZES["training"], BF16, kernel_config=kernel_config)
     experts = calls.experts(SIZES["training"], BF16, kernel_config=kernel_config)
     called = [*gemm.values(), experts["forward"], experts["backward"]]
-    kernels = [k for k in compile_all(GPUS["sm_90"], called) if "hopper" in k.kernel]
+    kernels = [
+        k
+        for k in compile_all(GPUS["sm_90"], called)
+        if any(word in k.kernel for word in HOPPER_ALONE)
+    ]
     assert kernels
     for kernel in kernels:
         arrivals = 0
@@ -177,20 +184,11 @@ def test_a_group_of_warps_meets_before_one_of_its_threads_arrives(kernel_config)
         ("sm_100", BF16, {}, False),
     ],
 )
-def test_what_is_asked_of_the_down_projections_backward(gpu, dtype, mode, is_gated, monkeypatch):
-    """That the activation's backward is on top of it, where there is a kernel for that."""
-    asked = []
-    tiling = gemm._tiling.__wrapped__
-
-    def recorded(problem: Problem, *rest: Any) -> Any:
-        asked.append(problem)
-        return tiling(problem, *rest)
-
-    monkeypatch.setattr(gemm, "_tiling", recorded)
-    launched(GPUS[gpu], calls.experts(SIZES["training"], dtype, **mode)["backward"])
-    down, up = (problem for problem in asked if problem.kind == "backward_dX")
-    assert ("gated" in down.flags) == is_gated
-    assert "gated" not in up.flags
+def test_what_computes_the_down_projections_backward(gpu, dtype, mode, is_gated):
+    """One kernel with the activation's backward on top, where there is one for that."""
+    names = launched(GPUS[gpu], calls.experts(SIZES["training"], dtype, **mode)["backward"])
+    assert names.count("expert_down_bwd_pingpong_kernel") == is_gated
+    assert names.count("_expert_activation_bwd_kernel") == (not is_gated)
 
 
 @pytest.mark.parametrize("size", ["training", "uneven"])
@@ -201,7 +199,7 @@ def test_the_down_projections_backward_makes_one_schedule(size):
     made = calls.experts(SIZES[size], BF16, kernel_config=kernel_config(backward_dX=config))
     names = launched(GPUS["sm_90"], made["backward"])
     is_at_once = size == "training"
-    assert names.count("expert_down_bwd_hopper_kernel") == is_at_once
+    assert names.count("expert_down_bwd_pingpong_kernel") == is_at_once
     assert names.count("_expert_activation_bwd_kernel") == (not is_at_once)
     # One more is that of the gradient of x.
     assert names.count("tile_schedule_kernel") == 2
@@ -267,7 +265,7 @@ def test_training_of_experts(gpu, mode):
 def test_the_activations_backward_on_top_of_a_product_does_not_spill(activation, limit):
     made = calls.experts(SIZES["training"], BF16, activation=activation, activation_limit=limit)
     kernels = compile_all(GPUS["sm_90"], [made["backward"]])
-    stack = {k.stack for k in kernels if k.kernel == "expert_down_bwd_hopper_kernel"}
+    stack = {k.stack for k in kernels if k.kernel == "expert_down_bwd_pingpong_kernel"}
     assert stack == {0}
 
 
@@ -281,7 +279,7 @@ def test_the_up_projection_of_a_model_with_biases_does_not_spill(activation, lim
         interleaved=interleaved, bias=True,
     )  # fmt: skip
     kernels = compile_all(GPUS["sm_90"], [made["inference"], made["forward"]])
-    stack = [k.stack for k in kernels if k.kernel == "expert_up_hopper_kernel"]
+    stack = [k.stack for k in kernels if k.kernel == "expert_up_pingpong_kernel"]
     assert stack == [0, 0]
 
 

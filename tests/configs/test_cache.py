@@ -18,11 +18,11 @@ from moe_ops.configs.kernel_config import (
     KernelConfigForward,
     kernel_config,
 )
-from moe_ops.configs.problem import Problem
+from testing.problems import make_problem
 
 GPU = "NVIDIA H200"
 DEVICE = Device(GPU, (9, 0), 232448, 132)
-PROBLEM = Problem("forward", "bfloat16", 8, 512, 256, 64, ("gather",))
+PROBLEM = make_problem("forward", "bfloat16", 8, 512, 256, 64, ("gather",))
 CONFIG = KernelConfigForward(BLOCK_M=64, num_stages=5, group_m=3)
 DW_KEY = "backward_dW bfloat16 E8 N512 D256 rows64"
 DW_CONFIG = KernelConfigBackward_dW(BLOCK_M=32)
@@ -60,8 +60,8 @@ from moe_ops.configs.device import Device
 from moe_ops.configs.heuristics import heuristic
 from moe_ops.configs.problem import Problem
 device = Device({GPU!r}, (9, 0), 232448, 132)
-problem = Problem("forward", "bfloat16", 8, 512, 256, 64, ("gather",))
-config = choose(problem, device, None)
+problem = Problem("forward", "bfloat16", 8, 512, 256, 64, gather=True)
+config = choose(problem, device, None).config
 print(config.group_m, config == heuristic(problem, device))
 """
 
@@ -82,16 +82,16 @@ def test_order_of_choice(monkeypatch):
     computed = heuristic(PROBLEM, DEVICE)
     monkeypatch.setattr(choose, "shipped", lambda name: {})
     choose.forget()
-    assert choose.choose(PROBLEM, DEVICE, None) == computed
+    assert choose.choose(PROBLEM, DEVICE, None).config == computed
     monkeypatch.setattr(choose, "shipped", lambda name: {PROBLEM.key: shipped})
     choose.forget()
-    assert choose.choose(PROBLEM, DEVICE, None) == shipped
+    assert choose.choose(PROBLEM, DEVICE, None).config == shipped
     # No forget(): what is stored holds from the next launch on.
     cache.store(GPU, {PROBLEM.key: CONFIG})
-    assert choose.choose(PROBLEM, DEVICE, None) == CONFIG
-    assert choose.choose(PROBLEM, DEVICE, text) == given
+    assert choose.choose(PROBLEM, DEVICE, None).config == CONFIG
+    assert choose.choose(PROBLEM, DEVICE, text).config == given
     cache.clear()
-    assert choose.choose(PROBLEM, DEVICE, None) == shipped
+    assert choose.choose(PROBLEM, DEVICE, None).config == shipped
 
 
 def test_a_second_choice_reads_nothing(monkeypatch):
@@ -99,7 +99,7 @@ def test_a_second_choice_reads_nothing(monkeypatch):
     choose.choose(PROBLEM, DEVICE, None)
     monkeypatch.setattr(cache, "lookup", None)
     monkeypatch.setattr(cache, "_read", None)
-    assert choose.choose(PROBLEM, DEVICE, None) == CONFIG
+    assert choose.choose(PROBLEM, DEVICE, None).config == CONFIG
 
 
 def test_round_trip_and_merge():

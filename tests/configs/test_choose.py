@@ -21,6 +21,7 @@ from moe_ops.configs.kernel_config import (
     kernel_config,
 )
 from moe_ops.configs.problem import Problem, rows_bucket
+from testing.problems import make_problem, with_words
 
 KIB = 1024
 DEVICES = {
@@ -34,7 +35,7 @@ DEVICES = {
     "48 KiB, sm_80": Device("g", (8, 0), 48 * KIB, 20),
 }
 HOPPER = DEVICES["227 KiB, sm_90"]
-PROBLEM = Problem("forward", "bfloat16", 8, 512, 256, 64, ("gather",))
+PROBLEM = make_problem("forward", "bfloat16", 8, 512, 256, 64, ("gather",))
 DTYPES = ("bfloat16", "float16", "float32")
 ROWS = tuple(1 << power for power in range(14))
 
@@ -50,15 +51,17 @@ def _forgetful(tmp_path, monkeypatch):
 def test_given_before_shipped_before_computed(monkeypatch):
     computed = heuristic(PROBLEM, HOPPER)
     given_config, table = KernelConfigForward(group_m=11), KernelConfigForward(group_m=12)
-    assert choose.choose(PROBLEM, HOPPER, None) == computed
+    assert choose.choose(PROBLEM, HOPPER, None).config == computed
     monkeypatch.setattr(choose, "shipped", lambda name: {PROBLEM.key: table})
     choose.forget()
-    assert choose.choose(PROBLEM, HOPPER, None) == table
-    assert choose.choose(PROBLEM, HOPPER, kernel_config(forward=given_config)) == given_config
+    assert choose.choose(PROBLEM, HOPPER, None).config == table
+    assert (
+        choose.choose(PROBLEM, HOPPER, kernel_config(forward=given_config)).config == given_config
+    )
     # A string for another pass says nothing of this one.
     other = kernel_config(backward_dX=KernelConfigBackward_dX())
-    assert choose.choose(PROBLEM, HOPPER, other) == table
-    assert choose.choose(PROBLEM, HOPPER, kernel_config()) == table
+    assert choose.choose(PROBLEM, HOPPER, other).config == table
+    assert choose.choose(PROBLEM, HOPPER, kernel_config()).config == table
 
 
 def test_a_shipped_table_is_read_by_the_name_of_the_gpu(tmp_path, monkeypatch):
@@ -75,7 +78,10 @@ def test_a_shipped_table_is_read_by_the_name_of_the_gpu(tmp_path, monkeypatch):
 
 def test_the_key_tells_problems_apart():
     assert PROBLEM.key == "forward bfloat16 E8 N512 D256 rows64 gather"
-    assert Problem("backward_dW", "float16", 1, 2, 3, 4).key == "backward_dW float16 E1 N2 D3 rows4"
+    assert (
+        make_problem("backward_dW", "float16", 1, 2, 3, 4).key
+        == "backward_dW float16 E1 N2 D3 rows4"
+    )
 
 
 @pytest.mark.parametrize(
@@ -111,7 +117,7 @@ def test_table_name(device_name, name):
 def problems() -> list[Problem]:
     flags = [(), ("bias",), ("gather", "scale", "bias"), ("scatter", "scale"), ("scale", "dots")]
     return [
-        Problem(kind, dtype, 8, 512, 256, rows, chosen)
+        make_problem(kind, dtype, 8, 512, 256, rows, chosen)
         for kind, dtype, rows, chosen in itertools.product(PASSES, DTYPES, ROWS, flags)
     ]
 
@@ -140,7 +146,7 @@ def test_a_tile_of_fp8_weights_has_one_scale_at_a_time(device):
     for problem in problems():
         if problem.kind != "backward_dW":
             flags = tuple(flag for flag in problem.flags if flag != "bias")
-            config = heuristic(replace(problem, flags=(*flags, "fp8")), device)
+            config = heuristic(with_words(problem, (*flags, "fp8")), device)
             assert isinstance(config, (KernelConfigForward, KernelConfigBackward_dX))
             assert max(config.BLOCK_N, config.BLOCK_K) <= 128
             assert not config.tail_tiles
@@ -149,20 +155,20 @@ def test_a_tile_of_fp8_weights_has_one_scale_at_a_time(device):
 
 def test_descriptors_are_used_where_there_are_some():
     for kind in PASSES:
-        config = heuristic(Problem(kind, "bfloat16", 8, 512, 256, 1024), HOPPER).to_dict()
+        config = heuristic(make_problem(kind, "bfloat16", 8, 512, 256, 1024), HOPPER).to_dict()
         assert any(value for name, value in config.items() if "use_tma_load" in name), kind
 
 
 @pytest.mark.parametrize("kind", PASSES)
 def test_warps_are_specialized_on_hopper_where_no_row_is_gathered(kind):
-    bare = Problem(kind, "bfloat16", 128, 1536, 2048, 1024)
+    bare = make_problem(kind, "bfloat16", 128, 1536, 2048, 1024)
     assert heuristic(bare, HOPPER).warp_specialize
     others = [replace(bare, dtype="float32")]
     if kind != "backward_dW":
         for served in (("scatter",), ("scale",), ("bias",), ("scatter", "scale", "bias")):
-            assert heuristic(replace(bare, flags=served), HOPPER).is_in_turns, served
+            assert heuristic(with_words(bare, served), HOPPER).is_pingpong, served
         flags = ("gather", "dots")
-        others += [replace(bare, rows=32), *(replace(bare, flags=(flag,)) for flag in flags)]
+        others += [replace(bare, rows=32), *(with_words(bare, (flag,)) for flag in flags)]
     for problem in others:
         assert not heuristic(problem, HOPPER).warp_specialize, problem
     for name in ("99 KiB, sm_89", "164 KiB, sm_80"):
@@ -173,7 +179,7 @@ def test_warps_are_specialized_on_hopper_where_no_row_is_gathered(kind):
 
 def test_two_programs_share_an_sm_where_rows_are_gathered():
     """On Hopper, but for experts of few rows, which are bound by their weights."""
-    gathered = Problem("forward", "bfloat16", 128, 1536, 2048, 1024, ("gather",))
+    gathered = make_problem("forward", "bfloat16", 128, 1536, 2048, 1024, ("gather",))
     for rows, programs in ((64, 1), (256, 1), (512, 2), (2048, 2)):
         assert heuristic(replace(gathered, rows=rows), HOPPER).programs_per_sm == programs
     blackwell = replace(HOPPER, capability=(10, 0))
@@ -201,7 +207,7 @@ def test_fitting_ends_and_only_shrinks(kind, memory):
     blocks = itertools.product((16, 64, 256), repeat=3)
     for (m, n, k), stages, dtype in itertools.product(blocks, (1, 2, 8), DTYPES):
         given_config = PASSES[kind](BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, num_stages=stages)
-        problem = Problem(kind, dtype, 1, 512, 512, 64)
+        problem = make_problem(kind, dtype, 1, 512, 512, 64)
         config = fitting(given_config, problem, device)
         for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_stages"):
             assert getattr(config, name) <= getattr(given_config, name)

@@ -158,16 +158,16 @@ TAIL_TILES = [
 ]
 
 
-def test_is_in_turns():
+def test_is_pingpong():
     """Of the output's tile, which dX and dW have in other fields; only where it is asked for."""
     turns, dw = KernelConfigForward(**SPECIALIZED), KernelConfigBackward_dW
-    assert turns.is_in_turns
-    assert not dataclasses.replace(turns, warp_specialize=False).is_in_turns
-    assert not dataclasses.replace(turns, BLOCK_N=256).is_in_turns
+    assert turns.is_pingpong
+    assert not dataclasses.replace(turns, warp_specialize=False).is_pingpong
+    assert not dataclasses.replace(turns, BLOCK_N=256).is_pingpong
     values = {**SPECIALIZED, "use_tma_load_dy": True}
     del values["use_tma_load_w"]
-    assert dw(**values, BLOCK_M=64, BLOCK_K=128).is_in_turns
-    assert not dw(**values, BLOCK_M=128, BLOCK_K=256).is_in_turns
+    assert dw(**values, BLOCK_M=64, BLOCK_K=128).is_pingpong
+    assert not dw(**values, BLOCK_M=128, BLOCK_K=256).is_pingpong
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from moe_ops.configs.kernel_config import (
     KernelConfigForward,
     kernel_config,
 )
-from moe_ops.configs.problem import Problem
+from testing.problems import make_problem
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles kernels, which TRITON_INTERPRET=1 interprets", allow_module_level=True)
@@ -120,7 +120,7 @@ def taken(
 
 
 def estimated(config: KernelConfig, kind: str, dtype: str, gpu: str, flags: tuple[str, ...]) -> int:
-    return shared_memory(config, Problem(kind, dtype, 128, 1536, 2048, 512, flags), GPUS[gpu])
+    return shared_memory(config, make_problem(kind, dtype, 128, 1536, 2048, 512, flags), GPUS[gpu])
 
 
 @pytest.mark.parametrize(("config", "mode", "flags"), CASES.values(), ids=CASES)
@@ -160,8 +160,8 @@ def test_is_what_an_activation_takes_in_turns(num_stages, subtile):
         made["backward"]()
     shared = {kernel.kernel: kernel.shared for kernel in found}
     for name, config, kind, flags in (
-        ("expert_up_hopper_kernel", up, "forward", ("gather", "gated")),
-        ("expert_down_bwd_hopper_kernel", down, "backward_dX", ("gated",)),
+        ("expert_up_pingpong_kernel", up, "forward", ("gather", "gated")),
+        ("expert_down_bwd_pingpong_kernel", down, "backward_dX", ("gated",)),
     ):
         bound = estimated(config, kind, "bfloat16", "sm_90", flags)
         assert shared[name] <= bound <= 1.08 * shared[name]

@@ -158,14 +158,14 @@ def kernels_of(given: Any, names: list[str]) -> list[str]:
 
 # Each product in the kernel for every GPU or in one for Hopper, of which one does two things.
 DW = (
-    "grouped_gemm_bwd_dw_kernel", "grouped_gemm_bwd_dw_hopper_kernel",
-    "grouped_gemm_bwd_dw_hopper_turns_kernel",
+    "grouped_gemm_bwd_dw_kernel", "grouped_gemm_bwd_dw_cooperative_kernel",
+    "grouped_gemm_bwd_dw_pingpong_kernel",
 )  # fmt: skip
 GEMM = (
-    "grouped_gemm_kernel", "grouped_gemm_hopper_kernel", "grouped_gemm_hopper_turns_kernel",
-    "expert_down_bwd_hopper_kernel",
+    "grouped_gemm_kernel", "grouped_gemm_cooperative_kernel", "grouped_gemm_pingpong_kernel",
+    "expert_down_bwd_pingpong_kernel",
 )  # fmt: skip
-ACTIVATION = ("_expert_activation_bwd_kernel", "expert_down_bwd_hopper_kernel")
+ACTIVATION = ("_expert_activation_bwd_kernel", "expert_down_bwd_pingpong_kernel")
 COPY = ("copy_rows_kernel",)
 
 

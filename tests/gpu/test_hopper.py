@@ -4,9 +4,7 @@
 T tokens, K top_k, R = T * K rows, E experts, N out_features, D in_features.
 """
 
-import functools
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,9 +12,11 @@ import torch
 from torch import Tensor
 
 import moe_ops
-from moe_ops._triton import gemm, hopper
+from moe_ops._triton import gemm
+from moe_ops._triton.schedule import expert_offsets
 from testing import experts_problem
 from testing.gemm_problem import check, problem
+from testing.launches import Launches, launches
 from testing.on_device import DEVICE, memory_slot
 
 pytestmark = pytest.mark.gpu
@@ -25,9 +25,9 @@ pytestmark = pytest.mark.gpu
 SHAPES = [(1500, 2, 4, 512, 768), (700, 4, 6, 712, 328), (300, 2, 3, 8, 16)]
 # Rows, columns, contracted elements, stages, epilogue_subtile. The groups share the tiles of the
 # first; of the second each has tiles of its own.
-SHARED_TILES = [(128, 256, 64, 3), (128, 256, 32, 6), (256, 128, 64, 2)]
-TILES_IN_TURNS = [(128, 128, 64, 4), (128, 128, 64, 5), (128, 128, 64, 6, 2), (128, 128, 32, 8, 2)]
-TILES = [*SHARED_TILES, *TILES_IN_TURNS]
+COOPERATIVE_TILES = [(128, 256, 64, 3), (128, 256, 32, 6), (256, 128, 64, 2)]
+PINGPONG_TILES = [(128, 128, 64, 4), (128, 128, 64, 5), (128, 128, 64, 6, 2), (128, 128, 32, 8, 2)]
+TILES = [*COOPERATIVE_TILES, *PINGPONG_TILES]
 ROUTINGS = ("uniform", "zipf", "hot_and_empty", "dropped", "all_dropped")
 
 
@@ -52,20 +52,16 @@ def config(rows: int, columns: int, depth: int, stages: int, subtile: int = 1) -
     )  # fmt: skip
 
 
-def tell(launch: Callable[..., bool], said: list[bool], *args: Any) -> bool:
-    said.append(launch(*args))
-    return said[-1]
-
-
 @pytest.fixture
-def served(monkeypatch):
-    """What the launchers said, by name: that they launched a kernel for Hopper, or not."""
-    names = ("grouped_gemm", "grad_weight", "expert_up", "expert_down_backward")
-    said: dict[str, list[bool]] = {name: [] for name in names}
-    for name, answers in said.items():
-        launch = functools.partial(tell, getattr(hopper, name), answers)
-        monkeypatch.setattr(hopper, name, launch)
-    return said
+def launched():
+    """The kernels that the test launches."""
+    with launches() as found:
+        yield found
+
+
+def served(launched: Launches, product: str) -> tuple[int, int]:
+    """How often a kernel for Hopper computed the product, and how often the one for every GPU."""
+    return launched.specialized(product), launched.persistent(product)
 
 
 CASES = [
@@ -76,26 +72,26 @@ CASES = [
 
 
 @pytest.mark.parametrize(("shape", "tile", "dtype", "layout", "routing"), CASES)
-def test_forward_and_gradients(shape, tile, dtype, layout, routing, served):
+def test_forward_and_gradients(shape, tile, dtype, layout, routing, launched):
     given = problem(shape, dtype, routing=routing, layout=layout)
     given.arguments["kernel_config"] = config(*tile)
     check(given)
-    assert served["grouped_gemm"] == [True, True]
-    assert served["grad_weight"] == [True]
+    assert served(launched, "gemm") == (2, 0)
+    assert served(launched, "dw") == (1, 0)
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("permute_y", [False, True])
-def test_scattered_rows(permute_y, routing, served):
+def test_scattered_rows(permute_y, routing, launched):
     """Those of permute_y, and those of the gradient with permute_x."""
-    for shape, tile in zip(SHAPES, TILES_IN_TURNS[1:], strict=True):
+    for shape, tile in zip(SHAPES, PINGPONG_TILES[1:], strict=True):
         given = problem(
             shape, torch.bfloat16, routing=routing, permute_x=not permute_y, permute_y=permute_y
         )
         given.arguments["kernel_config"] = config(*tile)
         check(given)
     # The forward of the one and the dX of the other gather.
-    assert served["grouped_gemm"] == [True] * 3
+    assert served(launched, "gemm") == (3, 3)
 
 
 FINISHES: dict[str, dict[str, Any]] = {
@@ -119,37 +115,39 @@ def finished(shape, finish, routing="uniform"):
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("finish", FINISHES)
-def test_bias_scale_and_scattered_rows(finish, routing, served):
-    for shape, tile in zip(SHAPES, TILES_IN_TURNS[1:], strict=True):
+def test_bias_scale_and_scattered_rows(finish, routing, launched):
+    for shape, tile in zip(SHAPES, PINGPONG_TILES[1:], strict=True):
         given = finished(shape, finish, routing)
         given.arguments["kernel_config"] = config(*tile)
         check(given)
     # With permute_y dX gathers.
-    assert served["grouped_gemm"] == [True] * len(SHAPES) * (1 if "permute_y" in finish else 2)
+    gathers = len(SHAPES) * ("permute_y" in finish)
+    assert served(launched, "gemm") == (2 * len(SHAPES) - gathers, gathers)
 
 
 @pytest.mark.parametrize("finish", FINISHES)
-def test_what_shared_tiles_do_not_have_is_left_to_the_other_kernels(finish, served):
+def test_what_shared_tiles_do_not_have_is_left_to_the_other_kernels(finish, launched):
     given = finished(SHAPES[0], finish)
-    given.arguments["kernel_config"] = config(*SHARED_TILES[0])
+    given.arguments["kernel_config"] = config(*COOPERATIVE_TILES[0])
     check(given)
-    # A bias is no matter of dX.
-    assert served["grouped_gemm"] == [True] * (finish == "bias")
+    # dX adds no bias.
+    count = int(finish == "bias")
+    assert served(launched, "gemm") == (count, 2 - count)
 
 
-def test_what_descriptors_cannot_describe_is_served_by_the_other_kernels(served):
+def test_what_descriptors_cannot_describe_is_served_by_the_other_kernels(launched):
     given = problem((600, 2, 3, 100, 68), torch.bfloat16)
     given.arguments["kernel_config"] = config(*TILES[0])
     check(given)
-    assert served["grouped_gemm"] == [False, False]
-    assert served["grad_weight"] == [False]
+    assert served(launched, "gemm") == (0, 2)
+    assert served(launched, "dw") == (0, 1)
 
 
 @pytest.mark.parametrize("permute_y", [False, True])
-def test_is_chosen_without_a_configuration(permute_y, served):
+def test_is_chosen_without_a_configuration(permute_y, launched):
     check(problem((1500, 2, 4, 512, 768), torch.bfloat16, permute_y=permute_y))
-    assert served["grouped_gemm"] == [True] * (1 if permute_y else 2)
-    assert served["grad_weight"] == [True]
+    assert served(launched, "gemm") == ((1, 1) if permute_y else (2, 0))
+    assert served(launched, "dw") == (1, 0)
 
 
 # T, K, E, H, I: the second has a part of a tile in every dimension.
@@ -163,7 +161,7 @@ EXPERTS_CASES = [
     (
         shape,
         mode,
-        TILES_IN_TURNS[0] if mode == "llama4" else (*SHARED_TILES[:2], *TILES_IN_TURNS)[i % 6],
+        PINGPONG_TILES[0] if mode == "llama4" else (*COOPERATIVE_TILES[:2], *PINGPONG_TILES)[i % 6],
         (torch.bfloat16, torch.float16)[i // 2 % 2],
         ROUTINGS[i % 5],
     )
@@ -172,16 +170,18 @@ EXPERTS_CASES = [
 
 
 @pytest.mark.parametrize(("shape", "mode", "tile", "dtype", "routing"), EXPERTS_CASES)
-def test_experts(shape, mode, tile, dtype, routing, served):
+def test_experts(shape, mode, tile, dtype, routing, launched):
     given = experts_problem.problem(shape, dtype, routing=routing, **EXPERTS_MODES[mode])
     given.arguments["kernel_config"] = config(*tile)
     experts_problem.check(given)
     # Forward, without and with a gradient; again in the backward where nothing was kept.
     times = 3 if "recompute" in mode else 2
-    assert served["expert_up"] == [True] * times * (tile in TILES_IN_TURNS)
-    assert all(served["grouped_gemm"])
-    assert served["grad_weight"] == [True, True]
-    assert served["expert_down_backward"] == [True] * (tile in TILES_IN_TURNS)
+    is_pingpong = tile in PINGPONG_TILES
+    assert served(launched, "up") == ((times, 0) if is_pingpong else (0, times))
+    # With weights before the experts, dX sums up the router gradient.
+    assert launched.persistent("gemm") == (mode == "llama4")
+    assert served(launched, "dw") == (2, 0)
+    assert served(launched, "down") == ((1, 0) if is_pingpong else (0, 1))
 
 
 FROZEN_MODES: dict[str, dict[str, Any]] = {
@@ -193,22 +193,22 @@ FROZEN_MODES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("mode", FROZEN_MODES)
 @pytest.mark.parametrize("frozen", ["topk_weights", "gate_up_proj", "hidden_states", "down_proj"])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-def test_experts_with_a_frozen_argument(mode, frozen, layout, served):
+def test_experts_with_a_frozen_argument(mode, frozen, layout, launched):
     """The down projection's backward without router gradient, and with bias without weighted rows."""
     given = experts_problem.problem(
         EXPERTS_SHAPES[1], torch.bfloat16, layout=layout, **FROZEN_MODES[mode]
     )
     given.differentiable.remove(frozen)
-    given.arguments["kernel_config"] = config(*TILES_IN_TURNS[0])
+    given.arguments["kernel_config"] = config(*PINGPONG_TILES[0])
     experts_problem.check(given)
     # Without a gradient of down_proj or of its bias the rows of dY are not moved, but gathered.
     is_moved = frozen != "down_proj" or "bias" in mode
-    assert served["expert_down_backward"] == [True] * is_moved
+    assert served(launched, "down") == ((1, 0) if is_moved else (0, 1))
 
 
 def test_the_backward_of_experts_is_repeatable():
     given = experts_problem.problem(EXPERTS_SHAPES[0], torch.bfloat16, routing="zipf")
-    given.arguments["kernel_config"] = config(*TILES_IN_TURNS[0])
+    given.arguments["kernel_config"] = config(*PINGPONG_TILES[0])
     _, expected = given.run()
     for _ in range(20):
         _, found = given.run()
@@ -217,14 +217,14 @@ def test_the_backward_of_experts_is_repeatable():
 
 
 @pytest.mark.parametrize("activation", ["relu", "swiglu_oai", "gelu", "gelu_tanh", "relu_squared"])
-def test_activations_in_turns(activation, served):
+def test_activations_in_turns(activation, launched):
     given = experts_problem.problem(
         EXPERTS_SHAPES[1], torch.bfloat16, routing="zipf", activation=activation
     )
-    given.arguments["kernel_config"] = config(*TILES_IN_TURNS[0])
+    given.arguments["kernel_config"] = config(*PINGPONG_TILES[0])
     experts_problem.check(given)
-    # Of "gelu" there is none, which is known before one is asked for.
-    assert served["expert_down_backward"] == [True] * (activation != "gelu")
+    # There is none for "gelu".
+    assert served(launched, "down") == ((0, 1) if activation == "gelu" else (1, 0))
 
 
 # With biases, or rows of gate and up that alternate.
@@ -239,7 +239,7 @@ UP_CASES = [
     (
         shape,
         mode,
-        TILES_IN_TURNS[0] if mode == "reglu-before-bias" else TILES_IN_TURNS[i % 4],
+        PINGPONG_TILES[0] if mode == "reglu-before-bias" else PINGPONG_TILES[i % 4],
         (torch.bfloat16, torch.float16)[i // 2 % 2],
         ROUTINGS[i % 5],
     )
@@ -248,38 +248,38 @@ UP_CASES = [
 
 
 @pytest.mark.parametrize(("shape", "mode", "tile", "dtype", "routing"), UP_CASES)
-def test_biases_and_interleaved_rows_in_turns(shape, mode, tile, dtype, routing, served):
+def test_biases_and_interleaved_rows_in_turns(shape, mode, tile, dtype, routing, launched):
     given = experts_problem.problem(shape, dtype, routing=routing, **UP_MODES[mode])
     given.arguments["kernel_config"] = config(*tile)
     experts_problem.check(given)
-    assert served["expert_up"] == [True] * (3 if "recompute" in mode else 2)
-    # Of interleaved rows, and of "gelu", there is none, which is known before one is asked for.
-    assert served["expert_down_backward"] == [True] * (mode == "reglu-before-bias")
+    assert served(launched, "up") == (3 if "recompute" in mode else 2, 0)
+    # There is none for interleaved rows, nor for "gelu".
+    assert served(launched, "down") == ((1, 0) if mode == "reglu-before-bias" else (0, 1))
 
 
-def test_the_up_projection_with_biases_is_chosen_without_a_configuration(served):
+def test_the_up_projection_with_biases_is_chosen_without_a_configuration(launched):
     given = experts_problem.problem(
         EXPERTS_SHAPES[0], torch.bfloat16, **experts_problem.MODES["gpt-oss"]
     )
     experts_problem.check(given)
-    assert served["expert_up"] == [True, True]
+    assert served(launched, "up") == (2, 0)
 
 
 @pytest.mark.parametrize("mode", ["gpt-oss", "geglu-bias", "geglu-tanh-interleaved", "ungated"])
-def test_other_experts_are_served_by_the_other_kernels(mode, served):
+def test_other_experts_are_served_by_the_other_kernels(mode, launched):
     given = experts_problem.problem(
         EXPERTS_SHAPES[0], torch.bfloat16, **experts_problem.MODES[mode]
     )
     given.arguments["kernel_config"] = config(*TILES[0])
     experts_problem.check(given)
-    assert served["expert_up"] == served["expert_down_backward"] == []
+    assert launched.specialized("up") == launched.specialized("down") == 0
 
 
-def test_transposed_experts_are_served_by_the_other_kernels(served):
+def test_transposed_experts_are_served_by_the_other_kernels(launched):
     given = experts_problem.problem(EXPERTS_SHAPES[0], torch.bfloat16, layout="transposed")
     given.arguments["kernel_config"] = config(*TILES[0])
     experts_problem.check(given)
-    assert served["expert_up"] == []
+    assert launched.specialized("up") == 0
 
 
 def operands(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
@@ -290,11 +290,11 @@ def operands(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tenso
     g, x = (
         torch.randn(num_rows, n, generator=generator, device=DEVICE).to(dtype) for n in (768, 1024)
     )
-    return g, x, gemm.expert_offsets(counts, num_rows)
+    return g, x, expert_offsets(counts, num_rows)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("tile", [SHARED_TILES[1], TILES_IN_TURNS[2]])
+@pytest.mark.parametrize("tile", [COOPERATIVE_TILES[1], PINGPONG_TILES[2]])
 def test_dw_is_that_of_the_other_kernel_bit_for_bit(tile, transposed):
     """Both add up the same products in the same order."""
     plain = moe_ops.kernel_config(backward_dW=moe_ops.KernelConfigBackward_dW(flatten=False))
@@ -305,7 +305,7 @@ def test_dw_is_that_of_the_other_kernel_bit_for_bit(tile, transposed):
         assert torch.equal(found, expected)
 
 
-def test_waits_for_nothing_under_a_graph(served):
+def test_waits_for_nothing_under_a_graph(launched):
     given = problem((1500, 2, 4, 512, 768), torch.bfloat16, routing="zipf", poison=False)
     arguments = {**given.arguments, "kernel_config": config(*TILES[0])}
     expected = torch.ops.moe.grouped_gemm(**arguments)
@@ -315,14 +315,14 @@ def test_waits_for_nothing_under_a_graph(served):
     output.fill_(float("nan"))
     graph.replay()
     assert torch.equal(output, expected)
-    assert served["grouped_gemm"] == [True, True]
+    assert served(launched, "gemm") == (2, 0)
 
 
-def test_weights_of_more_than_2_31_elements(served):
+def test_weights_of_more_than_2_31_elements(launched):
     """Of the last expert: what came before it has been passed over."""
     with memory_slot():
         check_weights_of_more_than_2_31_elements()
-    assert served["grouped_gemm"] == [True]
+    assert served(launched, "gemm") == (1, 0)
 
 
 def check_weights_of_more_than_2_31_elements():
@@ -331,7 +331,7 @@ def check_weights_of_more_than_2_31_elements():
     counts[-1] = 200
     x = torch.randn(200, in_features, device=DEVICE).bfloat16()
     g = torch.randn(200, out_features, device=DEVICE).bfloat16()
-    offsets = gemm.expert_offsets(counts, 200)
+    offsets = expert_offsets(counts, 200)
     dw = gemm.grad_weight(g, x, offsets, False, config(128, 256, 32, 6))
     assert dw.numel() > 2**31
     assert not dw[:-1].any()

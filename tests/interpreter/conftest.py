@@ -5,27 +5,28 @@ import pytest
 
 from moe_ops.configs.device import Device
 
-HOPPER = Device("H", (9, 0), 232448, 4)
+HOPPER = Device("H", (9, 0), 232448, 4, is_interpreted=True)
 
 
 @pytest.fixture
 def descriptors(monkeypatch):
     """The launchers take the CPU for a Hopper GPU; lists the descriptors made: kind, dimensions.
 
-    But not hopper.py, whose kernels Triton's interpreter does not take.
+    But Triton's interpreter does not take the kernels in Gluon.
     """
-    gemm = pytest.importorskip("moe_ops._triton.gemm")
-    descriptors = pytest.importorskip("moe_ops._triton.descriptors")
+    pytest.importorskip("triton")
+    from moe_ops._triton import descriptors as described
+    from moe_ops._triton import experts, gemm
+    from testing.compiled import taken_for
+
     made: list[tuple[str, int]] = []
-    describe = descriptors.describe
+    describe = described.describe
 
     def describe_and_list(tensor, block, ragged=False):
-        descriptor = describe(tensor, block, ragged)
-        if descriptor is not None:
-            made.append(("ragged" if ragged else "plain", len(block)))
-        return descriptor
+        made.append(("ragged" if ragged else "plain", len(block)))
+        return describe(tensor, block, ragged)
 
-    monkeypatch.setattr(gemm, "describe", describe_and_list)
-    for module in (gemm, descriptors):
-        monkeypatch.setattr(module, "device_of", lambda device: HOPPER)
-    return made
+    for module in (experts, gemm):
+        monkeypatch.setattr(module, "describe", describe_and_list)
+    with taken_for(HOPPER):
+        yield made

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from moe_ops.configs.problem import Problem
 from moe_ops.tuning import Experts, find_experts, tasks_of
+from testing.problems import make_problem
 from testing.tuning_fakes import HOPPER
 
 
@@ -104,7 +104,7 @@ def test_problems():
     ]  # fmt: skip
     # 80 rows of 4 experts: 20 each, which is up to 32.
     assert set(found) == {
-        Problem(kind, "bfloat16", 4, *sizes, 32, flags) for kind, sizes, flags in expected
+        make_problem(kind, "bfloat16", 4, *sizes, 32, flags) for kind, sizes, flags in expected
     }
     assert {(task.num_rows, task.top_k) for task in found.values()} == {(80, 2)}
 
@@ -113,7 +113,7 @@ def test_problems_of_hopper_alone():
     """Its kernel that does the activation's backward after dX; it is of gated blocks in 16 bits."""
     plain = {task.problem for task in tasks_of([EXPERTS], [40])}
     more = {task.problem for task in tasks_of([EXPERTS], [40], device=HOPPER)} - plain
-    assert more == {Problem("backward_dX", "bfloat16", 4, 16, 24, 32, ("gated",))}
+    assert more == {make_problem("backward_dX", "bfloat16", 4, 16, 24, 32, ("gated",))}
     ungated = replace(EXPERTS, up=(24, 16))
     blackwell = replace(HOPPER, capability=(10, 0))
     for layer, device in (
@@ -132,15 +132,14 @@ def test_a_bucket_once():
 RECORDED = """
 import sys, torch, transformers
 import moe_ops.integrations.transformers
-from moe_ops._triton import gemm as launch
+from moe_ops._triton import gemm
 from moe_ops.tuning import find_experts, tasks_of
 from testing import tiny_models
 
 moe_ops.integrations.transformers.register()
 launched = set()
-choose = launch.choose
-launch.choose = lambda problem, *rest: launched.add(problem.key) or choose(problem, *rest)
-launch._tiling = launch._tiling.__wrapped__  # asked each time
+plan = gemm.plan
+gemm.plan = lambda problem, *rest: launched.add(problem.key) or plan(problem, *rest)
 for name in sys.argv[1:]:
     launched.clear()
     model = tiny_models.make_model(name)

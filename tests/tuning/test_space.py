@@ -13,6 +13,7 @@ from moe_ops.configs.heuristics import heuristic
 from moe_ops.configs.kernel_config import PASSES, kernel_config, parse
 from moe_ops.configs.problem import Problem
 from moe_ops.tuning.space import MAX_CANDIDATES, candidates
+from testing.problems import make_problem, with_words
 
 KIB = 1024
 DEVICES = [
@@ -29,7 +30,7 @@ FLAGS = {
     "backward_dW": [(), ("transposed",)],
 }
 PROBLEMS = [
-    Problem(kind, dtype, 64, *sizes, rows, flags)
+    make_problem(kind, dtype, 64, *sizes, rows, flags)
     for kind, dtype, sizes, rows in itertools.product(
         PASSES, ("bfloat16", "float32"), ((1536, 2048), (100, 36)), (1, 32, 64, 1024)
     )
@@ -59,7 +60,7 @@ def tried(problem: Problem, field: str) -> set[Any]:
 
 
 def test_tails_are_halved_in_some():
-    problem = Problem("forward", "bfloat16", 64, 1536, 2048, 64)
+    problem = make_problem("forward", "bfloat16", 64, 1536, 2048, 64)
     assert True in tried(problem, "tail_tiles")
 
 
@@ -83,7 +84,7 @@ def test_descriptors_only_where_they_apply(device):
 
 def test_choices_that_hopper_needs():
     """Both ways of each choice are tried where the choice matters."""
-    large = Problem("forward", "bfloat16", 128, 1536, 2048, 1024)
+    large = make_problem("forward", "bfloat16", 128, 1536, 2048, 1024)
     assert {(c.BLOCK_M, c.BLOCK_N) for c in candidates(large, HOPPER)} >= {
         (128, 256), (256, 128), (128, 128), (64, 256), (64, 128),
     }  # fmt: skip
@@ -94,19 +95,19 @@ def test_choices_that_hopper_needs():
     }  # fmt: skip
     for field, values in expected.items():
         assert tried(large, field) >= values, field
-    down = replace(large, kind="backward_dX", flags=("gated",))
+    down = replace(large, kind="backward_dX", epilogue="gated_activation_backward")
     for problem in (
         large,
         down,
-        *(replace(large, flags=f) for f in (("gather", "gated"), ("scatter",), ("bias",))),
+        *(with_words(large, f) for f in (("gather", "gated"), ("scatter",), ("bias",))),
     ):
         assert tried(problem, "warp_specialize") == {True, False}
     for flag in ("gather", "dots"):
-        assert tried(replace(large, flags=(flag,)), "warp_specialize") == {False}
-    few = Problem("forward", "bfloat16", 128, 1536, 2048, 4)
+        assert tried(with_words(large, (flag,)), "warp_specialize") == {False}
+    few = make_problem("forward", "bfloat16", 128, 1536, 2048, 4)
     assert tried(few, "BLOCK_M") == {16, 32}
     assert tried(few, "use_tma_load_w") == tried(few, "launch_pdl") == {True, False}
-    dw = Problem("backward_dW", "bfloat16", 128, 1536, 2048, 1024)
+    dw = make_problem("backward_dW", "bfloat16", 128, 1536, 2048, 1024)
     tiles = {(c.BLOCK_N, c.BLOCK_K) for c in candidates(dw, HOPPER)}
     assert tiles >= {(128, 256), (256, 128), (128, 128), (64, 256)}
     assert tried(dw, "warp_specialize") == {True, False}
@@ -115,7 +116,7 @@ def test_choices_that_hopper_needs():
 
 def test_what_makes_no_difference_is_not_tried():
     for flags in ((), ("bias",)):
-        problem = Problem("forward", "bfloat16", 128, 1536, 2048, 1024, flags)
+        problem = make_problem("forward", "bfloat16", 128, 1536, 2048, 1024, flags)
         # Tails are halved in loops that are not flattened alone.
         plain = [c for c in candidates(problem, HOPPER) if not c.to_dict()["tail_tiles"]]
         pairs = len(plain) - len({replace(config, flatten=False) for config in plain})

@@ -63,7 +63,7 @@ def test_picks_the_fastest():
 def test_what_is_found_is_what_launches_get():
     found = tune_on_cpu(Clock(price))
     for task in TASKS:
-        assert choose(task.problem, HOPPER, None) == found[task.problem.key]
+        assert choose(task.problem, HOPPER, None).config == found[task.problem.key]
 
 
 def test_the_second_run_tunes_nothing():
@@ -251,7 +251,7 @@ def test_a_model(fake_gpu, capsys):
     assert {key.split()[0] for key in found} == {"forward", "backward_dX", "backward_dW"}
     assert len(fake_gpu.timed) == len(found) == 6
     for task in tasks_of([LAYER], [6]):
-        assert choose(task.problem, HOPPER, None) == found[task.problem.key]
+        assert choose(task.problem, HOPPER, None).config == found[task.problem.key]
     assert "[6/6] " in capsys.readouterr().err
     assert moe_ops.tune(Model(), (6, 5), progress=False) == found
     assert len(fake_gpu.timed) == 6
@@ -358,25 +358,24 @@ def test_a_rank_that_fails_fails_all(tmp_path):
 INTERPRETED = """
 import torch
 from dataclasses import replace
-from moe_ops._triton import gemm as launch, hopper
+from moe_ops._triton import experts, gemm
 from moe_ops.tuning.space import candidates
 from moe_ops.configs.device import device_of
 from moe_ops.tuning import bench, tasks_of, tune_tasks
 from testing.tuning_fakes import CPU, HOPPER, LAYER, Clock
 
 seen = []
-choose = launch.choose
-def recorded(problem, device, text):
-    config = choose(problem, device, text)
-    seen.append((problem, config))
-    return config
-launch.choose = recorded
-launch._tiling = launch._tiling.__wrapped__  # asked each time
-# What Hopper's kernels could serve is asked for, in the configurations of other kernels.
-hopper.serves = lambda operand: operand.itemsize == 2
+plan = gemm.plan
+def recorded(problem, *rest):
+    made = plan(problem, *rest)
+    seen.append((problem, made.config))
+    return made
+gemm.plan = recorded
+# What Hopper's kernels could serve is asked for; it is interpreted in those for every GPU.
+experts.device_of = lambda device: replace(HOPPER, is_interpreted=True)
 layers = [LAYER, replace(LAYER, dtype=torch.float16, transposed=True, has_bias=True)]
 tasks = tasks_of(layers, [6], True, HOPPER)
-assert any(t.problem.kind == "backward_dX" and "gated" in t.problem.flags for t in tasks)
+assert any(t.problem.epilogue == "gated_activation_backward" for t in tasks)
 for task in tasks:
     seen.clear()
     made = bench.Bench(task, CPU)

@@ -10,24 +10,31 @@ import torch
 from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe_ops.configs.device import device_of
+
+def can_describe(tensor: torch.Tensor) -> bool:
+    """Return whether TMA can describe the tensor: elements, a 16-byte address, 16-byte strides."""
+    *outer, inner = tensor.stride()
+    if inner != 1 or tensor.data_ptr() % 16 != 0 or 0 in tensor.shape:
+        return False
+    itemsize = tensor.itemsize
+    return all(stride > 0 and stride * itemsize % 16 == 0 for stride in outer)
+
+
+def can_describe_rows(width: int, dtype: torch.dtype) -> bool:
+    """Return whether TMA can describe a new matrix with rows of this width."""
+    return width > 0 and width * dtype.itemsize % 16 == 0
 
 
 def describe(
     tensor: torch.Tensor, block: tuple[int, ...], ragged: bool = False
-) -> TensorDescriptor | None:
-    """A descriptor of the tensor in such blocks; None where it can have none.
+) -> TensorDescriptor:
+    """Return a descriptor of the tensor in such blocks; can_describe(tensor) must hold.
 
-    It needs Hopper or newer, elements, and a 16-byte address and strides. A ragged one begins and
-    ends at the rows that the kernel says (triton.tools.ragged_tma).
+    A ragged one begins and ends at the rows that the kernel says (triton.tools.ragged_tma).
     """
-    if not device_of(tensor.device).has_tma or tensor.data_ptr() % 16 != 0:
-        return None
-    fields = _descriptor_fields(tensor.shape, tensor.stride(), tensor.dtype, block, ragged)
-    if fields is None:
-        return None
     # Its constructor would check again, at the cost of a launch, what does not change.
     descriptor = object.__new__(TensorDescriptor)
+    fields = _descriptor_fields(tensor.shape, tensor.stride(), tensor.dtype, block, ragged)
     descriptor.__dict__.update(fields, base=tensor)
     return descriptor
 
@@ -39,23 +46,16 @@ def _descriptor_fields(
     dtype: torch.dtype,
     block: tuple[int, ...],
     ragged: bool,
-) -> dict[str, Any] | None:
-    """What a TensorDescriptor has beside its tensor."""
-    *outer, inner = stride
-    if 0 in shape or inner != 1 or any(s <= 0 or s * dtype.itemsize % 16 for s in outer):
-        return None
+) -> dict[str, Any]:
+    """Return what a TensorDescriptor has beside its tensor."""
     alike = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
     make = create_ragged_descriptor if ragged else TensorDescriptor.from_tensor
     return dict(vars(make(alike, list(block))))
 
 
-def describe_for_gluon(
-    tensor: torch.Tensor, block: tuple[int, ...], ragged: bool = False
-) -> Any | None:
-    """The same for kernels in Gluon, whose descriptors say how a block lies in shared memory."""
+def describe_for_gluon(tensor: torch.Tensor, block: tuple[int, ...], ragged: bool = False) -> Any:
+    """Return the same for kernels in Gluon, whose descriptors say how a block lies in shared memory."""
     plain = describe(tensor, block, ragged)
-    if plain is None:
-        return None
     make, layout = _gluon_layout(tuple(plain.block_shape), tensor.dtype)
     descriptor: Any = object.__new__(make)
     descriptor.__dict__.update(vars(plain), layout=layout)
@@ -64,7 +64,7 @@ def describe_for_gluon(
 
 @functools.lru_cache(maxsize=4096)
 def _gluon_layout(block: tuple[int, ...], dtype: torch.dtype) -> tuple[type, Any]:
-    """Gluon's class of descriptors, and the layout that it gives such a block."""
+    """Return Gluon's class of descriptors, and the layout that it gives such a block."""
     # Experimental: not to be imported where no kernel needs it.
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Described

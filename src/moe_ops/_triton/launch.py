@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from triton.runtime.errors import OutOfResources
 
 from moe_ops.configs.device import device_of
 
@@ -32,30 +33,59 @@ class Activation:
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. Triton's own, made for kernels too, takes a microsecond and a half."""
+    """Return a / b, rounded up. Triton's own takes a microsecond and a half."""
     return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is at least n; 1 for 0."""
+    """Return the smallest power of two that is at least n; 1 for 0."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def strides(matrix: torch.Tensor | None) -> tuple[int, ...]:
-    """Of a matrix; zeros where there is none."""
+    """Return the strides of a matrix, or (0, 0) for None."""
     return (0, 0) if matrix is None else matrix.stride()
 
 
-def launch_on(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """Makes the tensor's device the current one; Triton launches on the current device."""
-    device = tensor.device
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    on: torch.Tensor,
+    kernel_config: str | None = None,
+    **options: Any,
+) -> None:
+    """Launch a kernel on a tensor's device.
+
+    Args:
+        kernel: the @triton.jit function.
+        grid: numbers of programs.
+        arguments: the kernel's arguments.
+        on: a tensor of the device.
+        kernel_config: what the caller gave, if the options follow from it.
+        options: the kernel's constexpr arguments, and Triton's own.
+
+    Raises:
+        ValueError: the caller's kernel_config does not fit the GPU.
+    """
+    try:
+        with _current(on.device):
+            kernel[grid](*arguments, **options)
+    except OutOfResources as error:
+        if kernel_config is None:
+            raise
+        raise ValueError(f"moe_ops: kernel_config does not fit this GPU: {error}") from error
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Make the device the current one: Triton launches there."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
 
 
 def refuse_bf16(tensor: torch.Tensor) -> None:
-    """Raises NotImplementedError where a product of bf16 would be wrong or is not to be had."""
+    """Raise NotImplementedError where a product of bf16 would be wrong or impossible."""
     if tensor.dtype != torch.bfloat16:
         return
     capability = device_of(tensor.device).capability

@@ -11,7 +11,7 @@ from moe_ops._triton.kernels.rows import (
     invert_permutation_kernel,
     sum_rows_kernel,
 )
-from moe_ops._triton.launch import cdiv, launch_on, next_power_of_2, strides
+from moe_ops._triton.launch import cdiv, launch, next_power_of_2, strides
 
 
 def inverse_permutation(indices: torch.Tensor) -> torch.Tensor:
@@ -20,10 +20,11 @@ def inverse_permutation(indices: torch.Tensor) -> torch.Tensor:
     inverse = torch.empty(num_rows, dtype=torch.int32, device=indices.device)
     if num_rows > 0:
         block = 1024
-        with launch_on(indices):
-            invert_permutation_kernel[(cdiv(num_rows, block),)](
-                indices.contiguous(), inverse, num_rows, BLOCK=block
-            )
+        launch(
+            invert_permutation_kernel, (cdiv(num_rows, block),),
+            indices.contiguous(), inverse, num_rows, BLOCK=block,
+            on=indices,
+        )  # fmt: skip
     return inverse
 
 
@@ -35,11 +36,12 @@ def copy_rows(input: torch.Tensor, rows: torch.Tensor, top_k: int) -> torch.Tens
         return output
     # Whole rows, where registers allow: what a program writes is then one piece of memory a row.
     block_h = min(4096, next_power_of_2(hidden_size))
-    with launch_on(input):
-        copy_rows_kernel[(num_tokens, cdiv(hidden_size, block_h))](
-            input, rows.contiguous(), output, *input.stride(), output.shape[0], hidden_size, top_k,
-            BLOCK_H=block_h, num_warps=8 if block_h == 4096 else 4,
-        )  # fmt: skip
+    launch(
+        copy_rows_kernel, (num_tokens, cdiv(hidden_size, block_h)),
+        input, rows.contiguous(), output, *input.stride(), output.shape[0], hidden_size, top_k,
+        BLOCK_H=block_h, num_warps=8 if block_h == 4096 else 4,
+        on=input,
+    )  # fmt: skip
     return output
 
 
@@ -59,14 +61,15 @@ def sum_rows(
     if output.numel() == 0:
         return output
     block_h = min(1024, next_power_of_2(hidden_size))
-    with launch_on(input):
-        sum_rows_kernel[(output.shape[0], cdiv(hidden_size, block_h))](
-            input, rows.contiguous(), weights, used_rows, output,
-            *input.stride(), *strides(weights),
-            num_rows, hidden_size,
-            TOP_K=top_k, BLOCK_H=block_h, HAS_WEIGHTS=weights is not None,
-            HAS_USED=used_rows is not None,
-        )  # fmt: skip
+    launch(
+        sum_rows_kernel, (output.shape[0], cdiv(hidden_size, block_h)),
+        input, rows.contiguous(), weights, used_rows, output,
+        *input.stride(), *strides(weights),
+        num_rows, hidden_size,
+        TOP_K=top_k, BLOCK_H=block_h, HAS_WEIGHTS=weights is not None,
+        HAS_USED=used_rows is not None,
+        on=input,
+    )  # fmt: skip
     return output
 
 
@@ -87,12 +90,13 @@ def gather_rows(
     if output.numel() == 0:
         return output
     block_h = min(2048, next_power_of_2(hidden_size))
-    with launch_on(input):
-        gather_rows_kernel[(num_rows, cdiv(hidden_size, block_h))](
-            input, None if gather_indices is None else gather_indices.contiguous(), weights, output,
-            *input.stride(), *strides(weights),
-            num_rows, hidden_size, max(divisor, 1), top_k,
-            HAS_GATHER=gather_indices is not None, MOVES=divisor > 0,
-            HAS_WEIGHTS=weights is not None, BLOCK_H=block_h,
-        )  # fmt: skip
+    launch(
+        gather_rows_kernel, (num_rows, cdiv(hidden_size, block_h)),
+        input, None if gather_indices is None else gather_indices.contiguous(), weights, output,
+        *input.stride(), *strides(weights),
+        num_rows, hidden_size, max(divisor, 1), top_k,
+        HAS_GATHER=gather_indices is not None, MOVES=divisor > 0,
+        HAS_WEIGHTS=weights is not None, BLOCK_H=block_h,
+        on=input,
+    )  # fmt: skip
     return output

@@ -9,6 +9,7 @@ GPU's shared memory and its number of SMs.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from importlib import resources
 
 from moe_ops.configs import cache
@@ -18,19 +19,30 @@ from moe_ops.configs.kernel_config import KernelConfig, parse
 from moe_ops.configs.problem import Problem
 
 
-def choose(problem: Problem, device: Device, kernel_config: str | None) -> KernelConfig:
-    """The configuration of one launch."""
+@dataclass(frozen=True)
+class Choice:
+    """A configuration, and where it came from: "given", "tuned", "shipped" or "computed"."""
+
+    config: KernelConfig
+    source: str
+
+
+def choose(problem: Problem, device: Device, kernel_config: str | None = None) -> Choice:
+    """Return the configuration of one launch."""
     if kernel_config is not None:
         given = parse(kernel_config).get(problem.kind)
         if given is not None:
-            return given
+            return Choice(given, "given")
     return _chosen(problem, device)
 
 
 @functools.lru_cache(maxsize=4096)
-def _chosen(problem: Problem, device: Device) -> KernelConfig:
-    tuned = cache.lookup(device.name, problem.key)
-    return tuned or shipped(device.name).get(problem.key) or heuristic(problem, device)
+def _chosen(problem: Problem, device: Device) -> Choice:
+    if tuned := cache.lookup(device.name, problem.key):
+        return Choice(tuned, "tuned")
+    if known := shipped(device.name).get(problem.key):
+        return Choice(known, "shipped")
+    return Choice(heuristic(problem, device), "computed")
 
 
 cache.on_change.append(_chosen.cache_clear)

@@ -14,12 +14,21 @@ HOPPER = 9
 
 @dataclass(frozen=True)
 class Device:
-    """What the heuristics know of a GPU; a CPU, where Triton is interpreted, has capability 0.0."""
+    """What a choice knows of a GPU.
+
+    Attributes:
+        name: as torch says it.
+        capability: the compute capability; (0, 0) of a CPU.
+        shared_memory: bytes that one block may have.
+        num_sms: streaming multiprocessors.
+        is_interpreted: a CPU, where Triton interprets its kernels.
+    """
 
     name: str
     capability: tuple[int, int]
     shared_memory: int
     num_sms: int
+    is_interpreted: bool = False
 
     @property
     def has_tma(self) -> bool:
@@ -31,7 +40,7 @@ class Device:
 def device_of(device: torch.device) -> Device:
     """The facts of a torch device."""
     if device.type != "cuda":
-        return Device("cpu", (0, 0), 1 << 20, 4)
+        return Device("cpu", (0, 0), 1 << 20, 4, is_interpreted=True)
     properties = torch.cuda.get_device_properties(device)
     return Device(
         properties.name,

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moe_ops.configs.device import Device
-from moe_ops.configs.kernel_config import TURNS_TILE, KernelConfig
+from moe_ops.configs.kernel_config import PINGPONG_TILE, KernelConfig
 from moe_ops.configs.problem import Problem
-from moe_ops.configs.specialize import specializes
+from moe_ops.configs.specialize import why_not_specialized
 
 # The activation's backward on top of a tile, in _triton/kernels/hopper_experts.py, takes so many
 # columns at a time, or half of them.
@@ -22,7 +22,7 @@ def is_flattened(config: KernelConfig, problem: Problem) -> bool:
     """Whether the kernel's two loops overlap, where the configuration asks for it."""
     # Triton would not load ahead of a sum that begins with a bias. The inner loop of dW is as long
     # as an expert: Triton does not flatten it.
-    return config.flatten and problem.kind != "backward_dW" and "bias" not in problem.flags
+    return config.flatten and problem.kind != "backward_dW" and not problem.bias
 
 
 def epilogue_columns(config: KernelConfig, activation: str, has_limit: bool) -> int:
@@ -38,17 +38,17 @@ def epilogue_columns(config: KernelConfig, activation: str, has_limit: bool) -> 
 
 def epilogue_slots(config: KernelConfig, device: Device) -> int:
     """How many chunks each group of warps has buffers for: two where the stages leave room."""
-    used = _turns_operands(config) + 2 * _turns_slots(config) + 2 * _BARRIERS
+    used = _pingpong_operands(config) + 2 * _pingpong_slots(config) + 2 * _BARRIERS
     return 2 if used <= device.shared_memory else 1
 
 
-def _turns_operands(config: KernelConfig) -> int:
+def _pingpong_operands(config: KernelConfig) -> int:
     """Bytes of shared memory of the ring of 16-bit operands."""
     rows, columns, contracted = config.tile
     return (rows + columns) * contracted * 2 * config.num_stages
 
 
-def _turns_slots(config: KernelConfig) -> int:
+def _pingpong_slots(config: KernelConfig) -> int:
     """Bytes of shared memory of a slot of gate, up and h, of both groups."""
     return 2 * 3 * config.tile[0] * _CHUNK_COLUMNS // config.epilogue_subtile * 2
 
@@ -62,13 +62,13 @@ def shared_memory(config: KernelConfig, problem: Problem, device: Device) -> int
     other GPUs they take this or less.
     """
     rows, columns, contracted = config.tile
-    if config.is_in_turns and specializes(problem, TURNS_TILE):
+    if config.is_pingpong and why_not_specialized(problem, PINGPONG_TILE) is None:
         # Each of the two groups has a tile of its own to store.
         stored = 2 * rows * columns * 2 // config.epilogue_subtile
-        if problem.kind == "backward_dX" and "gated" in problem.flags:
-            stored = epilogue_slots(config, device) * _turns_slots(config)
-        return _turns_operands(config) + stored + 2 * _BARRIERS
-    if problem.kind == "backward_dW" and "transposed" in problem.flags:
+        if problem.epilogue == "gated_activation_backward":
+            stored = epilogue_slots(config, device) * _pingpong_slots(config)
+        return _pingpong_operands(config) + stored + 2 * _BARRIERS
+    if problem.kind == "backward_dW" and problem.transposed:
         rows, columns = columns, rows
     size = 4 if problem.dtype == "float32" else 2
     # What is stored at a time.
@@ -83,18 +83,18 @@ def shared_memory(config: KernelConfig, problem: Problem, device: Device) -> int
         size, steps = 4, 1
     operands = (rows + columns) * contracted * size * steps
     stored = 0
-    if config.use_tma_store and device.has_tma and "scatter" not in problem.flags:
+    if config.use_tma_store and device.has_tma and not problem.scatter:
         has_tails = getattr(config, "tail_tiles", False)
         # A tile of half the height has a buffer of its own.
         stored = tile + tile // 2 if has_tails else tile
-        if "gated" in problem.flags and problem.has_activation:
+        if problem.epilogue == "gated_activation":
             # Half of the pre-activation at a time; the output, half as wide, in a buffer of its own
             # unless it has the same shape.
             half = rows * columns // 2 * size
             stored = half if config.epilogue_subtile == 1 else half + half // 2
     # What pointers store, or dots are taken of, goes from warp to warp through shared memory first.
     exchanged = 0
-    if not stored or "dots" in problem.flags:
+    if not stored or problem.dots:
         in_parts = has_warp_groups and problem.dtype != "float32"
         exchanged = _exchanged(rows, columns_stored, config.num_warps) if in_parts else tile
     # A flattened loop loads the next tile's operands at that time; otherwise theirs are free.

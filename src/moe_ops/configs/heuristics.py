@@ -12,14 +12,14 @@ from typing import Any
 from moe_ops.configs.device import HOPPER, Device
 from moe_ops.configs.footprint import fitting
 from moe_ops.configs.kernel_config import (
-    TURNS_TILE,
+    PINGPONG_TILE,
     KernelConfig,
     KernelConfigBackward_dW,
     KernelConfigBackward_dX,
     KernelConfigForward,
 )
 from moe_ops.configs.problem import FEW_ROWS, Problem
-from moe_ops.configs.specialize import specializes
+from moe_ops.configs.specialize import why_not_specialized
 
 # The largest side of a weight that is taken for a LoRA's rank.
 _NARROW = 64
@@ -42,7 +42,7 @@ def _narrowed(config: KernelConfig, problem: Problem) -> KernelConfig:
     narrow: dict[str, Any] = {
         name: max(16, 1 << (side - 1).bit_length())
         for name, side in sides.items()
-        if side <= _NARROW and problem.rows > FEW_ROWS and "fp8" not in problem.flags
+        if side <= _NARROW and problem.rows > FEW_ROWS and not problem.fp8
     }
     narrow = {name: size for name, size in narrow.items() if size < getattr(config, name)}
     if not narrow:
@@ -50,7 +50,7 @@ def _narrowed(config: KernelConfig, problem: Problem) -> KernelConfig:
     others: dict[str, Any] = {
         name: min(getattr(config, name), 128) for name in sides if name not in narrow
     }
-    warps = 8 if "dots" in problem.flags else 4
+    warps = 8 if problem.dots else 4
     return replace(
         config, num_warps=warps, num_stages=4, programs_per_sm=2, epilogue_subtile=1,
         warp_specialize=False, **narrow, **others,
@@ -63,7 +63,7 @@ def _heuristic_gemm(problem: Problem, device: Device) -> KernelConfig:
     # by number, whose addresses take registers that the tile then lacks.
     is_even = problem.out_features % 16 == 0 and problem.in_features % 16 == 0
     has_tma = device.has_tma and is_even
-    has_dots, is_fp8 = "dots" in problem.flags, "fp8" in problem.flags
+    has_dots, is_fp8 = problem.dots, problem.fp8
     # What comes after the product of an activation takes the registers of half a tile at most.
     subtile = 2 if problem.has_activation else 1
     stages, per_sm, store, is_specialized = 3, 1, False, False
@@ -95,17 +95,17 @@ def _heuristic_gemm(problem: Problem, device: Device) -> KernelConfig:
         device.capability[0] == HOPPER
         and has_tma
         # Without a bias the kernel that gathers its rows is as fast, more or less.
-        and (not problem.has_activation or "bias" in problem.flags)
-        and specializes(problem, TURNS_TILE)
+        and (not problem.has_activation or problem.bias)
+        and why_not_specialized(problem, PINGPONG_TILE) is None
     ):
-        (m, n), k, warps, store, is_specialized = TURNS_TILE, 64, 8, True, True
+        (m, n), k, warps, store, is_specialized = PINGPONG_TILE, 64, 8, True, True
         # More stages where what is stored passes through smaller buffers.
-        is_gated_dx = "gated" in problem.flags and not problem.has_activation
+        is_gated_dx = problem.epilogue == "gated_activation_backward"
         stages, subtile = (4, 1) if is_gated_dx else (6, 2)
     elif (
         has_tma
         and problem.has_activation
-        and (not {"activated", "bias"}.isdisjoint(problem.flags) or device.capability >= (10, 0))
+        and (problem.epilogue == "activation" or problem.bias or device.capability >= (10, 0))
     ):
         # The activation's own registers, and a bias, leave room for half of the widest tile.
         m, n, k, warps, stages, store = 128, 128, 64, 8, 4, True
@@ -113,7 +113,7 @@ def _heuristic_gemm(problem: Problem, device: Device) -> KernelConfig:
         device.capability[0] == HOPPER
         and has_tma
         and problem.kind == "forward"
-        and "gather" in problem.flags
+        and problem.gather
         and not problem.has_activation
         and problem.rows > 256
     ):

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 # What many Triton kernels call the sides of a tile.
 _ALIASES = {f"BLOCK_SIZE_{letter}": f"BLOCK_{letter}" for letter in "MNK"}
-# Rows and columns of the tiles that groups of warps compute in turns, as _triton/kernels/hopper_pingpong.py has
-# it; _triton/kernels/hopper_cooperative.py has others.
-TURNS_TILE = (128, 128)
+# Rows and columns of the tiles of the ping-pong kernels; cooperative ones have wider tiles.
+PINGPONG_TILE = (128, 128)
 
 C = TypeVar("C", bound="KernelConfig")
 
@@ -122,9 +121,9 @@ class KernelConfig:
         return self.BLOCK_M, self.BLOCK_N, self.BLOCK_K
 
     @property
-    def is_in_turns(self) -> bool:
-        """Whether it asks for a kernel whose groups of warps take turns."""
-        return self.warp_specialize and self.tile[:2] == TURNS_TILE
+    def is_pingpong(self) -> bool:
+        """Whether it asks for a ping-pong kernel, whose groups of warps multiply in turns."""
+        return self.warp_specialize and self.tile[:2] == PINGPONG_TILE
 
     def _check_warp_specialize(self) -> None:
         rows, columns, contracted = self.tile
@@ -143,7 +142,7 @@ class KernelConfig:
         loads = [field.name for field in fields(self) if field.name.startswith("use_tma_")]
         needed = {"num_warps": 8, "programs_per_sm": 1}
         needed |= dict.fromkeys(loads, True) | {"launch_pdl": False}
-        if not self.is_in_turns:
+        if not self.is_pingpong:
             needed["epilogue_subtile"] = 1
         for name, value in needed.items():
             if (got := getattr(self, name)) != value:

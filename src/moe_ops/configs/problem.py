@@ -4,9 +4,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 # Mean rows per expert up to which a product is bound by reading the weight.
 FEW_ROWS = 32
+
+Epilogue = Literal["none", "activation", "gated_activation", "gated_activation_backward"]
+# What a key says of each. Of a forward "gated" is the activation, of a dX its backward.
+_EPILOGUE_WORDS: dict[Epilogue, str] = {
+    "activation": "activated",
+    "gated_activation": "gated",
+    "gated_activation_backward": "gated",
+}
 
 
 @dataclass(frozen=True)
@@ -14,16 +23,19 @@ class Problem:
     """What a configuration depends on, without the exact number of rows.
 
     Attributes:
-        kind: a key of PASSES.
+        kind: a key of kernel_config.PASSES.
         dtype: such as "bfloat16".
         num_experts, out_features, in_features: E, N, D of the op.
         rows: the mean number of rows per expert, rounded up to a power of two.
-        flags: what else the kernel does, of "gather" (rows of x are gathered), "scatter" (rows of
-            the output are scattered), "scale" (they are multiplied by topk_weights), "bias", "dots"
-            (the router gradient), "transposed" (the weight is a transposed view), "fp8" (the weight
-            is, with scales), "gated" (what follows is the activation of a gated block; after dX its
-            backward, where Hopper has a kernel that does both), "activated" (the activation of
-            another), in this order.
+        gather: rows of the input are gathered.
+        scatter: rows of the output are scattered.
+        scale: rows are multiplied by topk_weights.
+        bias: a bias is added.
+        dots: the router gradient is summed up.
+        transposed: the weight is a transposed view.
+        fp8: the weight is FP8 with scales.
+        epilogue: what is computed on top of the product. "gated_activation_backward" is asked of a
+            dX where Hopper has a kernel that does both; other kernels leave it to a second one.
     """
 
     kind: str
@@ -32,12 +44,28 @@ class Problem:
     out_features: int
     in_features: int
     rows: int
-    flags: tuple[str, ...] = ()
+    gather: bool = False
+    scatter: bool = False
+    scale: bool = False
+    bias: bool = False
+    dots: bool = False
+    transposed: bool = False
+    fp8: bool = False
+    epilogue: Epilogue = "none"
 
     @property
     def has_activation(self) -> bool:
-        """Whether the kernel computes an activation of its product."""
-        return self.kind == "forward" and not {"gated", "activated"}.isdisjoint(self.flags)
+        """Whether every kernel computes an activation of the product."""
+        return self.epilogue in {"activation", "gated_activation"}
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """The words of the key that say what the kernel does beside the product."""
+        names = ("gather", "scatter", "scale", "bias", "dots", "transposed", "fp8")
+        words = [name for name in names if getattr(self, name)]
+        if self.epilogue != "none":
+            words.append(_EPILOGUE_WORDS[self.epilogue])
+        return tuple(words)
 
     @property
     def key(self) -> str:

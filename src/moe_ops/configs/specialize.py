@@ -1,21 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which products the kernels for Hopper compute, whose warps are of two kinds."""
+"""Which products the warp-specialised kernels for Hopper compute, and why not the others.
+
+Their tile says which kernel it is. In tiles of PINGPONG_TILE each of two groups of warps has tiles of
+its own: one finishes a tile while the other multiplies. A wider tile is shared by both groups
+(cooperative), and holds bare products alone.
+"""
 
 from __future__ import annotations
 
-from moe_ops.configs.kernel_config import TURNS_TILE
+from moe_ops.configs.kernel_config import PINGPONG_TILE
 from moe_ops.configs.problem import Problem
 
+COOPERATIVE, PINGPONG = "cooperative", "pingpong"
 
-def specializes(problem: Problem, tile: tuple[int, int]) -> bool:
-    """Whether kernels/hopper*.py have a kernel for that, on Hopper.
+_MEANINGS = {
+    "gather": "rows that are gathered",
+    "scatter": "rows that are scattered",
+    "scale": "router weights",
+    "bias": "a bias",
+    "dots": "the router gradient",
+    "transposed": "a transposed weight",
+    "fp8": "FP8 weights",
+}
 
-    tile: rows and columns, as of KernelConfig.tile.
+
+def why_not_specialized(problem: Problem, tile: tuple[int, int]) -> str | None:
+    """Return why no warp-specialised kernel computes the product in such tiles, or None if one does.
+
+    Args:
+        problem: the product.
+        tile: rows and columns, as of KernelConfig.tile.
     """
-    flags = set(problem.flags)
+    is_pingpong = tile == PINGPONG_TILE
     if problem.has_activation:
-        # Rows that are to be gathered are copied before it.
-        return flags - {"gather", "bias"} == {"gated"} and tile == TURNS_TILE
-    # What is gated in dX is done by two kernels where the tile is another.
-    flags -= {"transposed", "gated"}
-    return flags <= {"scatter", "scale", "bias"} if tile == TURNS_TILE else not flags
+        # The rows are copied into expert order before it.
+        lacks = ["scatter", "scale", "dots", "transposed", "fp8"]
+        if not is_pingpong:
+            return "an activation on top takes tiles of 128x128"
+        if problem.epilogue == "activation":
+            return "it has no activation without a gate"
+    elif is_pingpong:
+        lacks = ["gather", "dots", "fp8"]
+    else:
+        lacks = ["gather", "scatter", "scale", "bias", "dots", "fp8"]
+    found = [_MEANINGS[name] for name in lacks if getattr(problem, name)]
+    if not found:
+        return None
+    return f"in tiles of {tile[0]}x{tile[1]} it does not take {', '.join(found)}"

@@ -45,7 +45,7 @@ class Bench:
         if task.problem.has_activation:
             self.op = _up_projection
             self.expected = _up_projection_in_pytorch(**self.compared)
-        elif "gated" in task.problem.flags:
+        elif task.problem.epilogue == "gated_activation_backward":
             self.op = _down_backward
             self.compared["used_rows"] = int(self.compared["token_counts"].sum())
             self.expected = _down_backward_in_pytorch(**self.compared)
@@ -113,7 +113,7 @@ class Bench:
 def _arguments(task: Task, device: torch.device, generator: torch.Generator) -> dict[str, Any]:
     """Random arguments of the problem's op, all but the configuration."""
     problem, num_rows, top_k = task.problem, task.num_rows, task.top_k
-    flags, dtype = problem.flags, getattr(torch, problem.dtype)
+    dtype = getattr(torch, problem.dtype)
     num_experts, n, d = problem.num_experts, problem.out_features, problem.in_features
     normal = functools.partial(torch.randn, generator=generator, dtype=dtype, device=device)
     ids = torch.randint(num_experts, (num_rows,), generator=generator, device=device)
@@ -123,15 +123,15 @@ def _arguments(task: Task, device: torch.device, generator: torch.Generator) -> 
             "grad_output": normal(num_rows, n), "input": normal(num_rows, d),
             "token_counts": token_counts, "gather_indices": None, "topk_weights": None, "top_k": 1,
             "permute_x": False, "permute_y": False, "needs": [True, False],
-            "transposed": "transposed" in flags,
+            "transposed": problem.transposed,
         }  # fmt: skip
     is_forward = problem.kind == "forward"
-    permute_x = ("gather" if is_forward else "scatter") in flags
-    permute_y = ("scatter" if is_forward else "gather") in flags
+    permute_x = problem.gather if is_forward else problem.scatter
+    permute_y = problem.scatter if is_forward else problem.gather
     topk_weights = None
-    if "scale" in flags:
+    if problem.scale:
         topk_weights = torch.rand(num_rows // top_k, top_k, generator=generator, device=device)
-    if "transposed" in flags:
+    if problem.transposed:
         weight = normal(num_experts, d, n).transpose(1, 2)
     else:
         weight = normal(num_experts, n, d)
@@ -140,7 +140,7 @@ def _arguments(task: Task, device: torch.device, generator: torch.Generator) -> 
         "token_counts": token_counts,
         "gather_indices": gather_indices if permute_x or permute_y else None,
         "topk_weights": topk_weights,
-        "bias": normal(num_experts, n) if "bias" in flags else None,
+        "bias": normal(num_experts, n) if problem.bias else None,
         "top_k": top_k if permute_x or topk_weights is not None else 1,
         "permute_x": permute_x,
         "permute_y": permute_y,
@@ -149,10 +149,14 @@ def _arguments(task: Task, device: torch.device, generator: torch.Generator) -> 
     if problem.has_activation:
         names = ("weight", "token_counts", "gather_indices", "bias", "top_k")
         given = {name: arguments[name] for name in names}
-        return {"input": normal(inputs, d), "gated": "gated" in flags, **given}
+        return {
+            "input": normal(inputs, d),
+            "gated": problem.epilogue == "gated_activation",
+            **given,
+        }
     if is_forward:
         return {"input": normal(inputs, d), **arguments}
-    if "gated" in flags:
+    if problem.epilogue == "gated_activation_backward":
         return {
             "grad_output": normal(num_rows, n),
             "pre_activation": normal(num_rows, 2 * d),
@@ -163,7 +167,7 @@ def _arguments(task: Task, device: torch.device, generator: torch.Generator) -> 
             "token_counts": token_counts,
             "gather_indices": gather_indices,
         }
-    has_dots = "dots" in flags
+    has_dots = problem.dots
     return {
         "grad_output": normal(num_rows, n),
         "input": normal(inputs, d) if has_dots else None,
@@ -194,19 +198,18 @@ def _up_projection(kernel_config: str | None = None, **arguments: Any) -> tuple[
     input, weight = arguments["input"], arguments["weight"]
     if OPS["fused_experts"].choose(input.device.type).name != "triton":
         return _up_projection_in_pytorch(**arguments)
-    from moe_ops._triton.launch import Activation
-    from moe_ops._triton.rows import inverse_permutation
-    from moe_ops.ops.fused_experts import triton
+    from moe_ops._triton.experts import up_projection
 
-    gather_indices, gated = arguments["gather_indices"], arguments["gated"]
-    rows = triton.RoutedRows(
-        arguments["token_counts"], gather_indices, inverse_permutation(gather_indices),
-        arguments["top_k"], Activation("silu", None), gated, False, kernel_config,
+    gated = arguments["gated"]
+    routed = _routed_rows(
+        arguments["token_counts"], arguments["gather_indices"], arguments["top_k"], gated,
+        kernel_config,
     )  # fmt: skip
-    z = input.new_empty(rows.number, weight.shape[1])
+    num_rows = routed.rows.num_rows
+    z = input.new_empty(num_rows, weight.shape[1])
     # The rows of no expert are nobody's in h.
-    h = input.new_zeros(rows.number, weight.shape[1] // (2 if gated else 1))
-    triton.up_projection(rows, input, weight, arguments["bias"], None, z, h)
+    h = input.new_zeros(num_rows, weight.shape[1] // (2 if gated else 1))
+    up_projection(routed, input, weight, arguments["bias"], None, z, h)
     return z, h
 
 
@@ -239,24 +242,35 @@ def _down_backward(
     """The same as fused_experts computes it on the device; the rows of no expert are nobody's."""
     if OPS["fused_experts"].choose(arguments["weight"].device.type).name != "triton":
         return _down_backward_in_pytorch(**arguments, used_rows=used_rows)
-    from moe_ops._triton.gemm import expert_offsets
-    from moe_ops._triton.launch import Activation
-    from moe_ops._triton.rows import inverse_permutation
-    from moe_ops.ops.fused_experts import triton
+    from moe_ops._triton.experts import DownBackward
+    from moe_ops._triton.schedule import expert_offsets
 
-    token_counts, gather_indices = arguments["token_counts"], arguments["gather_indices"]
-    weights, z = arguments["topk_weights"], arguments["pre_activation"]
-    rows = triton.RoutedRows(
-        token_counts, gather_indices, inverse_permutation(gather_indices), weights.shape[1],
-        Activation("silu", None), True, False, kernel_config,
-    )  # fmt: skip
-    offsets = expert_offsets(token_counts, rows.number)
-    down = triton.Down(rows, arguments["weight"], None, weights, offsets)
-    dz, h, dots = down.backward(arguments["grad_output"], 0, z, True, True, True)
+    token_counts, weights = arguments["token_counts"], arguments["topk_weights"]
+    routed = _routed_rows(
+        token_counts, arguments["gather_indices"], weights.shape[1], True, kernel_config
+    )
+    offsets = expert_offsets(token_counts, routed.rows.num_rows)
+    down = DownBackward(routed, arguments["weight"], None, weights, offsets)
+    z = arguments["pre_activation"]
+    dz, h, dots = down(arguments["grad_output"], 0, z, True, True, True)
     assert dz is not None
     assert h is not None
     assert dots is not None
     return dz[:used_rows], h[:used_rows], dots.sum(0)
+
+
+def _routed_rows(
+    token_counts: Tensor, gather_indices: Tensor, top_k: int, gated: bool, kernel_config: str | None
+) -> Any:
+    """Return the rows of an experts layer with silu, as fused_experts has them on the device."""
+    from moe_ops._triton.experts import RoutedRows
+    from moe_ops._triton.launch import Activation
+    from moe_ops._triton.rows import inverse_permutation
+    from moe_ops._triton.schedule import Rows
+
+    rows = Rows.of(token_counts, gather_indices.shape[0], gather_indices, top_k)
+    scatter_indices = inverse_permutation(gather_indices)
+    return RoutedRows(rows, scatter_indices, Activation("silu", None), gated, False, kernel_config)
 
 
 def _skewed_routing(
@@ -270,7 +284,8 @@ def _skewed_routing(
     if num_experts > 2:
         ids[ids == num_experts // 2] = 0
     token_counts, gather_indices = _routing(ids, num_experts)
-    permutes = {"gather", "scatter", "gated"} & set(task.problem.flags)
+    problem = task.problem
+    permutes = problem.gather or problem.scatter or problem.epilogue != "none"
     return {
         "token_counts": token_counts,
         "gather_indices": gather_indices if permutes else None,

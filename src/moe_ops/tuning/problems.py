@@ -144,24 +144,21 @@ def _problems(
     rows = rows_bucket(num_tokens * layer.top_k, layer.num_experts)
     dtype = str(layer.dtype).removeprefix("torch.")
 
-    def problem(
-        kind: str, sizes: tuple[int, int], *flags: str, more: tuple[str, ...] = ()
-    ) -> Problem:
-        transposed = ("transposed",) if layer.transposed else ()
-        return Problem(kind, dtype, layer.num_experts, *sizes, rows, (*flags, *transposed, *more))
+    def problem(kind: str, sizes: tuple[int, int], **flags: Any) -> Problem:
+        transposed = layer.transposed
+        return Problem(kind, dtype, layer.num_experts, *sizes, rows, transposed=transposed, **flags)
 
-    bias = ("bias",) if layer.has_bias else ()
+    bias = layer.has_bias
     is_gated = layer.up[0] == 2 * layer.down[1]
+    activation = "gated_activation" if is_gated else "activation"
     # The up projection gathers its rows, and has the activation on top.
-    yield problem(
-        "forward", layer.up, "gather", *bias, more=("gated" if is_gated else "activated",)
-    )
-    yield problem("forward", layer.down, *bias)
+    yield problem("forward", layer.up, gather=True, bias=bias, epilogue=activation)
+    yield problem("forward", layer.down, bias=bias)
     is_hopper = device is not None and device.capability[0] == HOPPER
     if is_gated and is_hopper and layer.dtype.itemsize == 2:
-        # As ops/fused_experts asks for it. Interleaved blocks, and activations that the kernel for
+        # As fused_experts asks for it. Interleaved blocks, and activations that the kernel for
         # Hopper lacks, which the sizes do not tell, have the bare product.
-        yield problem("backward_dX", layer.down, more=("gated",))
+        yield problem("backward_dX", layer.down, epilogue="gated_activation_backward")
     yield problem("backward_dX", layer.down)
     yield problem("backward_dX", layer.up)
     yield problem("backward_dW", layer.down)
@@ -169,7 +166,7 @@ def _problems(
     if separate_ops:
         # Permutations within the GEMMs: what gathers its rows in forward scatters them in dX. dW has
         # them moved before it.
-        yield problem("forward", layer.up, "gather", *bias)
-        yield problem("backward_dX", layer.up, "scatter")
-        yield problem("forward", layer.down, "scatter", "scale", *bias)
-        yield problem("backward_dX", layer.down, "gather", "scale", "dots")
+        yield problem("forward", layer.up, gather=True, bias=bias)
+        yield problem("backward_dX", layer.up, scatter=True)
+        yield problem("forward", layer.down, scatter=True, scale=True, bias=bias)
+        yield problem("backward_dX", layer.down, gather=True, scale=True, dots=True)

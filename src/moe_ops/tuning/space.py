@@ -20,7 +20,7 @@ from moe_ops.configs.kernel_config import (
     KernelConfigForward,
 )
 from moe_ops.configs.problem import FEW_ROWS, Problem
-from moe_ops.configs.specialize import specializes
+from moe_ops.configs.specialize import why_not_specialized
 
 MAX_CANDIDATES = 36
 
@@ -138,7 +138,7 @@ def _of_gemm(problem: Problem, device: Device) -> Iterator[KernelConfig]:
     if tma and device.capability[0] == HOPPER:
         yield from _specialized(problem)
     if tma:
-        store = "scatter" not in problem.flags
+        store = not problem.scatter
         for tile in _TMA_HALVES:
             config = _gemm(problem, tile, tma=True)
             yield replace(config, use_tma_store=store, epilogue_subtile=2)
@@ -147,13 +147,13 @@ def _of_gemm(problem: Problem, device: Device) -> Iterator[KernelConfig]:
             yield replace(config, use_tma_store=store, epilogue_subtile=2)
     for config in base[:2]:
         yield replace(config, tail_tiles=True, flatten=False)
-        if "bias" not in problem.flags:  # which is never flattened
+        if not problem.bias:  # which is never flattened
             yield replace(config, flatten=not config.flatten)
         yield replace(config, group_m=4)
         yield replace(config, group_m=16)
         if not tma:
             yield replace(config, programs_per_sm=2)
-        elif "scatter" not in problem.flags:
+        elif not problem.scatter:
             yield replace(config, use_tma_store=True)
     yield from base[5:]
     if tma:
@@ -162,9 +162,9 @@ def _of_gemm(problem: Problem, device: Device) -> Iterator[KernelConfig]:
 
 def _specialized(problem: Problem) -> Iterator[KernelConfig]:
     # Rows that are to be gathered are copied before it.
-    loads = replace(problem, flags=())
+    loads = replace(problem, gather=False)
     for tile, subtile in _SPECIALIZED:
-        if specializes(problem, tile[:2]):
+        if why_not_specialized(problem, tile[:2]) is None:
             config = _gemm(loads, tile, tma=True)
             yield replace(
                 config, use_tma_store=True, warp_specialize=True, epilogue_subtile=subtile
@@ -180,7 +180,7 @@ def _gemm(
 ) -> KernelConfigForward | KernelConfigBackward_dX:
     m, n, k, warps, stages = tile
     # Rows that are gathered come by pointers.
-    tma_rows = tma and "gather" not in problem.flags
+    tma_rows = tma and not problem.gather
     if problem.kind == "forward":
         return KernelConfigForward(
             BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, num_warps=warps, num_stages=stages, flatten=tma,

@@ -182,7 +182,7 @@ def _gemm_multiply(
 
 
 @gluon.jit(do_not_specialize=["max_tiles"])
-def grouped_gemm_hopper_kernel(
+def grouped_gemm_cooperative_kernel(
     x_desc, b_desc, y_desc, tiles_ptr, max_tiles, N, K,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
     B_IS_NK: gl.constexpr, STAGES: gl.constexpr,
@@ -294,7 +294,7 @@ def _dw_multiply(
 
 
 @gluon.jit
-def grouped_gemm_bwd_dw_hopper_kernel(
+def grouped_gemm_bwd_dw_cooperative_kernel(
     g_desc, x_desc, dw_desc, offsets_ptr, num_experts, N, D,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, GROUP_N: gl.constexpr,
     STAGES: gl.constexpr,

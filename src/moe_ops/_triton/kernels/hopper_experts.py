@@ -124,7 +124,7 @@ def _up_multiply(
 
 
 @gluon.jit(do_not_specialize=["max_tiles"])
-def expert_up_hopper_kernel(
+def expert_up_pingpong_kernel(
     x_desc, b_desc, bias_ptr, z_desc, h_desc, tiles_ptr, max_tiles, width, K, limit,
     stride_bias_e, stride_bias_n,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
@@ -292,7 +292,7 @@ def _down_bwd_multiply(
 
 
 @gluon.jit(do_not_specialize=["max_tiles", "num_rows"])
-def expert_down_bwd_hopper_kernel(
+def expert_down_bwd_pingpong_kernel(
     dy_desc, b_desc, z_desc, dz_desc, sh_desc, scale_ptr, gather_ptr, dots_ptr, tiles_ptr,
     max_tiles, num_rows, N, K, top_k, limit, stride_st, stride_sk,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,

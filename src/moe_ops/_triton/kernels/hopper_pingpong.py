@@ -186,7 +186,7 @@ def _gemm_multiply(
 
 
 @gluon.jit(do_not_specialize=["max_tiles", "num_rows"])
-def grouped_gemm_hopper_turns_kernel(
+def grouped_gemm_pingpong_kernel(
     x_desc, b_desc, y_desc, y_ptr, bias_ptr, scale_ptr, gather_ptr, tiles_ptr, max_tiles, num_rows,
     N, K, top_k, stride_bias_e, stride_bias_n, stride_st, stride_sk,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
@@ -290,12 +290,12 @@ def _dw_multiply(
 
 
 @gluon.jit
-def grouped_gemm_bwd_dw_hopper_turns_kernel(
+def grouped_gemm_bwd_dw_pingpong_kernel(
     g_desc, x_desc, dw_desc, offsets_ptr, num_experts, N, D,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, GROUP_N: gl.constexpr,
     STAGES: gl.constexpr, SUBTILE: gl.constexpr,
 ):  # fmt: skip
-    """grouped_gemm_bwd_dw_hopper_kernel, in turns; dw_desc has blocks of a SUBTILE-th of its columns."""
+    """grouped_gemm_bwd_dw_cooperative_kernel, in turns; dw_desc has blocks of a SUBTILE-th of its columns."""
     tiles_n = gl.cdiv(N, BLOCK_N)
     tiles_d = gl.cdiv(D, BLOCK_D)
     gs = gl.allocate_shared_memory(g_desc.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_N], g_desc.layout)

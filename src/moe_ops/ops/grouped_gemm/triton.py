@@ -5,14 +5,9 @@ from __future__ import annotations
 
 import torch
 
-from moe_ops._triton.gemm import (
-    GroupedGemm,
-    expert_offsets,
-    grad_bias,
-    grad_weight,
-    sum_neighbours,
-)
+from moe_ops._triton.gemm import GroupedGemm, grad_bias, grad_weight, sum_neighbours
 from moe_ops._triton.rows import gather_rows
+from moe_ops._triton.schedule import Rows, expert_offsets
 
 
 def grouped_gemm(
@@ -28,22 +23,19 @@ def grouped_gemm(
     kernel_config: str | None = None,
 ) -> torch.Tensor:
     num_rows = input.shape[0] * top_k if permute_x else input.shape[0]
-    output = input.new_empty(num_rows, weight.shape[1])
     gemm = GroupedGemm(
         "forward",
-        x=input,
-        b=weight.transpose(1, 2),
-        token_counts=token_counts,
-        num_rows=num_rows,
-        gather=gather_indices,
+        input,
+        weight.transpose(1, 2),
+        Rows.of(token_counts, num_rows, gather_indices, top_k),
         x_divisor=top_k if permute_x else 0,
         scale=topk_weights,
-        top_k=top_k,
+        bias=bias,
         scatter_y=permute_y,
-        has_bias=bias is not None,
         kernel_config=kernel_config,
     )
-    gemm.launch(output, bias=bias)
+    output = input.new_empty(num_rows, weight.shape[1])
+    gemm.launch(output)
     return output
 
 
@@ -67,14 +59,11 @@ def grouped_gemm_dx(
         return grad_input, grad_topk_weights
     gemm = GroupedGemm(
         "backward_dX",
-        x=grad_output,
-        b=weight,
-        token_counts=token_counts,
-        num_rows=num_rows,
-        gather=gather_indices,
+        grad_output,
+        weight,
+        Rows.of(token_counts, num_rows, gather_indices, top_k),
         x_divisor=1 if permute_y else 0,
         scale=topk_weights,
-        top_k=top_k,
         scatter_y=permute_x,
         has_dots=needs[1],
         kernel_config=kernel_config,

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import torch
-from triton.runtime.errors import OutOfResources
 
-from moe_ops._triton.gemm import GroupedGemm, refuse_too_large, sum_neighbours
-from moe_ops._triton.launch import launch_on, strides
+from moe_ops._triton.gemm import GroupedGemm, sum_neighbours
+from moe_ops._triton.launch import launch, strides
+from moe_ops._triton.schedule import Rows
 from moe_ops.fp8 import BLOCK
 from moe_ops.ops.grouped_gemm_fp8.kernels import grouped_gemm_fp8_kernel
 
@@ -25,21 +25,18 @@ def grouped_gemm_fp8(
     kernel_config: str | None = None,
 ) -> torch.Tensor:
     num_rows = input.shape[0] * top_k if permute_x else input.shape[0]
-    output = input.new_empty(num_rows, weight.shape[1])
     gemm = GroupedGemm(
         "forward",
-        x=input,
-        b=weight.view(torch.uint8).transpose(1, 2),
-        token_counts=token_counts,
-        num_rows=num_rows,
-        gather=gather_indices,
+        input,
+        weight.view(torch.uint8).transpose(1, 2),
+        Rows.of(token_counts, num_rows, gather_indices, top_k),
         x_divisor=top_k if permute_x else 0,
         scale=topk_weights,
-        top_k=top_k,
         scatter_y=permute_y,
-        flags=("fp8",),
         kernel_config=kernel_config,
     )
+    _check_config(gemm)
+    output = input.new_empty(num_rows, weight.shape[1])
     _launch(gemm, weight_scale.transpose(1, 2), output)
     return output
 
@@ -64,19 +61,16 @@ def grouped_gemm_fp8_dx(
         return grad_input, grad_topk_weights
     gemm = GroupedGemm(
         "backward_dX",
-        x=grad_output,
-        b=weight.view(torch.uint8),
-        token_counts=token_counts,
-        num_rows=num_rows,
-        gather=gather_indices,
+        grad_output,
+        weight.view(torch.uint8),
+        Rows.of(token_counts, num_rows, gather_indices, top_k),
         x_divisor=1 if permute_y else 0,
         scale=topk_weights,
-        top_k=top_k,
         scatter_y=permute_x,
         has_dots=needs[1],
-        flags=("fp8",),
         kernel_config=kernel_config,
     )
+    _check_config(gemm)
     grad_rows = grad_output.new_empty(num_rows, weight.shape[2]) if needs[0] else None
     dots = gemm.new_dots(has_bias=False) if needs[1] else None
     other = None if dots is None else input
@@ -97,49 +91,43 @@ def _launch(
     gather_other: bool = False,
     dots: torch.Tensor | None = None,
 ) -> None:
-    """GroupedGemm.launch for b in FP8, with b_scale (E, blocks of K, blocks of N)."""
-    if gemm.is_empty:
+    """Do what GroupedGemm.launch does, for b in FP8 with b_scale (E, blocks of K, blocks of N)."""
+    rows, block_m = gemm.rows, gemm.plan.tile[0]
+    if rows.is_empty:
         if y is not None:
             y.zero_()
         return
-    tiling = gemm.tiling
-    if gemm.kernel_config is not None:
-        _check_config(gemm)
-    gemm.make_schedule(y, gemm.gather if gemm.scatter_y else None)
-    x_desc, b_desc = gemm.describe_operands(tiling.block_m)
-    y_desc = gemm.describe_output(y, tiling.block_m)
-    options = gemm.options(x_desc, b_desc, bias=None)
-    del options["HAS_BIAS"]
+    gemm.make_schedule(y, rows.gather if gemm.scatter_y else None)
+    x_desc, b_desc = gemm.describe_operands(block_m)
+    y_desc = gemm.describe_output(y, block_m)
     # Triton's interpreter decodes bits, whatever the device.
-    has_fp8 = gemm.device.capability >= (8, 9) and not gemm.x.is_cpu
-    try:
-        with launch_on(gemm.x):
-            grouped_gemm_fp8_kernel[(gemm.programs,)](
-                gemm.x, x_desc, gemm.b, b_desc, b_scale, gemm.scale, gemm.gather,
-                y, y_desc, other, dots, *gemm.tile_arguments(),
-                gemm.n, gemm.k, gemm.top_k, max(gemm.x_divisor, 1), gemm.top_k if gather_other else 1,
-                *gemm.x.stride(), *gemm.b.stride(), *b_scale.stride(),
-                *strides(gemm.scale), *strides(other),
-                TMA_Y=y_desc is not None, SCATTER_Y=gemm.scatter_y,
-                HAS_GATHER=gemm.gather is not None, HAS_SCALE=gemm.scale is not None,
-                STORE_Y=y is not None, HAS_DOTS=dots is not None, GATHER_OTHER=gather_other,
-                HAS_FP8=has_fp8, **options,
-            )  # fmt: skip
-    except OutOfResources as error:
-        refuse_too_large(error, gemm.kernel_config)
+    has_fp8 = gemm.device.capability >= (8, 9) and not gemm.device.is_interpreted
+    launch(
+        grouped_gemm_fp8_kernel, (gemm.programs,),
+        gemm.x, x_desc, gemm.b, b_desc, b_scale, gemm.scale, rows.gather,
+        y, y_desc, other, dots, *gemm.tile_arguments(),
+        gemm.n, gemm.k, gemm.slots_per_weight, max(gemm.x_divisor, 1),
+        rows.top_k if gather_other else 1,
+        *gemm.x.stride(), *gemm.b.stride(), *b_scale.stride(),
+        *strides(gemm.scale), *strides(other),
+        HAS_FP8=has_fp8, **gemm.row_options(y, dots, gather_other), **gemm.options(),
+        on=gemm.x, kernel_config=gemm.kernel_config,
+    )  # fmt: skip
 
 
 def _check_config(gemm: GroupedGemm) -> None:
-    """Raises ValueError where the caller gave a configuration that this kernel cannot run."""
-    config = gemm.tiling.config
+    """Raise ValueError where the caller gave a configuration that this kernel cannot run."""
+    if gemm.kernel_config is None:
+        return
+    config = gemm.plan.config
     for name in ("BLOCK_N", "BLOCK_K"):
         if getattr(config, name) > BLOCK:
             raise ValueError(
                 f"moe::grouped_gemm_fp8: expected {name} <= {BLOCK} in kernel_config, since a tile "
                 f"has one scale of {BLOCK} x {BLOCK} weights at a time, got {getattr(config, name)}"
             )
-    if gemm.tiling.tail_tiles:
+    if gemm.plan.tail_tiles:
         raise ValueError(
-            "moe::grouped_gemm_fp8: expected tail_tiles=False in kernel_config, which this op has "
-            "not got, got True"
+            "moe::grouped_gemm_fp8: expected tail_tiles=False in kernel_config: this op computes no "
+            "tiles of half the height, got True"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from moe_ops._triton.launch import cdiv, launch_on, next_power_of_2
+from moe_ops._triton.launch import cdiv, launch, next_power_of_2
 from moe_ops.ops.routing_indices.kernels import (
     _routing_indices_count_kernel,
     _routing_indices_place_kernel,
@@ -34,12 +34,15 @@ def routing_indices(
     num_chunks = cdiv(num_slots, _BLOCK * num_blocks)
     counts = torch.empty(num_chunks, experts, dtype=torch.int32, device=topk_ids.device)
     sizes = (*topk_ids.stride(), num_slots, top_k, num_experts, num_blocks)
-    with launch_on(topk_ids):
-        _routing_indices_count_kernel[(num_chunks,)](
-            topk_ids, counts, *sizes, BLOCK=_BLOCK, EXPERTS=experts
-        )
-        _routing_indices_place_kernel[(num_chunks,)](
-            topk_ids, counts, token_counts, gather_indices, scatter_indices, *sizes, num_chunks,
-            BLOCK=_BLOCK, EXPERTS=experts, CHUNKS=max(1, _COUNTS // experts),
-        )  # fmt: skip
+    launch(
+        _routing_indices_count_kernel, (num_chunks,),
+        topk_ids, counts, *sizes, BLOCK=_BLOCK, EXPERTS=experts,
+        on=topk_ids,
+    )  # fmt: skip
+    launch(
+        _routing_indices_place_kernel, (num_chunks,),
+        topk_ids, counts, token_counts, gather_indices, scatter_indices, *sizes, num_chunks,
+        BLOCK=_BLOCK, EXPERTS=experts, CHUNKS=max(1, _COUNTS // experts),
+        on=topk_ids,
+    )  # fmt: skip
     return token_counts, gather_indices, scatter_indices

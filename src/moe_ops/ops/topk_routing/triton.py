@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from moe_ops._triton.launch import cdiv, launch_on, next_power_of_2
+from moe_ops._triton.launch import cdiv, launch, next_power_of_2
 from moe_ops.ops.topk_routing.kernels import _topk_routing_bwd_kernel, _topk_routing_fwd_kernel
 
 # Elements of logits that one program holds.
@@ -33,17 +33,18 @@ def topk_routing(
     group_size = num_experts // num_groups
     groups, size = next_power_of_2(num_groups), next_power_of_2(group_size)
     block_t = max(1, _TILE // (groups * size))
-    with launch_on(logits):
-        _topk_routing_fwd_kernel[(cdiv(num_tokens, block_t),)](
-            logits, selection_bias, topk_weights, topk_ids,
-            *logits.stride(), selection_bias.stride(0) if selection_bias is not None else 0,
-            num_tokens, scaling_factor,
-            TOP_K=top_k, NUM_GROUPS=num_groups, GROUP_SIZE=group_size, TOP_GROUPS=top_groups,
-            TOP2_SUM=group_score == "top2_sum", SOFTMAX=score_function == "softmax",
-            SCORE_BEFORE=score_before_topk, RENORMALIZE=renormalize,
-            HAS_BIAS=selection_bias is not None,
-            BLOCK_T=block_t, GROUPS=groups, SIZE=size, SLOTS=next_power_of_2(top_k),
-        )  # fmt: skip
+    launch(
+        _topk_routing_fwd_kernel, (cdiv(num_tokens, block_t),),
+        logits, selection_bias, topk_weights, topk_ids,
+        *logits.stride(), selection_bias.stride(0) if selection_bias is not None else 0,
+        num_tokens, scaling_factor,
+        TOP_K=top_k, NUM_GROUPS=num_groups, GROUP_SIZE=group_size, TOP_GROUPS=top_groups,
+        TOP2_SUM=group_score == "top2_sum", SOFTMAX=score_function == "softmax",
+        SCORE_BEFORE=score_before_topk, RENORMALIZE=renormalize,
+        HAS_BIAS=selection_bias is not None,
+        BLOCK_T=block_t, GROUPS=groups, SIZE=size, SLOTS=next_power_of_2(top_k),
+        on=logits,
+    )  # fmt: skip
     return topk_weights, topk_ids
 
 
@@ -63,13 +64,14 @@ def topk_routing_backward(
     top_k = topk_ids.shape[1]
     experts = next_power_of_2(num_experts)
     block_t = max(1, _TILE // experts)
-    with launch_on(logits):
-        _topk_routing_bwd_kernel[(cdiv(num_tokens, block_t),)](
-            grad_topk_weights, logits, topk_ids, grad_logits,
-            *grad_topk_weights.stride(), *logits.stride(), *topk_ids.stride(),
-            num_tokens, num_experts, scaling_factor,
-            TOP_K=top_k, SOFTMAX=score_function == "softmax", SCORE_BEFORE=score_before_topk,
-            RENORMALIZE=renormalize, BLOCK_T=block_t, EXPERTS=experts,
-            SLOTS=next_power_of_2(max(top_k, 1)),
-        )  # fmt: skip
+    launch(
+        _topk_routing_bwd_kernel, (cdiv(num_tokens, block_t),),
+        grad_topk_weights, logits, topk_ids, grad_logits,
+        *grad_topk_weights.stride(), *logits.stride(), *topk_ids.stride(),
+        num_tokens, num_experts, scaling_factor,
+        TOP_K=top_k, SOFTMAX=score_function == "softmax", SCORE_BEFORE=score_before_topk,
+        RENORMALIZE=renormalize, BLOCK_T=block_t, EXPERTS=experts,
+        SLOTS=next_power_of_2(max(top_k, 1)),
+        on=logits,
+    )  # fmt: skip
     return grad_logits

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from moe_ops._triton.launch import launch_on, next_power_of_2
+from moe_ops._triton.launch import launch, next_power_of_2
 from moe_ops._triton.rows import inverse_permutation, sum_rows
 from moe_ops.ops.unpermute.kernels import _unpermute_bwd_kernel
 
@@ -45,11 +45,12 @@ def unpermute_backward(
     # All slots of a token at once, so that its row of grad_output is read once.
     block_h = max(_BLOCK_BYTES // (input.itemsize * slots), 16)
     block_h = min(block_h, next_power_of_2(max(hidden_size, 1)))
-    with launch_on(input):
-        _unpermute_bwd_kernel[(num_rows // top_k,)](
-            grad_output, input, rows.contiguous(), topk_weights, grad_input, grad_topk_weights,
-            *grad_output.stride(), *input.stride(), *topk_weights.stride(),
-            num_rows, hidden_size, top_k,
-            SLOTS=slots, BLOCK_H=block_h, NEEDS_INPUT=needs[0], NEEDS_WEIGHTS=needs[1], num_warps=4,
-        )  # fmt: skip
+    launch(
+        _unpermute_bwd_kernel, (num_rows // top_k,),
+        grad_output, input, rows.contiguous(), topk_weights, grad_input, grad_topk_weights,
+        *grad_output.stride(), *input.stride(), *topk_weights.stride(),
+        num_rows, hidden_size, top_k,
+        SLOTS=slots, BLOCK_H=block_h, NEEDS_INPUT=needs[0], NEEDS_WEIGHTS=needs[1], num_warps=4,
+        on=input,
+    )  # fmt: skip
     return grad_input, grad_topk_weights

@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two products of an expert layer that have an activation on top.
+
+The up projection: z = x @ gate_up_proj[e].T + bias[e] and h = act(gate) * up. The down projection's
+way back: dh = dY @ down_proj[e], and from dh the gradient of z, the weighted h and the router
+gradient. On Hopper a ping-pong kernel may do all of either at once.
+
+M routed rows in expert order, width intermediate_size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moe_ops._triton.descriptors import (
+    can_describe,
+    can_describe_rows,
+    describe,
+    describe_for_gluon,
+)
+from moe_ops._triton.gemm import GroupedGemm
+from moe_ops._triton.hopper import describe_b, describe_parts, kernels
+from moe_ops._triton.kernels.experts import _expert_activation_bwd_kernel, _expert_up_kernel
+from moe_ops._triton.launch import Activation, cdiv, launch, next_power_of_2, strides
+from moe_ops._triton.plan import PERSISTENT
+from moe_ops._triton.rows import copy_rows, gather_rows
+from moe_ops._triton.schedule import Rows, TileSchedule
+from moe_ops.configs.device import HOPPER, device_of
+from moe_ops.configs.footprint import epilogue_columns, epilogue_slots
+
+
+@dataclass(frozen=True)
+class RoutedRows:
+    """The routed rows of an expert layer: which there are, and what becomes of z in each.
+
+    Attributes:
+        rows: which expert has which rows, and their slots.
+        scatter_indices ((R,), index): row of each slot.
+        activation: what is applied to z.
+        gated: whether the activation of gate multiplies up.
+        interleaved: whether gate and up are the even and the odd columns of z.
+        kernel_config: the caller's configurations.
+    """
+
+    rows: Rows
+    scatter_indices: torch.Tensor
+    activation: Activation
+    gated: bool
+    interleaved: bool
+    kernel_config: str | None
+
+    @property
+    def has_halves(self) -> bool:
+        """Whether gate and up are the halves of z."""
+        return self.gated and not self.interleaved
+
+    def in_expert_order(self, x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        """Return the rows of x (T, H) in expert order, (R, H), each times its slot's weight."""
+        rows = self.rows
+        if weights is None:
+            return copy_rows(x, self.scatter_indices, rows.top_k)
+        return gather_rows(x, rows.gather, weights, rows.top_k, rows.top_k)
+
+
+def up_projection(
+    routed: RoutedRows,
+    x: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    bias: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    z: torch.Tensor | None,
+    h: torch.Tensor | None,
+) -> TileSchedule | None:
+    """Write z, zeros in the rows of no expert, and h = act(z); return the schedule it went by.
+
+    Args:
+        routed: the rows.
+        x ((T, H)): rows in token order.
+        gate_up_proj ((E, U, H)): the up projection.
+        bias ((E, U)): its bias.
+        weights ((T, K)): what multiplies a row before the product.
+        z ((R, U)): the pre-activation, where it is stored.
+        h ((R, I)): the activation's output, where it is stored.
+    """
+    rows, divisor = routed.rows, routed.rows.top_k
+    if weights is not None:
+        x, divisor = routed.in_expert_order(x, weights), 0
+    width = gate_up_proj.shape[1] // 2 if routed.gated else gate_up_proj.shape[1]
+    gemm = GroupedGemm(
+        "forward",
+        x,
+        gate_up_proj.transpose(1, 2),
+        rows,
+        x_divisor=divisor,
+        bias=bias,
+        epilogue="gated_activation" if routed.gated else "activation",
+        can_describe_y=can_describe_rows(width, x.dtype),
+        kernel_config=routed.kernel_config,
+    )
+    if rows.is_empty:
+        return None
+    gemm.make_schedule(z)
+    if gemm.plan.kernel == PERSISTENT:
+        _up_persistent(gemm, routed, z, h)
+    else:
+        _up_pingpong(gemm, routed, z, h)
+    return gemm.schedule
+
+
+def _up_persistent(
+    gemm: GroupedGemm, routed: RoutedRows, z: torch.Tensor | None, h: torch.Tensor | None
+) -> None:
+    plan, x, bias = gemm.plan, gemm.x, gemm.bias
+    block_m, block_n, _ = plan.tile
+    width, block_i = (gemm.n // 2, block_n // 2) if routed.gated else (gemm.n, block_n)
+    subtile, halves = plan.config.epilogue_subtile, routed.has_halves
+    x_desc, b_desc = gemm.describe_operands(block_m, halves)
+    z_desc = h_desc = None
+    if z is not None and plan.tma.y:
+        parts = 2 if halves else 1
+        columns = block_i if routed.gated else block_i // subtile
+        z_parts = z.unflatten(1, (parts, gemm.n // parts))
+        z_desc = describe(z_parts, (block_m, 1, columns), ragged=True)
+    if h is not None and plan.tma.y:
+        h_desc = describe(h.unsqueeze(1), (block_m, 1, block_i // subtile), ragged=True)
+    launch(
+        _expert_up_kernel, (gemm.programs,),
+        x, x_desc, gemm.b, b_desc, bias, gemm.rows.gather, z, z_desc, h, h_desc,
+        *gemm.tile_arguments(), width, gemm.k, max(gemm.x_divisor, 1), routed.activation.bound,
+        *x.stride(), *gemm.b.stride(), *strides(bias),
+        HAS_BIAS=bias is not None, TMA_Z=z_desc is not None, TMA_H=h_desc is not None,
+        GATED=routed.gated, INTERLEAVED=routed.interleaved, STORE_Z=z is not None,
+        STORE_H=h is not None, **routed.activation.options, **gemm.options(),
+        on=x, kernel_config=gemm.kernel_config,
+    )  # fmt: skip
+
+
+def _up_pingpong(
+    gemm: GroupedGemm, routed: RoutedRows, z: torch.Tensor | None, h: torch.Tensor | None
+) -> None:
+    """Do the same on Hopper, of rows that are copied into expert order before.
+
+    The kernel does not gather: where the product is long, its gain pays for the copy.
+    """
+    plan, schedule, b, bias = gemm.plan, gemm.schedule, gemm.b, gemm.bias
+    assert schedule is not None  # its tiles are too high to be found without
+    block_m, block_n, block_k = plan.tile
+    width, block_i = gemm.n // 2, block_n // 2
+    columns = block_i // plan.config.epilogue_subtile
+    b_desc = describe_b(b, block_n, block_k, halves=not routed.interleaved)
+    z_width = gemm.n if routed.interleaved else width
+    z_desc = None if z is None else describe_parts(z, z_width, block_m, columns)
+    h_desc = None if h is None else describe_parts(h, width, block_m, columns)
+    x = routed.in_expert_order(gemm.x, None) if gemm.x_divisor else gemm.x
+    launch(
+        kernels().experts.expert_up_pingpong_kernel, (gemm.programs,),
+        # A descriptor that is not used says of which dtype the other is.
+        describe_for_gluon(x, (block_m, block_k)), b_desc, bias, z_desc or h_desc,
+        h_desc or z_desc, schedule.tiles, schedule.max_tiles, width, gemm.k,
+        routed.activation.bound, *strides(bias),
+        HAS_BIAS=bias is not None, INTERLEAVED=routed.interleaved, STORE_Z=z is not None,
+        STORE_H=h is not None, **routed.activation.options, **plan.options,
+        on=x, kernel_config=gemm.kernel_config,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DownBackward:
+    """The down projection's way back: from dY to the gradient of the pre-activation.
+
+    Attributes:
+        routed: the rows.
+        weight ((E, H, I)): the down projection.
+        bias ((E, H)): its bias, where the router gradient needs it.
+        scale ((T, K)): what multiplies a row after the product.
+        offsets ((2, E), int32): first row and end row of each expert.
+    """
+
+    routed: RoutedRows
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scale: torch.Tensor | None
+    offsets: torch.Tensor
+
+    def __call__(
+        self,
+        dy: torch.Tensor,
+        divisor: int,
+        z: torch.Tensor | None,
+        need_dz: bool,
+        need_h: bool,
+        need_dots: bool,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Return dz, the weighted h, and the router gradient's parts (any number, R), in slot order.
+
+        Args:
+            dy: dY in expert order, or in token order with a divisor.
+            divisor: as GroupedGemm.x_divisor.
+            z ((R, U)): the pre-activation.
+            need_dz: whether dz is needed.
+            need_h: whether the weighted h is needed.
+            need_dots: whether the router gradient is needed.
+        """
+        rows, width = self.routed.rows, self.weight.shape[2]
+        dz = z.new_empty(z.shape) if need_dz and z is not None else None
+        h = dy.new_empty(rows.num_rows, width) if need_h else None
+        if not need_dz and not need_dots:
+            self._activation_backward(None, z, dz, h, None)
+            return dz, h, None
+        gemm = self._plan(dy, divisor, z, dz, need_dots)
+        at_once = gemm.plan.computes_epilogue and dz is not None and z is not None
+        dots = None
+        if need_dots:
+            parts = (gemm.tiles_n if at_once else 1) + (self.bias is not None)
+            dots = torch.zeros(parts, rows.num_rows, dtype=torch.float32, device=dy.device)
+        if at_once and not rows.is_empty:
+            assert z is not None
+            assert dz is not None
+            gemm.make_schedule()
+            self._pingpong(gemm, z, dz, h, dots)
+        else:
+            dh = dy.new_empty(rows.num_rows, width) if h is None else h
+            gemm.launch(dh, zeros_tail=False)
+            self._activation_backward(dh, z, dz, h, dots)
+        if dots is not None and self.bias is not None:
+            gemm.launch_bias_dots(self.bias, dots[-1])
+        return dz, h, dots
+
+    def _plan(
+        self,
+        dy: torch.Tensor,
+        divisor: int,
+        z: torch.Tensor | None,
+        dz: torch.Tensor | None,
+        need_dots: bool,
+    ) -> GroupedGemm:
+        routed, width = self.routed, self.weight.shape[2]
+        can_describe_y = can_describe_rows(width, dy.dtype)
+        may_be_at_once = (
+            routed.has_halves
+            and dz is not None
+            and divisor == 0
+            and dy.itemsize == 2
+            and device_of(dy.device).capability[0] == HOPPER
+            # The error function of "gelu" takes registers that the kernel lacks.
+            and routed.activation.name != "gelu"
+        )
+        if may_be_at_once and z is not None:
+            can_describe_y = can_describe_y and can_describe(z.unflatten(1, (2, width)))
+        return GroupedGemm(
+            "backward_dX",
+            dy,
+            self.weight,
+            routed.rows,
+            x_divisor=divisor,
+            epilogue="gated_activation_backward" if may_be_at_once else "none",
+            can_describe_y=can_describe_y,
+            needs_schedule=need_dots and self.bias is not None,
+            kernel_config=routed.kernel_config,
+        )
+
+    def _pingpong(
+        self,
+        gemm: GroupedGemm,
+        z: torch.Tensor,
+        dz: torch.Tensor,
+        h: torch.Tensor | None,
+        dots: torch.Tensor | None,
+    ) -> None:
+        """Launch the kernel that does without dh; dots are of column tiles."""
+        plan, schedule, routed, scale = gemm.plan, gemm.schedule, self.routed, self.scale
+        assert schedule is not None  # its tiles are too high to be found without
+        block_m, block_n, block_k = plan.tile
+        activation, width = routed.activation, gemm.n
+        columns = epilogue_columns(plan.config, activation.name, activation.limit is not None)
+        z_desc, dz_desc = (describe_parts(part, width, block_m, columns) for part in (z, dz))
+        h_desc = dz_desc if h is None else describe_parts(h, width, block_m, columns)
+        launch(
+            kernels().experts.expert_down_bwd_pingpong_kernel, (gemm.programs,),
+            describe_for_gluon(gemm.x, (block_m, block_k)),
+            describe_b(gemm.b, block_n, block_k), z_desc, dz_desc, h_desc, scale,
+            routed.rows.gather, dots, schedule.tiles, schedule.max_tiles, routed.rows.num_rows,
+            width, gemm.k, routed.rows.top_k, activation.bound, *strides(scale),
+            CHUNKS=block_n // columns, SLOTS=epilogue_slots(plan.config, gemm.device),
+            HAS_SCALE=scale is not None, STORE_H=h is not None, STORE_DOTS=dots is not None,
+            **activation.options, **plan.options,
+            on=gemm.x, kernel_config=gemm.kernel_config,
+        )  # fmt: skip
+
+    def _activation_backward(
+        self,
+        dh: torch.Tensor | None,
+        z: torch.Tensor | None,
+        dz: torch.Tensor | None,
+        h: torch.Tensor | None,
+        dots: torch.Tensor | None,
+    ) -> None:
+        """Launch _expert_activation_bwd_kernel on dh, where there is any; h may be dh."""
+        if z is None or z.numel() == 0:
+            return
+        routed, rows, scale = self.routed, self.routed.rows, self.scale
+        width = self.weight.shape[2]
+        block_rows, block_i, warps = _activation_block(width)
+        z = z.contiguous()
+        launch(
+            _expert_activation_bwd_kernel, (cdiv(rows.num_rows, block_rows),),
+            dh, z, scale, rows.gather, self.offsets[1, -1:], dz, h, dots,
+            rows.num_rows, width, rows.top_k, routed.activation.bound, *strides(scale),
+            ROWS=block_rows, BLOCK_I=block_i, GATED=routed.gated, INTERLEAVED=routed.interleaved,
+            HAS_SCALE=scale is not None, LOAD_DH=dh is not None, STORE_DZ=dz is not None,
+            STORE_H=h is not None, STORE_DOTS=dots is not None, num_warps=warps,
+            **routed.activation.options,
+            on=z,
+        )  # fmt: skip
+
+
+def _activation_block(width: int) -> tuple[int, int, int]:
+    """Return the rows and columns of a block of the activation's backward, and its warps.
+
+    It is bound by memory: a thread has 8 to 16 numbers, and little of a block is past the width.
+    """
+    for columns in (2048, 1024, 512):
+        if cdiv(width, columns) * columns <= 1.1 * width:
+            return max(1, 1024 // columns), columns, 2 if width <= min(columns, 1024) else 4
+    columns = min(256, next_power_of_2(width))
+    return min(16, 1024 // columns), columns, 4

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel computes a product, in which tile, and why: decided once, before anything is allocated.
+
+    problem, operands, device, kernel_config -> plan
+
+Launchers read the plan and decide nothing. The `explain` command shows it.
+
+A persistent kernel serves every GPU. On Hopper a configuration may ask for a warp-specialised one
+(warp_specialize), which is cooperative or ping-pong by its tile (configs/specialize.py). Where that
+cannot serve, the persistent kernel takes its place with the same result, and the plan says why.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from moe_ops._triton.hopper import why_no_kernels
+from moe_ops._triton.launch import next_power_of_2
+from moe_ops.configs import cache
+from moe_ops.configs.choose import choose
+from moe_ops.configs.device import HOPPER, Device
+from moe_ops.configs.footprint import is_flattened
+from moe_ops.configs.kernel_config import (
+    KernelConfig,
+    KernelConfigBackward_dW,
+    KernelConfigForward,
+)
+from moe_ops.configs.problem import Problem
+from moe_ops.configs.specialize import COOPERATIVE, PINGPONG, why_not_specialized
+
+logger = logging.getLogger("moe_ops")
+
+PERSISTENT = "persistent"
+
+# A kernel with row tiles this small finds its tiles itself: a schedule is one launch more.
+_FINDS_TILES_ROWS = 32
+# Columns that a kernel zeroes at a time.
+BLOCK_W = 1024
+
+
+class Operands(NamedTuple):
+    """Which operands TMA can describe: a 16-byte address, and strides of whole 16 bytes.
+
+    x is the left operand of a product, b the right one, y all that is stored and what is read
+    beside them.
+    """
+
+    x: bool = True
+    b: bool = True
+    y: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How a product is computed.
+
+    M, N, K are a GEMM's: y (M, N) = x (M, K) @ b (K, N); of dW, whose left operand is transposed,
+    N and D are the sides of the result and M the rows that are contracted.
+
+    Attributes:
+        kernel: PERSISTENT, COOPERATIVE or PINGPONG.
+        config: the configuration, in the letters of its pass.
+        source: where it came from: "given", "tuned", "shipped" or "computed".
+        tile: rows and columns of the result's tile, elements contracted at a step.
+        tma: the operands that go through descriptors.
+        computes_epilogue: whether the kernel computes the problem's epilogue too.
+        finds_tiles: whether the kernel finds its tiles itself, without a schedule.
+        tail_tiles: whether an expert's last rows have a tile of half the height.
+        options: the constexpr arguments that follow, and Triton's own.
+        reason: why this kernel.
+        unmet: the wishes of the configuration that cannot be met, each with its reason.
+    """
+
+    kernel: str
+    config: KernelConfig
+    source: str
+    tile: tuple[int, int, int]
+    tma: Operands
+    computes_epilogue: bool
+    finds_tiles: bool
+    tail_tiles: bool
+    options: dict[str, Any]
+    reason: str
+    unmet: tuple[str, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(
+    problem: Problem,
+    operands: Operands,
+    device: Device,
+    kernel_config: str | None = None,
+    needs_schedule: bool = False,
+) -> Plan:
+    """Return the plan of a product, from memory after the first time.
+
+    Args:
+        problem: the product.
+        operands: which of its tensors TMA can describe.
+        device: the GPU.
+        kernel_config: the caller's configurations, as one string.
+        needs_schedule: whether what comes after the product reads its tile schedule.
+    """
+    made = decide(problem, operands, device, kernel_config, needs_schedule)
+    level = logging.WARNING if made.source == "given" else logging.INFO
+    for wish in made.unmet:
+        _log_once(level, f"moe_ops: {problem.kind} ({made.source} configuration): {wish}")
+    return made
+
+
+cache.on_change.append(plan.cache_clear)
+
+
+@functools.cache
+def _log_once(level: int, message: str) -> None:
+    logger.log(level, "%s", message)
+
+
+def decide(
+    problem: Problem,
+    operands: Operands,
+    device: Device,
+    kernel_config: str | None = None,
+    needs_schedule: bool = False,
+) -> Plan:
+    """Decide what `plan` remembers: a pure function of its arguments and the tables."""
+    choice = choose(problem, device, kernel_config)
+    config, source = choice.config, choice.source
+    tile, wants = _tile_and_wishes(problem, config)
+    obstacle = None
+    kernel, reason = PERSISTENT, "warp_specialize is not asked for"
+    if config.warp_specialize:
+        obstacle = _obstacle(problem, operands, device, tile[:2])
+        kernel = PINGPONG if config.is_pingpong else COOPERATIVE
+        reason = "warp_specialize is asked for, in such tiles"
+        if obstacle is not None:
+            kernel, reason = PERSISTENT, obstacle
+    few_rows = problem.kind != "backward_dW" and tile[0] <= _FINDS_TILES_ROWS
+    finds_tiles = few_rows and not problem.dots and not needs_schedule
+    tma, unmet = _described(problem, operands, device, wants)
+    if source != "given" or kernel != PERSISTENT:
+        # Rules ask for descriptors wherever they might apply: those are no wishes of anybody.
+        unmet = ()
+    if config.launch_pdl and not device.has_tma:
+        unmet = (*unmet, f"launch_pdl: it takes compute capability 9.0, {_name(device)}")
+    if obstacle is not None:
+        unmet = (f"warp_specialize: {obstacle}", *unmet)
+    if kernel == PERSISTENT:
+        options = _persistent_options(problem, config, device, tile, tma, finds_tiles)
+    else:
+        options = _specialized_options(problem, config, tile, kernel)
+    return Plan(
+        kernel, config, source, tile, tma,
+        computes_epilogue=problem.has_activation
+        or (kernel == PINGPONG and problem.epilogue == "gated_activation_backward"),
+        finds_tiles=finds_tiles,
+        tail_tiles=getattr(config, "tail_tiles", False),
+        options=options, reason=reason, unmet=unmet,
+    )  # fmt: skip
+
+
+def _tile_and_wishes(
+    problem: Problem, config: KernelConfig
+) -> tuple[tuple[int, int, int], dict[str, bool]]:
+    """Return the tile in the kernel's letters, and which descriptors the configuration asks for.
+
+    The wishes are by the configuration's names, in the order of Operands.
+    """
+    rows, columns, contracted = config.tile
+    if isinstance(config, KernelConfigBackward_dW):
+        left = {"use_tma_load_dy": config.use_tma_load_dy}
+        right = {"use_tma_load_x": config.use_tma_load_x}
+        if problem.transposed:
+            # dW is stored (D, N): its sides change places.
+            rows, columns, left, right = columns, rows, right, left
+    else:
+        name = "use_tma_load_x" if isinstance(config, KernelConfigForward) else "use_tma_load_dy"
+        left = {name: getattr(config, name)}
+        right = {"use_tma_load_w": getattr(config, "use_tma_load_w")}  # noqa: B009
+    return (rows, columns, contracted), {
+        **left, **right, "use_tma_store": config.use_tma_store,
+    }  # fmt: skip
+
+
+def _obstacle(
+    problem: Problem, operands: Operands, device: Device, tile: tuple[int, int]
+) -> str | None:
+    """Return why the warp-specialised kernel of such tiles cannot serve, or None if it can."""
+    if device.capability[0] != HOPPER:
+        return f"its kernels are for Hopper (compute capability 9.x), {_name(device)}"
+    if device.is_interpreted:
+        return "its kernels do not run in Triton's interpreter"
+    if problem.dtype not in {"bfloat16", "float16"}:
+        return f"its kernels are for bfloat16 and float16, this is {problem.dtype}"
+    if (reason := why_not_specialized(problem, tile)) is not None:
+        return reason
+    for name, is_described in operands._asdict().items():
+        if not is_described:
+            return f"TMA cannot describe {_OPERANDS[name]}: {_RULE}"
+    return why_no_kernels()
+
+
+_OPERANDS = {"x": "the left operand", "b": "the right operand", "y": "what is stored"}
+_RULE = "its address and strides must be multiples of 16 bytes"
+
+
+def _name(device: Device) -> str:
+    major, minor = device.capability
+    return f"{device.name} has {major}.{minor}"
+
+
+def _described(
+    problem: Problem, operands: Operands, device: Device, wants: dict[str, bool]
+) -> tuple[Operands, tuple[str, ...]]:
+    """Return the operands that go through descriptors, and why others do not that should."""
+    uses, unmet = [], []
+    obstacles = {
+        "x": "rows are gathered by pointers" if problem.gather else None,
+        "b": None,
+        "y": "rows are scattered by pointers" if problem.scatter else None,
+    }
+    for (operand, is_described), (wish, is_wanted) in zip(
+        operands._asdict().items(), wants.items(), strict=True
+    ):
+        obstacle = obstacles[operand]
+        if not device.has_tma:
+            obstacle = f"it takes compute capability 9.0, {_name(device)}"
+        elif obstacle is None and not is_described:
+            obstacle = f"TMA cannot describe {_OPERANDS[operand]}: {_RULE}"
+        uses.append(is_wanted and obstacle is None)
+        if is_wanted and obstacle is not None:
+            unmet.append(f"{wish}: {obstacle}")
+    return Operands(*uses), tuple(unmet)
+
+
+def _persistent_options(
+    problem: Problem,
+    config: KernelConfig,
+    device: Device,
+    tile: tuple[int, int, int],
+    tma: Operands,
+    finds_tiles: bool,
+) -> dict[str, Any]:
+    flatten = is_flattened(config, problem)
+    common = {
+        "FLATTEN": flatten, "SUBTILE": config.epilogue_subtile,
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
+    if problem.kind == "backward_dW":
+        return {
+            "BLOCK_N": tile[0], "BLOCK_D": tile[1], "BLOCK_M": tile[2], "GROUP": config.group_m,
+            "TMA_G": tma.x, "TMA_X": tma.b, "TMA_DW": tma.y,
+            **common, "FLATTEN": config.flatten,
+        }  # fmt: skip
+    is_forward = problem.kind == "forward"
+    contracted = problem.in_features if is_forward else problem.out_features
+    follows = config.launch_pdl and device.has_tma and not device.is_interpreted
+    return {
+        "BLOCK_M": tile[0], "BLOCK_N": tile[1], "BLOCK_K": tile[2], "GROUP_M": config.group_m,
+        "BLOCK_W": BLOCK_W, **common, "PDL": follows, **({"launch_pdl": True} if follows else {}),
+        "TMA_X": tma.x, "TMA_B": tma.b, "B_IS_NK": is_forward != problem.transposed,
+        "EVEN_K": contracted % tile[2] == 0, "GATHER_X": problem.gather,
+        "FINDS_TILES": finds_tiles,
+        "EXPERTS": next_power_of_2(problem.num_experts) if finds_tiles else 1,
+    }  # fmt: skip
+
+
+def _specialized_options(
+    problem: Problem, config: KernelConfig, tile: tuple[int, int, int], kernel: str
+) -> dict[str, Any]:
+    # Triton's num_warps are those of one group; Gluon starts the others beside it.
+    options = {"STAGES": config.num_stages, "num_warps": config.num_warps // 2}
+    if problem.kind == "backward_dW":
+        options |= {"BLOCK_N": tile[0], "BLOCK_D": tile[1], "BLOCK_M": tile[2]}
+        options["GROUP_N"] = config.group_m
+    else:
+        options |= {"BLOCK_M": tile[0], "BLOCK_N": tile[1], "BLOCK_K": tile[2]}
+        options["GROUP_M"] = config.group_m
+        if not problem.has_activation:
+            options["B_IS_NK"] = (problem.kind == "forward") != problem.transposed
+    if kernel == PINGPONG and problem.epilogue != "gated_activation_backward":
+        options["SUBTILE"] = config.epilogue_subtile
+    return options
+
+
+@functools.lru_cache(maxsize=4096)
+def problem_of(
+    kind: str,
+    dtype: torch.dtype,
+    num_experts: int,
+    out_features: int,
+    in_features: int,
+    rows: int,
+    **flags: Any,
+) -> Problem:
+    """Return the Problem of these: the same object each time, which is fast to look up."""
+    name = str(dtype).removeprefix("torch.")
+    return Problem(kind, name, num_experts, out_features, in_features, rows, **flags)

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The routed rows of a call, and the tile schedules that the device makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moe_ops._triton.kernels.schedule import expert_offsets_kernel, tile_schedule_kernel
+from moe_ops._triton.launch import cdiv, launch, next_power_of_2
+from moe_ops._triton.plan import BLOCK_W
+from moe_ops.configs.device import device_of
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """R routed rows in expert order: which expert has which, and which slot each is.
+
+    Attributes:
+        token_counts ((E,), index): rows of each expert; the rows past their sum are nobody's.
+        num_rows: R.
+        gather ((R,), index): slot of each row, where rows and slots differ.
+        top_k: slots of a token.
+    """
+
+    token_counts: torch.Tensor
+    num_rows: int
+    gather: torch.Tensor | None = None
+    top_k: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        token_counts: torch.Tensor,
+        num_rows: int,
+        gather: torch.Tensor | None = None,
+        top_k: int = 1,
+    ) -> Rows:
+        """Return the same with dense indices, as kernels read them."""
+        gather = None if gather is None else gather.contiguous()
+        return cls(token_counts.contiguous(), num_rows, gather, top_k)
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.token_counts.shape[0]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no row that an expert could have."""
+        return self.num_rows == 0 or self.num_experts == 0
+
+    def max_tiles(self, block_m: int) -> int:
+        """Return the most row tiles there can be: each expert's last one may be partly empty."""
+        return cdiv(self.num_rows, block_m) + self.num_experts
+
+
+class TileSchedule:
+    """The tiles of block_m rows that _triton/kernels/schedule.py makes of token_counts."""
+
+    def __init__(self, rows: Rows, block_m: int) -> None:
+        self.rows = rows
+        self.block_m = block_m
+        self.max_tiles = rows.max_tiles(block_m)
+        device = rows.token_counts.device
+        self.tiles = torch.empty(3 * self.max_tiles + 2, dtype=torch.int32, device=device)
+
+    @property
+    def used_rows(self) -> torch.Tensor:
+        """How many rows belong to an expert, (1,)."""
+        return self.tiles[-1:]
+
+    def launch(
+        self, zeroed: torch.Tensor | None = None, scatter: torch.Tensor | None = None
+    ) -> None:
+        """Make the schedule, and zero the rows of `zeroed` that belong to no expert.
+
+        Those are the last ones, or the ones where `scatter` says that they are stored.
+        """
+        rows = self.rows
+        num_sms = device_of(rows.token_counts.device).num_sms
+        launch(
+            # More programs than experts: all of them share the rows to zero.
+            tile_schedule_kernel, (max(rows.num_experts, num_sms),),
+            rows.token_counts, self.tiles, zeroed, scatter,
+            rows.num_rows, rows.num_experts, self.max_tiles,
+            0 if zeroed is None else zeroed.shape[1],
+            BLOCK_M=self.block_m, EXPERTS=next_power_of_2(rows.num_experts), BLOCK_W=BLOCK_W,
+            ZERO_TAIL=zeroed is not None, SCATTER=scatter is not None,
+            on=rows.token_counts,
+        )  # fmt: skip
+
+
+def expert_offsets(token_counts: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Return the first row and the end row of each expert, int32 (2, E)."""
+    num_experts = token_counts.shape[0]
+    offsets = torch.empty(2, num_experts, dtype=torch.int32, device=token_counts.device)
+    if num_experts > 0:
+        launch(
+            expert_offsets_kernel, (1,),
+            token_counts.contiguous(), offsets, num_rows, num_experts,
+            EXPERTS=next_power_of_2(num_experts),
+            on=token_counts,
+        )  # fmt: skip
+    return offsets
