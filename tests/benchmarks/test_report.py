@@ -2,12 +2,15 @@
 """The tables and plots that are made of the benchmarks' results."""
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import report
 
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = "\n".join(["before", *report.CPU_MARKERS, "between", *report.CUDA_MARKERS, "after", ""])
 PART_FACTS: dict[str, dict[str, Any]] = {
     "experts": {"grouped_mm": "transformers 5.17.0"},
@@ -284,6 +287,89 @@ def test_cpu_tables(folder):
     file = folder / "results" / "cpu_gemm_bf16.json"
     file.write_text(json.dumps({"environment": {"date": "2026-01-02"}, "cases": cases}))
     assert "| bf16 | new | dX | 2 | 1.000 | 1.000 | 0.800 | 1 |" in render(folder)
+
+
+def drawn(part):
+    """Of each panel: its title, its label, the ticks, and the bars of each series with their labels."""
+    mpl = pytest.importorskip("matplotlib")
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure = report.PLOTS[part][1](CASES[part], plt)
+    panels = []
+    for axes in figure.axes:
+        told = [text.get_text() for text in axes.texts]
+        series = {bars.get_label(): [bar.get_height() for bar in bars] for bars in axes.containers}
+        ticks = [tick.get_text() for tick in axes.get_xticklabels()]
+        panels.append((axes.get_title(), axes.get_ylabel(), ticks, series, told))
+    size = tuple(figure.get_size_inches())
+    plt.close(figure)
+    return size, panels
+
+
+def test_plot_of_gemm():
+    size, panels = drawn("gemm")
+    assert size == (9, 3)
+    assert panels == [
+        (
+            "up projection: above 1 ours is faster",
+            "torch._grouped_mm / ours",
+            ["olmoe"],
+            {"forward": [1.25], "dX": [0.8], "dW": [0.0]},
+            ["1.25", "0.80", "wrong"],
+        )
+    ]
+
+
+def test_plot_of_rows():
+    size, panels = drawn("rows")
+    assert size == (9, 3.5)
+    title = "bytes that must be moved over time, 1 is a device copy"
+    label = "fraction of copy bandwidth"
+    assert panels == [(title, label, ["olmoe"], {"permute": [0.86]}, ["0.86"])]
+
+
+def test_plot_of_experts():
+    size, panels = drawn("experts")
+    assert size == (9, 6)
+    # They share their x axis, and the lowest names the shapes.
+    both = [
+        ("compiled", [], {"forward": [1.23], "forward+backward": [0.0]}, ["1.23", "wrong"]),
+        ("eager", ["olmoe"], {"forward": [1.4], "forward+backward": [1.4]}, ["1.40", "1.40"]),
+    ]
+    assert panels == [
+        (
+            f"transformers' grouped_mm, {peer}: above 1 ours is faster",
+            "grouped_mm / ours",
+            ticks,
+            series,
+            told,
+        )
+        for peer, ticks, series, told in both
+    ]
+
+
+def test_plot_of_blocks():
+    size, panels = drawn("blocks")
+    assert size == (9, 3)
+    assert panels == [
+        (
+            "transformers' loop over experts: above 1 ours is faster",
+            "transformers / ours",
+            ["olmoe"],
+            {"forward": [8.0], "forward+backward": [5.0]},
+            ["8.00", "5.00"],
+        )
+    ]
+
+
+def test_the_page_is_what_the_committed_results_give(tmp_path):
+    """Byte for byte; the images too were drawn from them, but matplotlib's pixels may change."""
+    page = ROOT / "docs" / "performance.md"
+    shutil.copy(page, tmp_path)
+    shutil.copytree(page.parent / "images", tmp_path / "images")
+    report.write(ROOT / "benchmarks" / "results", tmp_path / page.name)
+    assert (tmp_path / page.name).read_bytes() == page.read_bytes()
 
 
 def test_page_without_markers(folder):
