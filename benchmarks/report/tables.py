@@ -1,102 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the tables and plots of docs/performance.md from benchmarks/results/*.json.
-
-    python -m benchmarks.report
-
-Files of a CPU fill the page between `<!-- tables: begin/end -->`, those of a GPU between
-`<!-- cuda tables: begin/end -->`. Where there are none, that part of the page stays as it is. Plots
-go to docs/images/ where matplotlib is installed.
-"""
+"""The tables of each part of a GPU run."""
 
 from __future__ import annotations
 
 import functools
-import importlib.util
-import json
 import re
 import statistics
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-CPU_MARKERS = ("<!-- tables: begin -->", "<!-- tables: end -->")
-CUDA_MARKERS = ("<!-- cuda tables: begin -->", "<!-- cuda tables: end -->")
 PASSES = ("forward", "dX", "dW")
-# What a result's environment says of its part and not of the run.
-PART_FACTS = ("part", "grouped_mm", "present", "absent")
-# Of the tensors of a CPU case; its cases are routings.
-SIZES = tuple("ENDRHIKT")
 MEMORY = ("kept", "output", "peak", "gradients")
 
 Record = dict[str, Any]
-Result = dict[str, Any]
-
-
-# CPU
-
-
-def cpu_tables(results: Path) -> Iterator[str]:
-    for file in sorted(results.glob("cpu_*.json")):
-        result = json.loads(file.read_text(encoding="utf-8"))
-        yield f"### {file.name}\n\n{_facts(result['environment'])}\n"
-        groups: dict[tuple[str, str, str], dict[tuple[int, ...], list[float]]] = {}
-        # Without a ratio: a result was wrong, and `wrong` names whose.
-        wrong = [case["wrong"] for case in result["cases"] if "ratio" not in case]
-        for case in result["cases"]:
-            if "ratio" in case:
-                key = (case["dtype"], case.get("counts", ""), case["pass"])
-                shapes = groups.setdefault(key, defaultdict(list))
-                shapes[tuple(case[s] for s in SIZES if s in case)].append(case["ratio"][1])
-        rows = []
-        for key, shapes in groups.items():
-            ratios = [ratio for of_shape in shapes.values() for ratio in of_shape]
-            least_shape = min(statistics.geometric_mean(of_shape) for of_shape in shapes.values())
-            under = sum(ratio < 0.9 for ratio in ratios)
-            means = (statistics.geometric_mean(ratios), least_shape, min(ratios))
-            rows.append([*key, len(ratios), *(f"{mean:.3f}" for mean in means), under])
-        header = "dtype|counts|pass|cases|geomean|least shape|least case|cases under 0.90"
-        yield from _table(header, rows)
-        if wrong:
-            whose = Counter(name for names in wrong for name in names)
-            counts = ", ".join(f"{name} {count}" for name, count in sorted(whose.items()))
-            yield f"Left out, since a result was found wrong: {len(wrong)} cases ({counts}).\n"
-
-
-# CUDA
-
-
-def cuda_results(results: Path) -> dict[str, dict[str, Result]]:
-    """By device, then by part."""
-    found: dict[str, dict[str, Result]] = defaultdict(dict)
-    for file in sorted(results.glob("*.json")):
-        result = json.loads(file.read_text(encoding="utf-8"))
-        part = result["environment"].get("part")
-        if part:
-            found[file.stem.removesuffix(f"_{part.replace('-', '_')}")][part] = result
-    return dict(found)
-
-
-def cuda_tables(results: Path, images: Path | None) -> Iterator[str]:
-    """Of every device; the plots that `images` holds are shown above the numbers they are of."""
-    for device, parts in cuda_results(results).items():
-        told = ""
-        for part, rows_of in TABLES.items():
-            if part not in parts:
-                continue
-            result = parts[part]
-            yield f"### {device}: {part}\n"
-            # Once for all parts of a run.
-            if (facts := _facts(result["environment"])) != told:
-                yield f"{facts}\n"
-            told = facts
-            if about := _part_facts(result["environment"]):
-                yield f"{about}\n"
-            image = None if images is None else images / f"{device}_{part}.png"
-            if image is not None and image.exists():
-                yield f"![{PLOTS[part][0]}](images/{image.name})\n"
-            yield from rows_of(result["cases"])
 
 
 def _ceilings(cases: list[Record]) -> Iterator[str]:
@@ -473,27 +389,6 @@ TABLES: dict[str, Callable[[list[Record]], Iterator[str]]] = {
 }
 
 
-def _facts(environment: dict[str, Any]) -> str:
-    return _listed({key: what for key, what in environment.items() if key not in PART_FACTS})
-
-
-def _part_facts(environment: dict[str, Any]) -> str:
-    """Empty where there is nothing to say."""
-    return _listed({key: environment[key] for key in PART_FACTS[1:] if environment.get(key)})
-
-
-def _listed(facts: dict[str, Any]) -> str:
-    shown = dict(facts)
-    if "kernel_sha256" in shown:
-        shown["kernel_sha256"] = shown["kernel_sha256"][:12]
-    for key, value in shown.items():
-        if isinstance(value, dict):
-            shown[key] = "; ".join(f"{name}: {what}" for name, what in value.items())
-        elif isinstance(value, list):
-            shown[key] = "; ".join(map(str, value))
-    return ", ".join(f"{key} {value}" for key, value in shown.items())
-
-
 def _table(header: str, rows: Iterable[Sequence[object]]) -> Iterator[str]:
     columns = header.split("|")
     yield "| " + " | ".join(columns) + " |"
@@ -527,153 +422,3 @@ def _milliseconds(case: Record, name: str) -> str:
 
 def _number(value: float | None, form: str, less: float = 0, times: float = 1) -> str:
     return "-" if value is None else format(value * times - less, form)
-
-
-# Plots
-
-
-def _plot_gemm(cases: list[Record], plt: Any) -> Any:
-    """torch._grouped_mm's time over ours, a panel for each projection."""
-    uniform = [case for case in cases if case["routing"] == "uniform"]
-    projections = list(dict.fromkeys(case["projection"] for case in uniform))
-    figure, panels = plt.subplots(
-        len(projections),
-        figsize=(9, 3 * len(projections)),
-        sharex=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for (axes,), projection in zip(panels, projections, strict=True):
-        here = [case for case in uniform if case["projection"] == projection]
-        heights = {(c["shape"], c["pass"]): _median_ratio(c, "torch") for c in here}
-        _bars(axes, heights, PASSES)
-        axes.set_ylabel("torch._grouped_mm / ours")
-        axes.set_title(f"{projection} projection: above 1 ours is faster", fontsize=10)
-    _legend(figure, panels[0][0])
-    return figure
-
-
-def _plot_rows(cases: list[Record], plt: Any) -> Any:
-    """Fraction of the copy bandwidth."""
-    figure, axes = plt.subplots(figsize=(9, 3.5), layout="constrained")
-    heights = {(c["shape"], c["op"]): c.get("of_copy_ceiling") for c in cases}
-    _bars(axes, heights, tuple(dict.fromkeys(case["op"] for case in cases)))
-    axes.set_ylabel("fraction of copy bandwidth")
-    axes.set_title("bytes that must be moved over time, 1 is a device copy", fontsize=10)
-    _legend(figure, axes)
-    return figure
-
-
-def _plot_experts(cases: list[Record], plt: Any) -> Any:
-    """transformers' compiled grouped_mm's time over ours, and the eager one's."""
-    uniform = [case for case in cases if case["routing"] == "uniform"]
-    figure, panels = plt.subplots(2, figsize=(9, 6), sharex=True, layout="constrained")
-    for axes, peer in zip(panels, ("compiled", "eager"), strict=True):
-        heights = {
-            (case["shape"], case["pass"]): _median_ratio(case, peer)
-            for case in uniform
-            if peer in case["errors"]
-        }
-        _bars(axes, heights, ("forward", "forward+backward"))
-        axes.set_ylabel("grouped_mm / ours")
-        axes.set_title(f"transformers' grouped_mm, {peer}: above 1 ours is faster", fontsize=10)
-    _legend(figure, panels[0])
-    return figure
-
-
-def _plot_blocks(cases: list[Record], plt: Any) -> Any:
-    """transformers' blocks' times over that of layers.MoE, a panel for each of its experts."""
-    peers = ("loop", "eager", "compiled")
-    own = [case for case in cases if "peer" not in case]
-    shown = [peer for peer in peers if any(peer in case["errors"] for case in own)]
-    figure, panels = plt.subplots(
-        len(shown), figsize=(9, 3 * len(shown)), sharex=True, squeeze=False, layout="constrained"
-    )
-    for (axes,), peer in zip(panels, shown, strict=True):
-        heights = {
-            (case["shape"], case["pass"]): _median_ratio(case, peer)
-            for case in own
-            if peer in case["errors"]
-        }
-        _bars(axes, heights, ("forward", "forward+backward"))
-        whose = "loop over experts" if peer == "loop" else f"grouped_mm, {peer}"
-        axes.set_ylabel("transformers / ours")
-        axes.set_title(f"transformers' {whose}: above 1 ours is faster", fontsize=10)
-    _legend(figure, panels[0][0])
-    return figure
-
-
-def _legend(figure: Any, axes: Any) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
-
-
-def _bars(axes: Any, heights: dict[tuple[str, str], float | None], series: Sequence[str]) -> None:
-    """Groups of bars, one for each shape, and a line at 1; what was wrong has no bar."""
-    shapes = list(dict.fromkeys(shape for shape, _ in heights))
-    width = 0.8 / len(series)
-    for i, name in enumerate(series):
-        places = [place + (i - (len(series) - 1) / 2) * width for place in range(len(shapes))]
-        values = [heights.get((shape, name)) or 0.0 for shape in shapes]
-        bars = axes.bar(places, values, width, label=name, zorder=2)
-        told = [f"{value:.2f}" if value else "wrong" for value in values]
-        paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-        axes.bar_label(bars, told, fontsize=7, padding=2, bbox=paper, zorder=3)
-    axes.axhline(1.0, color="black", linewidth=1, zorder=1)
-    axes.set_xticks(range(len(shapes)), shapes)
-    axes.margins(y=0.15)
-
-
-# By part: what the image shows, and what draws it.
-PLOTS: dict[str, tuple[str, Callable[[list[Record], Any], Any]]] = {
-    "gemm": ("grouped_gemm against torch._grouped_mm by shape", _plot_gemm),
-    "rows": ("bandwidth of the ops that move rows by shape", _plot_rows),
-    "experts": ("the expert block against transformers' grouped_mm by shape", _plot_experts),
-    "blocks": ("the block with its router against transformers' by shape", _plot_blocks),
-}
-
-
-def write_plots(results: Path, images: Path) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        return
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
-    for device, parts in cuda_results(results).items():
-        for part, (_, draw) in PLOTS.items():
-            if part in parts and parts[part]["cases"]:
-                images.mkdir(parents=True, exist_ok=True)
-                figure = draw(parts[part]["cases"], plt)
-                gpu = parts[part]["environment"]["gpu"]
-                figure.suptitle(f"{gpu}, {parts[part]['environment']['date']}", fontsize=11)
-                # Without the date of drawing, so that the same numbers make the same file.
-                figure.savefig(images / f"{device}_{part}.png", dpi=120, metadata={"Software": ""})
-                plt.close(figure)
-
-
-def between(text: str, markers: tuple[str, str], lines: Iterable[str]) -> str:
-    """The text with the lines between the markers; as it is where there are no lines."""
-    body = "\n".join(lines)
-    if not body:
-        return text
-    before, begin, rest = text.partition(markers[0])
-    _, end, after = rest.partition(markers[1])
-    if not begin or not end:
-        raise ValueError(f"the page has no {markers[0]} ... {markers[1]} to write between")
-    return f"{before}{begin}\n\n{body}\n{end}{after}"
-
-
-def write(results: Path, page: Path) -> None:
-    """Rewrites the page and the images beside it."""
-    images = page.parent / "images"
-    write_plots(results, images)
-    text = page.read_text(encoding="utf-8")
-    text = between(text, CPU_MARKERS, cpu_tables(results))
-    text = between(text, CUDA_MARKERS, cuda_tables(results, images))
-    page.write_text(text, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    write(ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md")
