@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.report.tables import PASSES, Record, _median_ratio
+from benchmarks.report.columns import Record, median
+from benchmarks.report.records import PASSES
 
 
 def _plot_gemm(cases: list[Record], plt: Any) -> Any:
@@ -22,7 +23,7 @@ def _plot_gemm(cases: list[Record], plt: Any) -> Any:
     )
     for (axes,), projection in zip(panels, projections, strict=True):
         here = [case for case in uniform if case["projection"] == projection]
-        heights = {(c["shape"], c["pass"]): _median_ratio(c, "torch") for c in here}
+        heights = {(c["shape"], c["pass"]): median("ratio", "torch")(c) for c in here}
         _bars(axes, heights, PASSES)
         axes.set_ylabel("torch._grouped_mm / ours")
         axes.set_title(f"{projection} projection: above 1 ours is faster", fontsize=10)
@@ -47,7 +48,7 @@ def _plot_experts(cases: list[Record], plt: Any) -> Any:
     figure, panels = plt.subplots(2, figsize=(9, 6), sharex=True, layout="constrained")
     for axes, peer in zip(panels, ("compiled", "eager"), strict=True):
         heights = {
-            (case["shape"], case["pass"]): _median_ratio(case, peer)
+            (case["shape"], case["pass"]): median("ratio", peer)(case)
             for case in uniform
             if peer in case["errors"]
         }
@@ -68,7 +69,7 @@ def _plot_blocks(cases: list[Record], plt: Any) -> Any:
     )
     for (axes,), peer in zip(panels, shown, strict=True):
         heights = {
-            (case["shape"], case["pass"]): _median_ratio(case, peer)
+            (case["shape"], case["pass"]): median("ratio", peer)(case)
             for case in own
             if peer in case["errors"]
         }

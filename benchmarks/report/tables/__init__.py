@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of the page by the benchmark's part. A new table is a Table, and its name here."""
+
+from __future__ import annotations
+
+from benchmarks.report.columns import Table
+from benchmarks.report.tables import experts, ops
+
+CPU = ops.CPU
+# By part of a GPU run, in the order of the page.
+TABLES: dict[str, tuple[Table, ...]] = {
+    "ceilings": (ops.CEILINGS,),
+    "gemm": (ops.GEMM, ops.GEMM_MEANS),
+    "rows": (ops.ROWS,),
+    "routing": (ops.ROUTING_INDICES, ops.TOPK_ROUTING),
+    "decode": (ops.DECODE,),
+    "dispatch": (ops.DISPATCH,),
+    "first-call": (ops.first_call("grouped_gemm"),),
+    "experts": (experts.EXPERTS, experts.EXPERTS_MEMORY),
+    "experts-kernels": (experts.EXPERTS_KERNELS,),
+    "experts-first-call": (ops.first_call("fused_experts"),),
+    "experts-peers": (experts.EXPERTS_PEERS,),
+    "lora": (experts.LORA, experts.LORA_MEMORY),
+    "blocks": (experts.BLOCKS, experts.BLOCKS_STEPS, experts.BLOCKS_PEERS),
+}
