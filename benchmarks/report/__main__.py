@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the tables and plots of docs/performance.md from benchmarks/results/*.json.
+"""Write the tables and plots of docs/performance.md from benchmarks/results/*.json.
 
     python -m benchmarks.report
 
-Files of a CPU fill the page between `<!-- tables: begin/end -->`, those of a GPU between
-`<!-- cuda tables: begin/end -->`. Where there are none, that part of the page stays as it is. Plots
-go to docs/images/ where matplotlib is installed.
+The results of CPUs fill the page between `<!-- tables: begin/end -->`, and those of GPUs between
+`<!-- cuda tables: begin/end -->`. A part of the page without results stays as it is. Plots go to
+docs/images/ where matplotlib is installed.
 """
 
 from __future__ import annotations

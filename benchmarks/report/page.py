@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report.columns import Record, markdown
-from benchmarks.report.plots import PLOTS
+from benchmarks.report.plots import PLOTS, draw
 from benchmarks.report.tables import CPU, TABLES
 
 CPU_MARKERS = ("<!-- tables: begin -->", "<!-- tables: end -->")
@@ -77,7 +77,7 @@ def cuda_tables(results: Path, images: Path) -> Iterator[str]:
                 yield f"{about}\n"
             image = images / f"{device}_{part}.png"
             if image.exists():
-                yield f"![{PLOTS[part][0]}](images/{image.name})\n"
+                yield f"![{PLOTS[part].about}](images/{image.name})\n"
             for table in TABLES[part]:
                 yield from markdown(table, cases)
 
@@ -124,12 +124,13 @@ def write_plots(results: Path, images: Path) -> None:
     from matplotlib import pyplot as plt
 
     for device, parts in cuda_results(results).items():
-        for part, (_, draw) in PLOTS.items():
-            if part in parts and parts[part]["cases"]:
-                images.mkdir(parents=True, exist_ok=True)
-                figure = draw(parts[part]["cases"], plt)
-                gpu = parts[part]["environment"]["gpu"]
-                figure.suptitle(f"{gpu}, {parts[part]['environment']['date']}", fontsize=11)
-                # Without the date of drawing, so that the same numbers make the same file.
-                figure.savefig(images / f"{device}_{part}.png", dpi=120, metadata={"Software": ""})
-                plt.close(figure)
+        for part in (part for part in PLOTS if part in parts):
+            environment, cases = parts[part]["environment"], parts[part]["cases"]
+            figure = draw(PLOTS[part], cases, plt)
+            if figure is None:
+                continue
+            figure.suptitle(f"{environment['gpu']}, {environment['date']}", fontsize=11)
+            images.mkdir(parents=True, exist_ok=True)
+            # Without the date of drawing, so that the same numbers make the same file.
+            figure.savefig(images / f"{device}_{part}.png", dpi=120, metadata={"Software": ""})
+            plt.close(figure)

@@ -1,111 +1,157 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plots of each part of a GPU run."""
+"""The plots of each benchmark, declared, and the one function that draws them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.report.columns import Record, median
-from benchmarks.report.records import PASSES
+from benchmarks.report.columns import Record, Take, at, median
+from benchmarks.report.records import PASSES, shapes
 
 
-def _plot_gemm(cases: list[Record], plt: Any) -> Any:
-    """torch._grouped_mm's time over ours, a panel for each projection."""
-    uniform = [case for case in cases if case["routing"] == "uniform"]
-    projections = list(dict.fromkeys(case["projection"] for case in uniform))
-    figure, panels = plt.subplots(
-        len(projections),
-        figsize=(9, 3 * len(projections)),
+@dataclass(frozen=True)
+class Panel:
+    """A panel has a bar for each of its cases.
+
+    Attributes:
+        title: what stands above the panel.
+        height: takes a bar's height from its case. A case without one was wrong.
+        where: tells which cases the panel shows.
+    """
+
+    title: str
+    height: Take
+    where: Callable[[Record], bool] = lambda _: True
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot has its panels one below the other, with the shapes along their common x axis.
+
+    Attributes:
+        about: what the image shows, in words.
+        label: the label of the y axes.
+        panels: the panels. One that shows no case is left out.
+        series: the key whose values are the bars of a shape.
+        order: the values of that key, in order. Without them they come as the cases have them.
+        panel_height: the height of a panel in inches.
+    """
+
+    about: str
+    label: str
+    panels: Sequence[Panel]
+    series: str = "pass"
+    order: tuple[str, ...] = ()
+    panel_height: float = 3.0
+
+
+def _is_uniform(case: Record) -> bool:
+    return bool(case["routing"] == "uniform")
+
+
+def _of_projection(projection: str) -> Panel:
+    return Panel(
+        title=f"{projection} projection: above 1 ours is faster",
+        height=median("ratio", "torch"),
+        where=lambda case: _is_uniform(case) and case["projection"] == projection,
+    )
+
+
+def _of_experts(peer: str) -> Panel:
+    return Panel(
+        title=f"transformers' grouped_mm, {peer}: above 1 ours is faster",
+        height=median("ratio", peer),
+        where=lambda case: _is_uniform(case) and peer in case["errors"],
+    )
+
+
+def _of_block(peer: str, name: str) -> Panel:
+    return Panel(
+        title=f"transformers' {name}: above 1 ours is faster",
+        height=median("ratio", peer),
+        where=lambda case: "peer" not in case and peer in case["errors"],
+    )
+
+
+# By part of a GPU run.
+PLOTS: dict[str, Plot] = {
+    "gemm": Plot(
+        about="grouped_gemm against torch._grouped_mm by shape",
+        label="torch._grouped_mm / ours",
+        panels=(_of_projection("up"), _of_projection("down")),
+        order=PASSES,
+    ),
+    "rows": Plot(
+        about="bandwidth of the ops that move rows by shape",
+        label="fraction of copy bandwidth",
+        panels=(
+            Panel(
+                title="bytes that must be moved over time, 1 is a device copy",
+                height=at("of_copy_ceiling"),
+            ),
+        ),
+        series="op",
+        panel_height=3.5,
+    ),
+    "experts": Plot(
+        about="the expert block against transformers' grouped_mm by shape",
+        label="grouped_mm / ours",
+        panels=(_of_experts("compiled"), _of_experts("eager")),
+        order=("forward", "forward+backward"),
+    ),
+    "blocks": Plot(
+        about="the block with its router against transformers' by shape",
+        label="transformers / ours",
+        panels=(
+            _of_block("loop", "loop over experts"),
+            _of_block("eager", "grouped_mm, eager"),
+            _of_block("compiled", "grouped_mm, compiled"),
+        ),
+        order=("forward", "forward+backward"),
+    ),
+}
+
+
+def draw(plot: Plot, cases: list[Record], plt: Any) -> Any:
+    """Return the figure, or None where no panel has a case to show."""
+    shown = [(panel, here) for panel in plot.panels if (here := list(filter(panel.where, cases)))]
+    if not shown:
+        return None
+    figure, grid = plt.subplots(
+        len(shown),
+        figsize=(9, plot.panel_height * len(shown)),
         sharex=True,
         squeeze=False,
         layout="constrained",
     )
-    for (axes,), projection in zip(panels, projections, strict=True):
-        here = [case for case in uniform if case["projection"] == projection]
-        heights = {(c["shape"], c["pass"]): median("ratio", "torch")(c) for c in here}
-        _bars(axes, heights, PASSES)
-        axes.set_ylabel("torch._grouped_mm / ours")
-        axes.set_title(f"{projection} projection: above 1 ours is faster", fontsize=10)
-    _legend(figure, panels[0][0])
-    return figure
-
-
-def _plot_rows(cases: list[Record], plt: Any) -> Any:
-    """Fraction of the copy bandwidth."""
-    figure, axes = plt.subplots(figsize=(9, 3.5), layout="constrained")
-    heights = {(c["shape"], c["op"]): c.get("of_copy_ceiling") for c in cases}
-    _bars(axes, heights, tuple(dict.fromkeys(case["op"] for case in cases)))
-    axes.set_ylabel("fraction of copy bandwidth")
-    axes.set_title("bytes that must be moved over time, 1 is a device copy", fontsize=10)
-    _legend(figure, axes)
-    return figure
-
-
-def _plot_experts(cases: list[Record], plt: Any) -> Any:
-    """transformers' compiled grouped_mm's time over ours, and the eager one's."""
-    uniform = [case for case in cases if case["routing"] == "uniform"]
-    figure, panels = plt.subplots(2, figsize=(9, 6), sharex=True, layout="constrained")
-    for axes, peer in zip(panels, ("compiled", "eager"), strict=True):
-        heights = {
-            (case["shape"], case["pass"]): median("ratio", peer)(case)
-            for case in uniform
-            if peer in case["errors"]
-        }
-        _bars(axes, heights, ("forward", "forward+backward"))
-        axes.set_ylabel("grouped_mm / ours")
-        axes.set_title(f"transformers' grouped_mm, {peer}: above 1 ours is faster", fontsize=10)
-    _legend(figure, panels[0])
-    return figure
-
-
-def _plot_blocks(cases: list[Record], plt: Any) -> Any:
-    """transformers' blocks' times over that of layers.MoE, a panel for each of its experts."""
-    peers = ("loop", "eager", "compiled")
-    own = [case for case in cases if "peer" not in case]
-    shown = [peer for peer in peers if any(peer in case["errors"] for case in own)]
-    figure, panels = plt.subplots(
-        len(shown), figsize=(9, 3 * len(shown)), sharex=True, squeeze=False, layout="constrained"
-    )
-    for (axes,), peer in zip(panels, shown, strict=True):
-        heights = {
-            (case["shape"], case["pass"]): median("ratio", peer)(case)
-            for case in own
-            if peer in case["errors"]
-        }
-        _bars(axes, heights, ("forward", "forward+backward"))
-        whose = "loop over experts" if peer == "loop" else f"grouped_mm, {peer}"
-        axes.set_ylabel("transformers / ours")
-        axes.set_title(f"transformers' {whose}: above 1 ours is faster", fontsize=10)
-    _legend(figure, panels[0][0])
-    return figure
-
-
-def _legend(figure: Any, axes: Any) -> None:
-    handles, labels = axes.get_legend_handles_labels()
+    for (axes,), (panel, here) in zip(grid, shown, strict=True):
+        order = plot.order or tuple(dict.fromkeys(case[plot.series] for case in here))
+        heights = {(case["shape"], case[plot.series]): panel.height(case) for case in here}
+        _bars(axes, heights, shapes(here), order)
+        axes.set_ylabel(plot.label)
+        axes.set_title(panel.title, fontsize=10)
+    handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
+    return figure
 
 
-def _bars(axes: Any, heights: dict[tuple[str, str], float | None], series: Sequence[str]) -> None:
-    """Groups of bars, one for each shape, and a line at 1; what was wrong has no bar."""
-    shapes = list(dict.fromkeys(shape for shape, _ in heights))
+def _bars(
+    axes: Any,
+    heights: dict[tuple[str, str], float | None],
+    names: Sequence[str],
+    series: Sequence[str],
+) -> None:
+    """Draw a group of bars for each shape name, and a line at 1. A wrong result has no bar."""
     width = 0.8 / len(series)
     for i, name in enumerate(series):
-        places = [place + (i - (len(series) - 1) / 2) * width for place in range(len(shapes))]
-        values = [heights.get((shape, name)) or 0.0 for shape in shapes]
+        places = [place + (i - (len(series) - 1) / 2) * width for place in range(len(names))]
+        values = [heights.get((shape, name)) or 0.0 for shape in names]
         bars = axes.bar(places, values, width, label=name, zorder=2)
         told = [f"{value:.2f}" if value else "wrong" for value in values]
         paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
         axes.bar_label(bars, told, fontsize=7, padding=2, bbox=paper, zorder=3)
     axes.axhline(1.0, color="black", linewidth=1, zorder=1)
-    axes.set_xticks(range(len(shapes)), shapes)
+    axes.set_xticks(range(len(names)), names)
     axes.margins(y=0.15)
-
-
-# By part: what the image shows, and what draws it.
-PLOTS: dict[str, tuple[str, Callable[[list[Record], Any], Any]]] = {
-    "gemm": ("grouped_gemm against torch._grouped_mm by shape", _plot_gemm),
-    "rows": ("bandwidth of the ops that move rows by shape", _plot_rows),
-    "experts": ("the expert block against transformers' grouped_mm by shape", _plot_experts),
-    "blocks": ("the block with its router against transformers' by shape", _plot_blocks),
-}

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables and plots that are made of the benchmarks' results."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import report
+from benchmarks.report.columns import Column, Table, at, keys, markdown, median, ratio, spread
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = "\n".join(["before", *report.CPU_MARKERS, "between", *report.CUDA_MARKERS, "after", ""])
@@ -289,13 +291,55 @@ def test_cpu_tables(folder):
     assert "| bf16 | new | dX | 2 | 1.000 | 1.000 | 0.800 | 1 |" in render(folder)
 
 
+def test_a_table_is_a_list_of_columns():
+    table = Table(
+        about="What it shows.",
+        columns=(
+            *keys("shape"),
+            Column("ms", median("milliseconds", "moe_ops"), ".1f"),
+            Column("MiB", at("mib", "moe_ops", "peak"), lambda mib: f"{mib / 1024:.1f} GiB"),
+            Column("ratio", ratio("torch", of_all=False), spread),
+        ),
+        rows=lambda cases: cases[1:],
+    )
+    full = {
+        "shape": "olmoe",
+        "milliseconds": {"moe_ops": [1.0, 2.0, 3.0]},
+        "mib": {"moe_ops": {"peak": 2048}},
+        "errors": {"torch": 0.01},
+        "ratio": {"torch": [1.0, 1.2, 1.3]},
+    }
+    wrong = {**full, "milliseconds": {}, "ratio": {}, "wrong": ["torch"]}
+    not_compared = {**wrong, "mib": {}, "errors": {}}
+    assert list(markdown(table, [{}, full, wrong, not_compared])) == [
+        "What it shows.\n",
+        "| shape | ms | MiB | ratio |",
+        "| --- | --- | --- | --- |",
+        "| olmoe | 2.0 | 2.0 GiB | 1.20 (1.00-1.30) |",
+        "| olmoe | - | 2.0 GiB | wrong |",
+        "| olmoe | - | - | - |",
+        "",
+    ]
+
+
+def test_a_table_without_rows():
+    table = Table(about="What it shows.", columns=keys("shape"))
+    assert list(markdown(table, [])) == ["What it shows.\n", "| shape |", "| --- |", ""]
+    assert not list(markdown(dataclasses.replace(table, skip_empty=True), []))
+
+
+def test_a_key_that_every_record_has():
+    with pytest.raises(KeyError, match="shape"):
+        list(markdown(Table(columns=keys("shape")), [{}]))
+
+
 def drawn(part):
     """Of each panel: its title, its label, the ticks, and the bars of each series with their labels."""
     mpl = pytest.importorskip("matplotlib")
     mpl.use("agg")
     from matplotlib import pyplot as plt
 
-    figure = report.PLOTS[part][1](CASES[part], plt)
+    figure = report.draw(report.PLOTS[part], CASES[part], plt)
     panels = []
     for axes in figure.axes:
         told = [text.get_text() for text in axes.texts]
@@ -363,6 +407,12 @@ def test_plot_of_blocks():
     ]
 
 
+def test_a_plot_without_cases():
+    plt = pytest.importorskip("matplotlib.pyplot")
+    skewed = [{**case, "routing": "zipf"} for case in CASES["gemm"]]
+    assert report.draw(report.PLOTS["gemm"], skewed, plt) is None
+
+
 def test_the_page_is_what_the_committed_results_give(tmp_path):
     """Byte for byte; the images too were drawn from them, but matplotlib's pixels may change."""
     page = ROOT / "docs" / "performance.md"
@@ -381,11 +431,11 @@ def test_page_without_markers(folder):
 
 def test_cpu_tables_take_the_routings_of_a_shape_together(tmp_path):
     cases = []
-    for num_rows, routing, ratio in (
+    for num_rows, routing, middle in (
         (1024, "uniform", 0.8), (1024, "skewed", 1.25), (4096, "uniform", 0.9), (4096, "skewed", 0.9),
     ):  # fmt: skip
         shape = {"E": 8, "N": 512, "D": 256, "R": num_rows, "routing": routing}
-        case = {"dtype": "bf16", "counts": "same", "pass": "dX", "ratio": [0.0, ratio, 2.0]}
+        case = {"dtype": "bf16", "counts": "same", "pass": "dX", "ratio": [0.0, middle, 2.0]}
         cases.append({**shape, **case})
     result = {"environment": {"date": "2026-01-02"}, "cases": cases}
     (tmp_path / "cpu_gemm_bf16.json").write_text(json.dumps(result), encoding="utf-8")
