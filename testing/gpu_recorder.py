@@ -8,21 +8,48 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from testing.gpu_report import REPORT, kernel_sha256
+from testing.gpu_report import REPORT, kernel_sha256, module_digests
 
 ENVIRONMENT_VARIABLE = "MOE_OPS_GPU_REPORT"
+LOADED = "loaded modules of moe_ops"
 
 
 def report_path() -> Path | None:
     """Where the run's report is to go; None where none is asked for."""
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     return Path(named).absolute() if named else None
+
+
+def is_worker(config: Any) -> bool:
+    """Tell whether pytest-xdist started this process."""
+    return hasattr(config, "workerinput")
+
+
+def loaded_modules() -> set[str]:
+    """Return the names of the moe_ops modules that this process has imported."""
+    return {name for name in sys.modules if name.split(".")[0] == "moe_ops"}
+
+
+def plugin(config: Any, path: Path) -> "Recorder | LoadedModules":
+    """Return what this process needs for the report to get to `path`."""
+    return LoadedModules(config) if is_worker(config) else Recorder(config, path)
+
+
+class LoadedModules:
+    """Sends the names of the modules that a worker imported to the process that started it."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def pytest_sessionfinish(self) -> None:
+        self.config.workeroutput[LOADED] = sorted(loaded_modules())
 
 
 class Recorder:
@@ -37,6 +64,8 @@ class Recorder:
         self.started = time.monotonic()
         # Before the tests: what is edited meanwhile was not tested.
         self.sha256 = kernel_sha256()
+        self.covered = set(module_digests())
+        self.loaded: set[str] = set()
         self.collected: set[str] = set()
         self.outcomes: dict[str, str] = {}
         self.reasons: collections.Counter[str] = collections.Counter()
@@ -49,6 +78,12 @@ class Recorder:
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, node: Any, ids: list[str]) -> None:
         self.collected.update(ids)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        # A worker that crashed says nothing; the test that crashed it has failed.
+        if error is None:
+            self.loaded.update(node.workeroutput[LOADED])
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed:
@@ -90,7 +125,10 @@ class Recorder:
         if missing or not self.collected:
             return f"{len(missing)} of {len(self.collected)} tests did not run"
         if self.sha256 != kernel_sha256():
-            return "the kernels changed during the run"
+            return "the code changed during the run"
+        if uncovered := (self.loaded | loaded_modules()) - self.covered:
+            names = ", ".join(sorted(uncovered))
+            return f"the tests loaded modules that the report's hash does not cover: {names}"
         return None
 
     def _report(self) -> dict[str, Any]:
