@@ -115,7 +115,7 @@ test-gpu: $(DEV_ENV) ## Run the GPU suite and write its report; needs a CUDA GPU
 	  $(PY) -m pytest tests/gpu -n $(GPU_WORKERS) --dist worksteal --durations=10 \
 	  -o faulthandler_timeout=240 $(ARGS)
 
-gpu-report-check: $(DEV_ENV) ## Fail if the committed GPU report is not of the tree's kernels
+gpu-report-check: $(DEV_ENV) ## Warn if the GPU suite was not run on the tree's code; fail if a test failed in it
 	@$(PY) -m testing.gpu_report
 
 test-transformers-newest: $(VENV_NEWEST)/.transformers-$(TRANSFORMERS_NEWEST_VERSION) ## Run tests/integrations, layers and compat with the newest transformers
@@ -142,8 +142,8 @@ docs-check: $(DEV_ENV) ## Fail if docs/ops/*.md is not what the op schemas say
 	@pages=$$(mktemp -d); trap 'rm -rf "$$pages"' EXIT; $(PY) -c "$$WRITE_PAGES" "$$pages"; \
 	  diff -ru docs/ops "$$pages" || { echo "docs/ops is not what op_schemas/ says: run 'make docs'"; exit 1; }
 
-# The suite comes last so that its summary is the last thing on the screen.
-ci: lint types imports docs-check gpu-report-check test-interpreter test-transformers-newest test ## Run everything that CI runs
+# Last come the suite's summary and the warning about the GPU report: they stay on the screen.
+ci: lint types imports docs-check test-interpreter test-transformers-newest test gpu-report-check ## Run everything that CI runs
 
 ##@ Environments
 .PHONY: env clean distclean demo-env dev-env

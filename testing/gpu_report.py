@@ -144,10 +144,10 @@ def main(arguments: list[str] | None = None, file: Path = REPORT) -> int:
     if warning and strict:
         errors.append(warning)
     elif warning:
-        print(f"WARNING: {file.name} of tests/gpu is outdated: {warning}")
+        print(f"WARNING: the GPU report is outdated: {warning}")
         print("WARNING: run 'make test-gpu' on a GPU and commit the report before a release")
     for error in errors:
-        print(f"ERROR: {file.name} of tests/gpu: {error}")
+        print(f"ERROR: the GPU report: {error}")
     if errors:
         print("ERROR: run 'make test-gpu' on a GPU and commit the report")
     return 1 if errors else 0

@@ -186,8 +186,8 @@ ONE_FAILED = {"counts": {"passed": 3, "failed": 1, "skipped": 0}, "failures": ["
     [
         ({}, 0, 0, "3 passed, 0 failed, 1 skipped on none"),
         (OUTDATED, 0, 1, "the code is not what was tested"),
-        (NONE_PASSED, 1, 1, "ERROR: report.json of tests/gpu: no test passed"),
-        (ONE_FAILED, 1, 1, "ERROR: report.json of tests/gpu: 1 tests failed: test_x"),
+        (NONE_PASSED, 1, 1, "ERROR: the GPU report: no test passed"),
+        (ONE_FAILED, 1, 1, "ERROR: the GPU report: 1 tests failed: test_x"),
         (OUTDATED | ONE_FAILED, 1, 1, "1 tests failed: test_x"),
     ],
     ids=["good", "outdated", "none passed", "failed", "outdated and failed"],
