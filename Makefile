@@ -145,6 +145,12 @@ docs-check: $(DEV_ENV) ## Fail if docs/ops/*.md is not what the op schemas say
 # Last come the suite's summary and the warning about the GPU report: they stay on the screen.
 ci: lint types imports docs-check test-interpreter test-transformers-newest test gpu-report-check ## Run everything that CI runs
 
+##@ Release
+.PHONY: release
+release: docs-check ## Check what a release needs and keep the op schemas of VERSION=X.Y.Z
+	@$(PY) -m testing.gpu_report --strict
+	@$(PY) -m testing.release "$(VERSION)"
+
 ##@ Environments
 .PHONY: env clean distclean demo-env dev-env
 env: $(DEV_ENV) ## Make the environment that the checks use

@@ -1,50 +1,177 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A released op's schema may only gain defaults, and defaulted arguments at its end."""
+"""A released op's schema may only gain defaults, and defaulted arguments at its end.
 
+While nothing is released, the tests work on a copy of the schemas that they release themselves.
+"""
+
+import os
 import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from moe_ops._core.library import SCHEMAS
+from moe_ops._core.schema import load_all
+from testing.release import (
+    ROOT,
+    ReleaseError,
+    broken,
+    main,
+    pending_version,
+    problems,
+    release,
+    released_folder,
+    releases,
+)
 
-RELEASED = sorted((Path(__file__).parents[2] / "op_schemas" / "released").glob("*.yaml"))
 CURRENT = {name: schema.schema for name, schema in SCHEMAS.items()}
+PENDING = pending_version()
 
 
-def broken(released: dict[str, str], current: dict[str, str]) -> list[str]:
-    """What a caller of the released ops would notice, one line an op; name -> schema string."""
-    parse: Any = torch._C.parse_schema
-    found = []
-    for name, old in released.items():
-        if name not in current:
-            found.append(f"{name}: removed")
-            continue
-        new = current[name]
-        parsed_old = parse(f"moe::{name}{old}")
-        parsed_new = parse(f"moe::{name}{new}")
-        # To the parser a SymInt is an int, but an op that takes ints compiles anew for every size.
-        symbolic = re.findall(r"SymInt \w+", old)
-        if not parsed_new.is_backward_compatible_with(parsed_old) or any(
-            argument not in new for argument in symbolic
-        ):
-            found.append(f"{name}: {old} became {new}")
-    return found
+def test_current_schemas_keep_what_was_released():
+    assert problems(SCHEMAS, releases()) == []
 
 
-@pytest.mark.parametrize("file", RELEASED, ids=lambda file: file.stem)
-def test_current_schemas_keep_what_was_released(file):
-    released = yaml.safe_load(file.read_text())
-    assert released
-    assert broken(released, CURRENT) == []
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of the op schemas, of which nothing is released."""
+    (tmp_path / "src" / "moe_ops").mkdir(parents=True)
+    shutil.copy(ROOT / "src" / "moe_ops" / "_version.py", tmp_path / "src" / "moe_ops")
+    ignored = shutil.ignore_patterns("released", "__pycache__")
+    shutil.copytree(ROOT / "op_schemas", tmp_path / "op_schemas", ignore=ignored)
+    return tmp_path
 
 
-def test_a_release_is_kept():
-    """The parametrised test above would otherwise pass with nothing to compare."""
-    assert RELEASED
+def problems_of(tree: Path) -> list[str]:
+    return problems(load_all(tree / "op_schemas"), releases(tree))
+
+
+def edit(tree: Path, op: str, change: Callable[[dict[str, Any]], object]) -> None:
+    file = tree / "op_schemas" / f"{op}.yaml"
+    document = yaml.safe_load(file.read_text())
+    change(document)
+    file.write_text(yaml.safe_dump(document, sort_keys=False))
+
+
+def test_a_release_has_every_op(tree):
+    file = release(PENDING, tree)
+    assert file == tree / "op_schemas" / "released" / f"{PENDING}.yaml"
+    assert yaml.safe_load(file.read_text()) == CURRENT
+    assert problems_of(tree) == []
+
+
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_an_op_that_the_release_lacks_is_found(tree, op):
+    file = release(PENDING, tree)
+    kept = yaml.safe_load(file.read_text())
+    del kept[op]
+    file.write_text(yaml.safe_dump(kept))
+    (problem,) = problems_of(tree)
+    assert problem == f"{PENDING}: {op}: since {SCHEMAS[op].since}, but not in the release"
+
+
+def test_an_op_of_a_later_version_need_not_be_in_the_release(tree):
+    file = release(PENDING, tree)
+    file.write_text(yaml.safe_dump({k: v for k, v in CURRENT.items() if k != "permute"}))
+    edit(tree, "permute", lambda document: document.update(since="99.1"))
+    assert problems_of(tree) == []
+    file.write_text(yaml.safe_dump(CURRENT))
+    assert problems_of(tree) == [f"{PENDING}: permute: since 99.1, but in the release"]
+
+
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_renaming_an_argument_of_any_op_is_found(tree, op):
+    release(PENDING, tree)
+    file = tree / "op_schemas" / f"{op}.yaml"
+    first = SCHEMAS[op].arguments[0].name
+    file.write_text(re.sub(rf"\b{first}\b", f"{first}_renamed", file.read_text()))
+    (problem,) = problems_of(tree)
+    assert problem.startswith(f"{PENDING}: {op}: {CURRENT[op]} became ")
+
+
+def reorder(document: dict[str, Any]) -> None:
+    old, new = "Tensor topk_ids, Tensor topk_weights", "Tensor topk_weights, Tensor topk_ids"
+    assert old in document["schema"]
+    document["schema"] = document["schema"].replace(old, new)
+    arguments = document["arguments"]
+    names = list(arguments)
+    at = names.index("topk_ids")
+    names[at : at + 2] = ["topk_weights", "topk_ids"]
+    document["arguments"] = {name: arguments[name] for name in names}
+
+
+def another_default(document: dict[str, Any]) -> None:
+    assert "activation='silu'" in document["schema"]
+    document["schema"] = document["schema"].replace("activation='silu'", "activation='gelu'")
+
+
+@pytest.mark.parametrize("change", [reorder, another_default])
+def test_an_incompatible_schema_is_found_and_not_released(tree, change):
+    release(PENDING, tree)
+    edit(tree, "fused_experts", change)
+    (problem,) = problems_of(tree)
+    assert problem.startswith(f"{PENDING}: fused_experts: {CURRENT['fused_experts']} became ")
+    (tree / "src" / "moe_ops" / "_version.py").write_text('__version__ = "99.1.0.dev0"')
+    with pytest.raises(ReleaseError, match="fused_experts"):
+        release("99.1.0", tree)
+    assert list(releases(tree)) == [PENDING]
+
+
+def test_a_compatible_schema_is_released_beside_the_first(tree):
+    release(PENDING, tree)
+    old = "str? kernel_config=None)"
+    edit(tree, "fused_experts", lambda d: d.update(
+        schema=d["schema"].replace(old, f"{old[:-1]}, bool strict=False)"),
+        arguments={**d["arguments"], "strict": {"doc": "Something new."}},
+    ))  # fmt: skip
+    (tree / "src" / "moe_ops" / "_version.py").write_text('__version__ = "99.1.0.dev0"')
+    release("99.1.0", tree)
+    assert set(releases(tree)) == {PENDING, "99.1.0"}
+    assert releases(tree)[PENDING] == CURRENT
+    assert problems_of(tree) == []
+
+
+@pytest.mark.parametrize(
+    ("version", "why"),
+    [
+        ("", "three numbers"),
+        ("0.1", "three numbers"),
+        ("v0.1.0", "three numbers"),
+        (f"{PENDING}.dev0", "three numbers"),
+        ("98.7.6", f"expected VERSION={PENDING}"),
+    ],
+)
+def test_another_version_is_not_released(tree, capsys, version, why):
+    assert main([version], tree) == 1
+    assert why in capsys.readouterr().out
+    assert not released_folder(tree).exists()
+
+
+def test_nothing_is_released_twice(tree, capsys):
+    assert main([PENDING], tree) == 0
+    before = releases(tree)
+    assert main([PENDING], tree) == 1
+    assert f"{PENDING} was released" in capsys.readouterr().out
+    assert releases(tree) == before
+
+
+def test_make_release_checks_before_it_writes():
+    """What the target would run, and in which order."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    done = subprocess.run(
+        ["make", "-n", "release", "VERSION=1.2.3", f"PYTHON={sys.executable}"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    steps = ["docs/ops", "-m testing.gpu_report --strict", '-m testing.release "1.2.3"']
+    places = [done.stdout.find(step) for step in steps]
+    assert min(places) >= 0
+    assert places == sorted(places)
 
 
 def changed(name: str, old: str, new: str) -> dict[str, str]:
