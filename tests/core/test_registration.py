@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A kernel that somebody else registers over ours is called, and ours again once it is gone."""
 
+import ast
 import contextlib
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,3 +182,17 @@ def test_it_is_called_under_autocast():
     assert calls == ["grouped_gemm"]
     assert output.dtype == torch.bfloat16
     assert torch.equal(output, before + 1)
+
+
+def test_private_torch_names_stand_in_one_file():
+    core = Path(moe_ops.__file__).parent / "_core"
+    found = set()
+    for file in core.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                text = ast.unparse(node)
+                if re.match(r"(torch|forward_ad)\b.*\._", text):
+                    found.add(file.name)
+            if isinstance(node, ast.ImportFrom) and re.match(r"torch\b.*\._", node.module or ""):
+                found.add(file.name)
+    assert found == {"torch_private.py"}

@@ -32,10 +32,11 @@ from moe_ops._core.schema import (
     Size,
     solve,
 )
+from moe_ops._core.torch_private import check_with
 from moe_ops.configs.kernel_config import why_not_kernel_config
 
 _GLOBALS: dict[str, Any] = {
-    "_check_with": torch._check_with,
+    "_check_with": check_with,
     # By format of a string argument: why a string is not of it, or None.
     "_why_not_kernel_config": why_not_kernel_config,
     "_dtype_name": lambda dtype: str(dtype).removeprefix("torch."),

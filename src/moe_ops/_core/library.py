@@ -79,8 +79,10 @@ class Op:
             name + self.schema.schema,
             tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
         )
-        self.overload: torch._ops.OpOverload = getattr(torch.ops.moe, name).default
-        _library._register_fake(name, self.generated.fake, allow_override=False)
+        self.overload = getattr(torch.ops.moe, name).default
+        torch.library.register_fake(
+            f"{NAMESPACE}::{name}", self.generated.fake, lib=_library, allow_override=False
+        )
         self.device_kernels = {
             key: _device_kernel(self, device_type) for device_type, key in DISPATCH_KEYS.items()
         }
@@ -195,19 +197,21 @@ def _device_kernel(op: Op, device_type: str) -> Callable[..., Tensors]:
 
 
 def _autocast_kernel(op: Op, device_type: str) -> Callable[..., Tensors]:
+    """Make the Autocast kernel of any op: it casts, then calls the op with autocast off."""
     marked = [i for i, a in enumerate(op.schema.arguments) if a.autocast]
-    key = getattr(torch._C.DispatchKey, f"Autocast{DISPATCH_KEYS[device_type]}")
-    keyset = torch._C.DispatchKeySet(key)
     castable = (torch.bfloat16, torch.float16, torch.float32)
 
     def kernel(*args: Any) -> Tensors:
         dtype = torch.get_autocast_dtype(device_type)
-        cast = list(args)
+        given = list(args)
         for i in marked:
             if i < len(args) and args[i] is not None and args[i].dtype in castable:
-                cast[i] = args[i].to(dtype)
-        with torch._C._ExcludeDispatchKeyGuard(keyset):
-            return op.overload(*cast)
+                given[i] = args[i].to(dtype)
+        torch.set_autocast_enabled(device_type, False)
+        try:
+            return op.overload(*given)
+        finally:
+            torch.set_autocast_enabled(device_type, True)
 
     return kernel
 
