@@ -2,9 +2,12 @@
 """Which implementation serves an op, how one is forced, and what `python -m moe_ops env` says."""
 
 import ast
+import contextlib
+import copy
 import importlib.util
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -13,6 +16,7 @@ import torch
 from moe_ops import cli
 from moe_ops._core import library
 from moe_ops._core.library import ENVIRONMENT_VARIABLE, IMPLEMENTATIONS, OPS
+from moe_ops._core.schema import REQUIRED, Argument
 from moe_ops.configs import cache
 from moe_ops.configs.choose import shipped
 from moe_ops.configs.kernel_config import KernelConfigForward
@@ -23,7 +27,7 @@ def scratch_op(monkeypatch):
     """An Op whose implementations a test may choose; it is not registered with torch."""
     op = object.__new__(library.Op)
     op.name = "scratch"
-    op.implementations = {}
+    op.implementations, op.flags = {}, {}
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     return op
@@ -68,11 +72,9 @@ def test_without_triton(scratch_op, monkeypatch):
     assert scratch_op.choose("cuda") == library.Choice("pytorch", "triton is not installed")
 
 
-@pytest.mark.parametrize("name", sorted(OPS))
-@pytest.mark.parametrize("implementation", ["pytorch", "triton"])
-def test_parameters_are_the_schema_s(name, implementation):
+def check_parameters(op, implementation):
     """A default may be left out, but not be another. Read from the source: Triton may be missing."""
-    function = OPS[name].implementations[implementation]
+    function = op.implementations[implementation]
     if not isinstance(function, str):
         function = f"{function.__module__}:{function.__name__}"
     module, _, attribute = function.partition(":")
@@ -82,12 +84,69 @@ def test_parameters_are_the_schema_s(name, implementation):
     (node,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == attribute)
     assert not node.decorator_list
     parameters = node.args
-    others = (*parameters.posonlyargs, *parameters.kwonlyargs, parameters.vararg, parameters.kwarg)
-    assert others == (None, None)
-    arguments = OPS[name].schema.arguments
+    assert (*parameters.posonlyargs, parameters.vararg, parameters.kwarg) == (None, None)
+    arguments = op.schema.arguments
     assert [parameter.arg for parameter in parameters.args] == [a.name for a in arguments]
     given = [ast.literal_eval(default) for default in parameters.defaults]
     assert given == [a.default for a in arguments[len(arguments) - len(given) :]]
+    # Neither a flag that nothing takes, nor a keyword that nothing sets: its default would do.
+    assert {parameter.arg for parameter in parameters.kwonlyargs} == set(op.flags[implementation])
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+@pytest.mark.parametrize("implementation", ["pytorch", "triton"])
+def test_parameters_are_the_schema_s(name, implementation):
+    check_parameters(OPS[name], implementation)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "flags", "is_right"),
+    [
+        ("rows, factor=1", {}, True),
+        ("rows, factor=1, *, for_backward", {"for_backward": True}, True),
+        ("rows, factor=1, *, for_backward=False", {"for_backward": True}, True),
+        ("rows, factor=1, *, for_backward, sign", {"sign": 1, "for_backward": True}, True),
+        ("rows, factor=1, *, for_backward=False", {}, False),
+        ("rows, factor=1", {"for_backward": True}, False),
+        ("rows, factor=1, *, backward", {"for_backward": True}, False),
+        ("rows, factor=1, for_backward=False", {"for_backward": True}, False),
+        ("rows, factor=1, **flags", {"for_backward": True}, False),
+        ("rows, factor=2, *, for_backward", {"for_backward": True}, False),
+    ],
+)
+def test_keyword_only_parameters_are_the_flags(
+    scratch_op, tmp_path, monkeypatch, parameters, flags, is_right
+):
+    module = f"scratch_{tmp_path.name}"
+    (tmp_path / f"{module}.py").write_text(f"def scale({parameters}):\n    return rows\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    arguments = (Argument("rows", "Tensor", REQUIRED, ""), Argument("factor", "SymInt", 1, ""))
+    scratch_op.schema = SimpleNamespace(arguments=arguments)
+    scratch_op.implement("triton", f"{module}:scale", **flags)
+    with contextlib.nullcontext() if is_right else pytest.raises(AssertionError):
+        check_parameters(scratch_op, "triton")
+
+
+def test_flags_let_two_ops_share_a_function(scratch_op):
+    def added(input, gather_indices, top_k, scatter_indices, *, more, sign=1):
+        return input + sign * more
+
+    rows, order, results = torch.ones(3, 2), torch.arange(3), []
+    scratch_op.generated = OPS["permute"].generated
+    for flags in ({"more": 2}, {"more": 3, "sign": -1}):
+        op = copy.copy(scratch_op)
+        op.implementations, op.flags = {}, {}
+        op.implement("pytorch", added, **flags)
+        kernel = library._device_kernel(op, "cpu")
+        results.append([cast(torch.Tensor, kernel(rows, order, 1)) for _ in range(2)])
+    assert [[r.unique().tolist() for r in calls] for calls in results] == [[[3], [3]], [[-2], [-2]]]
+
+
+def test_flags_of_an_implementation_that_is_imported_when_called(scratch_op):
+    scratch_op.implement("triton", "builtins:max", key=abs)
+    scratch_op.implement("pytorch", "builtins:max")
+    assert scratch_op._load("triton")(-3, 2) == -3
+    assert scratch_op._load("pytorch")(-3, 2) == 2
 
 
 def test_named_implementation_is_imported_when_called(scratch_op):

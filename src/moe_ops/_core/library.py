@@ -14,6 +14,7 @@ of its gradient in terms of other ops.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.resources
 import importlib.util
@@ -75,6 +76,7 @@ class Op:
         self.schema = SCHEMAS[name]
         self.generated = codegen.generate(self.schema)
         self.implementations: dict[str, Callable[..., Tensors] | str] = {}
+        self.flags: dict[str, dict[str, Any]] = {}
         _library.define(
             name + self.schema.schema,
             tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
@@ -102,13 +104,18 @@ class Op:
     def _impl(self, kernel: Callable[..., Any], key: str, with_keyset: bool = False) -> None:
         _library.impl(self.name, kernel, key, with_keyset=with_keyset, allow_override=False)
 
-    def implement(self, name: str, function: Callable[..., Tensors] | str) -> None:
-        """Names `function` as the implementation `name`, "pytorch" or "triton".
+    def implement(self, name: str, function: Callable[..., Tensors] | str, **flags: Any) -> None:
+        """Name `function` as the implementation `name`, "pytorch" or "triton".
 
-        It is called with all arguments: defaults that the caller left out are filled in. A string
-        "module:function" is imported when the implementation is first called.
+        Args:
+            name: what the table IMPLEMENTATIONS calls it.
+            function: called with all arguments: defaults that the caller left out are filled in. A
+                string "module:function" is imported when the implementation is first called.
+            flags: passed to every call as keywords, beyond what the schema has. With them two ops
+                share one function. The function takes each as a keyword-only parameter.
         """
         self.implementations[name] = function
+        self.flags[name] = flags
 
     def differentiate(
         self,
@@ -161,14 +168,14 @@ class Op:
         return None
 
     def _load(self, name: str) -> Callable[..., Tensors]:
-        function = self.implementations[name]
+        """Import the implementation `name` where it is a string, and bind its flags."""
+        function, flags = self.implementations[name], self.flags[name]
         if isinstance(function, str):
             module, _, attribute = function.partition(":")
             function = cast(
                 Callable[..., Tensors], getattr(importlib.import_module(module), attribute)
             )
-            self.implementations[name] = function
-        return function
+        return functools.partial(function, **flags) if flags else function
 
     @property
     def defaults(self) -> tuple[Any, ...]:
