@@ -14,7 +14,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 SCHEMA_DIR = ROOT / "op_schemas"
-SCHEMA_MODULE = ROOT / "src" / "moe_ops" / "_core" / "schema.py"
+SCHEMA_READER = ROOT / "src" / "moe_ops" / "_core" / "schema" / "__init__.py"
 
 
 def read_version() -> str:
@@ -27,12 +27,16 @@ def read_version() -> str:
 
 
 def validate_schemas() -> None:
-    """Reads every YAML file with the package's own reader; the first error ends the build."""
-    spec = importlib.util.spec_from_file_location("_moe_ops_build_schema", SCHEMA_MODULE)
+    """Read every YAML file with the package's own reader; the first error ends the build.
+
+    The reader is a package whose imports are relative, so it can be loaded alone, by its path.
+    """
+    name = "_moe_ops_build_schema"
+    spec = importlib.util.spec_from_file_location(name, SCHEMA_READER)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up by name
+    sys.modules[name] = module  # where its own imports and dataclasses look for it
     spec.loader.exec_module(module)
     try:
         module.load_all(SCHEMA_DIR)

@@ -296,7 +296,7 @@ def test_load_all_names_the_file_of_a_missing_backward_op(tmp_path):
 
 
 def test_needs_neither_torch_nor_the_package():
-    """setup.py loads the file by its path, where only PyYAML is."""
+    """setup.py loads the folder by its path, where only PyYAML is."""
     code = textwrap.dedent(f"""
         import importlib.util, sys
         sys.modules["torch"] = None

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a schema says once it is read: `OpSchema` and its parts, and the words that a YAML may use."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from .expressions import Expr, substitute
+
+# Every dtype group that a YAML may name. `FLOAT64_DEVICES` narrows `floating` per device.
+DTYPES: Mapping[str, tuple[str, ...]] = {
+    "floating": ("bfloat16", "float16", "float32", "float64"),
+    "index": ("int32", "int64"),
+    "float32": ("float32",),
+    "int32": ("int32",),
+    "float8_e4m3fn": ("float8_e4m3fn",),
+}
+FLOAT64_DEVICES = ("cpu", "meta")
+# The dtypes in which quantised weights come. `advice` may be for one of them or for all.
+QUANTISED = (
+    "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float4_e2m1fn_x2", "int8",
+    "uint8",
+)  # fmt: skip
+
+# What the elements of a tensor stand for; the tests draw them by this word.
+VALUES = re.compile(
+    r"permutation|inverse of (?P<inverse>\w+)|counts of (?P<counts>\w+)"
+    r"|(?:distinct )?ids below (?P<ids>\w+)"
+)
+# What a string argument may have to be; codegen.py asks the question that belongs to each.
+FORMATS = ("kernel_config",)
+ACCUMULATOR = re.compile(r"accumulator\((\w+)\)")
+# A list of so many flags.
+FLAGS = re.compile(r"bool\[([1-9]\d*)\]")
+# Stands for the default of an argument that has none.
+REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class Argument:
+    name: str
+    type: str
+    default: Any
+    doc: str
+    shape: tuple[Expr, ...] = ()
+    dtype: str = ""
+    values: str = ""
+    grad: bool = False
+    autocast: bool = False
+    minimum: Expr | None = None
+    maximum: Expr | None = None
+    choices: tuple[str, ...] = ()
+    format: str = ""
+    # What to do about an error: by the given dtype, for any wrong "dtype", or for "any" error.
+    advice: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    @property
+    def is_tensor(self) -> bool:
+        return self.type.startswith("Tensor")
+
+    @property
+    def is_optional(self) -> bool:
+        return self.type.endswith("?")
+
+    @property
+    def num_flags(self) -> int:
+        """N of a bool[N]; 0 of any other type."""
+        match = FLAGS.fullmatch(self.type)
+        return int(match[1]) if match else 0
+
+    @property
+    def has_default(self) -> bool:
+        return self.default is not REQUIRED
+
+
+@dataclass(frozen=True)
+class Output:
+    name: str
+    shape: tuple[Expr, ...]
+    dtype: str
+    doc: str
+    condition: Expr | None = None
+    column_major: Expr | None = None
+
+
+@dataclass(frozen=True)
+class Where:
+    expect: Expr
+    because: str
+
+
+@dataclass(frozen=True)
+class Size:
+    """What one axis of a tensor argument says: it binds `letter`, or must equal `expr`."""
+
+    argument: Argument
+    axis: int
+    expr: Expr
+    letter: str = ""
+
+
+@dataclass(frozen=True)
+class OpSchema:
+    name: str
+    file: str
+    since: str
+    summary: str
+    schema: str
+    dims: Mapping[str, str]
+    let: Mapping[str, Expr]
+    arguments: tuple[Argument, ...]
+    outputs: tuple[Output, ...]
+    where: tuple[Where, ...] = ()
+    equation: str = ""
+    notes: str = ""
+    source: str = ""
+    backward: tuple[str, ...] = ()
+    flops: Expr | None = None
+    sizes: tuple[Size, ...] = field(default=(), repr=False)
+
+    @property
+    def tensors(self) -> tuple[Argument, ...]:
+        return tuple(a for a in self.arguments if a.is_tensor)
+
+    @property
+    def scalars(self) -> tuple[Argument, ...]:
+        return tuple(a for a in self.arguments if not a.is_tensor)
+
+    def argument(self, name: str) -> Argument:
+        return next(a for a in self.arguments if a.name == name)
+
+    def spell(self, expr: Expr) -> str:
+        """Return `expr` with its letters replaced by the names of the dimensions."""
+        return ast.unparse(substitute(expr.node, self._dim_nodes))
+
+    @cached_property
+    def _dim_nodes(self) -> dict[str, ast.expr]:
+        return {letter: ast.Name(name, ast.Load()) for letter, name in self.dims.items()}
