@@ -108,8 +108,11 @@ def test_sizes_rounded_up():
 
 
 def changed(**paths):
-    """GOOD with the value at each dotted path replaced, or taken out where it is ... ."""
-    mapping = document()
+    """GOOD with the value at each path replaced, or taken out where it is ... ."""
+    return changed_in(document(), **paths)
+
+
+def changed_in(mapping, **paths):
     for path, value in paths.items():
         *parents, last = (int(key) if key.isdigit() else key for key in path.split("__"))
         place = mapping
@@ -293,6 +296,176 @@ def test_load_all_names_the_file_of_a_missing_backward_op(tmp_path):
     (tmp_path / "scale.yaml").write_text(yaml.safe_dump(mapping, sort_keys=False))
     with pytest.raises(SchemaError, match=r"^scale\.yaml: backward: .*'scale_backward'"):
         load_all(tmp_path)
+
+
+ADVICE = {"int8": "dequantise it", "any": "give another"}
+# An op that is like scale, whose backward it is.
+SCALE_BACKWARD = """
+op: scale_backward
+since: "0.1"
+summary: Multiply rows.
+schema: "(Tensor grad, Tensor? row_ids=None, SymInt top_k=1, str mode='max') -> Tensor"
+dims: {T: num_tokens, H: hidden_size}
+let: {R: T * top_k}
+arguments:
+  grad: {like: scale.input, doc: Rows.}
+  row_ids: {like: scale.row_ids, dtype: int32, doc: {like: scale.row_ids}}
+  top_k: {like: scale.top_k}
+  mode: {like: scale.mode, choices: [max]}
+outputs:
+  output: {shape: [T, H], dtype: grad, doc: Rows.}
+source: made up for this test
+"""
+ROW_IDS_GIVEN = {"expect": "top_k == 1 or row_ids is not None", "because": "slots need an order"}
+# As scale, without a rule of its own; its argument mode has no choices.
+OTHER = changed(op="other", where=..., arguments__mode__choices=...)
+
+
+def read_both(folder, inner=None, **paths):
+    """Read scale, changed as `paths` say, and what is like it."""
+    scale = changed(**{"arguments__input__advice": ADVICE, "backward": ["scale_backward"], **paths})
+    inner = yaml.safe_load(SCALE_BACKWARD) if inner is None else inner
+    for mapping in (scale, inner, OTHER):
+        text = yaml.safe_dump(mapping, sort_keys=False)
+        (folder / f"{mapping['op']}.yaml").write_text(text)
+    schemas = load_all(folder)
+    return schemas["scale"], schemas["scale_backward"]
+
+
+def backward_changed(**paths):
+    return changed_in(yaml.safe_load(SCALE_BACKWARD), **paths)
+
+
+def test_like_takes_over_what_is_left_out(tmp_path):
+    scale, backward = read_both(tmp_path, arguments__input__autocast=True)
+    grad, row_ids, top_k, mode = backward.arguments
+    assert [e.text for e in grad.shape] == ["R", "H"]
+    assert grad.dtype == "floating"
+    assert grad.advice == scale.argument("input").advice == ADVICE
+    assert (row_ids.dtype, row_ids.values) == ("int32", "permutation")
+    assert [bound.text for bound in (top_k.minimum, top_k.maximum)] == ["1", "H"]
+    assert (mode.choices, mode.default) == (("max",), "max")
+    # How autograd and autocast take an argument is each op's own.
+    assert scale.argument("input").grad
+    assert scale.argument("input").autocast
+    assert not grad.grad
+    assert not grad.autocast
+
+
+def test_like_refers_the_reader_where_doc_is_left_out(tmp_path):
+    scale, backward = read_both(tmp_path)
+    assert [a.doc for a in backward.arguments] == [
+        "Rows.", scale.argument("row_ids").doc, "As in the forward.", "As in the forward.",
+    ]  # fmt: skip
+    _, backward = read_both(tmp_path, backward=[])
+    assert backward.argument("top_k").doc == "As in scale."
+
+
+def test_like_of_one_key(tmp_path):
+    advice = {"like": "scale.input", "any": "give one more"}
+    mapping = backward_changed(arguments__row_ids__advice=advice)
+    _, backward = read_both(tmp_path, mapping)
+    assert backward.argument("row_ids").advice == {**ADVICE, "any": "give one more"}
+
+
+def test_like_of_another_argument_of_the_same_op(tmp_path):
+    more = {"like": "scale.input", "shape": ["T"], "doc": "Order."}
+    scale, _ = read_both(tmp_path, arguments__row_ids=more)
+    assert scale.argument("row_ids").dtype == "floating"
+    assert scale.argument("row_ids").advice == ADVICE
+    assert not scale.argument("row_ids").grad
+
+
+def test_like_of_what_is_like_a_third(tmp_path):
+    mapping = backward_changed(
+        arguments__grad__shape=["R", "H"], where=[{"like": "scale"}, ROW_IDS_GIVEN]
+    )
+    likes = {"arguments__mode": {"like": "other.mode", "choices": ["sum", "max"], "doc": "Which."}}
+    rule = {"expect": "top_k < 9", "because": "nine is too many"}
+    scale, backward = read_both(tmp_path, mapping, where=[rule], **likes)
+    assert backward.argument("mode").choices == ("max",)
+    assert [w.because for w in scale.where] == ["nine is too many"]
+    assert [w.because for w in backward.where] == ["nine is too many", "slots need an order"]
+
+
+LIKE_MISTAKES: dict[str, tuple[dict[str, Any], str, str]] = {
+    "unknown op": (
+        {"arguments__grad__like": "scala.input"}, "arguments.grad.like", "no op named 'scala'",
+    ),
+    "unknown argument": (
+        {"arguments__grad__like": "scale.inputs"}, "arguments.grad.like",
+        "scale has no argument 'inputs'",
+    ),
+    "no argument named": (
+        {"arguments__grad__like": "scale"}, "arguments.grad.like", "expected op.argument, got 'scale'",
+    ),
+    "no name": ({"arguments__grad__like": 3}, "arguments.grad.like", "expected op.argument, got 3"),
+    "itself": (
+        {"arguments__grad__like": "scale_backward.grad"}, "arguments.grad.like",
+        "goes in a circle: scale_backward.grad -> scale_backward.grad",
+    ),
+    "each other": (
+        {"arguments__grad__like": "scale_backward.row_ids",
+         "arguments__row_ids__like": "scale_backward.grad"},
+        "arguments.row_ids.like",
+        "goes in a circle: scale_backward.grad -> scale_backward.row_ids -> scale_backward.grad",
+    ),
+    "scalar like a tensor": (
+        {"arguments__mode__like": "scale.row_ids"}, "arguments.mode.dtype", "unknown key",
+    ),
+    "dtype of an argument that this op lacks": (
+        {"arguments__grad": {"like": "scale_backward.row_ids", "dtype": "input", "doc": "x"}},
+        "arguments.grad.dtype", "'input'",
+    ),
+    "like of the same op without doc": (
+        {"arguments__mode": {"like": "scale_backward.top_k", "min": 1}}, "arguments.mode.doc",
+        "expected text",
+    ),
+    "advice that is not there": (
+        {"arguments__grad__advice": {"like": "scale.row_ids"}}, "arguments.grad.advice.like",
+        "scale.row_ids has no advice",
+    ),
+    "advice like an unknown op's": (
+        {"arguments__grad__advice": {"like": "scala.input"}}, "arguments.grad.advice.like",
+        "no op named 'scala'",
+    ),
+    "doc with more than like": (
+        {"arguments__grad__doc": {"like": "scale.input", "any": "x"}}, "arguments.grad.doc.like",
+        "stands alone",
+    ),
+    "where of an unknown op": (
+        {"where": [{"like": "scala"}]}, "where[0].like", "no op named 'scala'",
+    ),
+    "where of several ops": (
+        {"where": [{"like": ["scale"]}]}, "where[0].like", "no op named ['scale']",
+    ),
+    "where of an op without": ({"where": [{"like": "other"}]}, "where[0].like", "other has no where"),
+    "where like and more": (
+        {"where": [{"like": "scale", "because": "x"}]}, "where[0].like", "stands alone",
+    ),
+    "where of itself": (
+        {"where": [ROW_IDS_GIVEN, {"like": "scale_backward"}]}, "where[1].like",
+        "goes in a circle: scale_backward -> scale_backward",
+    ),
+    "where about an argument that this op lacks": (
+        {"where": [{"like": "scale"}]}, "where[0].like.expect", "'flip'",
+    ),
+    "shape": ({"arguments__grad__shape": {"like": "scale.input"}}, "arguments.grad.shape.like", "only"),
+    "dims": ({"dims__like": "scale"}, "dims.like", "only"),
+    "let": ({"let__like": "scale"}, "let.like", "only"),
+    "output": ({"outputs__output__like": "scale.output"}, "outputs.output.like", "only"),
+    "whole file": ({"like": "scale"}, "(whole file).like", "unknown key"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", LIKE_MISTAKES)
+def test_mistake_in_like_is_told_with_file_key_and_reason(mistake, tmp_path):
+    paths, key, reason = LIKE_MISTAKES[mistake]
+    with pytest.raises(SchemaError) as caught:
+        read_both(tmp_path, backward_changed(**paths))
+    text = str(caught.value)
+    assert text.startswith(f"scale_backward.yaml: {key}: "), text
+    assert reason in text.removeprefix(f"scale_backward.yaml: {key}: ")
 
 
 def test_needs_neither_torch_nor_the_package():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads one YAML after the other into an `OpSchema`."""
+"""Reads YAML documents into `OpSchema` objects."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import yaml
 
 from .errors import MalformedError, SchemaError
 from .expressions import Expr, parse
+from .like import Likes
 from .model import (
     ACCUMULATOR,
     DTYPES,
@@ -31,12 +32,14 @@ WHOLE_FILE = "(whole file)"
 
 
 def load_all(directory: Path | Any) -> dict[str, OpSchema]:
-    """Reads every *.yaml of a directory (a Path, or a Traversable of importlib.resources)."""
-    schemas: dict[str, OpSchema] = {}
-    for file in sorted(directory.iterdir(), key=lambda f: f.name):
-        if file.name.endswith(".yaml"):
-            schema = load(file.read_text(encoding="utf-8"), file.name)
-            schemas[schema.name] = schema
+    """Read every *.yaml of a directory (a Path, or a Traversable of importlib.resources)."""
+    documents = {
+        file.name.removesuffix(".yaml"): _document(file.read_text(encoding="utf-8"), file.name)
+        for file in sorted(directory.iterdir(), key=lambda f: f.name)
+        if file.name.endswith(".yaml")
+    }
+    likes = Likes(documents)
+    schemas = {op: _Reader(op, likes).read() for op in documents}
     for schema in schemas.values():
         for name in schema.backward:
             if name not in schemas:
@@ -45,8 +48,9 @@ def load_all(directory: Path | Any) -> dict[str, OpSchema]:
 
 
 def load(text: str, file: str) -> OpSchema:
-    """Reads one schema from YAML text; `file` is named in errors."""
-    return _Reader(text, file).read()
+    """Read one schema from YAML text; errors name `file`."""
+    op = file.removesuffix(".yaml")
+    return _Reader(op, Likes({op: _document(text, file)})).read()
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -61,6 +65,13 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         return result
 
 
+def _document(text: str, file: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise SchemaError(file, WHOLE_FILE, f"not valid YAML: {error}") from None
+
+
 class _Reader:
     """Reads one file; every method fails with the file, the key and the reason."""
 
@@ -72,13 +83,12 @@ class _Reader:
     SCALAR_KEYS = {"min", "max", "choices", "format", "doc"}
     OUTPUT_KEYS = {"shape", "dtype", "if", "column_major", "doc"}
 
-    def __init__(self, text: str, file: str) -> None:
-        self.file = file
-        try:
-            document = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            self.fail(WHOLE_FILE, f"not valid YAML: {error}")
-        self.document = self.mapping(WHOLE_FILE, document, self.KEYS)
+    def __init__(self, op: str, likes: Likes) -> None:
+        self.op = op
+        self.likes = likes
+        self.file = f"{op}.yaml"
+        self.document = self.mapping(WHOLE_FILE, likes.documents[op], self.KEYS)
+        likes.check_places(op)
         self.dims: dict[str, str] = {}
         self.let: dict[str, Expr] = {}
         self.types: dict[str, str] = {}
@@ -200,7 +210,8 @@ class _Reader:
             key = f"arguments.{name}"
             is_tensor = kind.startswith("Tensor")
             known = self.TENSOR_KEYS if is_tensor else self.SCALAR_KEYS
-            entry = self.mapping(key, declared[name], known)
+            self.mapping(key, declared[name])
+            entry = self.mapping(key, self.likes.argument(self.op, name), known)
             doc = self.text(f"{key}.doc", entry.get("doc"))
             if not is_tensor:
                 yield self.read_scalar(key, entry, Argument(name, kind, default, doc))
@@ -302,8 +313,7 @@ class _Reader:
         entries = self.document.get("where", [])
         if not isinstance(entries, list):
             self.fail("where", f"expected a list, got {entries!r}")
-        for index, value in enumerate(entries):
-            key = f"where[{index}]"
+        for key, value in self.likes.where(self.op):
             entry = self.mapping(key, value, {"expect", "because"})
             if "expect" not in entry:
                 self.fail(f"{key}.expect", "the key is missing")
