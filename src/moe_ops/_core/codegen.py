@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turns an `OpSchema` into straight-line functions: checked kernel, fake kernel, FLOP formula.
 
-The functions are source text, compiled once at import: a call costs one to two microseconds where
-walking the schema would cost several times that. `python -m moe_ops show OP` prints them.
+The functions are source text, compiled once at import. A call costs one to two microseconds, several
+times less than walking the schema would. `python -m moe_ops show OP` prints them.
 
-The same lines bind the dimension letters from the shapes of the arguments in all three. The checks
-of the kernel raise at once; the fake kernel asks the same questions through torch._check_with, so
-that they also hold for sizes that a compiler knows by name alone.
+All three bind the dimension letters with the same lines, from the shapes of the arguments. The
+kernel's checks raise at once. The fake kernel's ask through torch._check_with, which also works for
+sizes that a compiler knows by name alone.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from moe_ops.configs.kernel_config import why_not_kernel_config
 
 _GLOBALS: dict[str, Any] = {
     "_check_with": check_with,
-    # By format of a string argument: why a string is not of it, or None.
+    # One for each format of a string argument: returns why a string is not in it, or None.
     "_why_not_kernel_config": why_not_kernel_config,
     "_dtype_name": lambda dtype: str(dtype).removeprefix("torch."),
     **{f"_group_{g}": frozenset(getattr(torch, d) for d in names) for g, names in DTYPES.items()},
@@ -47,11 +47,12 @@ _GLOBALS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Functions:
-    """What is generated for one op; `source` is the text of all of it.
+    """The functions that are generated for one op; `source` is the text of all of them.
 
-    kernel_of(load, may_mix) makes a kernel that checks its arguments, then calls with all of them,
-    defaults too, the implementation that load() returned when the first call was right. may_mix:
-    whether the dispatcher may hand it tensors of several devices.
+    kernel_of(load, may_mix) makes a kernel. It checks its arguments, then calls the implementation
+    with all of them, defaults too. load() returns the implementation; it is called once, after the
+    first call whose checks pass. `may_mix` says whether the dispatcher may hand the kernel tensors
+    of several devices.
     """
 
     source: str
@@ -61,7 +62,7 @@ class Functions:
 
 
 def generate(schema: OpSchema) -> Functions:
-    """Compiles the kernel, the fake kernel and, where the schema has `flops`, the FLOP formula."""
+    """Compile the kernel, the fake kernel and, where the schema has `flops`, the FLOP formula."""
     parts = [
         *_advice_tables(schema),
         _kernel_of(schema),
@@ -80,7 +81,7 @@ def generate(schema: OpSchema) -> Functions:
 
 
 def _advice_tables(schema: OpSchema) -> list[str]:
-    """What the functions look up when a dtype is wrong: what to do about the one given."""
+    """Return the tables in which the functions look up what to do about a wrong dtype."""
     return [
         f"_advice_{argument.name} = {_by_dtype(argument)!r}\n"
         for argument in schema.tensors
@@ -118,13 +119,13 @@ def _function(name: str, schema: OpSchema, body: list[str], extra: str = "") -> 
 
 
 class _Body:
-    """The lines that bind the letters and check the arguments of one op."""
+    """Writes the lines that bind the letters and check the arguments of one op."""
 
     def __init__(self, schema: OpSchema, *, symbolic: bool) -> None:
         self.schema = schema
         self.symbolic = symbolic
         self.first = schema.arguments[0]
-        # Where a letter, or a choice between sizes, is simply an axis, errors name that axis.
+        # Errors name the axis that a letter, or a choice between sizes, was bound by.
         self.axis_of = {
             s.expr.source: _named(s)
             for s in schema.sizes
@@ -161,11 +162,11 @@ class _Body:
         return [f"if {argument.name} is not None:", *(f"    {line}" for line in lines)]
 
     def message(self, expected: str, got: str, advice: str = "") -> str:
-        """An f-string; braces in `expected`, `got` and `advice` are evaluated where it stands."""
+        """Return the source of an f-string. What stands in braces in the parts is evaluated there."""
         return f'f"moe::{self.schema.name}: expected {expected}, got {got}{advice}"'
 
     def advice(self, argument: Argument, *, of_dtype: bool = False) -> str:
-        """What an error about the argument ends with."""
+        """Return the advice with which an error about the argument ends."""
         text = argument.advice.get("any")
         if of_dtype:
             text = argument.advice.get("dtype", text)
@@ -175,7 +176,7 @@ class _Body:
         return anyway
 
     def require(self, condition: str, expected: str, got: str, advice: str = "") -> list[str]:
-        """A question about sizes or scalars, which a compiler may know by name alone."""
+        """Return the lines that check sizes or scalars, which a compiler may know by name alone."""
         message = self.message(expected, got, advice)
         if self.symbolic:
             return [f"_check_with(ValueError, {condition}, lambda: {message})"]
@@ -185,7 +186,7 @@ class _Body:
         name = argument.name
         lines = []
         if not argument.is_optional:
-            # The dispatcher hands None over as a tensor, if another argument is one.
+            # The dispatcher accepts None for a tensor if another argument is a tensor.
             message = self.message(f"{name} to be a tensor", "None")
             lines += [f"if {name} is None:", f"    raise TypeError({message})"]
         lines += self.dtype(argument)
@@ -309,27 +310,27 @@ class _Body:
 
 
 def _literal(text: str) -> str:
-    """`text` as it stands, within an f-string in double quotes."""
+    """Return `text` so that an f-string in double quotes shows it as it stands."""
     return text.replace("{", "{{").replace("}", "}}").replace('"', "'")
 
 
 def _named(size: Size) -> str:
-    """The axis as errors name it."""
+    """Return the axis as errors name it."""
     return f"{size.argument.name}.shape[{size.axis}]"
 
 
 def _value(source: str) -> str:
-    """What an error shows behind `source`: its value, where it does not say that itself."""
+    """Return what an error shows behind `source`: its value, unless `source` is a number."""
     return "" if source.isdecimal() else f" ({{{source}}})"
 
 
 def _operand(expr: Expr) -> str:
-    """Source of `expr` as one side of a comparison."""
+    """Return the source of `expr` as one side of a comparison."""
     return f"({expr.source})" if isinstance(expr.node, ast.IfExp) else expr.source
 
 
 def _factors(node: ast.expr, letter: str) -> str:
-    """Source of what `letter` is multiplied with in `node`; 1 in a branch where it stands alone."""
+    """Return the source of the factor of `letter` in `node`; 1 in a branch where it stands alone."""
     if isinstance(node, ast.IfExp):
         body, orelse = _factors(node.body, letter), _factors(node.orelse, letter)
         if "1" in (body, orelse):
@@ -342,7 +343,7 @@ def _factors(node: ast.expr, letter: str) -> str:
 
 
 def _dtype_source(dtype: str) -> str:
-    """Source of a dtype: a fixed one, an argument's, or the one an argument is summed in."""
+    """Return the source of a dtype: a fixed one, an argument's, or an argument's accumulator's."""
     if accumulator := ACCUMULATOR.fullmatch(dtype):
         return f"(_float64 if {accumulator[1]}.dtype is _float64 else _float32)"
     return f"_{dtype}" if dtype in DTYPES else f"{dtype}.dtype"

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one torch.library.Library, and how an op is put into it.
+"""Owns the one torch.library.Library and puts the ops into it.
 
-A call goes through these kernels, outermost first; each is made here, once, for every op:
+A call goes through these kernels, outermost first. This file makes them, once, for every op:
 
-    Autocast   casts the arguments that the schema marks with `autocast`, and nothing within
+    Autocast   casts the arguments that the schema marks with `autocast`, and nothing else
     Autograd   records an autograd.Function where a gradient is needed
     CPU, CUDA  checks the arguments, then calls the implementation that the table names
-    Meta       checks the arguments, then returns empty outputs (also serves FakeTensors)
+    Meta       checks the arguments, then returns empty outputs (FakeTensors use it too)
 
-An op folder makes its `Op`, gives it implementations and, where it is differentiable, the formula
-of its gradient in terms of other ops.
+An op folder makes its `Op` and gives it implementations. Where the op is differentiable, the folder
+also gives the formula of its gradient, in terms of other ops.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ NAMESPACE = "moe"
 SCHEMAS: dict[str, OpSchema] = load_all(importlib.resources.files("moe_ops.op_schemas"))
 OPS: dict[str, Op] = {}
 
-# Which implementations may serve a device, best first. "pytorch" is the CPU implementation, written
-# in PyTorch alone. "triton" serves CPU tensors only in Triton's interpreter, for tests.
+# Which implementations may serve a device, best first. "pytorch" is written in PyTorch alone.
+# "triton" serves CPU tensors only in Triton's interpreter, for tests.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "cpu": ("pytorch", "triton"),
     "cuda": ("triton", "pytorch"),
@@ -65,9 +65,9 @@ class Choice:
 
 
 class Op:
-    """An op of the namespace `moe`, defined from its schema in op_schemas/.
+    """An op of the namespace `moe`, defined by its schema in op_schemas/.
 
-    Made once, in its folder. Calling its `overload` calls the dispatcher, as
+    Its folder makes it, once. Calling its `overload` calls the dispatcher, as
     `torch.ops.moe.permute(...)` does.
     """
 
@@ -109,10 +109,10 @@ class Op:
 
         Args:
             name: what the table IMPLEMENTATIONS calls it.
-            function: called with all arguments: defaults that the caller left out are filled in. A
-                string "module:function" is imported when the implementation is first called.
-            flags: passed to every call as keywords, beyond what the schema has. With them two ops
-                share one function. The function takes each as a keyword-only parameter.
+            function: what a call runs. It gets all arguments: defaults that the caller left out are
+                filled in. A string "module:function" is imported at the first call.
+            flags: keywords that every call passes beyond the schema's arguments, so that two ops
+                can share one function. The function takes each as a keyword-only parameter.
         """
         self.implementations[name] = function
         self.flags[name] = flags
@@ -123,22 +123,22 @@ class Op:
         backward: Callable[..., Sequence[torch.Tensor | None]],
         forward: Op | None = None,
     ) -> None:
-        """Gives the op its gradient, in terms of other ops.
+        """Give the op its gradient, in terms of other ops.
 
         Args:
-            save: called with (ctx, arguments, outputs) after the forward, below autograd. The
-                arguments are complete: defaults that the caller left out are filled in. ctx.needs
-                says, argument by argument, whether its gradient is needed.
-            backward: called with (ctx, *grad_outputs), where a gradient may be None but not all
-                of them are. Returns a gradient or None for each argument, in the order of the
-                schema; trailing Nones may be left out.
-            forward: the op that is called in place of this one where a gradient is recorded, with
+            save: called with (ctx, arguments, outputs) after the forward. Defaults that the caller
+                left out are filled in. ctx.needs says, argument by argument, whether its gradient
+                is needed.
+            backward: called with (ctx, *grad_outputs). A gradient may be None, but not all of them
+                are. It returns a gradient or None for each argument, in the order of the schema.
+                Trailing Nones may be left out.
+            forward: the op that runs in place of this one where a gradient is recorded. It takes
                 the same arguments. Its first outputs are this op's; `save` gets all of them.
         """
         self._autograd = _Autograd(save, backward, forward or self)
 
     def choose(self, device_type: str) -> Choice:
-        """Which implementation serves `device_type`; raises RuntimeError where none can."""
+        """Return the implementation that serves `device_type`, or raise RuntimeError."""
         candidates = IMPLEMENTATIONS[device_type]
         obstacles = {name: self._obstacle(name, device_type) for name in candidates}
         forced = os.environ.get(ENVIRONMENT_VARIABLE)
@@ -158,7 +158,7 @@ class Op:
         raise RuntimeError(f"{NAMESPACE}::{self.name}: {obstacles[best]}")
 
     def _obstacle(self, name: str, device_type: str) -> str | None:
-        """Why the implementation cannot serve the device; None where it can."""
+        """Return why the implementation cannot serve the device, or None if it can."""
         if name not in self.implementations:
             return f"this op has no {name} implementation"
         if name == "triton" and importlib.util.find_spec("triton") is None:
@@ -190,6 +190,8 @@ class _Autograd:
 
 
 def _device_kernel(op: Op, device_type: str) -> Callable[..., Tensors]:
+    """Make the kernel of a device: it checks, then calls the implementation chosen at first."""
+
     def load() -> Callable[..., Tensors]:
         choice = op.choose(device_type)
         if choice.name != IMPLEMENTATIONS[device_type][0]:
@@ -199,7 +201,7 @@ def _device_kernel(op: Op, device_type: str) -> Callable[..., Tensors]:
             )  # fmt: skip
         return op._load(choice.name)
 
-    # Of tensors of several devices the dispatcher asks the CPU's kernel last.
+    # If one tensor is on another device, the dispatcher calls that device's kernel, not the CPU's.
     return op.generated.kernel_of(load, device_type != "cpu")
 
 
@@ -226,12 +228,12 @@ def _autocast_kernel(op: Op, device_type: str) -> Callable[..., Tensors]:
 def _autograd_kernel(op: Op) -> Callable[..., Tensors]:
     """Make the Autograd kernel of any op.
 
-    It asks the dispatcher for the kernel below autograd, as torch's own custom ops do, so a kernel
+    It asks the dispatcher for the kernel below autograd, as torch's own custom ops do. So a kernel
     that somebody registered over ours is called.
 
-    register_autograd would do, but for three things: it hands over arguments from which the
-    dispatcher dropped trailing defaults, it gives silently zero tangents in forward-mode AD, and
-    it costs twice as much per call.
+    register_autograd would do the same, with three faults. It hands over arguments without the
+    trailing defaults, which the dispatcher dropped. It gives zero tangents in forward-mode AD
+    instead of an error. It costs twice as much per call.
     """
     defaults, num_outputs = op.defaults, len(op.schema.outputs)
     is_grad_enabled, redispatch = torch.is_grad_enabled, op.overload.redispatch
@@ -293,6 +295,6 @@ def _refuse_tangents(op: Op, args: tuple[Any, ...]) -> None:
 
 
 def documented(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives the public function of an op the docstring that its schema says."""
+    """Give the public function of an op the docstring that its schema makes."""
     function.__doc__ = reference.docstring(SCHEMAS[function.__name__])
     return function

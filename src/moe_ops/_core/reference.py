@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes what an `OpSchema` says for people: docstrings and docs/ops/<op>.md."""
+"""Writes what an `OpSchema` says for people to read: docstrings and docs/ops/<op>.md."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ERRORS = (
 
 
 def docstring(schema: OpSchema) -> str:
-    """The docstring of the op's public function."""
+    """Return the docstring of the op's public function."""
     parts = [
         schema.summary,
         textwrap.indent(schema.equation, "    ") if schema.equation else "",
@@ -46,7 +46,7 @@ def docstring(schema: OpSchema) -> str:
 
 
 def page(schema: OpSchema) -> str:
-    """The reference page of the op, in Markdown."""
+    """Return the reference page of the op, in Markdown."""
     lines = [
         f"<!-- Generated from op_schemas/{schema.file} by `make docs`; edit that file. -->",
         f"# moe::{schema.name}",
@@ -74,7 +74,7 @@ def page(schema: OpSchema) -> str:
 
 
 def write_pages(schemas: dict[str, OpSchema], directory: Path) -> list[Path]:
-    """Writes the page of every op and an index; returns the files whose text changed."""
+    """Write the page of every op and an index; return the files whose text changed."""
     pages = {f"{name}.md": page(schema) for name, schema in schemas.items()}
     pages["README.md"] = _index(schemas)
     directory.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def _letters(schema: OpSchema) -> str:
 
 
 def _floating(schema: OpSchema) -> str:
-    """Which dtypes the word stands for; empty where no argument is floating."""
+    """Return what dtypes "floating" stands for; nothing where no argument is floating."""
     if all(argument.dtype != "floating" for argument in schema.tensors):
         return ""
     anywhere = ", ".join(dtype for dtype in DTYPES["floating"] if dtype != "float64")

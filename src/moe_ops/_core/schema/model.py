@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a schema says once it is read: `OpSchema` and its parts, and the words that a YAML may use."""
+"""Defines `OpSchema` and its parts, and the words that a YAML may use."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Argument:
 
     @property
     def num_flags(self) -> int:
-        """N of a bool[N]; 0 of any other type."""
+        """Return N of a bool[N], or 0 of any other type."""
         match = FLAGS.fullmatch(self.type)
         return int(match[1]) if match else 0
 
@@ -96,7 +96,7 @@ class Where:
 
 @dataclass(frozen=True)
 class Size:
-    """What one axis of a tensor argument says: it binds `letter`, or must equal `expr`."""
+    """One axis of a tensor argument: it binds `letter`, or it must equal `expr`."""
 
     argument: Argument
     axis: int

@@ -54,7 +54,7 @@ def load(text: str, file: str) -> OpSchema:
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """The C loader where PyYAML has it (10x faster), refusing keys that stand twice."""
+    """The C loader where PyYAML has it (10x faster). It refuses keys that stand twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -73,7 +73,7 @@ def _document(text: str, file: str) -> Any:
 
 
 class _Reader:
-    """Reads one file; every method fails with the file, the key and the reason."""
+    """Reads one document. Every error names the file, the key and the reason."""
 
     KEYS = {
         "op", "since", "summary", "equation", "schema", "dims", "let", "arguments", "where",
