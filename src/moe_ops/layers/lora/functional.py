@@ -17,16 +17,14 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from moe_ops.fp8 import dequantize_fp8
-from moe_ops.layers.experts import ACTIVATIONS, Experts
+from moe_ops.layers.experts import ACTIVATIONS
 from moe_ops.ops.grouped_gemm import grouped_gemm
 from moe_ops.ops.grouped_gemm_fp8 import grouped_gemm_fp8
 from moe_ops.ops.routing_indices import routing_indices
@@ -100,7 +98,7 @@ def lora_grouped_gemm(
     Differentiable in input, weight, topk_weights, bias and the adapters, but for a weight in FP8. A
     gradient that nobody asks for costs no GEMM. Deterministic but for the dropout.
     """
-    _check_dropout("lora_grouped_gemm", "dropout_p", dropout_p)
+    check_dropout("lora_grouped_gemm", "dropout_p", dropout_p)
     for adapter in adapters:
         _check(adapter, weight)
     if weight_scale is None:
@@ -245,200 +243,6 @@ def lora_experts(
     return unpermute(rows, gather, weights, top_k, scatter)
 
 
-class GroupedLora(nn.Module):
-    """The adapter of one projection of every expert, as trainable parameters.
-
-    lora_A (num_experts, rank, in_features) is drawn as nn.Linear draws its weight, lora_B
-    (num_experts, out_features, rank) is zero, so that training starts from the base model.
-
-    Args:
-        num_experts, in_features, out_features: sizes of the projection's weight.
-        rank: width of the adapter, at least 1.
-        lora_alpha: scaling is lora_alpha / rank, or lora_alpha / sqrt(rank) with use_rslora.
-        use_rslora: scale as rank-stabilised LoRA does.
-        device, dtype: of the parameters.
-    """
-
-    def __init__(
-        self,
-        num_experts: int,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        lora_alpha: float = 16.0,
-        *,
-        use_rslora: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        _check_rank("GroupedLora", rank)
-        self.scaling = lora_alpha / (math.sqrt(rank) if use_rslora else rank)
-        self.lora_A = nn.Parameter(
-            torch.empty(num_experts, rank, in_features, device=device, dtype=dtype)
-        )
-        self.lora_B = nn.Parameter(
-            torch.empty(num_experts, out_features, rank, device=device, dtype=dtype)
-        )
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw lora_A anew and zero lora_B."""
-        bound = self.lora_A.shape[2] ** -0.5
-        nn.init.uniform_(self.lora_A, -bound, bound)
-        nn.init.zeros_(self.lora_B)
-
-    def weights(self) -> LoraWeights:
-        """The parameters as lora_grouped_gemm takes them."""
-        return LoraWeights(self.lora_A, self.lora_B, self.scaling)
-
-    def delta_weight(self) -> Tensor:
-        """What merging adds to the weight, (num_experts, out_features, in_features)."""
-        return self.scaling * (self.lora_B @ self.lora_A)
-
-    def extra_repr(self) -> str:
-        """Sizes, for print(module)."""
-        num_experts, rank, in_features = self.lora_A.shape
-        return (
-            f"num_experts={num_experts}, in_features={in_features}, "
-            f"out_features={self.lora_B.shape[1]}, rank={rank}, scaling={self.scaling:g}"
-        )
-
-
-class LoraExperts(nn.Module):
-    """A layer of frozen experts with trainable adapters; it stands where the layer stood.
-
-    Args:
-        experts: the layer, whose parameters are frozen here and not copied; also one after
-            Experts.quantize_fp8_().
-        rank: width of the adapters.
-        lora_alpha: as GroupedLora has it.
-        use_rslora: as GroupedLora has it.
-        targets: the projections that get an adapter, of the experts' up projection ("gate_up_proj",
-            or "up_proj" where they are not gated) and "down_proj"; both where None.
-        lora_dropout: dropout_p of lora_grouped_gemm in training mode.
-        dtype: of the adapters; None for that of the experts' weights, bfloat16 where these are FP8.
-
-    Raises:
-        TypeError: experts that are no moe_ops.layers.Experts.
-        ValueError: other targets; a dropout_p outside [0, 1); experts with weights_before, recompute
-            or a kernel_config, which are not supported here, whenever they are set; a rank below 1.
-    """
-
-    def __init__(
-        self,
-        experts: Experts,
-        rank: int,
-        lora_alpha: float = 16.0,
-        *,
-        use_rslora: bool = False,
-        targets: Sequence[str] | None = None,
-        lora_dropout: float = 0.0,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        if not isinstance(experts, Experts):
-            raise TypeError(
-                f"{_HERE}.LoraExperts: expected experts to be a moe_ops.layers.Experts, got a "
-                f"{type(experts).__name__}"
-            )
-        self._is_merged = False
-        self._up_name = "gate_up_proj" if experts.gated else "up_proj"
-        known = (self._up_name, "down_proj")
-        targets = known if targets is None else targets
-        if not targets or not set(targets) <= set(known):
-            raise ValueError(f"{_HERE}.LoraExperts: expected targets of {known}, got {targets!r}")
-        _check_experts(experts)
-        _check_dropout("LoraExperts", "lora_dropout", lora_dropout)
-        _check_rank("LoraExperts", rank)
-        self.experts = experts.requires_grad_(False)
-        self.lora_dropout = lora_dropout
-        self.adapters = nn.ModuleDict()
-        for name in targets:
-            weight = getattr(experts, name)
-            num_experts, out_features, in_features = weight.shape
-            usual = weight.dtype if experts.scale(name) is None else torch.bfloat16
-            self.adapters[name] = GroupedLora(
-                num_experts, in_features, out_features, rank, lora_alpha,
-                use_rslora=use_rslora, device=weight.device, dtype=dtype or usual,
-            )  # fmt: skip
-
-    def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """The weighted sum of each token's experts, (T, H); see lora_experts."""
-        self._check_not_merged("forward")
-        experts, up_name = self.experts, self._up_name
-        _check_experts(experts)
-        up_weight, up_bias = experts.projection(up_name)
-        down_weight, down_bias = experts.projection("down_proj")
-        return lora_experts(
-            hidden_states,
-            up_weight,
-            down_weight,
-            topk_ids,
-            topk_weights,
-            self._weights(up_name),
-            self._weights("down_proj"),
-            up_bias,
-            down_bias,
-            experts.activation,
-            experts.gated,
-            experts.interleaved,
-            experts.activation_limit,
-            self.lora_dropout if self.training else 0.0,
-            experts.scale(up_name),
-            experts.scale("down_proj"),
-        )
-
-    @torch.no_grad()
-    def merge(self, dtype: torch.dtype | None = None) -> Experts:
-        """Add the adapters to the weights, in place, and return the layer, still frozen, without them.
-
-        Args:
-            dtype: what weights in FP8 are dequantised to first, both projections: that of the hidden
-                states that the layer is to take; None for that of the adapters. Other weights keep
-                theirs.
-
-        Returns:
-            The layer. This module is of no use after it.
-
-        Raises:
-            ValueError: it was merged before.
-        """
-        self._check_not_merged("merge")
-        experts = self.experts
-        dtype = dtype or next(self.adapters.parameters()).dtype
-        for name in (self._up_name, "down_proj"):
-            if (scale := experts.scale(name)) is not None:
-                weight = dequantize_fp8(getattr(experts, name), scale, dtype)
-                setattr(experts, name, nn.Parameter(weight, requires_grad=False))
-                setattr(experts, f"{name}_scale", None)
-        # From here on, and not where a dtype was refused above.
-        self._is_merged = True
-        for name in self.adapters:
-            getattr(experts, name).add_(self._adapter(name).delta_weight())
-        return experts
-
-    @property
-    def down_proj(self) -> Tensor:
-        """The layer's down projection, whose shape tells the layer's sizes."""
-        return self.experts.down_proj
-
-    def _check_not_merged(self, function: str) -> None:
-        if self._is_merged:
-            raise ValueError(
-                f"{_HERE}.LoraExperts.{function}: expected adapters that are not merged, got merged "
-                "ones; use the layer that merge() returned"
-            )
-
-    def _weights(self, name: str) -> tuple[LoraWeights, ...]:
-        return (self._adapter(name).weights(),) if name in self.adapters else ()
-
-    def _adapter(self, name: str) -> GroupedLora:
-        adapter = self.adapters[name]
-        assert isinstance(adapter, GroupedLora)
-        return adapter
-
-
 def _activate(
     z: Tensor, activation: str, gated: bool, interleaved: bool, limit: float | None
 ) -> Tensor:
@@ -466,24 +270,8 @@ def _activate(
     return (rows if factor is None else rows * factor).to(z.dtype)
 
 
-def _check_experts(experts: Experts) -> None:
-    for option, expected in (
-        ("weights_before", False),
-        ("recompute", "none"),
-        ("kernel_config", None),
-    ):
-        if (got := getattr(experts, option)) != expected:
-            raise ValueError(
-                f"{_HERE}.LoraExperts: expected experts with {option}={expected!r}, got {got!r}"
-            )
-
-
-def _check_rank(function: str, rank: int) -> None:
-    if rank < 1:
-        raise ValueError(f"{_HERE}.{function}: expected rank >= 1, got {rank}")
-
-
-def _check_dropout(function: str, name: str, probability: float) -> None:
+def check_dropout(function: str, name: str, probability: float) -> None:
+    """Raise a ValueError where a dropout probability is outside [0, 1)."""
     if not 0.0 <= probability < 1.0:
         raise ValueError(f"{_HERE}.{function}: expected 0 <= {name} < 1, got {probability}")
 
