@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters of a projection of every expert, and the weight that they stand for."""
+"""Adapters of the experts' projections, the weights they stand for, and a layer with them."""
 
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_ops.layers.lora import LoraWeights
+from moe_ops.layers.experts import Experts
+from moe_ops.layers.lora import LoraExperts, LoraWeights
+from testing import oracle
+
+NUM_TOKENS, TOP_K, NUM_EXPERTS, HIDDEN, INTER = 12, 2, 4, 10, 6
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:
@@ -34,3 +39,40 @@ def merged(weight: Tensor, adapters: Iterable[LoraWeights]) -> Tensor:
         deltas = [b.double() @ a.double() for a, b in zip(lora_a, lora_b, strict=True)]
         total = total + scaling * torch.stack(deltas)
     return total
+
+
+def draw_ids(routing="uniform", num_tokens=NUM_TOKENS):
+    generator = torch.Generator().manual_seed(3)
+    return oracle.random_topk_ids(routing, num_tokens, NUM_EXPERTS, TOP_K, generator)
+
+
+def make_layer(num_tokens=NUM_TOKENS, rank=3, dtype=torch.float64, sizes=(HIDDEN, INTER), **flags):
+    """A module whose adapters are not zero, and a batch for it."""
+    module = LoraExperts(Experts(NUM_EXPERTS, *sizes, dtype=dtype), rank, **flags)
+    randomise(module)
+    x = randn(num_tokens, sizes[0], dtype=dtype).requires_grad_()
+    weights = torch.rand(num_tokens, TOP_K, dtype=dtype)
+    return module, x, draw_ids(num_tokens=num_tokens), weights
+
+
+def randomise(module):
+    for name in module.adapters:
+        torch.nn.init.normal_(module.get_parameter(f"adapters.{name}.lora_B"), std=0.5)
+
+
+class Calls(TorchDispatchMode):
+    """Every op that runs, with the tensors that it returns; tensors alone, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = out if isinstance(out, (tuple, list)) else [out]
+        name = func._schema.name
+        self.made += [(name, tuple(t.shape)) for t in tensors if isinstance(t, torch.Tensor)]
+        return out
+
+    def shapes_of(self, op):
+        return sorted(shape for name, shape in self.made if name == op and shape != (0,))
