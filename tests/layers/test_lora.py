@@ -190,7 +190,7 @@ def test_rejects_scales_with_a_bias_or_another_weight():
     x, weight, counts = GEMM
     quantised, scale = moe_ops.quantize_fp8(weight)
     with pytest.raises(
-        ValueError, match=r"lora_grouped_gemm: expected bias=None with weight_scale"
+        ValueError, match=r"projection: expected bias=None with weight_scale, .* takes no bias$"
     ):
         lora_grouped_gemm(x, quantised, counts, [], bias=torch.ones(2, 3), weight_scale=scale)
     with pytest.raises(TypeError, match=r"grouped_gemm_fp8: expected weight\.dtype .* got int8;"):
@@ -210,7 +210,7 @@ def experts(**flags):
         (lambda: LoraExperts(experts(), 2, lora_dropout=1.0), "expected 0 <= lora_dropout < 1"),
         (lambda: lora_grouped_gemm(*GEMM, [], dropout_p=-0.1), "expected 0 <= dropout_p < 1"),
         (lambda: run_activation("swish"), "lora_experts: expected activation to be one of silu"),
-        (lambda: run_activation("swiglu_oai", gated=False), "expected gated with swiglu_oai"),
+        (lambda: run_activation("swiglu_oai", gated=False), "expected gated=True with swiglu_oai"),
         (lambda: run_activation("silu", activation_limit=0.0), "activation_limit > 0, got 0.0"),
     ],
 )

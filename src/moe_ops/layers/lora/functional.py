@@ -18,17 +18,14 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_ops.layers.experts import ACTIVATIONS
+from moe_ops.layers.functional import composed_experts, named_activation, projection
 from moe_ops.ops.grouped_gemm import grouped_gemm
-from moe_ops.ops.grouped_gemm_fp8 import grouped_gemm_fp8
-from moe_ops.ops.routing_indices import routing_indices
-from moe_ops.ops.unpermute import unpermute
 
 _HERE = "moe_ops.layers.lora"
 
@@ -101,37 +98,17 @@ def lora_grouped_gemm(
     check_dropout("lora_grouped_gemm", "dropout_p", dropout_p)
     for adapter in adapters:
         _check(adapter, weight)
-    if weight_scale is None:
-        dtype = weight.dtype
-        output = grouped_gemm(
-            input,
-            weight,
-            token_counts,
-            gather_indices,
-            topk_weights,
-            bias,
-            top_k,
-            permute_x=permute_x,
-            permute_y=permute_y,
-        )
-    else:
-        if bias is not None:
-            raise ValueError(
-                f"{_HERE}.lora_grouped_gemm: expected bias=None with weight_scale, which "
-                "moe_ops.grouped_gemm_fp8 has not got, got a tensor"
-            )
-        dtype = input.dtype
-        output = grouped_gemm_fp8(
-            input,
-            weight,
-            weight_scale,
-            token_counts,
-            gather_indices,
-            topk_weights,
-            top_k,
-            permute_x=permute_x,
-            permute_y=permute_y,
-        )
+    base = projection(weight, bias, weight_scale)
+    output = base(
+        input,
+        token_counts=token_counts,
+        gather_indices=gather_indices,
+        topk_weights=topk_weights,
+        top_k=top_k,
+        permute_x=permute_x,
+        permute_y=permute_y,
+    )
+    dtype = weight.dtype if weight_scale is None else input.dtype
     for adapter in adapters:
         x = F.dropout(input, dropout_p) if dropout_p else input
         low_rank = grouped_gemm(
@@ -210,64 +187,25 @@ def lora_experts(
     Differentiable in hidden_states, topk_weights, the adapters, and the projections and biases if
     they require it (a projection in FP8 cannot). Deterministic but for the dropout.
     """
-    top_k = topk_ids.shape[-1]
-    counts, gather, scatter = routing_indices(topk_ids, gate_up_proj.shape[0])
-    z = lora_grouped_gemm(
+    if not callable(activation):
+        activation = named_activation(
+            f"{_HERE}.lora_experts",
+            activation,
+            gated=gated,
+            interleaved=interleaved,
+            limit=activation_limit,
+        )
+    up = partial(lora_grouped_gemm, weight=gate_up_proj, adapters=gate_up_lora, bias=gate_up_bias)
+    down = partial(lora_grouped_gemm, weight=down_proj, adapters=down_lora, bias=down_bias)
+    return composed_experts(
         hidden_states,
-        gate_up_proj,
-        counts,
-        gate_up_lora,
-        gather,
-        bias=gate_up_bias,
-        top_k=top_k,
-        permute_x=True,
-        dropout_p=dropout_p,
-        weight_scale=gate_up_scale,
+        topk_ids,
+        topk_weights,
+        gate_up_proj.shape[0],
+        up=partial(up, weight_scale=gate_up_scale, dropout_p=dropout_p),
+        activation=activation,
+        down=partial(down, weight_scale=down_scale, dropout_p=dropout_p),
     )
-    if callable(activation):
-        rows = activation(z)
-    else:
-        rows = _activate(z, activation, gated, interleaved, activation_limit)
-    rows = lora_grouped_gemm(
-        rows,
-        down_proj,
-        counts,
-        down_lora,
-        bias=down_bias,
-        dropout_p=dropout_p,
-        weight_scale=down_scale,
-    )
-    # The weight of a dropped slot is nobody's, and may be NaN.
-    is_dropped = (topk_ids < 0) | (topk_ids >= gate_up_proj.shape[0])
-    weights = topk_weights.masked_fill(is_dropped, 0.0)
-    return unpermute(rows, gather, weights, top_k, scatter)
-
-
-def _activate(
-    z: Tensor, activation: str, gated: bool, interleaved: bool, limit: float | None
-) -> Tensor:
-    """The input (R, I) of the down projection, of z (R, U); in fp32 (fp64 for fp64), rounded once."""
-    is_oai = activation == "swiglu_oai"
-    if not is_oai and activation not in ACTIVATIONS:
-        raise ValueError(
-            f"{_HERE}.lora_experts: expected activation to be one of "
-            f"{', '.join([*ACTIVATIONS, 'swiglu_oai'])}, got {activation!r}"
-        )
-    if is_oai and not gated:
-        raise ValueError(
-            f"{_HERE}.lora_experts: expected gated with swiglu_oai, which multiplies by up"
-        )
-    if limit is not None and not limit > 0:
-        raise ValueError(f"{_HERE}.lora_experts: expected activation_limit > 0, got {limit}")
-    gate = z.to(torch.promote_types(z.dtype, torch.float32))
-    factor = None
-    if gated:
-        gate, up = (gate[:, 0::2], gate[:, 1::2]) if interleaved else gate.chunk(2, dim=-1)
-        factor = up if limit is None else up.clamp(-limit, limit)
-        factor = factor + 1 if is_oai else factor
-    gate = gate if limit is None else gate.clamp(max=limit)
-    rows = gate * torch.sigmoid(1.702 * gate) if is_oai else ACTIVATIONS[activation](gate)
-    return (rows if factor is None else rows * factor).to(z.dtype)
 
 
 def check_dropout(function: str, name: str, probability: float) -> None:

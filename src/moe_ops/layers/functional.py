@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer of experts composed of single ops, for what moe::fused_experts does not take.
+
+FP8 weights, adapters, activations that no kernel has and norms after the experts all go through
+composed_experts; each brings its own projections or activation.
+
+T num_tokens, K top_k, R = T * K routed rows in expert order, E num_experts, H hidden_size,
+I intermediate_size, U = 2 * I where gated, else I.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moe_ops._pytorch.activation import ACTIVATIONS, Activation
+from moe_ops.ops.grouped_gemm import grouped_gemm
+from moe_ops.ops.grouped_gemm_fp8 import grouped_gemm_fp8
+from moe_ops.ops.permute import permute
+from moe_ops.ops.routing_indices import routing_indices
+from moe_ops.ops.unpermute import unpermute
+
+_HERE = "moe_ops.layers.functional"
+
+
+class Projection(Protocol):
+    """One projection of every expert: a product like moe_ops.grouped_gemm with its weight given.
+
+    Rows past the sum of token_counts belong to no expert. They are not read and come out as zero.
+    """
+
+    def __call__(
+        self,
+        input: Tensor,
+        *,
+        token_counts: Tensor,
+        gather_indices: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        top_k: int = 1,
+        permute_x: bool = False,
+        permute_y: bool = False,
+    ) -> Tensor:
+        """Map rows (M, in_features) to rows (R, out_features), as moe_ops.grouped_gemm does."""
+
+
+def projection(
+    weight: Tensor,
+    bias: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    kernel_config: str | None = None,
+) -> Projection:
+    """Return the product with a weight: grouped_gemm, or grouped_gemm_fp8 where it has scales.
+
+    Args:
+        weight ((E, out_features, in_features), floating or float8_e4m3fn): one matrix per expert.
+        bias ((E, out_features), dtype of weight): added to each row; not with weight_scale.
+        weight_scale ((E, ceil(out_features / 128), ceil(in_features / 128)), float32): the scales of
+            a weight in FP8.
+        kernel_config: what moe_ops.kernel_config() makes; None chooses by shape.
+
+    Raises:
+        ValueError: bias and weight_scale together.
+    """
+    if weight_scale is None:
+        return partial(grouped_gemm, weight=weight, bias=bias, kernel_config=kernel_config)
+    if bias is not None:
+        raise ValueError(
+            f"{_HERE}.projection: expected bias=None with weight_scale, got a tensor; "
+            "moe_ops.grouped_gemm_fp8 takes no bias"
+        )
+    return partial(
+        grouped_gemm_fp8, weight=weight, weight_scale=weight_scale, kernel_config=kernel_config
+    )
+
+
+def composed_experts(
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    num_experts: int,
+    up: Projection,
+    activation: Callable[[Tensor], Tensor],
+    down: Projection,
+    *,
+    norm: Callable[[Tensor], Tensor] | None = None,
+    weights_before: bool = False,
+) -> Tensor:
+    """Compute a whole layer of experts from its two projections and what stands between them.
+
+        y[t, k]   = norm(down(activation(up(hidden_states[t]))))   by expert topk_ids[t, k]
+        output[t] = sum_k topk_weights[t, k] * y[t, k]
+
+    With weights_before the weights multiply hidden_states[t] instead, and the sum is plain.
+
+    Args:
+        hidden_states ((T, H), floating): rows in token order.
+        topk_ids ((T, K), int32 or int64): expert of each slot; ids outside [0, num_experts) are
+            dropped.
+        topk_weights ((T, K), floating): router weight of each slot. That of a dropped slot is not
+            read and has a zero gradient; it may be NaN.
+        num_experts: E.
+        up: from rows of H to rows of U.
+        activation: from rows (R, U) to rows (R, I).
+        down: from rows of I to rows of H.
+        norm: applied to the experts' outputs (R, H), before their weights.
+        weights_before: multiply the weights with the experts' input (Llama 4).
+
+    Returns:
+        output ((T, H), the dtype of the down projection's output): weighted and summed in fp32.
+
+    Raises:
+        ValueError: topk_weights of another shape than topk_ids.
+        ValueError, TypeError: from the ops.
+
+    Differentiable in hidden_states, topk_weights and what the callables hold.
+    """
+    if topk_weights.shape != topk_ids.shape:
+        raise ValueError(
+            f"{_HERE}.composed_experts: expected topk_weights.shape == topk_ids.shape "
+            f"{tuple(topk_ids.shape)}, got {tuple(topk_weights.shape)}"
+        )
+    top_k = topk_ids.shape[-1]
+    counts_E, gather_R, scatter_R = routing_indices(topk_ids, num_experts)
+    is_dropped_TK = (topk_ids < 0) | (topk_ids >= num_experts)
+    weights_TK = topk_weights.masked_fill(is_dropped_TK, 0.0)
+    if weights_before:
+        rows_RH = permute(hidden_states, gather_R, top_k, scatter_R)
+        weights_R1 = permute(weights_TK.reshape(-1, 1), gather_R, 1, scatter_R)
+        z_RU = up((rows_RH * weights_R1).to(rows_RH.dtype), token_counts=counts_E)
+    else:
+        z_RU = up(
+            hidden_states,
+            token_counts=counts_E,
+            gather_indices=gather_R,
+            top_k=top_k,
+            permute_x=True,
+        )
+    y_RH = down(activation(z_RU), token_counts=counts_E)
+    if norm is not None:
+        # A norm may turn the zero rows of dropped slots into anything: a bias, or NaN without eps.
+        is_dropped_R = torch.arange(topk_ids.numel(), device=topk_ids.device) >= counts_E.sum()
+        y_RH = norm(y_RH).masked_fill(is_dropped_R[:, None], 0.0)
+    return unpermute(y_RH, gather_R, None if weights_before else weights_TK, top_k, scatter_R)
+
+
+def named_activation(
+    function: str, name: str, *, gated: bool, interleaved: bool, limit: float | None
+) -> Callable[[Tensor], Tensor]:
+    """Return one of moe::fused_experts' activations, from rows (R, U) to rows (R, I).
+
+    Args:
+        function: what the errors say was called.
+        name: "silu", "gelu", "gelu_tanh", "relu", "relu_squared" or "swiglu_oai".
+        gated: whether the activation of one half of the row multiplies the other half.
+        interleaved: whether gate and up take turns in the row.
+        limit: clamps gate and up before the activation.
+
+    Raises:
+        ValueError: an unknown name; swiglu_oai without gated; a limit that is not positive.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(
+            f"{function}: expected activation to be one of {', '.join(ACTIVATIONS)}, got {name!r}"
+        )
+    if name == "swiglu_oai" and not gated:
+        raise ValueError(
+            f"{function}: expected gated=True with swiglu_oai, got False; it multiplies by up"
+        )
+    if limit is not None and not limit > 0:
+        raise ValueError(
+            f"{function}: expected activation_limit > 0, got {limit}; pass None for no limit"
+        )
+    return Activation(name, gated, interleaved, limit).apply
