@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from testing import dropped_slots
 from testing.comparison import TOLERANCE, relative_error
 from testing.pages import DOCS, has_only_python_blocks, run_python_blocks
 from testing.tiny_models import MODELS as TINY_MODELS
@@ -186,6 +187,17 @@ def test_compiled_step(name, which, input_ids):
     output, gradients = run_step(compiled, input_ids)
     gradients = {key.removeprefix("_orig_mod."): value for key, value in gradients.items()}
     assert_same_step((output, gradients), expected)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_dropped_slots_are_not_read(name):
+    """Slots of other ranks' experts add nothing, whatever their weight is."""
+    wrapper = split_model(name).get_submodule(PREFIX)
+    trained = [parameter for key, parameter in wrapper.named_parameters() if "lora_" in key]
+    assert len(trained) == 4
+    with MoeCalls() as calls:
+        dropped_slots.assert_not_read(wrapper, torch.randn(17, 32), NUM_EXPERTS, trained)
+    assert calls.is_split()
 
 
 def test_save_and_load(tmp_path, input_ids):

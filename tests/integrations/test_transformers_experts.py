@@ -15,6 +15,8 @@ import torch
 import transformers
 from torch import nn
 
+from moe_ops.integrations.transformers import known_activation
+from testing import dropped_slots
 from testing.comparison import TOLERANCE, relative_error
 
 NUM_TOKENS, TOP_K, NUM_EXPERTS = 24, 3, 6
@@ -140,8 +142,8 @@ def test_matches_eager(module_name, class_name):
 def test_dropped_slots(module_name, class_name):
     """Ids of other ranks' experts: one past the end (the sentinel), beyond it, and -1.
 
-    The reference gives these slots to expert 0 with weight 0. Ours gets them with a weight, which
-    must not matter.
+    The reference gives these slots to expert 0 with weight 0. Ours gets them with a weight, a
+    number or NaN, which must not matter.
     """
     experts = make_experts(module_name, class_name)
     hidden_states, top_k_index, top_k_weights = make_inputs()
@@ -149,8 +151,11 @@ def test_dropped_slots(module_name, class_name):
     is_dropped[5] = is_dropped[11] = True
     sentinels = torch.tensor([NUM_EXPERTS, -1, NUM_EXPERTS + 7]).expand_as(top_k_index)
     dropped_index = torch.where(is_dropped, sentinels, top_k_index)
+    unread = top_k_weights.clone()
+    unread[::2] = unread[::2].masked_fill(is_dropped[::2], torch.nan)
+    assert 0 < unread.isnan().sum() < is_dropped.sum()
 
-    actual = run(experts, "moe_ops", hidden_states, dropped_index, top_k_weights)
+    actual = run(experts, "moe_ops", hidden_states, dropped_index, unread)
     for name in ("output", "hidden_states"):
         assert torch.count_nonzero(actual[name][[5, 11]]) == 0, name
     assert torch.count_nonzero(actual["top_k_weights"][is_dropped]) == 0
@@ -333,6 +338,30 @@ def test_frozen_experts_and_router():
     assert all(parameter.grad is None for parameter in experts.parameters())
 
 
+def with_another_activation(experts):
+    """Give experts an activation that moe::fused_experts does not have."""
+    if hasattr(experts, "alpha"):
+        experts.alpha = 1.3
+    else:
+        experts.act_fn = nn.Tanh()
+    assert known_activation(experts) is None
+    return experts
+
+
+@over_variants
+def test_another_activation_matches_eager(module_name, class_name):
+    experts = with_another_activation(make_experts(module_name, class_name))
+    inputs = make_inputs()
+    assert_close(run(experts, "moe_ops", *inputs), run(experts, "eager", *inputs))
+
+
+@over_variants
+def test_another_activation_reads_no_dropped_slot(module_name, class_name):
+    experts = with_another_activation(make_experts(module_name, class_name))
+    experts.config._experts_implementation = "moe_ops"
+    dropped_slots.assert_not_read(experts, make_inputs()[0], NUM_EXPERTS, experts.parameters())
+
+
 class OffsetNorm(nn.Module):
     """A norm that has a value, or no finite one, for the zero row of a dropped slot."""
 
@@ -350,11 +379,13 @@ def test_post_expert_norm(eps):
     experts = make_experts(*VARIANTS[0])
     hidden_states, top_k_index, top_k_weights = make_inputs()
     top_k_index[5, 0] = top_k_index[11] = NUM_EXPERTS
+    top_k_weights[5, 0] = top_k_weights[11, :2] = torch.nan
     experts.has_post_expert_norm, experts.post_expert_norm = True, OffsetNorm(eps)
     actual = run(experts, "moe_ops", hidden_states, top_k_index, top_k_weights)
     assert torch.count_nonzero(actual["output"][11]) == 0
     assert torch.count_nonzero(actual["hidden_states"][11]) == 0
     assert actual["top_k_weights"][5, 0] == 0
+    assert torch.count_nonzero(actual["top_k_weights"][11]) == 0
 
     hidden_states.requires_grad_()
     output = torch.zeros_like(hidden_states)

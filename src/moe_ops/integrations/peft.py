@@ -23,7 +23,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from moe_ops.integrations.transformers import IMPLEMENTATION, Experts, in_dtype_of, projection
+from moe_ops.integrations.transformers import (
+    IMPLEMENTATION,
+    Experts,
+    in_dtype_of,
+    up_name,
+    weight_and_bias,
+)
 from moe_ops.layers.lora import LoraWeights, lora_experts
 
 MINIMUM_VERSION = "0.21"
@@ -156,7 +162,6 @@ def _split(
     wrappers: list[ParamWrapper], hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     experts = cast(Experts, wrappers[-1].base_layer)
-    up_name = _up_name(experts)
     adapters = {
         wrapper.parameter_name: [
             adapter_weights(wrapper, name)
@@ -165,8 +170,8 @@ def _split(
         ]
         for wrapper in wrappers
     }
-    up_weight, up_bias = projection(experts, up_name)
-    down_weight, down_bias = projection(experts, "down_proj")
+    up_weight, up_bias = weight_and_bias(experts, up_name(experts))
+    down_weight, down_bias = weight_and_bias(experts, "down_proj")
     top_k = top_k_index.shape[-1]
     output = lora_experts(
         in_dtype_of(up_weight, hidden_states.reshape(-1, hidden_states.shape[-1])),
@@ -174,7 +179,7 @@ def _split(
         down_weight,
         top_k_index.reshape(-1, top_k),
         top_k_weights.reshape(-1, top_k),
-        adapters.get(up_name, ()),
+        adapters.get(up_name(experts), ()),
         adapters.get("down_proj", ()),
         up_bias,
         down_bias,
@@ -204,22 +209,18 @@ def _obstacle(wrappers: list[ParamWrapper]) -> str | None:
     for module in [*wrappers[1:], experts]:
         if _is_hooked(module):
             return f"{type(module).__name__} in {name} has hooks or a forward of its own"
-    for parameter in (_up_name(experts), "down_proj"):
+    for parameter in (up_name(experts), "down_proj"):
         weight = getattr(experts, parameter)
         if type(weight) is not nn.Parameter or weight.dtype not in _DTYPES:
             return f"{parameter} of {name} is a {type(weight).__name__} of {weight.dtype}"
     for wrapper in wrappers:
         parameter = wrapper.parameter_name
-        if parameter not in (_up_name(experts), "down_proj"):
+        if parameter not in (up_name(experts), "down_proj"):
             return f"{parameter} of {name} is adapted"
     return None
 
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def _up_name(experts: Experts | nn.Module) -> str:
-    return "gate_up_proj" if experts.has_gate else "up_proj"
 
 
 def _is_experts(module: nn.Module) -> bool:

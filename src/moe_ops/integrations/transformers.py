@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_ops import fused_experts, grouped_gemm, routing_indices, unpermute
+from moe_ops import fused_experts
+from moe_ops._pytorch.activation import Activation
+from moe_ops.layers.functional import composed_experts, projection
 
 IMPLEMENTATION = "moe_ops"
 MINIMUM_VERSION = "5.17"
@@ -112,31 +113,18 @@ def experts_forward(
     if activation is not None:
         return _fused(self, activation, hidden_states, top_k_index, top_k_weights)
     top_k = top_k_index.shape[-1]
-    token_counts, gather_indices, scatter_indices = routing_indices(
-        top_k_index.reshape(-1, top_k), self.num_experts
-    )
-
-    up_name = "gate_up_proj" if self.has_gate else "up_proj"
-    up_weight, up_bias = projection(self, up_name)
-    rows = grouped_gemm(
+    up_weight, up_bias = weight_and_bias(self, up_name(self))
+    down_weight, down_bias = weight_and_bias(self, "down_proj")
+    apply_gate = self._apply_gate if self.has_gate else self.act_fn
+    output = composed_experts(
         in_dtype_of(up_weight, hidden_states.reshape(-1, hidden_states.shape[-1])),
-        up_weight,
-        token_counts,
-        gather_indices,
-        bias=up_bias,
-        top_k=top_k,
-        permute_x=True,
-    )
-    rows = self._apply_gate(rows) if self.has_gate else self.act_fn(rows)
-    down_weight, down_bias = projection(self, "down_proj")
-    rows = grouped_gemm(in_dtype_of(down_weight, rows), down_weight, token_counts, bias=down_bias)
-    if getattr(self, "has_post_expert_norm", False):
-        rows = self.post_expert_norm(rows)
-        # A norm may turn the zero rows of dropped slots into anything: a bias, or NaN without eps.
-        is_dropped = torch.arange(rows.shape[0], device=rows.device) >= token_counts.sum()
-        rows = rows.masked_fill(is_dropped[:, None], 0.0)
-    output = unpermute(
-        rows, gather_indices, top_k_weights.reshape(-1, top_k), top_k, scatter_indices
+        top_k_index.reshape(-1, top_k),
+        top_k_weights.reshape(-1, top_k),
+        self.num_experts,
+        up=projection(up_weight, up_bias),
+        activation=lambda z: in_dtype_of(down_weight, apply_gate(z)),
+        down=projection(down_weight, down_bias),
+        norm=self.post_expert_norm if getattr(self, "has_post_expert_norm", False) else None,
     )
     return output.reshape(hidden_states.shape).to(hidden_states.dtype)
 
@@ -149,8 +137,8 @@ def _fused(
     top_k_weights: Tensor,
 ) -> Tensor:
     top_k = top_k_index.shape[-1]
-    up_weight, up_bias = projection(self, "gate_up_proj" if self.has_gate else "up_proj")
-    down_weight, down_bias = projection(self, "down_proj")
+    up_weight, up_bias = weight_and_bias(self, up_name(self))
+    down_weight, down_bias = weight_and_bias(self, "down_proj")
     output = fused_experts(
         in_dtype_of(up_weight, hidden_states.reshape(-1, hidden_states.shape[-1])),
         up_weight,
@@ -160,20 +148,11 @@ def _fused(
         up_bias,
         down_bias,
         activation.name,
-        gated=self.has_gate,
+        gated=activation.gated,
         interleaved=activation.interleaved,
         activation_limit=activation.limit,
     )
     return output.reshape(hidden_states.shape).to(hidden_states.dtype)
-
-
-@dataclass(frozen=True)
-class Activation:
-    """What an experts module does between its projections, in fused_experts' words."""
-
-    name: str
-    interleaved: bool = False
-    limit: float | None = None
 
 
 # Activation modules by the name of their class, torch's and those of transformers' ACT2FN.
@@ -199,13 +178,10 @@ def known_activation(experts: Experts) -> Activation | None:
     """The activation of an experts module, or None where fused_experts has not got it."""
     if getattr(experts, "has_post_expert_norm", False):
         return None
-    if not experts.has_gate:
+    gate = type(experts)._apply_gate if experts.has_gate else None
+    if gate is None or gate.__module__ == "transformers.integrations.moe":
         name = _name_of(experts.act_fn)
-        return None if name is None else Activation(name)
-    gate = type(experts)._apply_gate
-    if gate.__module__ == "transformers.integrations.moe":
-        name = _name_of(experts.act_fn)
-        return None if name is None else Activation(name)
+        return None if name is None else Activation(name, gated=experts.has_gate)
     known = _GATES.get(type(experts).__name__)
     if known is None or not gate.__module__.startswith("transformers.models."):
         return None
@@ -215,9 +191,10 @@ def known_activation(experts: Experts) -> Activation | None:
         return None
     if slope_name:
         is_oai = getattr(experts, slope_name, None) == _OAI_SLOPE
-        return Activation("swiglu_oai", interleaved, limit) if is_oai else None
-    name = _name_of(getattr(experts, "act_fn", F.silu))
-    return Activation(name, interleaved, limit) if name == "silu" else None
+        name = "swiglu_oai" if is_oai else None
+    else:
+        name = "silu" if _name_of(getattr(experts, "act_fn", F.silu)) == "silu" else None
+    return None if name is None else Activation(name, interleaved=interleaved, limit=limit)
 
 
 def _name_of(activation: Any) -> str | None:
@@ -237,8 +214,13 @@ def refuse_fp8_experts(self: object, *args: object, **kwargs: object) -> NoRetur
     )
 
 
-def projection(experts: Experts, name: str) -> tuple[Tensor, Tensor | None]:
-    """The weight called name as (num_experts, out_features, in_features), and its bias."""
+def up_name(experts: Experts | nn.Module) -> str:
+    """Return the name of an experts module's up projection."""
+    return "gate_up_proj" if experts.has_gate else "up_proj"
+
+
+def weight_and_bias(experts: Experts, name: str) -> tuple[Tensor, Tensor | None]:
+    """Return the weight called name as (num_experts, out_features, in_features), and its bias."""
     weight = getattr(experts, name)
     bias = in_dtype_of(weight, getattr(experts, f"{name}_bias")) if experts.has_bias else None
     return weight.transpose(1, 2) if experts.is_transposed else weight, bias
