@@ -1,11 +1,141 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experts after quantize_fp8_(): what they compute, and what becomes of their states."""
 
+from typing import Any
+
 import pytest
 import torch
 
+import moe_ops
+from moe_ops.layers import MoE, Router
 from moe_ops.layers.experts import Experts
-from testing.lora_problem import NUM_EXPERTS
+from testing.lora_problem import NUM_EXPERTS, draw_ids, randn
+from testing.tolerances import RELATIVE_NORM, relative_error
+
+# Several scales a weight, the last ones of narrower blocks.
+HIDDEN, INTER, NUM_TOKENS, TOP_K = 150, 130, 12, 2
+VARIANTS: dict[str, dict[str, Any]] = {
+    "silu": {},
+    "gelu_tanh": {"activation": "gelu_tanh"},
+    "interleaved": {"interleaved": True},
+    "gpt_oss": {"activation": "swiglu_oai", "interleaved": True, "activation_limit": 0.4},
+    "llama4": {"weights_before": True},
+    "ungated": {"gated": False, "activation": "relu_squared"},
+    "recomputed": {"recompute": "pre_activation"},
+    "recomputed_llama4": {"recompute": "pre_activation", "weights_before": True},
+}
+
+
+def make_experts(name="silu"):
+    """Quantised experts, and plain ones whose weights are what the FP8 codes are worth."""
+    experts, worth = (Experts(NUM_EXPERTS, HIDDEN, INTER, **VARIANTS[name]) for _ in range(2))
+    assert experts.quantize_fp8_() is experts
+    for parameter_name, parameter in worth.named_parameters():
+        scale = experts.scale(parameter_name)
+        assert scale is not None
+        codes = experts.get_parameter(parameter_name)
+        parameter.data = moe_ops.dequantize_fp8(codes, scale, torch.float32)
+    return experts, worth
+
+
+def make_inputs(num_tokens=NUM_TOKENS):
+    hidden_states = randn(num_tokens, HIDDEN, dtype=torch.float32).requires_grad_()
+    topk_weights = torch.rand(num_tokens, TOP_K).requires_grad_()
+    return hidden_states, draw_ids("dropped", num_tokens), topk_weights
+
+
+def step(layer, hidden_states, topk_ids, topk_weights):
+    """The output, and the gradients of the input and of the router weights."""
+    output = layer(hidden_states, topk_ids, topk_weights)
+    tangent = torch.linspace(-1, 1, output.numel()).view_as(output)
+    return [output, *torch.autograd.grad(output, [hidden_states, topk_weights], tangent)]
+
+
+def assert_same(actual, expected):
+    for got, want in zip(actual, expected, strict=True):
+        assert want.norm() > 0
+        assert relative_error(got, want) <= RELATIVE_NORM[torch.float32]
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_computes_what_its_weights_are_worth(name):
+    experts, worth = make_experts(name)
+    inputs = make_inputs()
+    assert_same(step(experts, *inputs), step(worth, *inputs))
+    assert all(p.grad is None and not p.requires_grad for p in experts.parameters())
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1])
+def test_few_tokens(num_tokens):
+    experts, worth = make_experts()
+    inputs = make_inputs(num_tokens)
+    for got, want in zip(step(experts, *inputs), step(worth, *inputs), strict=True):
+        assert got.shape == want.shape
+        assert relative_error(got, want) <= RELATIVE_NORM[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_computes_in_the_dtype_of_the_hidden_states(dtype):
+    experts, worth = make_experts()
+    hidden_states, ids, weights = make_inputs()
+    output = experts(hidden_states.to(dtype), ids, weights)
+    assert output.dtype == dtype
+    expected = worth.to(dtype)(hidden_states.to(dtype), ids, weights)
+    tolerance = RELATIVE_NORM[min(dtype, torch.float32, key=lambda each: each.itemsize)]
+    assert relative_error(output, expected) <= tolerance
+
+
+@pytest.mark.parametrize("name", ["silu", "recomputed"])
+def test_compiles_into_one_graph(name):
+    experts, _ = make_experts(name)
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    for num_tokens in (3, 12):
+        inputs = make_inputs(num_tokens)
+        assert_same(step(compiled, *inputs), step(experts, *inputs))
+
+
+def test_recompute_saves_no_activation():
+    saved = {}
+    for name in ("silu", "recomputed"):
+        sizes: list[int] = []
+
+        def note(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        experts, inputs = make_experts(name)[0], make_inputs()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            experts(*inputs)
+        saved[name] = sizes
+    num_rows = NUM_TOKENS * TOP_K
+    assert saved["silu"].count(num_rows * INTER) >= 2, "gate and up"
+    assert max(saved["recomputed"], default=0) <= NUM_TOKENS * HIDDEN
+
+
+def test_stands_in_a_layer_that_is_made_of_parts():
+    experts, worth = make_experts()
+    router = Router(HIDDEN, NUM_EXPERTS, TOP_K)
+    hidden_states, *_ = make_inputs()
+    actual, expected = (MoE(router, each)(hidden_states)[0] for each in (experts, worth))
+    assert_same([actual], [expected])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activation": "tanh"}, "expected activation to be one of silu, .*, got 'tanh'"),
+        ({"activation": "swiglu_oai", "gated": False}, "expected gated=True with swiglu_oai"),
+        ({"activation_limit": -1.0}, "expected activation_limit > 0, got -1.0"),
+        ({"recompute": "all"}, "expected recompute to be one of none, pre_activation, got 'all'"),
+        ({"kernel_config": "x"}, "grouped_gemm_fp8: expected kernel_config"),
+    ],
+)
+def test_rejects_the_options_that_the_fused_layer_rejects(options, message):
+    experts = Experts(NUM_EXPERTS, HIDDEN, INTER, **options)
+    with pytest.raises(ValueError, match=r"moe::fused_experts"):
+        experts(*make_inputs())
+    with pytest.raises(ValueError, match=message):
+        experts.quantize_fp8_()(*make_inputs())
 
 
 def test_quantised_experts_in_a_state_dict():
@@ -24,19 +154,16 @@ def test_quantised_experts_in_a_state_dict():
     assert set(Experts(2, 4, 4).state_dict()) == {"gate_up_proj", "down_proj"}
 
 
-def test_quantised_experts_alone_are_refused_with_what_to_do():
+def test_refusals_say_what_to_do():
     experts = Experts(NUM_EXPERTS, 8, 6).quantize_fp8_()
-    for rows in (torch.randn(3, 8), torch.randn(3, 8, requires_grad=True)):
-        with pytest.raises(
-            ValueError, match=r"forward: .*moe_ops\.layers\.lora\.LoraExperts computes"
-        ):
-            experts(rows, torch.zeros(3, 1).int(), torch.ones(3, 1))
-    with pytest.raises(ValueError, match=r"reset_parameters: .* not quantised, got FP8 ones"):
+    with pytest.raises(ValueError, match=r"reset_parameters: .* got FP8 ones; reset a new layer"):
         experts.reset_parameters()
-    with pytest.raises(ValueError, match="are not quantised yet, got gate_up_proj_scale"):
+    with pytest.raises(
+        ValueError, match=r"are not quantised yet, got gate_up_proj_scale; call it once"
+    ):
         experts.quantize_fp8_()
     biased = Experts(NUM_EXPERTS, 8, 6, bias=True)
-    with pytest.raises(ValueError, match="got gate_up_proj_bias"):
+    with pytest.raises(ValueError, match=r"got gate_up_proj_bias; .* make them with bias=False"):
         biased.quantize_fp8_()
     assert biased.gate_up_proj.dtype == torch.float32
 

@@ -8,10 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from moe_ops import fused_experts
+from moe_ops._pytorch.activation import GATE_ACTIVATIONS, gate_function
 from moe_ops.fp8 import quantize_fp8
+from moe_ops.layers.functional import composed_experts, named_activation, projection
+
+# What to do about a bias or a scale that keeps a layer from being quantised.
+_ADVICE = {
+    "bias": "moe_ops.grouped_gemm_fp8 takes no bias, so make them with bias=False",
+    "scale": "call it once",
+}
 
 
 class Experts(nn.Module):
@@ -43,7 +51,8 @@ class Experts(nn.Module):
         gate_up_proj_bias or up_proj_bias (num_experts, U), down_proj_bias (num_experts,
             hidden_size), or None.
 
-    quantize_fp8_() makes the projections FP8 with scales, for moe_ops.layers.lora.LoraExperts.
+    quantize_fp8_() makes the projections FP8 with scales. The layer then is no longer one op, but
+    moe::grouped_gemm_fp8 twice with the activation between.
 
     Each expert begins as two nn.Linear do: weights and biases uniform in +-1 / sqrt(input size).
 
@@ -97,7 +106,11 @@ class Experts(nn.Module):
         Raises:
             ValueError: the layer is quantised.
         """
-        self._check_not_quantised("reset_parameters")
+        if self.is_quantised:
+            raise ValueError(
+                "moe_ops.layers.Experts.reset_parameters: expected weights that are not quantised, "
+                "got FP8 ones; reset a new layer and call its quantize_fp8_()"
+            )
         for name in (self._up_name, "down_proj"):
             weight, bias = self.projection(name)
             bound = max(weight.shape[2], 1) ** -0.5
@@ -118,12 +131,13 @@ class Experts(nn.Module):
             output ((T, hidden_size), the dtype of hidden_states): weighted and summed in fp32.
 
         Raises:
-            ValueError: the layer is quantised.
-            ValueError, TypeError: from moe::fused_experts, for what it has not got.
+            ValueError, TypeError: from moe::fused_experts, for an option or a dtype it does not take.
+            ValueError: the same of an option, where the layer is quantised.
 
-        Differentiable in hidden_states, topk_weights and the parameters.
+        Differentiable in hidden_states, topk_weights and the parameters that are not FP8.
         """
-        self._check_not_quantised("forward")
+        if self.is_quantised:
+            return self._composed(hidden_states, topk_ids, topk_weights)
         up_weight, up_bias = self.projection(self._up_name)
         down_weight, down_bias = self.projection("down_proj")
         return fused_experts(
@@ -143,15 +157,55 @@ class Experts(nn.Module):
             self.kernel_config,
         )
 
+    def _composed(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """Compute forward with FP8 weights, which moe::fused_experts does not take."""
+        function = "moe_ops.layers.Experts.forward"
+        if self.recompute not in ("none", "pre_activation"):
+            raise ValueError(
+                f"{function}: expected recompute to be one of none, pre_activation, "
+                f"got {self.recompute!r}"
+            )
+        up, down = (
+            projection(*self.projection(name), self.scale(name), self.kernel_config)
+            for name in (self._up_name, "down_proj")
+        )
+        activation = named_activation(
+            function,
+            self.activation,
+            gated=self.gated,
+            interleaved=self.interleaved,
+            limit=self.activation_limit,
+        )
+
+        def compute(x: Tensor, weights: Tensor) -> Tensor:
+            num_experts = self.down_proj.shape[0]
+            return composed_experts(
+                x, topk_ids, weights, num_experts, up, activation, down,
+                weights_before=self.weights_before,
+            )  # fmt: skip
+
+        if self.recompute == "none":
+            return compute(hidden_states, topk_weights)
+        output: Tensor = checkpoint(
+            compute, hidden_states, topk_weights, use_reentrant=False, preserve_rng_state=False
+        )
+        return output
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the projections are FP8, made so by quantize_fp8_()."""
+        return self.scale("down_proj") is not None
+
     @torch.no_grad()
     def quantize_fp8_(self) -> Experts:
         """Quantise both projections with moe_ops.quantize_fp8, and freeze the layer.
 
         The parameters are replaced by new ones in float8_e4m3fn, and the buffers gate_up_proj_scale
         (up_proj_scale where not gated) and down_proj_scale hold the scales of their blocks.
-        LoraExperts computes with them; the forward of this module refuses them. Both keep their
-        dtypes where a whole model is converted, as by module.bfloat16(), and a state with them is
-        loaded into a layer that is quantised alone.
+        The layer still computes and still has a gradient for hidden_states and topk_weights;
+        moe_ops.layers.lora.LoraExperts adds adapters to it. Weights and scales keep their dtypes
+        where a whole model is converted, as by module.bfloat16(). Only a layer that is quantised
+        loads a state with them.
 
         Returns:
             This layer.
@@ -165,7 +219,7 @@ class Experts(nn.Module):
                 if getattr(self, f"{name}_{kind}") is not None:
                     raise ValueError(
                         "moe_ops.layers.Experts.quantize_fp8_: expected experts without biases that "
-                        f"are not quantised yet, got {name}_{kind}"
+                        f"are not quantised yet, got {name}_{kind}; {_ADVICE[kind]}"
                     )
         for name in names:
             quantised, scale = quantize_fp8(getattr(self, name))
@@ -178,16 +232,9 @@ class Experts(nn.Module):
         scale: Tensor | None = getattr(self, f"{name}_scale")
         return scale
 
-    def _check_not_quantised(self, function: str) -> None:
-        if self.scale("down_proj") is not None:
-            raise ValueError(
-                f"moe_ops.layers.Experts.{function}: expected weights that are not quantised, got "
-                "FP8 ones, which moe_ops.layers.lora.LoraExperts computes with"
-            )
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
         """As of any module; but the weights of a quantised layer, and their scales, keep their dtypes."""
-        if self.scale("down_proj") is None:
+        if not self.is_quantised:
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
         def move(tensor: Tensor) -> Tensor:
@@ -235,16 +282,6 @@ class Experts(nn.Module):
         )
 
 
-# moe::fused_experts' names, but for swiglu_oai, which is more than a function of the gate.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda gate: F.gelu(gate, approximate="tanh"),
-    "relu": F.relu,
-    "relu_squared": lambda gate: F.relu(gate).square(),
-}
-
-
 class GatedMLP(nn.Module):
     """Compute a gated MLP without biases, as shared experts are: down(act(gate(x)) * up(x)).
 
@@ -267,10 +304,10 @@ class GatedMLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
+        if activation not in GATE_ACTIVATIONS:
             raise ValueError(
                 "moe_ops.layers.GatedMLP: expected activation to be one of "
-                f"{', '.join(ACTIVATIONS)}, got {activation!r}"
+                f"{', '.join(GATE_ACTIVATIONS)}, got {activation!r}"
             )
 
         def linear(in_size: int, out_size: int) -> nn.Linear:
@@ -283,6 +320,6 @@ class GatedMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map hidden_states (..., hidden_size) to an output of the same shape."""
-        gate = ACTIVATIONS[self.activation](self.gate_proj(hidden_states))
+        gate = gate_function(self.activation)(self.gate_proj(hidden_states))
         output: Tensor = self.down_proj(gate * self.up_proj(hidden_states))
         return output
