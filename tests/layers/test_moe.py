@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("transformers", reason="the transformers extra is not installed")
 
 from moe_ops.layers import Experts, GatedMLP, MoE, Router
-from moe_ops.layers.moe import _BLOCKS, _CLASSES
+from moe_ops.layers.configs import BLOCKS, CLASSES
 from testing.layer_models import (
     HIDDEN_SIZE,
     MODELS,
@@ -326,8 +326,8 @@ def test_load_from_takes_a_class_of_ones_own():
 
 def test_every_model_has_its_class():
     for name, (_, block_class, _) in MODELS.items():
-        assert _CLASSES[make_config(name).model_type] == block_class
-    assert _CLASSES.keys() == _BLOCKS.keys()
+        assert CLASSES[make_config(name).model_type] == block_class
+    assert CLASSES.keys() == BLOCKS.keys()
 
 
 def test_from_config_of_a_subclass():
