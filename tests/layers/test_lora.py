@@ -163,13 +163,13 @@ GEMM = (torch.ones(4, 5), torch.ones(2, 3, 5), torch.tensor([2, 2]))
     [
         (
             LoraWeights(torch.ones(2, 4, 6), torch.ones(2, 3, 4), 1.0),
-            r"lora_A of shape \(num_experts, rank, in_features\) = \(2, rank, 5\), got \(2, 4, 6\)",
+            r"lora_A\.shape == \(num_experts, rank, in_features\) \(2, rank, 5\), got \(2, 4, 6\)",
         ),
         (LoraWeights(torch.ones(2, 0, 5), torch.ones(2, 3, 0), 1.0), r"got \(2, 0, 5\)"),
         (LoraWeights(torch.ones(8, 5), torch.ones(3, 8), 1.0), r"got \(8, 5\)"),
         (
             LoraWeights(torch.ones(2, 4, 5), torch.ones(2, 4, 3), 1.0),
-            r"lora_B of shape .* = \(2, 3, 4\), got \(2, 4, 3\)",
+            r"lora_B\.shape == .* \(2, 3, 4\), got \(2, 4, 3\)",
         ),
     ],
 )
@@ -205,8 +205,11 @@ def experts(**flags):
     ("call", "message"),
     [
         (lambda: LoraExperts(experts(), 0), "LoraExperts: expected rank >= 1, got 0"),
-        (lambda: LoraExperts(experts(), 2, targets=[]), "LoraExperts: expected targets of"),
-        (lambda: LoraExperts(experts(), 2, targets=["gate"]), "LoraExperts: expected targets of"),
+        (lambda: LoraExperts(experts(), 2, targets=[]), "LoraExperts: expected targets among"),
+        (
+            lambda: LoraExperts(experts(), 2, targets=["gate"]),
+            "LoraExperts: expected targets among",
+        ),
         (lambda: LoraExperts(experts(), 2, lora_dropout=1.0), "expected 0 <= lora_dropout < 1"),
         (lambda: lora_grouped_gemm(*GEMM, [], dropout_p=-0.1), "expected 0 <= dropout_p < 1"),
         (lambda: run_activation("swish"), "lora_experts: expected activation to be one of silu"),

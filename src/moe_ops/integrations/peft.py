@@ -39,9 +39,11 @@ try:
     import peft
     from peft.tuners.lora.layer import ParamWrapper
 except ImportError as error:
-    raise ImportError(f"{_needs}, got none that can be imported: {error}") from error
+    raise ImportError(
+        f"{_needs}, got none that can be imported ({error}); pip install 'peft>={MINIMUM_VERSION}'"
+    ) from error
 if torch.torch_version.TorchVersion(peft.__version__) < MINIMUM_VERSION:
-    raise ImportError(f"{_needs}, got {peft.__version__}")
+    raise ImportError(f"{_needs}, got {peft.__version__}; pip install -U peft")
 
 logger = logging.getLogger("moe_ops")
 
@@ -74,9 +76,8 @@ def enable(model: nn.Module) -> list[str]:
     wrappers = dict(_outermost_wrappers(model))
     if not wrappers:
         raise ValueError(
-            "moe_ops.integrations.peft.enable: expected a model with LoRA adapters on the parameters "
-            f"of its experts (LoraConfig(target_parameters=[...])), got {type(model).__name__} "
-            "without"
+            "moe_ops.integrations.peft.enable: expected a model with LoRA adapters on its experts, "
+            f"got a {type(model).__name__} without; pass peft LoraConfig(target_parameters=[...])"
         )
     enabled = []
     for name, wrapper in wrappers.items():
@@ -105,7 +106,7 @@ def disable(model: nn.Module) -> None:
 
 
 def forward(self: ParamWrapper, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Forward of PEFT's wrapper around an experts module: split where possible, else PEFT's own.
+    """Compute PEFT's wrapper around an experts module: split where possible, else PEFT's own way.
 
     Args:
         self: the outermost wrapper of the experts module.
@@ -132,7 +133,7 @@ def forward(self: ParamWrapper, hidden_states: Tensor, *args: Any, **kwargs: Any
 
 
 def adapter_weights(wrapper: ParamWrapper, adapter_name: str) -> LoraWeights:
-    """One adapter of PEFT's wrapper, as moe_ops.layers.lora takes it.
+    """Return one adapter of PEFT's wrapper, as moe_ops.layers.lora takes it.
 
     PEFT packs the adapters of all experts into two linear layers: lora_A.weight
     (num_experts * rank, in_features) has the experts slowest, lora_B.weight (out_features,
@@ -189,13 +190,13 @@ def _split(
 
 
 def _is_merged_in_part(wrappers: list[ParamWrapper]) -> bool:
-    """Whether no adapter is to be added here, or PEFT has merged one already."""
+    """Tell whether no adapter is to be added here, or PEFT has merged one already."""
     active = [name for w in wrappers for name in w.active_adapters if name in w.lora_A]
     return not active or any(w.disable_adapters or w.merged for w in wrappers)
 
 
 def _obstacle(wrappers: list[ParamWrapper]) -> str | None:
-    """Why these wrappers, outermost first, cannot go through split LoRA; None where they can."""
+    """Say why these wrappers, outermost first, cannot go through split LoRA; None where they can."""
     experts = wrappers[-1].base_layer
     name = type(experts).__name__
     if not _is_experts(experts):
@@ -238,14 +239,14 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 def _chain(wrapper: nn.Module) -> Iterator[ParamWrapper]:
-    """The wrapper and those nested in it, one for each adapted parameter, outermost first."""
+    """Yield the wrapper and those nested in it, one per adapted parameter, outermost first."""
     while isinstance(wrapper, ParamWrapper):
         yield wrapper
         wrapper = wrapper.base_layer
 
 
 def _outermost_wrappers(model: nn.Module) -> Iterator[tuple[str, ParamWrapper]]:
-    """The wrappers of experts in the model, with the names they have there."""
+    """Yield the wrappers of experts in the model, with their names."""
     inner = {id(nested) for m in model.modules() for nested in list(_chain(m))[1:]}
     for name, module in model.named_modules():
         if not isinstance(module, ParamWrapper) or id(module) in inner:

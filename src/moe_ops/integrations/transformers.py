@@ -55,10 +55,10 @@ def register() -> None:
         import transformers
     except ImportError as error:
         raise ImportError(
-            f"{needs}, got none installed (pip install 'moe_ops[transformers]')"
+            f"{needs}, got none installed; pip install 'transformers>={MINIMUM_VERSION}'"
         ) from error
     if torch.torch_version.TorchVersion(transformers.__version__) < MINIMUM_VERSION:
-        raise ImportError(f"{needs}, got {transformers.__version__}")
+        raise ImportError(f"{needs}, got {transformers.__version__}; pip install -U transformers")
     try:
         from transformers.integrations.moe import ExpertsInterface
     except ImportError as error:
@@ -93,7 +93,7 @@ class Experts(Protocol):
 def experts_forward(
     self: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Forward of an experts module, as transformers calls the implementation it dispatches to.
+    """Compute an experts module, as transformers calls the implementation that it dispatches to.
 
     Args:
         self: the experts module; its num_experts, has_gate, has_bias, is_transposed, weights and
@@ -175,7 +175,7 @@ _OAI_SLOPE = 1.702
 
 
 def known_activation(experts: Experts) -> Activation | None:
-    """The activation of an experts module, or None where fused_experts has not got it."""
+    """Return the activation of an experts module, or None where fused_experts does not have it."""
     if getattr(experts, "has_post_expert_norm", False):
         return None
     gate = type(experts)._apply_gate if experts.has_gate else None
@@ -206,10 +206,10 @@ def _name_of(activation: Any) -> str | None:
 
 
 def refuse_fp8_experts(self: object, *args: object, **kwargs: object) -> NoReturn:
-    """Forward of fine-grained FP8 experts, which moe_ops does not have."""
+    """Refuse to compute fine-grained FP8 experts, and say what to do."""
     raise NotImplementedError(
         f'experts_implementation="{IMPLEMENTATION}" does not compute fine-grained FP8 experts '
-        f"({type(self).__name__}): load with FineGrainedFP8Config(dequantize=True), or choose "
+        f"({type(self).__name__}); load with FineGrainedFP8Config(dequantize=True), or use "
         'experts_implementation="grouped_mm"'
     )
 
@@ -227,7 +227,7 @@ def weight_and_bias(experts: Experts, name: str) -> tuple[Tensor, Tensor | None]
 
 
 def in_dtype_of(weight: Tensor, tensor: Tensor) -> Tensor:
-    """The tensor as the GEMM wants it: fp32 residual streams and biases meet bf16 weights.
+    """Cast a tensor to the dtype of the weight: fp32 residual streams and biases meet bf16 weights.
 
     Under autocast the op casts both; casting here first would bring bf16 rows to fp32 and back.
     """

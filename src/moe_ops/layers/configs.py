@@ -62,7 +62,7 @@ def _mixtral(config: Any) -> Block:
     if config.router_jitter_noise != 0:
         raise ValueError(
             "moe_ops.layers.MoE.from_config: expected config.router_jitter_noise == 0, "
-            f"got {config.router_jitter_noise}"
+            f"got {config.router_jitter_noise}; set it to 0 in the config"
         )
     return Block(
         router={"num_experts": config.num_local_experts, "renormalize": True},

@@ -193,7 +193,7 @@ class Experts(nn.Module):
 
     @property
     def is_quantised(self) -> bool:
-        """Whether the projections are FP8, made so by quantize_fp8_()."""
+        """Tell whether quantize_fp8_() has made the projections FP8."""
         return self.scale("down_proj") is not None
 
     @torch.no_grad()
@@ -228,12 +228,12 @@ class Experts(nn.Module):
         return self
 
     def scale(self, name: str) -> Tensor | None:
-        """The scales of the weight of that name, where it is quantised."""
+        """Return the scales of the weight called name, or None where it is not quantised."""
         scale: Tensor | None = getattr(self, f"{name}_scale")
         return scale
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
-        """As of any module; but the weights of a quantised layer, and their scales, keep their dtypes."""
+        """Convert the module as any other, but keep the dtypes of FP8 weights and their scales."""
         if not self.is_quantised:
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
@@ -253,7 +253,7 @@ class Experts(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """As of any module; but codes are never taken for weights, nor weights for codes."""
+        """Load as any module, but refuse FP8 weights for others and others for FP8."""
         for name in (self._up_name, "down_proj"):
             is_quantised, theirs = (
                 self.scale(name) is not None,
@@ -262,19 +262,19 @@ class Experts(nn.Module):
             if f"{prefix}{name}" in state_dict and is_quantised != theirs:
                 expected, got = ("FP8", "other") if is_quantised else ("no FP8", "FP8")
                 error_msgs.append(
-                    f"expected {expected} weights in {prefix}{name}, got {got} ones; quantize_fp8_() "
-                    "before loading makes a layer that takes FP8"
+                    f"expected {expected} weights in {prefix}{name}, got {got} ones; to load FP8, "
+                    "call quantize_fp8_() on the layer first"
                 )
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
     def projection(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """The weight of that name, and its bias."""
+        """Return the weight called name, and its bias."""
         return getattr(self, name), getattr(self, f"{name}_bias")
 
     def extra_repr(self) -> str:
-        """The sizes and the activation, for print(module)."""
+        """Return the sizes and the activation, for print(module)."""
         num_experts, hidden_size, intermediate_size = self.down_proj.shape
         return (
             f"num_experts={num_experts}, hidden_size={hidden_size}, "

@@ -65,7 +65,7 @@ def load_balancing_loss(
 def _layer_sums(
     logits: Tensor, top_k: int, attention_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each expert's slots (E,) and summed probability (E,), and the number of tokens, all counted."""
+    """Return each expert's slots (E,), its summed probability (E,), and the number of tokens counted."""
     num_tokens, num_experts = logits.shape
     if attention_mask is None:
         counted = logits.new_ones(num_tokens, dtype=torch.long)
@@ -87,7 +87,7 @@ def _check(layers: tuple[Tensor, ...], num_experts: int, attention_mask: Tensor 
     if not layers:
         raise ValueError(
             "moe_ops.layers.load_balancing_loss: expected router_logits of at least one layer, "
-            "got none"
+            "got none; pass what MoE returns"
         )
     for logits in layers:
         if logits.ndim != 2 or logits.shape[1] != num_experts:

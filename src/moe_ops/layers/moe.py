@@ -48,17 +48,17 @@ class MoE(nn.Module):
         super().__init__()
         if shared_expert is None and shared_expert_gate is not None:
             raise ValueError(
-                "moe_ops.layers.MoE: expected shared_expert where shared_expert_gate is given, "
-                "got None"
+                "moe_ops.layers.MoE: expected shared_expert with shared_expert_gate, got None; "
+                "pass both or neither"
             )
         num_experts, hidden_size, _ = experts.down_proj.shape
         if tuple(router.weight.shape) != (num_experts, hidden_size):
             raise ValueError(
-                "moe_ops.layers.MoE: expected router.weight to be (num_experts, hidden_size) as the "
-                f"experts have them ({num_experts}, {hidden_size}), got {tuple(router.weight.shape)}"
+                "moe_ops.layers.MoE: expected router.weight.shape == (num_experts, hidden_size) of "
+                f"the experts ({num_experts}, {hidden_size}), got {tuple(router.weight.shape)}"
             )
         self.router = router
-        # What LoraExperts stands for.
+        # LoraExperts has the same attributes where they are used here.
         self.experts = cast(Experts, experts)
         self.shared_expert = shared_expert
         self.shared_expert_gate = shared_expert_gate
@@ -92,7 +92,7 @@ class MoE(nn.Module):
 
         Raises:
             ValueError: another model_type, a layer without experts, or a setting that this layer
-                has not got.
+                does not support.
             TypeError: a subclass whose constructor does not take the arguments of this one.
         """
         model_type = getattr(config, "model_type", None)
@@ -106,7 +106,7 @@ class MoE(nn.Module):
         if layer_idx is not None and not (is_layer and block.has_experts(layer_idx)):
             raise ValueError(
                 "moe_ops.layers.MoE.from_config: expected layer_idx of a layer with experts in "
-                f"this {model_type} config, got {layer_idx}"
+                f"this {model_type} config, got {layer_idx}; pass None to make the layer anyway"
             )
         hidden_size = config.hidden_size
         place: Any = {"device": device, "dtype": dtype}
@@ -127,8 +127,7 @@ class MoE(nn.Module):
         except TypeError as error:
             raise TypeError(
                 f"moe_ops.layers.MoE.from_config: expected the constructor of {cls.__name__} to take "
-                f"router, experts, shared_expert and shared_expert_gate, got one that does not: "
-                f"{error}"
+                f"router, experts, shared_expert and shared_expert_gate: {error}"
             ) from None
         layer = cls(*parts)
         layer._model_type = model_type
@@ -154,20 +153,20 @@ class MoE(nn.Module):
         if self._model_type is None or self._transposed is None:
             raise ValueError(
                 "moe_ops.layers.MoE.load_from: expected a layer made by MoE.from_config, "
-                "got one made of parts"
+                "got one made of parts; use load_state_dict"
             )
         for module in (self, block):
             if any(tensor.is_meta for tensor in module.state_dict().values()):
                 raise ValueError(
                     "moe_ops.layers.MoE.load_from: expected tensors with data, got meta tensors in "
-                    f"{type(module).__name__}"
+                    f"{type(module).__name__}; call its to_empty(device=...) or load its weights"
                 )
         known = [c.__name__ for c in type(block).__mro__ if c.__name__ in CLASSES.values()]
         expected_class = CLASSES[self._model_type]
         if known and known[0] != expected_class:
             raise ValueError(
-                f"moe_ops.layers.MoE.load_from: expected a {expected_class}, as the config that this "
-                f"layer was made from says, got a {type(block).__name__}"
+                f"moe_ops.layers.MoE.load_from: expected a {expected_class}, got a "
+                f"{type(block).__name__}; this layer was made from a {self._model_type} config"
             )
         theirs = {
             _our_name(name): _our_layout(name, tensor, self._transposed)
@@ -182,7 +181,7 @@ class MoE(nn.Module):
             if expected != got:
                 raise ValueError(
                     f"moe_ops.layers.MoE.load_from: expected {name} to be {expected}, "
-                    f"got {got} in {type(block).__name__}"
+                    f"got {got} in {type(block).__name__}; make the layer from the block's config"
                 )
         self.load_state_dict(theirs)
         return self

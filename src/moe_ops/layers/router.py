@@ -113,7 +113,7 @@ class Router(nn.Module):
             topk_ids ((T, top_k), int32): the experts, in order of descending choice.
 
         Raises:
-            ValueError, TypeError: from moe::topk_routing, for an option or a dtype it has not got.
+            ValueError, TypeError: from moe::topk_routing, for an option or a dtype it does not take.
 
         router_logits and topk_weights are differentiable in hidden_states, weight and bias.
         """
@@ -140,6 +140,6 @@ class Router(nn.Module):
         return F.linear(hidden_states.to(dtype), self.weight.to(dtype), bias)
 
     def extra_repr(self) -> str:
-        """The sizes, for print(module)."""
+        """Return the sizes, for print(module)."""
         num_experts, hidden_size = self.weight.shape
         return f"hidden_size={hidden_size}, num_experts={num_experts}, top_k={self.top_k}"

@@ -211,24 +211,26 @@ def lora_experts(
 def check_dropout(function: str, name: str, probability: float) -> None:
     """Raise a ValueError where a dropout probability is outside [0, 1)."""
     if not 0.0 <= probability < 1.0:
-        raise ValueError(f"{_HERE}.{function}: expected 0 <= {name} < 1, got {probability}")
+        raise ValueError(
+            f"{_HERE}.{function}: expected 0 <= {name} < 1, got {probability}; 0 is no dropout"
+        )
 
 
 def _check(adapter: LoraWeights, weight: Tensor) -> None:
     for name in ("lora_A", "lora_B"):
         if not (factor := getattr(adapter, name)).is_floating_point():
             raise TypeError(
-                f"{_HERE}.lora_grouped_gemm: expected {name} of a floating dtype, got {factor.dtype}"
+                f"{_HERE}.lora_grouped_gemm: expected a floating {name}.dtype, got {factor.dtype}"
             )
     num_experts, out_features, in_features = weight.shape
     a, b = tuple(adapter.lora_A.shape), tuple(adapter.lora_B.shape)
     if len(a) != 3 or a[1] < 1 or (a[0], a[2]) != (num_experts, in_features):
         raise ValueError(
-            f"{_HERE}.lora_grouped_gemm: expected lora_A of shape "
-            f"(num_experts, rank, in_features) = ({num_experts}, rank, {in_features}), got {a}"
+            f"{_HERE}.lora_grouped_gemm: expected lora_A.shape == "
+            f"(num_experts, rank, in_features) ({num_experts}, rank, {in_features}), got {a}"
         )
     if b != (num_experts, out_features, a[1]):
         raise ValueError(
-            f"{_HERE}.lora_grouped_gemm: expected lora_B of shape "
-            f"(num_experts, out_features, rank) = ({num_experts}, {out_features}, {a[1]}), got {b}"
+            f"{_HERE}.lora_grouped_gemm: expected lora_B.shape == "
+            f"(num_experts, out_features, rank) ({num_experts}, {out_features}, {a[1]}), got {b}"
         )

@@ -60,15 +60,15 @@ class GroupedLora(nn.Module):
         nn.init.zeros_(self.lora_B)
 
     def weights(self) -> LoraWeights:
-        """The parameters as lora_grouped_gemm takes them."""
+        """Return the parameters as lora_grouped_gemm takes them."""
         return LoraWeights(self.lora_A, self.lora_B, self.scaling)
 
     def delta_weight(self) -> Tensor:
-        """What merging adds to the weight, (num_experts, out_features, in_features)."""
+        """Return what merging adds to the weight, (num_experts, out_features, in_features)."""
         return self.scaling * (self.lora_B @ self.lora_A)
 
     def extra_repr(self) -> str:
-        """Sizes, for print(module)."""
+        """Return the sizes, for print(module)."""
         num_experts, rank, in_features = self.lora_A.shape
         return (
             f"num_experts={num_experts}, in_features={in_features}, "
@@ -111,14 +111,17 @@ class LoraExperts(nn.Module):
         if not isinstance(experts, Experts):
             raise TypeError(
                 f"{_HERE}.LoraExperts: expected experts to be a moe_ops.layers.Experts, got a "
-                f"{type(experts).__name__}"
+                f"{type(experts).__name__}; use lora_experts for other weights"
             )
         self._is_merged = False
         self._up_name = "gate_up_proj" if experts.gated else "up_proj"
         known = (self._up_name, "down_proj")
         targets = known if targets is None else targets
         if not targets or not set(targets) <= set(known):
-            raise ValueError(f"{_HERE}.LoraExperts: expected targets of {known}, got {targets!r}")
+            raise ValueError(
+                f"{_HERE}.LoraExperts: expected targets among {known}, got {targets!r}; "
+                "pass None for both"
+            )
         _check_experts(experts)
         check_dropout("LoraExperts", "lora_dropout", lora_dropout)
         _check_rank("LoraExperts", rank)
@@ -135,7 +138,7 @@ class LoraExperts(nn.Module):
             )  # fmt: skip
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """The weighted sum of each token's experts, (T, H); see lora_experts."""
+        """Compute the weighted sum of each token's experts, (T, H), as lora_experts does."""
         self._check_not_merged("forward")
         experts, up_name = self.experts, self._up_name
         _check_experts(experts)
@@ -191,7 +194,7 @@ class LoraExperts(nn.Module):
 
     @property
     def down_proj(self) -> Tensor:
-        """The layer's down projection, whose shape tells the layer's sizes."""
+        """Return the layer's down projection; its shape tells the layer's sizes."""
         return self.experts.down_proj
 
     def _check_not_merged(self, function: str) -> None:
@@ -218,7 +221,8 @@ def _check_experts(experts: Experts) -> None:
     ):
         if (got := getattr(experts, option)) != expected:
             raise ValueError(
-                f"{_HERE}.LoraExperts: expected experts with {option}={expected!r}, got {got!r}"
+                f"{_HERE}.LoraExperts: expected experts with {option}={expected!r}, got {got!r}; "
+                f"set experts.{option} = {expected!r}"
             )
 
 
