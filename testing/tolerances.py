@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a result may be from the fp64 reference: one table, relative norms.
+"""How far a result may be from its reference: one table of relative norms, by dtype.
 
 The error of a tensor is ||actual - expected|| / ||expected||. Rounding every element to the dtype
 once costs at most half its eps (bf16: 3.9e-3). The table leaves room for the few roundings of a
@@ -10,16 +10,31 @@ the whole. Where an op may round but once, a test says so and counts the element
 import torch
 from torch import Tensor
 
+# An op against the reference in fp64, at any size.
 RELATIVE_NORM = {
     torch.float64: 1e-13,
     torch.float32: 1e-5,
     torch.float16: 2e-3,
     torch.bfloat16: 1.5e-2,
 }
+# A module or model against another implementation of it in the same dtype, at tiny sizes: both
+# round after each product and activation, but their sums are short.
+MODULE_NORM = {
+    torch.float32: 2e-6,
+    torch.bfloat16: 1.2e-2,
+}
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """||actual - expected|| / ||expected||; the plain norm of actual where expected is zero."""
+    """Return ||actual - expected|| / ||expected||, or ||actual|| where expected is zero.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if actual.shape != expected.shape:
+        raise ValueError(
+            f"expected actual.shape == {tuple(expected.shape)}, got {tuple(actual.shape)}"
+        )
     actual, expected = actual.detach().double(), expected.detach().double()
     scale = expected.norm()
     error = (actual - expected).norm()

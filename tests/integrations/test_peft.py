@@ -11,10 +11,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from testing import dropped_slots
-from testing.comparison import TOLERANCE, relative_error
 from testing.pages import DOCS, has_only_python_blocks, run_python_blocks
 from testing.tiny_models import MODELS as TINY_MODELS
 from testing.tiny_models import NUM_EXPERTS, make_model, run_step
+from testing.tolerances import MODULE_NORM, relative_error
 
 pytest.importorskip("peft", reason="the peft extra is not installed")
 
@@ -58,14 +58,14 @@ def split_model(*args, **options):
 
 def assert_same_step(actual, expected, dtype=torch.float32):
     (output, gradients), (expected_output, expected_gradients) = actual, expected
-    assert relative_error(output, expected_output) <= TOLERANCE[dtype]
+    assert relative_error(output, expected_output) <= MODULE_NORM[dtype]
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
         assert (gradients[name] is None) == (gradient is None), name
         if gradient is not None:
             assert gradient.norm() > 0, name
             error = relative_error(gradients[name], gradient)
-            assert error <= TOLERANCE[dtype], f"{name}: {error:.2e}"
+            assert error <= MODULE_NORM[dtype], f"{name}: {error:.2e}"
 
 
 class MoeCalls(TorchDispatchMode):
@@ -173,7 +173,9 @@ def test_bf16_model(input_ids):
         if gradient is not None:
             assert actual[1][name].dtype == torch.float32
             # Two roundings on the way, to PEFT's one of the merged weight.
-            allowed = 1.5 * relative_error(peft_own[1][name], gradient) + TOLERANCE[torch.bfloat16]
+            allowed = (
+                1.5 * relative_error(peft_own[1][name], gradient) + MODULE_NORM[torch.bfloat16]
+            )
             assert relative_error(actual[1][name], gradient) <= allowed, name
 
 
@@ -225,13 +227,13 @@ def test_merge_and_unload(name, input_ids):
     with MoeCalls() as calls:
         merged = model(input_ids=input_ids, use_cache=False)[0]
     assert "fused_experts_forward" in calls.names() or "fused_experts" in calls.names()
-    assert relative_error(merged, expected) <= TOLERANCE[torch.float32]
+    assert relative_error(merged, expected) <= MODULE_NORM[torch.float32]
     model.unmerge_adapter()
-    assert relative_error(run_step(model, input_ids)[0], expected) <= TOLERANCE[torch.float32]
+    assert relative_error(run_step(model, input_ids)[0], expected) <= MODULE_NORM[torch.float32]
     unloaded = model.merge_and_unload()
     assert not [n for n, _ in unloaded.named_parameters() if "lora_" in n]
     output = unloaded(input_ids=input_ids, use_cache=False)[0]
-    assert relative_error(output, expected) <= TOLERANCE[torch.float32]
+    assert relative_error(output, expected) <= MODULE_NORM[torch.float32]
 
 
 def test_disabled_adapters_give_the_base(input_ids):
@@ -240,7 +242,7 @@ def test_disabled_adapters_give_the_base(input_ids):
     base = fresh_base()(input_ids=input_ids, use_cache=False)[0]
     with model.disable_adapter():
         output = model(input_ids=input_ids, use_cache=False)[0]
-    assert relative_error(output, base) <= TOLERANCE[torch.float32]
+    assert relative_error(output, base) <= MODULE_NORM[torch.float32]
     assert relative_error(adapted, base) > 0.05
 
 
@@ -348,7 +350,7 @@ def test_other_arguments_fall_back(input_ids, caplog):
         actual = wrapper(x, ids, top_k_weights=weights)
     assert not calls.is_split()
     assert "other arguments" in caplog.text
-    assert relative_error(actual, expected) <= TOLERANCE[torch.float32]
+    assert relative_error(actual, expected) <= MODULE_NORM[torch.float32]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from torch import nn
 
 from moe_ops.integrations.transformers import known_activation
 from testing import dropped_slots
-from testing.comparison import TOLERANCE, relative_error
+from testing.tolerances import MODULE_NORM, relative_error
 
 NUM_TOKENS, TOP_K, NUM_EXPERTS = 24, 3, 6
 DECORATED = re.compile(r"^@use_experts_implementation(?:\([^)]*\))?\nclass (\w+)", re.MULTILINE)
@@ -112,7 +112,7 @@ def run(experts, implementation, hidden_states, top_k_index, top_k_weights, auto
     return {"output": output.detach(), **dict(zip(wanted, gradients, strict=True))}
 
 
-def assert_close(actual, expected, tolerance=TOLERANCE[torch.float32]):
+def assert_close(actual, expected, tolerance=MODULE_NORM[torch.float32]):
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         assert actual[name].shape == value.shape, name
@@ -278,7 +278,7 @@ def test_experts_in_bfloat16_under_float32_hidden_states(module_name, class_name
     assert dtypes["output"] == dtypes["hidden_states"] == dtypes["top_k_weights"] == torch.float32
     assert dtypes["down_proj"] == torch.bfloat16
     for name, value in run(experts.float(), "eager", *inputs).items():
-        assert relative_error(actual[name], value) <= TOLERANCE[torch.bfloat16], name
+        assert relative_error(actual[name], value) <= MODULE_NORM[torch.bfloat16], name
 
 
 @over_variants
@@ -290,7 +290,7 @@ def test_autocast(module_name, class_name):
     expected = run(experts, "eager", hidden_states, top_k_index, top_k_weights)
     for name, value in expected.items():
         assert actual[name].dtype == torch.float32, name
-        assert relative_error(actual[name], value) <= TOLERANCE[torch.bfloat16], name
+        assert relative_error(actual[name], value) <= MODULE_NORM[torch.bfloat16], name
         if name.endswith("_proj"):
             assert relative_error(actual[name], value) > 1e-4, f"{name} was not computed in bf16"
 
@@ -308,7 +308,7 @@ def test_compiled_under_autocast(module_name, class_name):
         actual = run(compiled, "moe_ops", hidden_states, top_k_index, top_k_weights, autocast)
         for name, value in actual.items():
             error = relative_error(value, expected[name.removeprefix("_orig_mod.")])
-            assert error <= TOLERANCE[dtype], name
+            assert error <= MODULE_NORM[dtype], name
             assert autocast == (error > 1e-4) or name.endswith(("_bias", "weights")), name
 
 
@@ -322,7 +322,7 @@ def test_biases_in_another_dtype():
     actual = run(experts, "moe_ops", *inputs)
     assert actual["down_proj_bias"].dtype == torch.float32
     for name, value in expected.items():
-        assert relative_error(actual[name], value) <= TOLERANCE[torch.bfloat16], name
+        assert relative_error(actual[name], value) <= MODULE_NORM[torch.bfloat16], name
 
 
 def test_frozen_experts_and_router():
@@ -396,6 +396,6 @@ def test_post_expert_norm(eps):
         output = output.index_add(0, token, rows * top_k_weights[token, slot, None])
     tangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
     (gradient,) = torch.autograd.grad(output, hidden_states, tangent)
-    tolerance = TOLERANCE[torch.float32]
+    tolerance = MODULE_NORM[torch.float32]
     assert relative_error(actual["output"], output) <= tolerance
     assert relative_error(actual["hidden_states"], gradient) <= tolerance

@@ -11,7 +11,6 @@ import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
-from testing.comparison import TOLERANCE, relative_error
 from testing.tiny_models import (
     MODELS,
     draw_batch,
@@ -20,6 +19,7 @@ from testing.tiny_models import (
     routings,
     run_step,
 )
+from testing.tolerances import MODULE_NORM, relative_error
 
 DTYPES = [torch.float32, torch.bfloat16]
 # Inductor spends about 20 s on one of these models, nearly all of it in the C++ compiler. Every
@@ -63,7 +63,7 @@ def errors(actual, expected):
 
 def assert_matches(actual, expected):
     for name, error in errors(actual, expected).items():
-        assert error <= TOLERANCE[torch.float32], f"{name}: relative error {error:.2e}"
+        assert error <= MODULE_NORM[torch.float32], f"{name}: relative error {error:.2e}"
 
 
 def assert_as_close(actual, eager, expected):

@@ -13,7 +13,6 @@ from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface
 
 from moe_ops.integrations.transformers import experts_forward, register
-from testing.comparison import TOLERANCE, relative_error
 from testing.tiny_models import (
     MODELS,
     draw_batch,
@@ -21,6 +20,7 @@ from testing.tiny_models import (
     make_model,
     run_step,
 )
+from testing.tolerances import MODULE_NORM, relative_error
 
 
 def test_register_adds_the_name(monkeypatch):
@@ -101,7 +101,7 @@ def test_from_pretrained(name, tmp_path):
     assert find_experts(loaded)[0].config._experts_implementation == "moe_ops"
     expected, _ = run_step(model, input_ids)
     actual, _ = run_step(loaded, input_ids)
-    assert relative_error(actual, expected) <= TOLERANCE[torch.float32]
+    assert relative_error(actual, expected) <= MODULE_NORM[torch.float32]
 
     loaded.save_pretrained(tmp_path)
     assert "moe_ops" not in (tmp_path / "config.json").read_text(encoding="utf-8")
