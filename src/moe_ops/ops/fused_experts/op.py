@@ -16,11 +16,11 @@ from moe_ops.ops.fused_experts import pytorch
 
 _op = Op("fused_experts")
 _op.implement("pytorch", pytorch.fused_experts)
-_op.implement("triton", "moe_ops.ops.fused_experts.triton:fused_experts")
+_op.implement("triton", "moe_ops.ops.fused_experts.triton:fused_experts", for_backward=False)
 
 _forward_op = Op("fused_experts_forward")
 _forward_op.implement("pytorch", pytorch.fused_experts_forward)
-_forward_op.implement("triton", "moe_ops.ops.fused_experts.triton:fused_experts_forward")
+_forward_op.implement("triton", "moe_ops.ops.fused_experts.triton:fused_experts", for_backward=True)
 
 _backward_op = Op("fused_experts_backward")
 _backward_op.implement("pytorch", pytorch.fused_experts_backward)
