@@ -15,9 +15,8 @@ from moe_ops._triton.kernels.grouped_gemm import (
     halves_of,
     multiply,
     source_rows,
-    tile_of,
 )
-from moe_ops._triton.kernels.schedule import expert_rows, find_tile, tiles_before, zero_tail
+from moe_ops._triton.kernels.schedule import begin_walk, walked_tile, zero_tail
 
 
 @triton.jit
@@ -95,25 +94,18 @@ def _expert_up_kernel(
     BLOCK_I: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     W = 2 * width if GATED else width
     tiles_n = tl.cdiv(width, BLOCK_I)
-    if FINDS_TILES:
-        starts, ends = expert_rows(counts_ptr, num_rows, num_experts, EXPERTS)
-        tiles, upto = tiles_before(starts, ends, BLOCK_M)
-        tiles_m = tl.sum(tiles)
-        if STORE_Z:
-            zero_tail(z_ptr, gather_ptr, tl.max(ends, 0), num_rows, W, False, BLOCK_W)
-    else:
-        tiles_m = tl.load(tiles_ptr + 3 * max_tiles)
+    tiles_m, walk = begin_walk(
+        counts_ptr, tiles_ptr, max_tiles, num_rows, num_experts, BLOCK_M, EXPERTS, FINDS_TILES
+    )
+    if FINDS_TILES and STORE_Z:
+        zero_tail(z_ptr, gather_ptr, tl.max(walk[1], 0), num_rows, W, False, BLOCK_W)
     for t in tl.range(
         tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0),
         flatten=FLATTEN,
     ):  # fmt: skip
-        tile_m, tile_n = tile_of(t, tiles_m, tiles_n, GROUP_M)
-        if FINDS_TILES:
-            e, first, end = find_tile(tile_m, starts, ends, tiles, upto, BLOCK_M, EXPERTS)
-        else:
-            e = tl.load(tiles_ptr + tile_m)
-            first = tl.load(tiles_ptr + max_tiles + tile_m)
-            end = tl.load(tiles_ptr + 2 * max_tiles + tile_m)
+        e, first, end, tile_n = walked_tile(
+            t, tiles_m, tiles_n, walk, GROUP_M, BLOCK_M, EXPERTS, FINDS_TILES
+        )
         rows = first + tl.arange(0, BLOCK_M)
         in_rows = rows < end
         n = tl.arange(0, BLOCK_N)

@@ -15,16 +15,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.ragged_tma import load_ragged, to_ragged_indices
 
-from moe_ops._triton.kernels.schedule import expert_rows, find_tile, tiles_before, zero_tail
-
-
-@triton.jit
-def tile_of(t, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Tile (m, n) of position t: GROUP_M row tiles share their weight columns in the L2 cache."""
-    width = GROUP_M * tiles_n
-    first_m = (t // width) * GROUP_M
-    size_m = tl.minimum(tiles_m - first_m, GROUP_M)
-    return first_m + (t % width) % size_m, (t % width) // size_m
+from moe_ops._triton.kernels.schedule import begin_walk, tile_of, walked_tile, zero_tail
 
 
 @triton.jit
@@ -276,25 +267,18 @@ def grouped_gemm_kernel(
     if PDL:
         follow_on()
     tiles_n = tl.cdiv(N, BLOCK_N)
-    if FINDS_TILES:
-        starts, ends = expert_rows(counts_ptr, num_rows, num_experts, EXPERTS)
-        tiles, upto = tiles_before(starts, ends, BLOCK_M)
-        tiles_m = tl.sum(tiles)
-        if STORE_Y:
-            zero_tail(y_ptr, gather_ptr, tl.max(ends, 0), num_rows, N, SCATTER_Y, BLOCK_W)
-    else:
-        tiles_m = tl.load(tiles_ptr + 3 * max_tiles)
+    tiles_m, walk = begin_walk(
+        counts_ptr, tiles_ptr, max_tiles, num_rows, num_experts, BLOCK_M, EXPERTS, FINDS_TILES
+    )
+    if FINDS_TILES and STORE_Y:
+        zero_tail(y_ptr, gather_ptr, tl.max(walk[1], 0), num_rows, N, SCATTER_Y, BLOCK_W)
     for t in tl.range(
         tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0),
         flatten=FLATTEN,
     ):  # fmt: skip
-        tile_m, tile_n = tile_of(t, tiles_m, tiles_n, GROUP_M)
-        if FINDS_TILES:
-            e, first, end = find_tile(tile_m, starts, ends, tiles, upto, BLOCK_M, EXPERTS)
-        else:
-            e = tl.load(tiles_ptr + tile_m)
-            first = tl.load(tiles_ptr + max_tiles + tile_m)
-            end = tl.load(tiles_ptr + 2 * max_tiles + tile_m)
+        e, first, end, tile_n = walked_tile(
+            t, tiles_m, tiles_n, walk, GROUP_M, BLOCK_M, EXPERTS, FINDS_TILES
+        )
         if TAIL_TILES and end - first <= BLOCK_M // 2:
             grouped_gemm_tile(
                 x_ptr, x_tail_desc, b_ptr, b_desc, bias_ptr, scale_ptr, gather_ptr,

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from moe_ops._triton.kernels.grouped_gemm import tile_of
+from moe_ops._triton.kernels.schedule import tile_of
 
 # Triton 3.6 has the one name, later ones the other.
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared

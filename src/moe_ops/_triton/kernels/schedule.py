@@ -41,6 +41,53 @@ def find_tile(tile, starts, ends, tiles, upto, BLOCK_M: tl.constexpr, EXPERTS: t
 
 
 @triton.jit
+def tile_of(t, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Tile (m, n) of position t: GROUP_M row tiles share their weight columns in the L2 cache."""
+    width = GROUP_M * tiles_n
+    first_m = (t // width) * GROUP_M
+    size_m = tl.minimum(tiles_m - first_m, GROUP_M)
+    return first_m + (t % width) % size_m, (t % width) // size_m
+
+
+@triton.jit
+def begin_walk(
+    counts_ptr, tiles_ptr, max_tiles, num_rows, num_experts,
+    BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr, FINDS_TILES: tl.constexpr,
+):  # fmt: skip
+    """Return the number of row tiles, and what walked_tile reads.
+
+    With FINDS_TILES the tiles follow from the counts; otherwise a schedule has them.
+    """
+    if FINDS_TILES:
+        starts, ends = expert_rows(counts_ptr, num_rows, num_experts, EXPERTS)
+        tiles, upto = tiles_before(starts, ends, BLOCK_M)
+        tiles_m = tl.sum(tiles)
+        walk = (starts, ends, tiles, upto)
+    else:
+        tiles_m = tl.load(tiles_ptr + 3 * max_tiles)
+        walk = (tiles_ptr, max_tiles)
+    return tiles_m, walk
+
+
+@triton.jit
+def walked_tile(
+    t, tiles_m, tiles_n, walk,
+    GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr, FINDS_TILES: tl.constexpr,
+):  # fmt: skip
+    """Return the expert, the first row, the end row and the column tile of position t."""
+    tile_m, tile_n = tile_of(t, tiles_m, tiles_n, GROUP_M)
+    if FINDS_TILES:
+        starts, ends, tiles, upto = walk
+        e, first, end = find_tile(tile_m, starts, ends, tiles, upto, BLOCK_M, EXPERTS)
+    else:
+        tiles_ptr, max_tiles = walk
+        e = tl.load(tiles_ptr + tile_m)
+        first = tl.load(tiles_ptr + max_tiles + tile_m)
+        end = tl.load(tiles_ptr + 2 * max_tiles + tile_m)
+    return e, first, end, tile_n
+
+
+@triton.jit
 def zero_tail(
     output_ptr, rows_ptr, first, num_rows, width, SCATTER: tl.constexpr, BLOCK_W: tl.constexpr
 ):  # fmt: skip
