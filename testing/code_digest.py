@@ -13,9 +13,6 @@ import functools
 import hashlib
 from typing import Any
 
-# Fields that some versions have and that say nothing about what the code does.
-IGNORED_FIELDS = ("kind", "type_comment", "type_ignores")
-
 
 @functools.cache
 def code_sha256(source: str) -> str:
@@ -49,6 +46,7 @@ def _text(value: Any) -> str:
     """Write a syntax tree as names of node classes and of the fields that are set."""
     if isinstance(value, ast.Constant):
         # ascii, since repr asks this Python's Unicode tables which characters can be printed.
+        # The field `kind`, the u of u"text", is left out.
         return f"Constant({value.value!a})"
     if isinstance(value, ast.JoinedStr):
         return f"JoinedStr({_text(_merged(value.values))})"
@@ -57,7 +55,7 @@ def _text(value: Any) -> str:
             f"{name}={_text(field)}"
             for name, field in ast.iter_fields(value)
             # A new field of a later version is None or an empty list in code that does not use it.
-            if name not in IGNORED_FIELDS and field is not None and field != []
+            if field is not None and field != []
         )
         return f"{type(value).__name__}({', '.join(sorted(fields))})"
     if isinstance(value, list):

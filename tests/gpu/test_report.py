@@ -20,6 +20,9 @@ from testing.import_closure import source_file
 
 ROOT = report.ROOT
 PACKAGE = ROOT / "src" / "moe_ops"
+# The closure follows names of modules in strings, those of this file too: put together, they are
+# none.
+NAME = PACKAGE.name
 
 
 @pytest.fixture
@@ -158,16 +161,27 @@ def test_a_release_of_the_same_code_changes_nothing(tree):
 
 def test_a_file_that_a_launcher_imports_in_a_function_is_seen(tree):
     launcher = tree / "src" / "moe_ops" / "ops" / "permute" / "triton.py"
-    launcher.write_text(launcher.read_text() + "\ndef more():\n    from moe_ops import added\n")
+    launcher.write_text(launcher.read_text() + f"\ndef more():\n    from {NAME} import added\n")
     without = report.kernel_sha256(tree)
     added = tree / "src" / "moe_ops" / "added.py"
     added.write_text("x = 1\n")
-    assert "moe_ops.added" in report.digests(tree)
+    assert f"{NAME}.added" in report.digests(tree)
     first = report.kernel_sha256(tree)
     added.write_text("x = 2\n")
     assert len({without, first, report.kernel_sha256(tree)}) == 3
     added.rename(added.with_name("renamed.py"))
     assert report.kernel_sha256(tree) == without
+
+
+def test_an_op_that_nothing_imports_yet_is_seen(tree):
+    """The closure starts at the table, wherever that is filled."""
+    folder = tree / "src" / "moe_ops" / "ops" / "added"
+    folder.mkdir()
+    (folder / "op.py").write_text(f'op.implement("triton", "{NAME}.ops.added.launch:added")')
+    (folder / "launch.py").write_text("x = 1\n")
+    assert {f"{NAME}.ops.added.{module}" for module in ("op", "launch")} <= set(
+        report.digests(tree)
+    )
 
 
 def test_a_file_that_nothing_loads_is_not_covered(tree):
