@@ -10,7 +10,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from moe_ops._triton.kernels.activations import gated_activation
-from moe_ops._triton.kernels.hopper_cooperative import (
+from moe_ops._triton.kernels.hopper_pingpong import (
+    add_bias,
+    join_columns,
+    multiply_in_turn,
+    new_turns,
+    slots_of_rows,
+    split_columns,
+    weights_of_slots,
+)
+from moe_ops._triton.kernels.hopper_ring import (
     GROUPS,
     RAGGED_END,
     WORKER_REGISTERS,
@@ -22,15 +31,6 @@ from moe_ops._triton.kernels.hopper_cooperative import (
     new_ring,
     scheduled_tile,
     store_tile,
-)
-from moe_ops._triton.kernels.hopper_pingpong import (
-    add_bias,
-    join_columns,
-    multiply_in_turn,
-    new_turns,
-    slots_of_rows,
-    split_columns,
-    weights_of_slots,
 )
 
 # Of a chunk: the gate's buffer and the up's.

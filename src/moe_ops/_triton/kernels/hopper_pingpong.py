@@ -15,7 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from moe_ops._triton.kernels.hopper_cooperative import (
+from moe_ops._triton.kernels.hopper_ring import (
     GROUPS,
     RAGGED_END,
     WORKER_REGISTERS,
