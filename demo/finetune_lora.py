@@ -24,23 +24,27 @@ import tempfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from demo import train_qwen3_moe as pretraining
-else:
-    import train_qwen3_moe as pretraining
+from training.startup import exit_with, packages
 
-try:
+with packages("pip install -e '.[demo,peft]' installs it"):
     import peft
     import torch
     from torch import Tensor, nn
     from transformers import Qwen3MoeForCausalLM
 
     from moe_ops.integrations.peft import enable
-except ImportError as missing:
-    print(f"finetune_lora.py: {missing}", file=sys.stderr)
-    sys.exit(2)
+    from train_qwen3_moe import build_model
+    from training import settings as pretraining
+    from training.checkpoint import load_checkpoint, restore, save_checkpoint
+    from training.command_line import OneLineParser
+    from training.compiler import Compiler
+    from training.loop import BALANCE_COEF, Run, make_optimizer, train
+    from training.model import evaluate, forward
+    from training.settings import flag, option
+    from training.startup import fail
+    from training.text import Text, heldout_batches, read_text
 
 DEFAULT_OUTPUT_DIR = Path("runs/finetune_lora")
 CHECKPOINT_FORMAT = "moe_ops finetune_lora 1"
@@ -53,42 +57,40 @@ MB = 1e6
 class Settings(pretraining.Settings):
     """What a run is: that of the base model's training with other sizes, and the adapters."""
 
-    steps: int = pretraining.option(120, "optimizer steps with adapters")
-    base_steps: int = pretraining.option(120, "optimizer steps that train the base model before")
-    batch_size: int = pretraining.option(8, "windows in a batch; 32 on a GPU")
-    context: int = pretraining.option(128, "bytes in a window")
-    hidden_size: int = pretraining.option(64, "width of the model, a multiple of 64")
-    intermediate_size: int = pretraining.option(128, "width of an expert")
-    learning_rate: float = pretraining.option(1e-2, "peak learning rate")
-    rank: int = pretraining.option(8, "rank of the adapters")
-    lora_alpha: float = pretraining.option(16.0, "the adapters are scaled by this over the rank")
+    steps: int = option(120, "optimizer steps with adapters")
+    base_steps: int = option(120, "optimizer steps that train the base model before")
+    batch_size: int = option(8, "windows in a batch; 32 on a GPU")
+    context: int = option(128, "bytes in a window")
+    hidden_size: int = option(64, "width of the model, a multiple of 64")
+    intermediate_size: int = option(128, "width of an expert")
+    learning_rate: float = option(1e-2, "peak learning rate")
+    rank: int = option(8, "rank of the adapters")
+    lora_alpha: float = option(16.0, "the adapters are scaled by this over the rank")
 
 
 def main() -> int:
     """Trains and reports; returns the exit status."""
     settings, output_dir, checkpoint = parse_arguments()
     text = read_chapters()
-    heldout = pretraining.heldout_batches(text, settings)
-    base = pretraining.build_model(settings)
+    heldout = heldout_batches(text, settings)
+    base = build_model(settings)
     if checkpoint is None and not train_base(base, settings):
         print("stopped while the base model was trained; nothing is kept")
         return 130
     model = add_adapters(base, settings)
-    run = pretraining.Run(
-        base, torch.optim.AdamW(trainable(base), settings.learning_rate, weight_decay=0.0)
-    )
+    run = Run(base, torch.optim.AdamW(trainable(base), settings.learning_rate, weight_decay=0.0))
     if checkpoint is not None:
         if checkpoint["text_checksum"] != text.checksum:
-            pretraining.fail("--resume: the checkpoint was trained on another Python's reference")
-        pretraining.restore(run, checkpoint)
-    heldout_loss, _ = pretraining.evaluate(base, heldout)
+            fail("--resume: the checkpoint was trained on another Python's reference")
+        restore(run, checkpoint)
+    heldout_loss, _ = evaluate(base, heldout)
     run.heldout_losses.setdefault(0, heldout_loss)
 
-    compiler = pretraining.Compiler()
+    compiler = Compiler()
     describe(run, settings, text, compiler)
-    is_complete = pretraining.train(run, settings, text, heldout, compiler)
+    is_complete = train(run, settings, text, heldout, compiler)
     path = output_dir / "checkpoint.pt"
-    pretraining.save_checkpoint(path, run, settings, text, CHECKPOINT_FORMAT)
+    save_checkpoint(path, run, settings, text, CHECKPOINT_FORMAT)
     if not is_complete:
         command = shlex.join([sys.executable, sys.argv[0], "--resume", str(path)])
         print(f"stopped after step {run.step} of {settings.steps}; go on with\n  {command}")
@@ -96,17 +98,17 @@ def main() -> int:
     return report(run, model, heldout, compiler)
 
 
-def read_chapters() -> pretraining.Text:
+def read_chapters() -> Text:
     """What help() has on the language, one chapter in eight held out."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        pretraining.fail("this Python has no pydoc_data, whose text the adapters are trained on")
+        fail("this Python has no pydoc_data, whose text the adapters are trained on")
     train, heldout = bytearray(), bytearray()
     for name, chapter in sorted(topics.items()):
         is_heldout = zlib.crc32(name.encode()) % 8 == 0
         (heldout if is_heldout else train).extend(chapter.encode())
-    return pretraining.Text(
+    return Text(
         torch.frombuffer(train, dtype=torch.uint8),
         torch.frombuffer(heldout, dtype=torch.uint8),
         zlib.crc32(heldout, zlib.crc32(train)),
@@ -115,17 +117,17 @@ def read_chapters() -> pretraining.Text:
 
 def train_base(model: Qwen3MoeForCausalLM, settings: Settings) -> bool:
     """Trains all weights on Python's sources, a little; False if Ctrl-C ended it early."""
-    text = pretraining.read_text()
+    text = read_text()
     settings = dataclasses.replace(settings, steps=settings.base_steps, learning_rate=4e-3)
-    run = pretraining.Run(model, pretraining.make_optimizer(model, settings))
-    heldout = pretraining.heldout_batches(text, settings)
-    before, _ = pretraining.evaluate(model, heldout)
+    run = Run(model, make_optimizer(model, settings))
+    heldout = heldout_batches(text, settings)
+    before, _ = evaluate(model, heldout)
     print(f"base      training all weights on Python's sources, {settings.steps} steps")
-    compiler = pretraining.Compiler()
+    compiler = Compiler()
     compiler.name = "aot_eager"  # these few steps would not pay Inductor's minute
-    if not pretraining.train(run, settings, text, heldout, compiler):
+    if not train(run, settings, text, heldout, compiler):
         return False
-    after, _ = pretraining.evaluate(model, heldout)
+    after, _ = evaluate(model, heldout)
     print(f"          held-out loss {before:.3f}, then {after:.3f} nats/byte")
     torch._dynamo.reset()
     return True
@@ -154,8 +156,8 @@ def num_bytes(tensors: Sequence[Tensor]) -> int:
 def gradients_of_a_step(model: Qwen3MoeForCausalLM, tokens: Tensor) -> list[Tensor]:
     """Every gradient that a backward leaves behind."""
     model.zero_grad()
-    cross_entropy, balance_loss, _ = pretraining.forward(model, tokens)
-    (cross_entropy + pretraining.BALANCE_COEF * balance_loss).backward()
+    cross_entropy, balance_loss, _ = forward(model, tokens)
+    (cross_entropy + BALANCE_COEF * balance_loss).backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     model.zero_grad()
     return gradients
@@ -167,9 +169,7 @@ def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
     return logits.double()
 
 
-def describe(
-    run: pretraining.Run, settings: Settings, text: pretraining.Text, compiler: pretraining.Compiler
-) -> None:
+def describe(run: Run, settings: Settings, text: Text, compiler: Compiler) -> None:
     """Says what is about to be trained, on what and how."""
     total, adapters = num_bytes(list(run.model.parameters())), num_bytes(trainable(run.model))
     print(
@@ -192,14 +192,14 @@ def describe(
 
 
 def report(
-    run: pretraining.Run,
+    run: Run,
     model: peft.PeftModel,
     heldout: Sequence[Tensor],
-    compiler: pretraining.Compiler,
+    compiler: Compiler,
 ) -> int:
     """Says what came out of it, and merges the adapters; returns the exit status."""
     before = run.heldout_losses[0]
-    after, _ = pretraining.evaluate(run.model, heldout)
+    after, _ = evaluate(run.model, heldout)
     print(f"\nmoe ops in the graphs given to {compiler.name}")
     for direction, graphs in compiler.moe_ops.items():
         for found in graphs:
@@ -250,13 +250,11 @@ def check(settings: Settings) -> None:
 
 def parse_arguments() -> tuple[Settings, Path, dict[str, Any] | None]:
     """The settings of the run, where its output goes, and the checkpoint that it resumes, if any."""
-    parser = pretraining.OneLineParser(
-        description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
-    )
+    parser = OneLineParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     for field in dataclasses.fields(Settings):
         if "help" in field.metadata:
             parser.add_argument(
-                pretraining.flag(field.name),
+                flag(field.name),
                 type=type(field.default),
                 default=argparse.SUPPRESS,
                 metavar="N" if isinstance(field.default, int) else "X",
@@ -275,13 +273,11 @@ def parse_arguments() -> tuple[Settings, Path, dict[str, Any] | None]:
             defaults: dict[str, Any] = {"device": "cuda", "batch_size": 32} if on_gpu else {}
             settings = Settings(**defaults | given)
         else:
-            checkpoint = pretraining.load_checkpoint(resume, CHECKPOINT_FORMAT)
+            checkpoint = load_checkpoint(resume, CHECKPOINT_FORMAT)
             settings = Settings(**checkpoint["settings"])
             for name, value in given.items():
                 if value != (before := getattr(settings, name)):
-                    raise ValueError(
-                        f"{pretraining.flag(name)} {value}: the run to resume has {before}"
-                    )
+                    raise ValueError(f"{flag(name)} {value}: the run to resume has {before}")
         check(settings)
         output_dir = output_dir or (resume.parent if resume else DEFAULT_OUTPUT_DIR)
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -294,8 +290,4 @@ def parse_arguments() -> tuple[Settings, Path, dict[str, Any] | None]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("finetune_lora.py: interrupted", file=sys.stderr)
-        sys.exit(130)
+    exit_with(main)
