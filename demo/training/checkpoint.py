@@ -1,28 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saving a run, and going on with it."""
+"""Save a run, and go on with it."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from training.loop import Run
+from training.compiler import Compiler
+from training.loop import Run, train
 from training.settings import Settings
+from training.startup import fail
 from training.text import Text
 
-CHECKPOINT_FORMAT = "moe_ops train_qwen3_moe 1"
+
+def train_and_save(
+    run: Run,
+    settings: Settings,
+    text: Text,
+    heldout: Sequence[Tensor],
+    compiler: Compiler,
+    output_dir: Path,
+) -> bool:
+    """Take the steps that are left and save the run; return False if Ctrl-C ended them early."""
+    is_complete = train(run, settings, text, heldout, compiler)
+    path = output_dir / "checkpoint.pt"
+    save_checkpoint(path, run, settings, text)
+    if not is_complete:
+        command = shlex.join([sys.executable, sys.argv[0], "--resume", str(path)])
+        print(f"stopped after step {run.step} of {settings.steps}; go on with\n  {command}")
+    return is_complete
 
 
-def save_checkpoint(
-    path: Path, run: Run, settings: Settings, text: Text, checkpoint_format: str = CHECKPOINT_FORMAT
-) -> None:
-    """Writes it whole or not at all: what was there stays until the new one is complete."""
+def save_checkpoint(path: Path, run: Run, settings: Settings, text: Text) -> None:
+    """Write it whole or not at all: what was there stays until the new one is complete."""
     checkpoint = {
-        "format": checkpoint_format,
+        "format": settings.checkpoint_format(),
         "settings": dataclasses.asdict(settings),
         "text_checksum": text.checksum,
         "model": run.model.state_dict(),
@@ -39,8 +59,8 @@ def save_checkpoint(
     unfinished.replace(path)
 
 
-def load_checkpoint(path: Path, checkpoint_format: str = CHECKPOINT_FORMAT) -> dict[str, Any]:
-    """Reads a checkpoint; raises ValueError with the reason if it is not one."""
+def load_checkpoint(path: Path, checkpoint_format: str) -> dict[str, Any]:
+    """Read a checkpoint; raise ValueError with the reason if it is not one."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -52,8 +72,10 @@ def load_checkpoint(path: Path, checkpoint_format: str = CHECKPOINT_FORMAT) -> d
     return checkpoint
 
 
-def restore(run: Run, checkpoint: dict[str, Any]) -> None:
-    """Puts the run where the checkpoint left it."""
+def restore(run: Run, checkpoint: dict[str, Any], text: Text, name_of_text: str) -> None:
+    """Put the run where the checkpoint left it; fail if that one was trained on another text."""
+    if checkpoint["text_checksum"] != text.checksum:
+        fail(f"--resume: the checkpoint was trained on another {name_of_text}")
     run.model.load_state_dict(checkpoint["model"])
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     run.step = checkpoint["step"]

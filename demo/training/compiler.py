@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The torch.compile backend of the demo programs."""
+"""Compile with Inductor, or without it where it has no C++ compiler, and count the moe ops."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from torch.fx import GraphModule
 
 
 class Compiler:
-    """A torch.compile backend that counts the moe ops in what it is given to compile.
+    """Be a torch.compile backend that counts the moe ops in the graphs that it compiles.
 
-    That is AOTAutograd's graphs, forward and backward, as Inductor gets them; or, where Inductor
-    cannot build its kernels, as aot_eager gets them, which runs them as they are.
+    These are AOTAutograd's graphs, forward and backward. Inductor compiles them. Where it cannot
+    build its kernels, aot_eager runs them as they are.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class Compiler:
 
 
 def inductor_problem() -> str | None:
-    """Why Inductor cannot build its kernels on this machine; None if it can."""
+    """Say why Inductor cannot build its kernels on this machine; return None if it can."""
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop: its optimizer, its progress bar, and Ctrl-C."""
+"""Train: the steps, the optimizer, the progress bar, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NUM_EVALUATIONS = 8
 
 @dataclasses.dataclass
 class Run:
-    """All that training changes. A checkpoint is this and the settings."""
+    """Hold all that training changes. A checkpoint is this and the settings."""
 
     model: Qwen3MoeForCausalLM
     optimizer: torch.optim.Optimizer
@@ -40,7 +40,7 @@ class Run:
 
 
 def make_optimizer(model: Qwen3MoeForCausalLM, settings: Settings) -> torch.optim.Optimizer:
-    """AdamW that decays the matrices and not the norms."""
+    """Make an AdamW that decays the matrices and not the norms."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     norms = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
@@ -48,7 +48,7 @@ def make_optimizer(model: Qwen3MoeForCausalLM, settings: Settings) -> torch.opti
 
 
 def learning_rate(step: int, settings: Settings) -> float:
-    """Up in the first 20 steps, then level, down to zero in the second half."""
+    """Go up in the first 20 steps, stay level, go down to zero in the second half."""
     up, down = (step + 1) / 20, 2 * (1 - step / settings.steps)
     return settings.learning_rate * min(1.0, up, down)
 
@@ -56,7 +56,7 @@ def learning_rate(step: int, settings: Settings) -> float:
 def train(
     run: Run, settings: Settings, text: Text, heldout: Sequence[Tensor], compiler: Compiler
 ) -> bool:
-    """Takes the steps that are left; False if Ctrl-C ended them early."""
+    """Take the steps that are left; return False if Ctrl-C ended them early."""
     compiled_forward = torch.compile(forward, fullgraph=True, backend=compiler)
     step_seconds: deque[float] = deque(maxlen=20)
     with CtrlC() as ctrl_c, progress_bar(run, settings) as bar:
@@ -97,7 +97,7 @@ def train(
 
 
 def progress_bar(run: Run, settings: Settings) -> tqdm[NoReturn]:
-    """One that redraws itself on a terminal, and adds a line now and then to a log."""
+    """Make a bar that redraws itself on a terminal, and adds a line now and then to a log."""
     columns, lines = shutil.get_terminal_size()
     return tqdm(
         total=settings.steps,
@@ -111,7 +111,7 @@ def progress_bar(run: Run, settings: Settings) -> tqdm[NoReturn]:
 
 
 def count_compiled_step(bar: tqdm[NoReturn]) -> None:
-    """Counts the first step; the clock starts after it, since no other step compiles."""
+    """Count the first step; the clock starts after it, since no other step compiles."""
     bar.unpause()
     bar.n += 1
     bar.initial = bar.last_print_n = bar.n
@@ -119,7 +119,7 @@ def count_compiled_step(bar: tqdm[NoReturn]) -> None:
 
 
 class CtrlC:
-    """Lets a step end before Ctrl-C takes effect. A second Ctrl-C does not wait."""
+    """Let a step end before Ctrl-C takes effect. A second Ctrl-C does not wait."""
 
     pressed = False
     is_compiling = True  # in the first step
@@ -132,7 +132,7 @@ class CtrlC:
         signal.signal(signal.SIGINT, self.default_handler)
 
     def press(self, _signal: int, _frame: FrameType | None) -> None:
-        """Handles the signal."""
+        """Handle the signal."""
         self.pressed = True
         signal.signal(signal.SIGINT, self.default_handler)
         step = "this step, which compiles first" if self.is_compiling else "this step"

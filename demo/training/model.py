@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model's sizes, what is computed with it, and how good it is."""
+"""Choose the model's sizes, compute its losses, and evaluate and sample it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROMPT = b'def read_config(path):\n    """'
 
 
 def make_config(settings: Settings) -> Qwen3MoeConfig:
-    """A Qwen3-MoE of the sizes in the settings, that reads and writes bytes."""
+    """Make the configuration of a Qwen3-MoE for bytes, of the sizes in the settings."""
     num_heads = settings.hidden_size // HEAD_DIM
     return Qwen3MoeConfig(
         vocab_size=VOCAB_SIZE,
@@ -37,11 +37,11 @@ def make_config(settings: Settings) -> Qwen3MoeConfig:
 
 
 def forward(model: Qwen3MoeForCausalLM, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Predicts every byte of the windows from those before it. This is what is compiled.
+    """Predict each byte of the windows from those before it. This function is compiled.
 
     Returns:
         cross_entropy (scalar): nats per byte.
-        balance_loss (scalar): see load_balancing_loss.
+        balance_loss (scalar): what load_balancing_loss returns.
         expert_loads (num_layers, num_experts): tokens that went to each expert.
     """
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
@@ -55,24 +55,24 @@ def forward(model: Qwen3MoeForCausalLM, tokens: Tensor) -> tuple[Tensor, Tensor,
 
 
 def load_balancing_loss(router_probs: Tensor, expert_loads: Tensor) -> Tensor:
-    """The Switch Transformer's auxiliary loss of each layer, averaged; 1.0 if loads are even.
+    """Average the Switch Transformer's auxiliary loss over the layers; 1.0 if loads are even.
 
-    The one in transformers adds up the layers' loads first, where an expert that is busy in one
-    layer makes up for being idle in another.
+    transformers has another one, which adds up the layers' loads first. An expert that is busy in
+    one layer then makes up for one that is idle in another.
     """
     shares = expert_loads / expert_loads.sum(-1, keepdim=True)
     return router_probs.shape[-1] * (shares * router_probs.mean(1)).sum(-1).mean()
 
 
 def imbalance(expert_loads: Tensor) -> float:
-    """Load of the busiest expert over the mean load, averaged over layers; 1.0 is perfect."""
+    """Divide the busiest expert's load by the mean load; average over layers. 1.0 is perfect."""
     loads = expert_loads.double()
     return (loads.amax(-1) / loads.mean(-1)).mean().item()
 
 
 @torch.no_grad()
 def evaluate(model: Qwen3MoeForCausalLM, batches: Sequence[Tensor]) -> tuple[float, Tensor]:
-    """Loss in nats per byte, and the expert loads. Not compiled: a second graph would not pay."""
+    """Return the loss in nats per byte, and the loads. A second compiled graph would not pay."""
     losses, loads, weights = [], [], []
     for tokens in batches:
         cross_entropy, _, expert_loads = forward(model, tokens)
@@ -84,7 +84,7 @@ def evaluate(model: Qwen3MoeForCausalLM, batches: Sequence[Tensor]) -> tuple[flo
 
 
 def sample(model: Qwen3MoeForCausalLM, settings: Settings) -> str:
-    """PROMPT and what the model writes after it, as much as fits into one window."""
+    """Return PROMPT and what the model writes after it, as much as fits into one window."""
     torch.manual_seed(settings.seed)
     prompt = torch.tensor([list(PROMPT[: settings.context // 2])], device=settings.device)
     with torch.autocast(prompt.device.type, torch.bfloat16, enabled=prompt.is_cuda):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said before and after training, and the plot of the losses."""
+"""Say what is trained and what came out of it, and plot the losses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from training.text import Text, bigram_entropy
 
 
 def describe(run: Run, settings: Settings, text: Text, compiler: Compiler) -> None:
-    """Says what is about to be trained, on what and how."""
+    """Say what is about to be trained, on what and how."""
     num_parameters = sum(p.numel() for p in run.model.parameters())
     idle = (settings.num_experts - settings.top_k) / settings.num_experts
     experts = [p for name, p in run.model.named_parameters() if ".experts." in name]
@@ -34,6 +34,11 @@ def describe(run: Run, settings: Settings, text: Text, compiler: Compiler) -> No
         "load      max/mean: tokens of a layer's busiest expert over its experts' mean, "
         "1.00 is perfect"
     )
+    print_start(run, settings, compiler)
+
+
+def print_start(run: Run, settings: Settings, compiler: Compiler) -> None:
+    """Say how the run starts. Nothing is printed while the first step compiles."""
     if compiler.problem:
         print(f"compiler  {compiler.problem}; aot_eager does without, only slower")
     if run.step:
@@ -47,22 +52,14 @@ def describe(run: Run, settings: Settings, text: Text, compiler: Compiler) -> No
 def report(
     run: Run, settings: Settings, heldout: Sequence[Tensor], compiler: Compiler, output_dir: Path
 ) -> int:
-    """Says what came out of it; returns the exit status."""
+    """Say what came out of it; return the exit status."""
     before = run.heldout_losses[0]
     after, expert_loads = evaluate(run.model, heldout)
     run.heldout_losses[run.step] = after
     bigram = bigram_entropy(heldout)
     print(f"\nsample\n{sample(run.model, settings)}\n")
 
-    breaks = sum(counters["graph_break"].values())
-    print(f"moe ops in the graphs given to {compiler.name} ({breaks} graph breaks)")
-    for direction, graphs in compiler.moe_ops.items():
-        for found in graphs:
-            ops = ", ".join(f"{count} {name}" for name, count in sorted(found.items()))
-            print(f"  {direction:9} {ops or 'none'}")
-    if not compiler.moe_ops["forward"]:
-        print("  nothing was compiled: the resumed run was already complete")
-
+    print_moe_ops(compiler)
     print("\nheld-out text")
     print(f"  loss before training   {before:.3f} nats/byte")
     print(f"  loss after training    {after:.3f} nats/byte")
@@ -74,8 +71,20 @@ def report(
     return 0 if is_learned else 1
 
 
+def print_moe_ops(compiler: Compiler) -> None:
+    """Say which moe ops stood in the compiled graphs."""
+    breaks = sum(counters["graph_break"].values())
+    print(f"moe ops in the graphs given to {compiler.name} ({breaks} graph breaks)")
+    for direction, graphs in compiler.moe_ops.items():
+        for found in graphs:
+            ops = ", ".join(f"{count} {name}" for name, count in sorted(found.items()))
+            print(f"  {direction:9} {ops or 'none'}")
+    if not compiler.moe_ops["forward"]:
+        print("  nothing was compiled: the resumed run was already complete")
+
+
 def plot(run: Run, bigram: float, path: Path) -> None:
-    """Draws the losses over the steps, if matplotlib is here to do it."""
+    """Draw the losses over the steps, if matplotlib is here to do it."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a program does before torch is imported, and how it ends. Imports nothing but Python's own."""
+"""Start a program, before torch is imported, and end it with an exit status."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def fail(message: str) -> NoReturn:
-    """Exits as a command does that cannot do what it is asked to."""
+    """Exit as a command does that cannot do what it is asked to."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 @contextlib.contextmanager
 def packages(advice: str) -> Iterator[None]:
-    """Exits with one line if the imports in the block fail."""
+    """Exit with one line if an import in the block fails."""
     try:
         yield
     except ModuleNotFoundError as missing:
@@ -33,7 +33,7 @@ def packages(advice: str) -> Iterator[None]:
 
 
 def exit_with(main: Callable[[], int]) -> NoReturn:
-    """Exits with the status that main returns, or with 130 after Ctrl-C."""
+    """Exit with the status that main returns, or with 130 after Ctrl-C."""
     try:
         sys.exit(main())
     except KeyboardInterrupt:

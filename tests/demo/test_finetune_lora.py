@@ -17,7 +17,8 @@ pytest.importorskip("peft", reason="the peft extra is not installed")
 import peft
 
 import finetune_lora
-from training import checkpoint, loop
+from training import loop
+from training import settings as base_settings
 from training import text as texts
 from training.text import training_batch
 
@@ -193,9 +194,13 @@ BAD_ARGUMENTS = {
 @pytest.mark.parametrize("arguments", BAD_ARGUMENTS)
 def test_rejects_bad_arguments(run_demo, arguments):
     Path("file").write_text("a few words that are no checkpoint at all")
-    torch.save({"format": checkpoint.CHECKPOINT_FORMAT}, "demo.pt")
+    torch.save({"format": base_settings.Settings.checkpoint_format()}, "demo.pt")
     settings = dataclasses.asdict(finetune_lora.Settings())
-    good = {"format": finetune_lora.CHECKPOINT_FORMAT, "text_checksum": 0, "settings": settings}
+    good = {
+        "format": finetune_lora.Settings.checkpoint_format(),
+        "text_checksum": 0,
+        "settings": settings,
+    }
     torch.save(good, "good.pt")
     done = run_demo(*arguments.split())
     assert done.status == 2

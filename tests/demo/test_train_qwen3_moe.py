@@ -21,7 +21,6 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 
 import train_qwen3_moe
 from training import loop
-from training.checkpoint import CHECKPOINT_FORMAT
 from training.model import imbalance, load_balancing_loss
 from training.settings import Settings
 from training.text import bigram_entropy, read_text, training_batch
@@ -289,7 +288,7 @@ def test_rejects_bad_arguments(run_demo, tmp_path, arguments):
     Path("file").write_text("a few words that are no checkpoint at all")
     Path("empty").touch()
     torch.save({"model": {}, "step": 3}, "foreign.pt")
-    checkpoint = {"format": CHECKPOINT_FORMAT, "text_checksum": 0}
+    checkpoint = {"format": Settings.checkpoint_format(), "text_checksum": 0}
     torch.save({**checkpoint, "settings": dataclasses.asdict(Settings())}, "good.pt")
     torch.save({**checkpoint, "settings": dataclasses.asdict(Settings())}, "other_text.pt")
     Path("truncated.pt").write_bytes(Path("good.pt").read_bytes()[:-100])
