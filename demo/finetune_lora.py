@@ -6,7 +6,7 @@
 A model of transformers' Qwen3MoeForCausalLM is first trained a little on the sources of Python's
 standard library, as train_qwen3_moe.py does it. Then its weights are frozen, PEFT puts adapters on
 the experts' projections, and these are trained on other text: the chapters of Python's reference that
-`help()` shows, which come with Python too. add_adapters has the lines that make it split LoRA.
+`help()` shows. They come with Python, too. Two lines in add_adapters put the adapters on moe_ops.
 
 Exit status: 0 if the loss on held-out chapters falls and the merged model's logits equal those of the
 model with adapters, 1 if not, 2 if it cannot start (bad arguments, a missing package), and 130 after
@@ -15,132 +15,138 @@ Ctrl-C, which leaves a checkpoint for --resume once the adapters are being train
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
-import shlex
-import sys
-import tempfile
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import ClassVar
 
-if TYPE_CHECKING:
-    from demo import train_qwen3_moe as pretraining
-else:
-    import train_qwen3_moe as pretraining
+from training.startup import exit_with, packages
 
-try:
+with packages("pip install -e '.[demo,peft]' installs it"):
     import peft
     import torch
     from torch import Tensor, nn
     from transformers import Qwen3MoeForCausalLM
 
     from moe_ops.integrations.peft import enable
-except ImportError as missing:
-    print(f"finetune_lora.py: {missing}", file=sys.stderr)
-    sys.exit(2)
+    from train_qwen3_moe import build_model
+    from training import settings as base_settings
+    from training.checkpoint import restore, train_and_save
+    from training.command_line import parse_arguments
+    from training.compiler import Compiler
+    from training.loop import BALANCE_COEF, Run, make_optimizer, train
+    from training.model import evaluate, forward
+    from training.report import print_moe_ops, print_start
+    from training.settings import option
+    from training.startup import fail
+    from training.text import Text, heldout_batches, make_text, read_text
 
-DEFAULT_OUTPUT_DIR = Path("runs/finetune_lora")
-CHECKPOINT_FORMAT = "moe_ops finetune_lora 1"
-# Merging rounds each weight once; what it gets wrong costs parts of the whole.
+# Merging rounds each weight once. A wrong merge is off by parts of the whole.
 MERGED_TOLERANCE = 1e-4
 MB = 1e6
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings(pretraining.Settings):
-    """What a run is: that of the base model's training with other sizes, and the adapters."""
-
-    steps: int = pretraining.option(120, "optimizer steps with adapters")
-    base_steps: int = pretraining.option(120, "optimizer steps that train the base model before")
-    batch_size: int = pretraining.option(8, "windows in a batch; 32 on a GPU")
-    context: int = pretraining.option(128, "bytes in a window")
-    hidden_size: int = pretraining.option(64, "width of the model, a multiple of 64")
-    intermediate_size: int = pretraining.option(128, "width of an expert")
-    learning_rate: float = pretraining.option(1e-2, "peak learning rate")
-    rank: int = pretraining.option(8, "rank of the adapters")
-    lora_alpha: float = pretraining.option(16.0, "the adapters are scaled by this over the rank")
-
-
-def main() -> int:
-    """Trains and reports; returns the exit status."""
-    settings, output_dir, checkpoint = parse_arguments()
-    text = read_chapters()
-    heldout = pretraining.heldout_batches(text, settings)
-    base = pretraining.build_model(settings)
-    if checkpoint is None and not train_base(base, settings):
-        print("stopped while the base model was trained; nothing is kept")
-        return 130
-    model = add_adapters(base, settings)
-    run = pretraining.Run(
-        base, torch.optim.AdamW(trainable(base), settings.learning_rate, weight_decay=0.0)
-    )
-    if checkpoint is not None:
-        if checkpoint["text_checksum"] != text.checksum:
-            pretraining.fail("--resume: the checkpoint was trained on another Python's reference")
-        pretraining.restore(run, checkpoint)
-    heldout_loss, _ = pretraining.evaluate(base, heldout)
-    run.heldout_losses.setdefault(0, heldout_loss)
-
-    compiler = pretraining.Compiler()
-    describe(run, settings, text, compiler)
-    is_complete = pretraining.train(run, settings, text, heldout, compiler)
-    path = output_dir / "checkpoint.pt"
-    pretraining.save_checkpoint(path, run, settings, text, CHECKPOINT_FORMAT)
-    if not is_complete:
-        command = shlex.join([sys.executable, sys.argv[0], "--resume", str(path)])
-        print(f"stopped after step {run.step} of {settings.steps}; go on with\n  {command}")
-        return 130
-    return report(run, model, heldout, compiler)
-
-
-def read_chapters() -> pretraining.Text:
-    """What help() has on the language, one chapter in eight held out."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        pretraining.fail("this Python has no pydoc_data, whose text the adapters are trained on")
-    train, heldout = bytearray(), bytearray()
-    for name, chapter in sorted(topics.items()):
-        is_heldout = zlib.crc32(name.encode()) % 8 == 0
-        (heldout if is_heldout else train).extend(chapter.encode())
-    return pretraining.Text(
-        torch.frombuffer(train, dtype=torch.uint8),
-        torch.frombuffer(heldout, dtype=torch.uint8),
-        zlib.crc32(heldout, zlib.crc32(train)),
-    )
-
-
-def train_base(model: Qwen3MoeForCausalLM, settings: Settings) -> bool:
-    """Trains all weights on Python's sources, a little; False if Ctrl-C ended it early."""
-    text = pretraining.read_text()
-    settings = dataclasses.replace(settings, steps=settings.base_steps, learning_rate=4e-3)
-    run = pretraining.Run(model, pretraining.make_optimizer(model, settings))
-    heldout = pretraining.heldout_batches(text, settings)
-    before, _ = pretraining.evaluate(model, heldout)
-    print(f"base      training all weights on Python's sources, {settings.steps} steps")
-    compiler = pretraining.Compiler()
-    compiler.name = "aot_eager"  # these few steps would not pay Inductor's minute
-    if not pretraining.train(run, settings, text, heldout, compiler):
-        return False
-    after, _ = pretraining.evaluate(model, heldout)
-    print(f"          held-out loss {before:.3f}, then {after:.3f} nats/byte")
-    torch._dynamo.reset()
-    return True
-
-
 def add_adapters(base: Qwen3MoeForCausalLM, settings: Settings) -> peft.PeftModel:
-    """Freezes the model and puts adapters on its experts, in place; gives PEFT's view of it."""
+    """Freeze the model and put adapters on its experts, in place; return PEFT's view of it."""
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # any number will do
         target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     )
+    # The two lines that matter.
     model = peft.get_peft_model(base, config)
     enable(model)
     return model
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(base_settings.Settings):
+    """Add the adapters to the settings of the base model's training, and change its sizes."""
+
+    program: ClassVar[str] = "finetune_lora"
+
+    steps: int = option(120, "optimizer steps with adapters")
+    base_steps: int = option(120, "optimizer steps that train the base model before")
+    batch_size: int = option(8, "windows in a batch; 32 on a GPU")
+    context: int = option(128, "bytes in a window")
+    hidden_size: int = option(64, "width of the model, a multiple of 64")
+    intermediate_size: int = option(128, "width of an expert")
+    learning_rate: float = option(1e-2, "peak learning rate")
+    rank: int = option(8, "rank of the adapters")
+    lora_alpha: float = option(16.0, "the adapters are scaled by this over the rank")
+
+    def check(self) -> None:
+        """Raise ValueError if no run can have these settings."""
+        super().check()
+        if self.base_steps < 1:
+            raise ValueError(f"--base-steps must be at least 1, got {self.base_steps}")
+        if self.rank < 1:
+            raise ValueError(f"--rank must be at least 1, got {self.rank}")
+        # The product of wider factors has no higher rank.
+        if self.rank > (most := min(self.hidden_size, self.intermediate_size)):
+            sizes = "--hidden-size and --intermediate-size"
+            raise ValueError(
+                f"--rank must be at most the lesser of {sizes} ({most}), got {self.rank}"
+            )
+        if not 0 < self.lora_alpha < math.inf:
+            raise ValueError(f"--lora-alpha must be above 0, got {self.lora_alpha}")
+
+
+def main() -> int:
+    """Train and report; return the exit status."""
+    settings, output_dir, checkpoint = parse_arguments(
+        Settings, (__doc__ or "").partition("\n")[0], output_files="checkpoint.pt"
+    )
+    text = read_chapters()
+    heldout = heldout_batches(text, settings)
+    base = build_model(settings)
+    if checkpoint is None and not train_base(base, settings):
+        print("stopped while the base model was trained; nothing is kept")
+        return 130
+    model = add_adapters(base, settings)
+    run = Run(base, torch.optim.AdamW(trainable(base), settings.learning_rate, weight_decay=0.0))
+    if checkpoint is not None:
+        restore(run, checkpoint, text, "Python's reference")
+    heldout_loss, _ = evaluate(base, heldout)
+    run.heldout_losses.setdefault(0, heldout_loss)
+
+    compiler = Compiler()
+    describe(run, settings, text, compiler)
+    if not train_and_save(run, settings, text, heldout, compiler, output_dir):
+        return 130
+    return report(run, model, heldout, compiler)
+
+
+def read_chapters() -> Text:
+    """Read what help() says on the language and hold out one chapter in eight."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        fail("this Python has no pydoc_data, whose text the adapters are trained on")
+    train, heldout = bytearray(), bytearray()
+    for name, chapter in sorted(topics.items()):
+        is_heldout = zlib.crc32(name.encode()) % 8 == 0
+        (heldout if is_heldout else train).extend(chapter.encode())
+    return make_text(train, heldout)
+
+
+def train_base(model: Qwen3MoeForCausalLM, settings: Settings) -> bool:
+    """Train all weights a little on Python's sources; return False if Ctrl-C ended it early."""
+    text = read_text()
+    settings = dataclasses.replace(settings, steps=settings.base_steps, learning_rate=4e-3)
+    run = Run(model, make_optimizer(model, settings))
+    heldout = heldout_batches(text, settings)
+    before, _ = evaluate(model, heldout)
+    print(f"base      training all weights on Python's sources, {settings.steps} steps")
+    compiler = Compiler()
+    compiler.name = "aot_eager"  # these few steps would not pay Inductor's minute
+    if not train(run, settings, text, heldout, compiler):
+        return False
+    after, _ = evaluate(model, heldout)
+    print(f"          held-out loss {before:.3f}, then {after:.3f} nats/byte")
+    torch._dynamo.reset()
+    return True
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -152,10 +158,10 @@ def num_bytes(tensors: Sequence[Tensor]) -> int:
 
 
 def gradients_of_a_step(model: Qwen3MoeForCausalLM, tokens: Tensor) -> list[Tensor]:
-    """Every gradient that a backward leaves behind."""
+    """Return every gradient that a backward leaves behind."""
     model.zero_grad()
-    cross_entropy, balance_loss, _ = pretraining.forward(model, tokens)
-    (cross_entropy + pretraining.BALANCE_COEF * balance_loss).backward()
+    cross_entropy, balance_loss, _ = forward(model, tokens)
+    (cross_entropy + BALANCE_COEF * balance_loss).backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     model.zero_grad()
     return gradients
@@ -167,10 +173,8 @@ def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
     return logits.double()
 
 
-def describe(
-    run: pretraining.Run, settings: Settings, text: pretraining.Text, compiler: pretraining.Compiler
-) -> None:
-    """Says what is about to be trained, on what and how."""
+def describe(run: Run, settings: Settings, text: Text, compiler: Compiler) -> None:
+    """Say what is about to be trained, on what and how."""
     total, adapters = num_bytes(list(run.model.parameters())), num_bytes(trainable(run.model))
     print(
         f"text      Python's reference: {len(text.train):,} bytes to train on, "
@@ -182,29 +186,20 @@ def describe(
         f"training  {settings.steps} steps of {settings.batch_size} x {settings.context} bytes on "
         f"{settings.device}, torch.compile(fullgraph=True) with {compiler.name}"
     )
-    if compiler.problem:
-        print(f"compiler  {compiler.problem}; aot_eager does without, only slower")
-    if run.step:
-        print(f"resuming  after step {run.step}")
-    if run.step < settings.steps:
-        print("compiling in the first step, then the progress bar moves")
-    sys.stdout.flush()
+    print_start(run, settings, compiler)
 
 
 def report(
-    run: pretraining.Run,
+    run: Run,
     model: peft.PeftModel,
     heldout: Sequence[Tensor],
-    compiler: pretraining.Compiler,
+    compiler: Compiler,
 ) -> int:
-    """Says what came out of it, and merges the adapters; returns the exit status."""
+    """Say what came out of it, and merge the adapters; return the exit status."""
     before = run.heldout_losses[0]
-    after, _ = pretraining.evaluate(run.model, heldout)
-    print(f"\nmoe ops in the graphs given to {compiler.name}")
-    for direction, graphs in compiler.moe_ops.items():
-        for found in graphs:
-            ops = ", ".join(f"{count} {name}" for name, count in sorted(found.items()))
-            print(f"  {direction:9} {ops}")
+    after, _ = evaluate(run.model, heldout)
+    print()
+    print_moe_ops(compiler)
     gradients = gradients_of_a_step(run.model, heldout[0])
     frozen = [p for p in run.model.parameters() if not p.requires_grad]
     print("\nmemory")
@@ -228,74 +223,5 @@ def report(
     return 0 if is_same and is_learned else 1
 
 
-# From here on it is plumbing: the command line.
-
-
-def check(settings: Settings) -> None:
-    """Raises ValueError if no run can have these settings."""
-    pretraining.check(settings)
-    if settings.base_steps < 1:
-        raise ValueError(f"--base-steps must be at least 1, got {settings.base_steps}")
-    if settings.rank < 1:
-        raise ValueError(f"--rank must be at least 1, got {settings.rank}")
-    # The product of wider factors has no higher rank.
-    if settings.rank > (most := min(settings.hidden_size, settings.intermediate_size)):
-        sizes = "--hidden-size and --intermediate-size"
-        raise ValueError(
-            f"--rank must be at most the lesser of {sizes} ({most}), got {settings.rank}"
-        )
-    if not 0 < settings.lora_alpha < math.inf:
-        raise ValueError(f"--lora-alpha must be above 0, got {settings.lora_alpha}")
-
-
-def parse_arguments() -> tuple[Settings, Path, dict[str, Any] | None]:
-    """The settings of the run, where its output goes, and the checkpoint that it resumes, if any."""
-    parser = pretraining.OneLineParser(
-        description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
-    )
-    for field in dataclasses.fields(Settings):
-        if "help" in field.metadata:
-            parser.add_argument(
-                pretraining.flag(field.name),
-                type=type(field.default),
-                default=argparse.SUPPRESS,
-                metavar="N" if isinstance(field.default, int) else "X",
-                help=field.metadata["help"],
-            )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=argparse.SUPPRESS)
-    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="for checkpoint.pt")
-    parser.add_argument("--resume", type=Path, metavar="CHECKPOINT", help="go on with this run")
-    given = vars(parser.parse_args())
-    output_dir, resume = given.pop("output_dir"), given.pop("resume")
-
-    checkpoint = None
-    try:
-        if resume is None:
-            on_gpu = given.get("device", "cuda") == "cuda" and torch.cuda.is_available()
-            defaults: dict[str, Any] = {"device": "cuda", "batch_size": 32} if on_gpu else {}
-            settings = Settings(**defaults | given)
-        else:
-            checkpoint = pretraining.load_checkpoint(resume, CHECKPOINT_FORMAT)
-            settings = Settings(**checkpoint["settings"])
-            for name, value in given.items():
-                if value != (before := getattr(settings, name)):
-                    raise ValueError(
-                        f"{pretraining.flag(name)} {value}: the run to resume has {before}"
-                    )
-        check(settings)
-        output_dir = output_dir or (resume.parent if resume else DEFAULT_OUTPUT_DIR)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output_dir).close()
-    except ValueError as error:
-        parser.error(str(error))
-    except OSError as error:
-        parser.error(f"argument --output-dir: cannot write to {output_dir}: {error.strerror}")
-    return settings, output_dir, checkpoint
-
-
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("finetune_lora.py: interrupted", file=sys.stderr)
-        sys.exit(130)
+    exit_with(main)

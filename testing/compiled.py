@@ -20,15 +20,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from moe_ops._triton import experts, gemm, launch, schedule
-from moe_ops.configs.device import Device
+from moe_ops.configs.device import KNOWN_GPUS, Device
 
 # By the name of the architecture; shared memory is what one block may have.
 GPUS = {
-    "sm_75": Device("Tesla T4", (7, 5), 64 * 1024, 40),
-    "sm_80": Device("NVIDIA A100-SXM4-80GB", (8, 0), 163 * 1024, 108),
-    "sm_89": Device("NVIDIA L4", (8, 9), 99 * 1024, 58),
-    "sm_90": Device("NVIDIA H200", (9, 0), 227 * 1024, 132),
-    "sm_100": Device("NVIDIA B200", (10, 0), 227 * 1024, 148),
+    "sm_75": KNOWN_GPUS["T4"],
+    "sm_80": KNOWN_GPUS["A100"],
+    "sm_89": KNOWN_GPUS["L4"],
+    "sm_90": KNOWN_GPUS["H200"],
+    "sm_100": KNOWN_GPUS["B200"],
 }
 
 

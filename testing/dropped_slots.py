@@ -17,6 +17,11 @@ Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 EMPTY = [5, 11]
 
 
+def offset_norm(rows: Tensor, eps: float = 0.0) -> Tensor:
+    """Norm rows to something that is not zero for the zero row of a dropped slot; NaN without eps."""
+    return rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps) + 1.0
+
+
 def assert_not_read(
     layer: Layer,
     hidden_states: Tensor,

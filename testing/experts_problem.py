@@ -108,7 +108,8 @@ def problem(
     return Problem(arguments, present, grad_output.masked_fill(at_kinks[:, None], 0))
 
 
-def check(problem: Problem) -> None:
+def check(problem: Problem) -> tuple[Tensor, dict[str, Tensor]]:
+    """Hold a call and its gradients against fp64, and return them."""
     output, gradients = problem.run()
     want, want_gradients = problem.expected()
     assert_rows_close(output, want, output.dtype, "output")
@@ -124,3 +125,4 @@ def check(problem: Problem) -> None:
             assert (got[dropped] == 0).all(), "a dropped slot's router gradient"
         else:
             assert_rows_close(got, expected, output.dtype, f"gradient of {name}")
+    return output, gradients

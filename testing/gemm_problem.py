@@ -89,9 +89,13 @@ def problem(
     weights: bool = False,
     bias: bool = False,
     poison: bool = True,
+    ids: Tensor | None = None,
     device: torch.device = DEVICE,
 ) -> Problem:
-    """Poisoned with NaN, unless told not to, are the rows of no expert, which nothing may read."""
+    """Return a call whose rows of no expert hold NaN, unless told not to: nothing may read them.
+
+    The tokens go to the experts `ids` (T, K) where these are given, else as `routing` says.
+    """
     num_tokens, top_k, num_experts, out_features, in_features = shape
     num_rows = num_tokens * top_k
     generator = torch.Generator(device).manual_seed(0)
@@ -99,7 +103,8 @@ def problem(
     def randn(*sizes: int, as_dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(sizes, generator=generator, device=device).to(as_dtype)
 
-    ids = reference.route(routing, num_tokens, num_experts, top_k, device)
+    if ids is None:
+        ids = reference.route(routing, num_tokens, num_experts, top_k, device)
     counts, gather, _ = reference.routing_indices(ids, num_experts)
     dropped_rows = torch.arange(num_rows, device=device) >= counts.sum()
     dropped_slots = torch.zeros_like(dropped_rows)
@@ -193,7 +198,8 @@ def assert_rows_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what
     )
 
 
-def check(problem: Problem, dtype: torch.dtype | None = None) -> None:
+def check(problem: Problem, dtype: torch.dtype | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Hold a call and its gradients against fp64, and return them."""
     output, gradients = problem.run()
     want, want_gradients = problem.expected()
     dtype = dtype or output.dtype
@@ -207,6 +213,7 @@ def check(problem: Problem, dtype: torch.dtype | None = None) -> None:
             assert ((expected != 0) | (got == 0)).all(), "a dropped slot's router gradient"
         else:
             assert_rows_close(got, expected, dtype, f"gradient of {name}")
+    return output, gradients
 
 
 def check_every_code(dtype: torch.dtype, device: torch.device) -> None:

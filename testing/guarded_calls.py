@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_ops._core.library import SCHEMAS
+from testing import fast_interpreter
 from testing.on_device import corrupt_indices, some_variants
 from testing.strategies import Sample, seeded_sample
 
@@ -105,6 +106,7 @@ def run(name: str, guarded: Guarded) -> int:
 
 
 def main(side: str, *names: str) -> None:
+    fast_interpreter.install()
     guarded = Guarded(side)
     guarded.install()
     for name in names:

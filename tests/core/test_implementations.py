@@ -17,6 +17,7 @@ from moe_ops import cli
 from moe_ops._core import library
 from moe_ops._core.library import ENVIRONMENT_VARIABLE, IMPLEMENTATIONS, OPS
 from moe_ops._core.schema import REQUIRED, Argument
+from moe_ops.cli.env import configurations
 from moe_ops.configs import cache
 from moe_ops.configs.choose import shipped
 from moe_ops.configs.kernel_config import KernelConfigForward
@@ -188,12 +189,12 @@ def test_env_counts_the_kernel_configurations(capsys, monkeypatch, tmp_path):
     cache.store("NVIDIA H200", {"forward of a test": KernelConfigForward()})
     number = len(shipped("NVIDIA H200"))
     assert number > 0
-    assert list(cli._configurations()) == [
+    assert list(configurations()) == [
         f"NVIDIA H200: {number} shipped, 1 tuned",
         f"tuned in    {tmp_path / 'configs'}",
     ]
     monkeypatch.setenv("MOE_OPS_AUTOTUNE", "0")
-    assert list(cli._configurations())[-1].endswith("(not read: MOE_OPS_AUTOTUNE=0)")
+    assert list(configurations())[-1].endswith("(not read: MOE_OPS_AUTOTUNE=0)")
 
 
 def test_env_tells_what_a_forced_implementation_lacks(capsys, monkeypatch):

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fine-tuning example: what it prints and leaves behind, interrupting and resuming it."""
+"""The fine-tuning demo: what it prints and leaves behind, interrupting and resuming it."""
 
 import collections
 import dataclasses
-import importlib.util
 import re
 import signal
-import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +16,13 @@ pytest.importorskip("peft", reason="the peft extra is not installed")
 
 import peft
 
-DEMO = Path(__file__).resolve().parents[2] / "demo"
-SCRIPT = DEMO / "finetune_lora.py"
+import finetune_lora
+from training import loop
+from training import settings as base_settings
+from training import text as texts
+from training.text import training_batch
+
+SCRIPT = Path(__file__).resolve().parents[2] / "demo" / "finetune_lora.py"
 
 # One layer of four narrow experts: a step takes milliseconds.
 TINY = (
@@ -30,47 +34,19 @@ FORWARD_OPS = "6 moe.grouped_gemm.default, 1 moe.routing_indices.default, 1 moe.
 NUM_DW = "4 moe.grouped_gemm_dw.default"
 
 
-@pytest.fixture(scope="module")
-def example():
-    """The script as a module, importing train_qwen3_moe from its own folder, as a script does."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.syspath_prepend(str(DEMO))
-        spec = importlib.util.spec_from_file_location("finetune_lora", SCRIPT)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        patched.setitem(sys.modules, "finetune_lora", module)
-        spec.loader.exec_module(module)
-        yield module
-    sys.modules.pop("train_qwen3_moe", None)
-
-
 @pytest.fixture
-def no_compiler(monkeypatch):
-    """As CXX=/nonexistent in the environment of a fresh process: spares Inductor's seconds."""
-    monkeypatch.setenv("CXX", "/nonexistent")
-    with torch._inductor.config.patch({"cpp.cxx": (None, "/nonexistent")}):
-        yield
-
-
-@pytest.fixture
-def run_example(example, monkeypatch, tmp_path, capsys):
-    """Calls the example's main; gives the exit status and what it printed."""
+def run_demo(no_network, monkeypatch, tmp_path, capsys):
+    """Calls the demo's main; gives the exit status and what it printed."""
     monkeypatch.chdir(tmp_path)
     # Most of a short run's time would go into its evaluations.
-    monkeypatch.setattr(example.pretraining, "NUM_HELDOUT_WINDOWS", 16)
+    monkeypatch.setattr(texts, "NUM_HELDOUT_WINDOWS", 16)
     done = collections.namedtuple("done", "status out err")
-
-    def connect(self, address):
-        raise AssertionError(f"the example connects to {address}")
-
-    monkeypatch.setattr(socket.socket, "connect", connect)
 
     def run(*arguments):
         torch._dynamo.reset()
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
         try:
-            status = example.main()
+            status: Any = finetune_lora.main()
         except SystemExit as error:
             status = error.code
         return done(status, *capsys.readouterr())
@@ -79,9 +55,9 @@ def run_example(example, monkeypatch, tmp_path, capsys):
 
 
 @pytest.fixture
-def random_base(example, monkeypatch):
+def random_base(monkeypatch):
     """The base model as it is drawn: spares compiling its training."""
-    monkeypatch.setattr(example, "train_base", lambda model, settings: True)
+    monkeypatch.setattr(finetune_lora, "train_base", lambda model, settings: True)
 
 
 def number(out, label):
@@ -93,9 +69,9 @@ def load(output_dir):
     return torch.load(output_dir / "checkpoint.pt", weights_only=True)
 
 
-def test_learns_and_merges(run_example, no_compiler, monkeypatch, tmp_path):
+def test_learns_and_merges(run_demo, no_compiler, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "80")
-    done = run_example(*TINY, "--steps", 20, "--output-dir", tmp_path / "out")
+    done = run_demo(*TINY, "--steps", 20, "--output-dir", tmp_path / "out")
     assert done.status == 0, done.out
     assert number(done.out, "loss with adapters") < number(done.out, "loss before adapters")
     assert "merged model's logits  equal" in done.out
@@ -112,7 +88,7 @@ def test_learns_and_merges(run_example, no_compiler, monkeypatch, tmp_path):
     assert number(done.out, "frozen weights") > adapters
 
     # The checkpoint of the complete run gives the same report, and trains nothing.
-    again = run_example("--resume", tmp_path / "out/checkpoint.pt")
+    again = run_demo("--resume", tmp_path / "out/checkpoint.pt")
     assert again.status == 0
     for label in ("loss before adapters", "loss with adapters"):
         assert number(again.out, label) == number(done.out, label)
@@ -127,19 +103,19 @@ def test_learns_and_merges(run_example, no_compiler, monkeypatch, tmp_path):
         return self
 
     monkeypatch.setattr(peft.PeftModel, "merge_and_unload", merge_and_unload, raising=False)
-    spoiled = run_example("--resume", tmp_path / "out/checkpoint.pt")
+    spoiled = run_demo("--resume", tmp_path / "out/checkpoint.pt")
     assert spoiled.status == 1
     assert "merged model's logits  DIFFERENT" in spoiled.out
 
 
 @pytest.mark.slow
-def test_inductor_equals_aot_eager(run_example, random_base, tmp_path):
+def test_inductor_equals_aot_eager(run_demo, random_base, tmp_path):
     losses = []
     for name, compiler in (("inductor", "g++"), ("aot_eager", "/nonexistent")):
         # Scalar kernels: their C++ compiles in a fraction of the time.
         with torch._inductor.config.patch({"cpp.cxx": (None, compiler), "cpp.simdlen": 1}):
             output_dir = tmp_path / name
-            done = run_example(*TINY, "--steps", 3, "--batch-size", 2, "--output-dir", output_dir)
+            done = run_demo(*TINY, "--steps", 3, "--batch-size", 2, "--output-dir", output_dir)
         assert f"with {name}" in done.out
         assert NUM_DW in done.out
         assert "merged model's logits  equal" in done.out
@@ -149,26 +125,23 @@ def test_inductor_equals_aot_eager(run_example, random_base, tmp_path):
 
 
 def test_resumed_run_equals_uninterrupted(
-    run_example, example, random_base, no_compiler, monkeypatch, tmp_path
+    run_demo, random_base, no_compiler, monkeypatch, tmp_path
 ):
     settings = (*TINY, "--steps", 8, "--batch-size", 2, "--seed", 5)
-    run_example(*settings, "--output-dir", tmp_path / "whole")
-
-    pretraining = example.pretraining
-    training_batch = pretraining.training_batch
+    run_demo(*settings, "--output-dir", tmp_path / "whole")
 
     def press_ctrl_c_in_step_4(text, settings, step):
         if step == 3:
             signal.raise_signal(signal.SIGINT)
         return training_batch(text, settings, step)
 
-    monkeypatch.setattr(pretraining, "training_batch", press_ctrl_c_in_step_4)
-    stopped = run_example(*settings, "--output-dir", tmp_path / "parts")
-    monkeypatch.setattr(pretraining, "training_batch", training_batch)
+    monkeypatch.setattr(loop, "training_batch", press_ctrl_c_in_step_4)
+    stopped = run_demo(*settings, "--output-dir", tmp_path / "parts")
+    monkeypatch.setattr(loop, "training_batch", training_batch)
     assert stopped.status == 130
     assert "stopped after step 4 of 8" in stopped.out
     assert f"--resume {tmp_path / 'parts' / 'checkpoint.pt'}" in stopped.out
-    resumed = run_example("--resume", tmp_path / "parts" / "checkpoint.pt")
+    resumed = run_demo("--resume", tmp_path / "parts" / "checkpoint.pt")
     assert "resuming  after step 4" in resumed.out
 
     whole, parts = load(tmp_path / "whole"), load(tmp_path / "parts")
@@ -182,13 +155,13 @@ def test_resumed_run_equals_uninterrupted(
     assert changed == 2
 
 
-def test_ctrl_c_while_the_base_is_trained(run_example, example, no_compiler, monkeypatch, tmp_path):
+def test_ctrl_c_while_the_base_is_trained(run_demo, no_compiler, monkeypatch, tmp_path):
     def press_ctrl_c(text, settings, step):
         signal.raise_signal(signal.SIGINT)
         return torch.zeros(1, settings.context, dtype=torch.int64)
 
-    monkeypatch.setattr(example.pretraining, "training_batch", press_ctrl_c)
-    done = run_example(*TINY, "--steps", 2, "--output-dir", tmp_path / "out")
+    monkeypatch.setattr(loop, "training_batch", press_ctrl_c)
+    done = run_demo(*TINY, "--steps", 2, "--output-dir", tmp_path / "out")
     assert done.status == 130
     assert "nothing is kept" in done.out
     assert not list((tmp_path / "out").iterdir())
@@ -219,13 +192,17 @@ BAD_ARGUMENTS = {
 
 
 @pytest.mark.parametrize("arguments", BAD_ARGUMENTS)
-def test_rejects_bad_arguments(run_example, example, arguments):
+def test_rejects_bad_arguments(run_demo, arguments):
     Path("file").write_text("a few words that are no checkpoint at all")
-    torch.save({"format": example.pretraining.CHECKPOINT_FORMAT}, "demo.pt")
-    settings = dataclasses.asdict(example.Settings())
-    good = {"format": example.CHECKPOINT_FORMAT, "text_checksum": 0, "settings": settings}
+    torch.save({"format": base_settings.Settings.checkpoint_format()}, "demo.pt")
+    settings = dataclasses.asdict(finetune_lora.Settings())
+    good = {
+        "format": finetune_lora.Settings.checkpoint_format(),
+        "text_checksum": 0,
+        "settings": settings,
+    }
     torch.save(good, "good.pt")
-    done = run_example(*arguments.split())
+    done = run_demo(*arguments.split())
     assert done.status == 2
     lines = done.err.splitlines()
     assert len(lines) == 1, lines
@@ -233,11 +210,11 @@ def test_rejects_bad_arguments(run_example, example, arguments):
     assert BAD_ARGUMENTS[arguments] in lines[0]
 
 
-def test_chapters_are_split(example):
+def test_chapters_are_split():
     """No chapter is on both sides, and none is lost."""
     from pydoc_data.topics import topics
 
-    text = example.read_chapters()
+    text = finetune_lora.read_chapters()
     train, heldout = (bytes(side.tolist()) for side in (text.train, text.heldout))
     assert len(train) + len(heldout) == sum(len(topic.encode()) for topic in topics.values())
     for topic in topics.values():

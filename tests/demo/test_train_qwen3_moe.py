@@ -4,13 +4,11 @@
 import collections
 import contextlib
 import dataclasses
-import importlib.util
 import itertools
 import math
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -20,6 +18,12 @@ from typing import Any
 import pytest
 import torch
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
+
+import train_qwen3_moe
+from training import loop
+from training.model import imbalance, load_balancing_loss
+from training.settings import Settings
+from training.text import bigram_entropy, read_text, training_batch
 
 SCRIPT = Path(__file__).resolve().parents[2] / "demo" / "train_qwen3_moe.py"
 
@@ -32,36 +36,8 @@ FORWARD_OPS = {"moe.fused_experts_forward.default": 1}
 BACKWARD_OPS = {"moe.fused_experts_backward.default": 1}
 
 
-@pytest.fixture(scope="module")
-def demo():
-    spec = importlib.util.spec_from_file_location("train_qwen3_moe", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_qwen3_moe"] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["train_qwen3_moe"]
-
-
 @pytest.fixture
-def no_network(monkeypatch):
-    def connect(self, address):
-        raise AssertionError(f"the demo connects to {address}")
-
-    monkeypatch.setattr(socket.socket, "connect", connect)
-
-
-@pytest.fixture
-def no_compiler(monkeypatch):
-    """As CXX=/nonexistent in the environment of a fresh process: spares Inductor's seconds."""
-    monkeypatch.setenv("CXX", "/nonexistent")
-    with torch._inductor.config.patch({"cpp.cxx": (None, "/nonexistent")}):
-        yield
-
-
-@pytest.fixture
-def run_demo(demo, no_network, monkeypatch, tmp_path, capsys):
+def run_demo(no_network, monkeypatch, tmp_path, capsys):
     """Calls the demo's main; gives the exit status and what it printed."""
     monkeypatch.chdir(tmp_path)
     done = collections.namedtuple("done", "status out err")
@@ -71,7 +47,7 @@ def run_demo(demo, no_network, monkeypatch, tmp_path, capsys):
         torch._dynamo.utils.counters.clear()
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
         try:
-            status = demo.main()
+            status: Any = train_qwen3_moe.main()
         except SystemExit as error:
             status = error.code
         return done(status, *capsys.readouterr())
@@ -131,7 +107,7 @@ def test_beats_bigram(run_demo, no_compiler, monkeypatch, tmp_path):
     assert "compiling" not in again.out
 
 
-def test_bar_forgets_the_step_that_compiles(demo, monkeypatch, capsys):
+def test_bar_forgets_the_step_that_compiles(monkeypatch, capsys):
     """Two seconds a step after one that took a hundred; 20 of 24 are left, 4 were resumed."""
     now = 0.0
 
@@ -141,11 +117,11 @@ def test_bar_forgets_the_step_that_compiles(demo, monkeypatch, capsys):
         return now
 
     monkeypatch.setattr("tqdm.std.time", clock)
-    run = demo.Run(None, None, step=4)
-    with demo.progress_bar(run, demo.Settings(steps=24)) as bar:
+    run = loop.Run(None, None, step=4)  # type: ignore[arg-type]
+    with loop.progress_bar(run, Settings(steps=24)) as bar:
         bar.mininterval = 1
         now += 100
-        demo.count_compiled_step(bar)
+        loop.count_compiled_step(bar)
         first = capsys.readouterr().err
         assert "5/24 [00:00<?]" in first
         for _ in range(4):
@@ -181,7 +157,7 @@ def test_inductor(run_demo, tmp_path):
 USES_THE_CACHES = """
 import sys, torch, moe_ops
 sys.path.insert(0, sys.argv[1])
-from train_qwen3_moe import Compiler
+from training.compiler import Compiler
 
 for _ in range(2):
     torch._dynamo.reset()
@@ -215,25 +191,23 @@ def load(output_dir):
     return torch.load(output_dir / "checkpoint.pt", weights_only=True)
 
 
-def test_resumed_run_equals_uninterrupted(run_demo, demo, no_compiler, monkeypatch, tmp_path):
+def test_resumed_run_equals_uninterrupted(run_demo, no_compiler, monkeypatch, tmp_path):
     settings = (*TINY, "--steps", 16, "--batch-size", 2, "--seed", 5)
     run_demo(*settings, "--output-dir", tmp_path / "whole")
-
-    training_batch = demo.training_batch
 
     def press_ctrl_c_in_step_6(text, settings, step):
         if step == 5:
             signal.raise_signal(signal.SIGINT)
         return training_batch(text, settings, step)
 
-    monkeypatch.setattr(demo, "training_batch", press_ctrl_c_in_step_6)
+    monkeypatch.setattr(loop, "training_batch", press_ctrl_c_in_step_6)
     stopped = run_demo(*settings, "--output-dir", tmp_path / "parts")
     assert stopped.status == 130
     assert "stopped after step 6 of 16" in stopped.out
     assert "Ctrl-C: stopping after this step (again: at once)" in stopped.err
     assert f"--resume {tmp_path / 'parts' / 'checkpoint.pt'}" in stopped.out
     assert load(tmp_path / "parts")["step"] == 6
-    monkeypatch.setattr(demo, "training_batch", training_batch)
+    monkeypatch.setattr(loop, "training_batch", training_batch)
     resumed = run_demo("--resume", tmp_path / "parts" / "checkpoint.pt")
     assert "resuming  after step 6" in resumed.out
 
@@ -310,13 +284,13 @@ BAD_ARGUMENTS = {
 
 
 @pytest.mark.parametrize("arguments", BAD_ARGUMENTS)
-def test_rejects_bad_arguments(run_demo, demo, tmp_path, arguments):
+def test_rejects_bad_arguments(run_demo, tmp_path, arguments):
     Path("file").write_text("a few words that are no checkpoint at all")
     Path("empty").touch()
     torch.save({"model": {}, "step": 3}, "foreign.pt")
-    checkpoint = {"format": demo.CHECKPOINT_FORMAT, "text_checksum": 0}
-    torch.save({**checkpoint, "settings": dataclasses.asdict(demo.Settings())}, "good.pt")
-    torch.save({**checkpoint, "settings": dataclasses.asdict(demo.Settings())}, "other_text.pt")
+    checkpoint = {"format": Settings.checkpoint_format(), "text_checksum": 0}
+    torch.save({**checkpoint, "settings": dataclasses.asdict(Settings())}, "good.pt")
+    torch.save({**checkpoint, "settings": dataclasses.asdict(Settings())}, "other_text.pt")
     Path("truncated.pt").write_bytes(Path("good.pt").read_bytes()[:-100])
     done = run_demo(*arguments.split())
     assert done.status == 2
@@ -347,12 +321,22 @@ def test_rejects_cuda_without_gpu(run_demo):
     assert (done.status, done.err) == (2, "train_qwen3_moe.py: --device cuda: torch sees no GPU\n")
 
 
+WITHOUT_TQDM = """
+import runpy, sys
+sys.modules["tqdm"] = None
+sys.path.insert(0, sys.argv[1])
+runpy.run_path(sys.argv[2], run_name="__main__")
+"""
+
+
 def test_names_missing_package(tmp_path):
     done = subprocess.run(
         [
             sys.executable,
             "-c",
-            f"import sys, runpy; sys.modules['tqdm'] = None; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')",
+            WITHOUT_TQDM,
+            SCRIPT.parent,
+            SCRIPT,
         ],
         cwd=tmp_path,
         capture_output=True,
@@ -364,7 +348,7 @@ def test_names_missing_package(tmp_path):
     assert done.stderr == "train_qwen3_moe.py: no package tqdm here; `make demo` installs it\n"
 
 
-def test_splits_text_by_file(demo, run_demo, monkeypatch, tmp_path):
+def test_splits_text_by_file(run_demo, monkeypatch, tmp_path):
     library = tmp_path / "lib"
     for folder in ("", "json", "test", "json/tests", "site-packages/numpy"):
         (library / folder).mkdir(parents=True, exist_ok=True)
@@ -372,21 +356,21 @@ def test_splits_text_by_file(demo, run_demo, monkeypatch, tmp_path):
             name = f"m{index}.py"
             (library / folder / name).write_text(f"<{folder}/{name}>".ljust(12_000, "x"))
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(library))
-    text = demo.read_text()
+    text = read_text()
     names = [re.findall(rb"<([^>]*)>", bytes(side.tolist())) for side in (text.train, text.heldout)]
     assert not set(names[0]) & set(names[1])
     expected = {f"{folder}/m{i}.py".encode() for folder in ("", "json") for i in range(60)}
     assert sorted(names[0] + names[1]) == sorted(expected)
     assert 1 <= len(names[1]) <= 20
-    assert demo.read_text().checksum == text.checksum
+    assert read_text().checksum == text.checksum
 
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(library / "json"))
     with pytest.raises(SystemExit) as exit_info:
-        demo.read_text()
+        read_text()
     assert exit_info.value.code == 2
 
 
-def test_bigram_entropy(demo):
+def test_bigram_entropy():
     tokens = torch.randint(5, (7, 40)) ** 2
     pairs = collections.Counter(
         (a, b) for row in tokens.tolist() for a, b in itertools.pairwise(row)
@@ -396,22 +380,22 @@ def test_bigram_entropy(demo):
         firsts[first] += count
     total = pairs.total()
     expected = -sum(n / total * math.log(n / firsts[first]) for (first, _), n in pairs.items())
-    assert demo.bigram_entropy(tokens.split(2)) == pytest.approx(expected, rel=1e-12)
-    assert demo.bigram_entropy([torch.tensor([[1, 2] * 20])]) == pytest.approx(0, abs=1e-12)
+    assert bigram_entropy(tokens.split(2)) == pytest.approx(expected, rel=1e-12)
+    assert bigram_entropy([torch.tensor([[1, 2] * 20])]) == pytest.approx(0, abs=1e-12)
 
 
-def test_load_balancing_loss(demo):
+def test_load_balancing_loss():
     """Of one layer, it is transformers' own, divided by top_k; even loads give 1."""
     logits = torch.randn(100, 6)
     probs = logits.softmax(-1)[None]
     loads = torch.nn.functional.one_hot(probs.topk(2).indices, 6).sum((1, 2))
     expected = load_balancing_loss_func((logits,), num_experts=6, top_k=2) / 2
-    torch.testing.assert_close(demo.load_balancing_loss(probs, loads), expected)
+    torch.testing.assert_close(load_balancing_loss(probs, loads), expected)
     # Two layers, each hot on another expert, do not make up for each other.
     hot = torch.eye(2)[:, None, :].expand(2, 10, 2)
-    assert demo.load_balancing_loss(hot, hot.sum(1)) == 2.0
-    assert demo.load_balancing_loss(torch.full((1, 8, 2), 0.5), torch.tensor([[8, 8]])) == 1.0
+    assert load_balancing_loss(hot, hot.sum(1)) == 2.0
+    assert load_balancing_loss(torch.full((1, 8, 2), 0.5), torch.tensor([[8, 8]])) == 1.0
 
 
-def test_imbalance(demo):
-    assert demo.imbalance(torch.tensor([[5, 5, 5, 5], [20, 0, 0, 0]])) == (1 + 4) / 2
+def test_imbalance():
+    assert imbalance(torch.tensor([[5, 5, 5, 5], [20, 0, 0, 0]])) == (1 + 4) / 2

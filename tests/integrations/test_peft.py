@@ -8,7 +8,6 @@ import pickle
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from testing import dropped_slots
 from testing.pages import DOCS, has_only_python_blocks, run_python_blocks
@@ -21,9 +20,16 @@ pytest.importorskip("peft", reason="the peft extra is not installed")
 import peft
 
 from moe_ops.integrations import peft as moe_ops_peft
+from testing.peft_problem import (
+    BOTH,
+    PREFIX,
+    MoeCalls,
+    assert_same_step,
+    config,
+    split_model,
+    wrapped_model,
+)
 
-BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-PREFIX = "base_model.model.model.layers.0.mlp.experts"
 MODELS = ["qwen3_moe", "mixtral", "olmoe", "gpt_oss"]
 PAGE = DOCS / "lora.md"
 
@@ -36,61 +42,6 @@ def _every_reason_is_logged():
 @pytest.fixture
 def input_ids():
     return torch.randint(3, 48, (2, 12), generator=torch.Generator().manual_seed(0))
-
-
-def config(targets=BOTH, **options):
-    # Adapters whose lora_B is not zero: their gradients are then both worth a comparison.
-    options = {"r": 8, "lora_alpha": 16, "init_lora_weights": False, **options}
-    return peft.LoraConfig(target_parameters=list(targets), **options)
-
-
-def wrapped_model(name="qwen3_moe", dtype=torch.float32, **options):
-    model = make_model(name, dtype)
-    model.set_experts_implementation("moe_ops")
-    return peft.get_peft_model(model, config(**options))
-
-
-def split_model(*args, **options):
-    model = wrapped_model(*args, **options)
-    assert moe_ops_peft.enable(model) == [PREFIX]
-    return model
-
-
-def assert_same_step(actual, expected, dtype=torch.float32):
-    (output, gradients), (expected_output, expected_gradients) = actual, expected
-    assert relative_error(output, expected_output) <= MODULE_NORM[dtype]
-    assert gradients.keys() == expected_gradients.keys()
-    for name, gradient in expected_gradients.items():
-        assert (gradients[name] is None) == (gradient is None), name
-        if gradient is not None:
-            assert gradient.norm() > 0, name
-            error = relative_error(gradients[name], gradient)
-            assert error <= MODULE_NORM[dtype], f"{name}: {error:.2e}"
-
-
-class MoeCalls(TorchDispatchMode):
-    """The moe ops that run, with their arguments."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls, self.largest = [], 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func.namespace == "moe":
-            self.calls.append((func._schema.name.removeprefix("moe::"), args))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.numel())
-        return out
-
-    def names(self):
-        return [name for name, _ in self.calls]
-
-    def is_split(self):
-        """Whether a GEMM has the rank of config() for its width."""
-        gemms = [args for name, args in self.calls if name == "grouped_gemm"]
-        return any(args[1].shape[1] == 8 for args in gemms)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -284,98 +235,6 @@ def test_a_copy_is_split_and_its_own(copied, input_ids):
     assert_same_step(actual, expected)
 
 
-def eager_experts(model):
-    model.get_base_model().set_experts_implementation("eager")
-
-
-def hooked_experts(model):
-    experts = model.get_submodule(f"{PREFIX}.base_layer.base_layer")
-    experts.register_forward_hook(lambda module, args, output: output * 2)
-
-
-def hooked_wrapper(model):
-    wrapper = model.get_submodule(f"{PREFIX}.base_layer")
-    wrapper.register_forward_pre_hook(lambda module, args: (args[0] * 2, *args[1:]))
-
-
-def experts_with_a_norm(model):
-    experts = model.get_submodule(f"{PREFIX}.base_layer.base_layer")
-    experts.has_post_expert_norm, experts.post_expert_norm = True, torch.nn.Tanh()
-
-
-class Packed(torch.nn.Parameter):
-    """As quantisers make them."""
-
-
-def packed_weight(model):
-    experts = model.get_submodule(f"{PREFIX}.base_layer.base_layer")
-    experts.down_proj = Packed(experts.down_proj.data, requires_grad=False)
-
-
-FALLBACKS = {
-    "eager": (eager_experts, 'runs with experts_implementation="eager"'),
-    "hooked experts": (hooked_experts, "Qwen3MoeExperts in Qwen3MoeExperts has hooks"),
-    "hooked wrapper": (hooked_wrapper, "ParamWrapper in Qwen3MoeExperts has hooks"),
-    "norm": (experts_with_a_norm, "Qwen3MoeExperts has a norm after each expert"),
-    "packed": (packed_weight, "down_proj of Qwen3MoeExperts is a Packed of torch.float32"),
-}
-
-
-@pytest.mark.parametrize("case", FALLBACKS)
-def test_falls_back_with_a_reason(case, input_ids, caplog):
-    """After enable(): PEFT's own path and numbers, and one line that says why."""
-    change, reason = FALLBACKS[case]
-    model = split_model()
-    unchanged = run_step(model, input_ids)[0]
-    change(model)
-    assert not caplog.records
-    with caplog.at_level(logging.WARNING, logger="moe_ops"), MoeCalls() as calls:
-        actual = run_step(model, input_ids)
-        run_step(model, input_ids)
-    assert not calls.is_split()
-    (record,) = caplog.records
-    assert "PEFT's own path merges the adapters" in record.getMessage()
-    assert reason in record.getMessage()
-    moe_ops_peft.disable(model)
-    assert_same_step(actual, run_step(model, input_ids))
-    assert (relative_error(actual[0], unchanged) > 0.01) == (case not in ("eager", "packed"))
-
-
-def test_other_arguments_fall_back(input_ids, caplog):
-    """By keyword: PEFT's path, which takes them, and its numbers."""
-    wrapper = split_model().get_submodule(PREFIX)
-    x, ids, weights = torch.randn(5, 32), torch.randint(NUM_EXPERTS, (5, 2)), torch.rand(5, 2)
-    expected = wrapper(x, ids, weights)
-    with caplog.at_level(logging.WARNING, logger="moe_ops"), MoeCalls() as calls:
-        actual = wrapper(x, ids, top_k_weights=weights)
-    assert not calls.is_split()
-    assert "other arguments" in caplog.text
-    assert relative_error(actual, expected) <= MODULE_NORM[torch.float32]
-
-
-@pytest.mark.parametrize(
-    ("name", "targets", "reason"),
-    [
-        ("gpt_oss", ["mlp.experts.gate_up_proj_bias"], "gate_up_proj_bias of GptOssExperts"),
-        ("gpt_oss", [*BOTH, "mlp.experts.down_proj_bias"], "down_proj_bias of GptOssExperts"),
-    ],
-)
-def test_targeted_biases_fall_back(name, targets, reason, input_ids, caplog):
-    model = wrapped_model(name, targets=targets)
-    expected = run_step(model, input_ids)
-    with caplog.at_level(logging.WARNING, logger="moe_ops"):
-        assert moe_ops_peft.enable(model) == []
-    assert reason in caplog.text
-    assert_same_step(run_step(model, input_ids), expected)
-
-
-@pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"use_dora": True}])
-def test_peft_refuses(options):
-    """What split LoRA has no answer to never reaches it."""
-    with pytest.raises(ValueError, match="ParamWrapper does not work"):
-        wrapped_model(**options)
-
-
 def test_other_modules_keep_their_adapters(input_ids, caplog):
     """Linear layers and parameters that are no experts are PEFT's, and nothing is said of them."""
     targets = [*BOTH, "self_attn.q_proj.weight"]
@@ -387,41 +246,6 @@ def test_other_modules_keep_their_adapters(input_ids, caplog):
     assert_same_step(run_step(model, input_ids), expected)
 
 
-class OtherExperts(torch.nn.Module):
-    """Stacked weights outside of transformers' experts interface, as Llama 4 has them."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.randn(NUM_EXPERTS, 5, 6))
-
-    def forward(self, x):
-        return torch.einsum("ebi,eoi->ebo", x, self.weight)
-
-
-def test_experts_outside_of_the_interface_fall_back(caplog):
-    module = torch.nn.Sequential(OtherExperts())
-    model = peft.get_peft_model(module, config(["0.weight"]))
-    x = torch.randn(NUM_EXPERTS, 3, 6)
-    expected = model(x)
-    with caplog.at_level(logging.WARNING, logger="moe_ops"):
-        assert moe_ops_peft.enable(model) == []
-    assert "OtherExperts does not go through transformers' experts interface" in caplog.text
-    assert torch.equal(model(x), expected)
-
-
-def test_forward_of_another_library_stays(input_ids, caplog):
-    """As accelerate puts one on a module that it moves between devices."""
-    model = wrapped_model()
-    wrapper = model.get_submodule(PREFIX)
-    wrapper.forward = lambda *args: type(wrapper).forward(wrapper, *args) * 0
-    expected = run_step(model, input_ids)[0]
-    with caplog.at_level(logging.WARNING, logger="moe_ops"):
-        assert moe_ops_peft.enable(model) == []
-    assert f"the wrapper of {PREFIX} has a forward of its own" in caplog.text
-    moe_ops_peft.disable(model)
-    assert torch.equal(run_step(model, input_ids)[0], expected)
-
-
 def test_one_expert(input_ids, monkeypatch):
     tiny = TINY_MODELS["qwen3_moe"]
     options = {**tiny.options, "num_experts": 1, "num_experts_per_tok": 1}
@@ -430,12 +254,6 @@ def test_one_expert(input_ids, monkeypatch):
     expected = run_step(model, input_ids)
     assert moe_ops_peft.enable(model) == [PREFIX]
     assert_same_step(run_step(model, input_ids), expected)
-
-
-def test_rejects_models_without_adapted_experts():
-    model = peft.get_peft_model(make_model("qwen3_moe"), peft.LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match=r"^moe_ops\.integrations\.peft\.enable: expected a model"):
-        moe_ops_peft.enable(model)
 
 
 def test_every_code_block_of_the_page_runs(tmp_path, monkeypatch):

@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A GPU with tensor descriptors, for launchers whose kernels are interpreted."""
+"""Triton's interpreter, made quick; a GPU with tensor descriptors, for launchers in it."""
+
+import os
 
 import pytest
 
 from moe_ops.configs.device import Device
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from testing import fast_interpreter
+
+    fast_interpreter.install()
 
 HOPPER = Device("H", (9, 0), 232448, 4, is_interpreted=True)
 

@@ -17,19 +17,14 @@ NUM_EXPERTS, HIDDEN, INTER, NUM_TOKENS, TOP_K = 5, 12, 8, 17, 2
 
 
 def softcapped(z):
-    """A gate that moe::fused_experts does not have."""
+    """Apply a gate that moe::fused_experts does not have."""
     gate, up = z.chunk(2, dim=-1)
     return F.silu(torch.tanh(gate)) * up
 
 
-def offset_norm(rows):
-    """A norm without a finite value for the zero row of a dropped slot."""
-    return rows * torch.rsqrt(rows.square().mean(-1, keepdim=True)) + 1.0
-
-
 over_options = pytest.mark.parametrize(
     "options",
-    [{}, {"norm": offset_norm}, {"weights_before": True}],
+    [{}, {"norm": dropped_slots.offset_norm}, {"weights_before": True}],
     ids=["plain", "norm", "weights_before"],
 )
 

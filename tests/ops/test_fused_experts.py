@@ -26,7 +26,7 @@ from torch.utils.checkpoint import (
 from moe_ops._core.library import SCHEMAS
 from moe_ops._pytorch import rows
 from moe_ops.ops.fused_experts import pytorch
-from testing import checks, oracle
+from testing import boundaries, checks, oracle
 from testing.count_calls import CountCalls
 from testing.moe_block import (
     Weights,
@@ -180,6 +180,13 @@ def test_experts_without_rows_have_exactly_zero_gradients(dtype, weights_before)
     for name in ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias"):
         assert (found[name][~used] == 0).all(), name
         assert (found[name][used] != 0).any(), name
+
+
+@pytest.mark.parametrize("flags", boundaries.LIMITED)
+@dtypes
+def test_gradients_pass_at_the_limit_and_not_beyond(dtype, flags):
+    given = boundaries.limit_problem(dtype, device=torch.device("cpu"), **boundaries.LIMITED[flags])
+    boundaries.check_limit(given)
 
 
 def composed(

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from moe_ops._core.library import SCHEMAS
-from testing import checks, oracle
+from testing import boundaries, checks, oracle
+from testing.gemm_problem import MODES
 from testing.strategies import PRESENT, Sample, seeded_sample
 
 moe = torch.ops.moe
+CPU = torch.device("cpu")
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 dtypes = pytest.mark.parametrize("dtype", FLOATING, ids=str)
 permutations = pytest.mark.parametrize(
@@ -110,6 +112,19 @@ def test_dropped_rows_are_exactly_zero_and_never_read(permute_x, permute_y):
     clean = checks.oracle_gradients(sample, tangent.nan_to_num())
     for name, expected in clean.items():
         checks.assert_close(found[name], expected, what=name)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("tail", boundaries.TAILS)
+@dtypes
+def test_tails_of_no_row_of_one_and_of_many(dtype, tail, mode):
+    """For a product of each expert, and for those that are made of torch's grouped product."""
+    for widths in boundaries.TAIL_WIDTHS:
+        for counts in ((2, 2, 2, 2), (8, 0, 0, 0), (0, 0, 0, 8)):
+            given = boundaries.tail_problem(
+                tail, dtype, widths=widths, counts=counts, device=CPU, **MODES[mode]
+            )
+            boundaries.check_tail(given, tail)
 
 
 @permutations

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from moe_ops._core.library import SCHEMAS
-from testing import oracle
+from testing import boundaries, oracle
+from testing.every_op import FLOATING
 from testing.strategies import PRESENT, seeded_sample
 
 moe = torch.ops.moe
@@ -36,6 +37,13 @@ def test_gradients_round_once(dtype):
     assert (found[0] != expected["input"].to(dtype)).double().mean() < 0.02
     assert found[1].dtype == torch.float32
     torch.testing.assert_close(found[1], expected["topk_weights"].float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("shape", boundaries.CHUNK_SHAPES, ids=str)
+def test_rows_at_the_ends_of_chunks(shape, dtype, weighted):
+    boundaries.check_unpermute(shape, dtype, weighted=weighted, device=torch.device("cpu"))
 
 
 def test_scatter_indices_change_nothing():

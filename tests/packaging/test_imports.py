@@ -4,6 +4,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[2] / "src" / "moe_ops"
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "src" / "moe_ops"
 
 # Reading and compiling the schemas of all ops should be little next to importing torch: 0.07 of
 # it where this was measured. The slack is for loaded machines.
@@ -102,3 +104,59 @@ def test_one_logger() -> None:
     }
     assert loggers
     assert {name for _, name in loggers} == {"'moe_ops'"}
+
+
+# Which folder's files may not import which: what tests share is in testing/, which both may import.
+MAY_NOT_IMPORT = [
+    ("tests", "tests"),
+    ("benchmarks", "tests"),
+    ("testing", "tests"),
+    ("testing", "benchmarks"),
+    ("src", "tests"),
+    ("src", "testing"),
+    ("src", "benchmarks"),
+]
+
+
+def imported_packages(source: str) -> set[str]:
+    """Return the top-level names that a file imports: in functions, and in scripts in strings too."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.partition(".")[0])
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found |= set(re.findall(r"^\s*(?:from|import) (\w+)", node.value, re.MULTILINE))
+            # What import_module, importorskip and monkeypatch take.
+            found |= set(re.findall(r"\A(\w+)(?:\.\w+)+\Z", node.value))
+    return found
+
+
+@pytest.mark.parametrize(("folder", "package"), MAY_NOT_IMPORT)
+def test_who_imports_whom(folder: str, package: str) -> None:
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files
+    guilty = [
+        str(file.relative_to(ROOT))
+        for file in files
+        if package in imported_packages(file.read_text(encoding="utf-8"))
+    ]
+    assert not guilty, f"files that import {package}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import {0}.ops",
+        "import os, {0}",
+        "from {0} import conftest",
+        "def f():\n    from {0}.ops.a import b",
+        "run('import {0}.ops')",
+        "run('''\nimport os\nfrom {0}.ops import b\n''')",
+        "pytest.importorskip('{0}.ops.a')",
+    ],
+)
+def test_every_kind_of_import_is_seen(source: str) -> None:
+    assert "somewhere" in imported_packages(source.format("somewhere"))
+    assert "somewhere" not in imported_packages(source.format("elsewhere"))

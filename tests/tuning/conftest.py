@@ -3,7 +3,8 @@
 
 import pytest
 
-from moe_ops import cli, tuning
+from moe_ops import tuning
+from moe_ops.cli import tune as tune_command
 from moe_ops.configs import cache
 from testing.tuning_fakes import CPU, HOPPER, Clock
 
@@ -23,7 +24,7 @@ def fake_gpu(monkeypatch):
     """The CPU as a Hopper GPU; gives the clock."""
     clock = Clock()
     monkeypatch.setattr(tuning, "current_device", lambda: CPU)
-    for module in (tuning, cli):
+    for module in (tuning, tune_command):
         monkeypatch.setattr(module, "device_of", lambda device: HOPPER)
     monkeypatch.setattr(tuning, "cuda_milliseconds", clock)
     return clock

@@ -9,6 +9,8 @@ import torch
 
 from moe_ops import cli, tuning
 from moe_ops._core import library
+from moe_ops.cli.env import configurations
+from moe_ops.cli.show import show
 from moe_ops.configs import cache
 from moe_ops.tuning import Experts
 
@@ -191,7 +193,7 @@ def test_show_fits_a_terminal(op, capsys, monkeypatch):
     assert cli.main(["show", op]) == 0
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 100
-    assert shown.split() == "\n".join(cli._show(op, with_code=True)).split()
+    assert shown.split() == "\n".join(show(op, with_code=True)).split()
 
 
 @pytest.mark.parametrize("text", ["{", "[" * 100_000])
@@ -199,9 +201,9 @@ def test_env_says_that_a_table_cannot_be_read(text, monkeypatch, tmp_path):
     monkeypatch.setenv("MOE_OPS_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
-    assert next(iter(cli._configurations())) == "Some GPU: 0 shipped, 0 tuned"
+    assert next(iter(configurations())) == "Some GPU: 0 shipped, 0 tuned"
     file = cache.path_of("Some GPU")
     file.parent.mkdir()
     file.write_text(text)
-    found = next(iter(cli._configurations()))
+    found = next(iter(configurations()))
     assert found.startswith(f"Some GPU: 0 shipped, none tuned, since {file} cannot be read: ")

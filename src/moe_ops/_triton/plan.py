@@ -139,7 +139,7 @@ def decide(
     if config.warp_specialize:
         obstacle = _obstacle(problem, operands, device, tile[:2])
         kernel = PINGPONG if config.is_pingpong else COOPERATIVE
-        reason = "warp_specialize is asked for, in such tiles"
+        reason = f"warp_specialize, in tiles of {tile[0]}x{tile[1]}"
         if obstacle is not None:
             kernel, reason = PERSISTENT, obstacle
     few_rows = problem.kind != "backward_dW" and tile[0] <= _FINDS_TILES_ROWS

@@ -48,3 +48,30 @@ def device_of(device: torch.device) -> Device:
         properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
         properties.multi_processor_count,
     )
+
+
+# The GPUs that `moe_ops explain --gpu` knows, by the name that people call them; shared memory is
+# what one block may have.
+KNOWN_GPUS: dict[str, Device] = {
+    "T4": Device("Tesla T4", (7, 5), 64 * 1024, 40),
+    "A100": Device("NVIDIA A100-SXM4-80GB", (8, 0), 163 * 1024, 108),
+    "L4": Device("NVIDIA L4", (8, 9), 99 * 1024, 58),
+    "L40S": Device("NVIDIA L40S", (8, 9), 99 * 1024, 142),
+    "RTX4090": Device("NVIDIA GeForce RTX 4090", (8, 9), 99 * 1024, 128),
+    "H100": Device("NVIDIA H100 80GB HBM3", (9, 0), 227 * 1024, 132),
+    "H200": Device("NVIDIA H200", (9, 0), 227 * 1024, 132),
+    "B200": Device("NVIDIA B200", (10, 0), 227 * 1024, 148),
+    "RTX5090": Device("NVIDIA GeForce RTX 5090", (12, 0), 99 * 1024, 170),
+}
+
+
+def known_gpu(name: str) -> Device:
+    """Return the facts of a GPU by its short or its full name.
+
+    Raises:
+        ValueError: the name is not known.
+    """
+    for short, device in KNOWN_GPUS.items():
+        if name.lower() in {short.lower(), device.name.lower()}:
+            return device
+    raise ValueError(f"expected a GPU of {', '.join(KNOWN_GPUS)}, got {name!r}")

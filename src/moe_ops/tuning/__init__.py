@@ -36,6 +36,7 @@ __all__ = [
     "Report",
     "Task",
     "current_device",
+    "describe",
     "find_experts",
     "tasks_of",
     "tune",

@@ -69,7 +69,7 @@ def begin_walk(
         walk = (starts, ends, tiles, upto)
     else:
         tiles_m = tl.load(tiles_ptr + 3 * max_tiles)
-        walk = (tiles_ptr, max_tiles)
+        walk = (tiles_ptr, max_tiles)  # type: ignore[assignment]
     return tiles_m, walk
 
 

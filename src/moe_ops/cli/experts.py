@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The experts that a command is about: those of a transformers config, or of sizes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from moe_ops.tuning import Experts, find_experts
+
+SIZES = ("hidden_size", "intermediate_size", "num_experts", "top_k")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say which experts are meant, and at how many tokens."""
+    parser.add_argument(
+        "config",
+        nargs="?",
+        type=Path,
+        help="a transformers config.json or its folder",
+        metavar="CONFIG",
+    )
+    for size in SIZES:
+        name = f"--{size.replace('_', '-')}"
+        parser.add_argument(name, type=int, metavar="N", help="in place of CONFIG, all four")
+    parser.add_argument("--bias", action="store_true", help="with sizes: the experts have biases")
+    parser.add_argument(
+        "--transposed",
+        action="store_true",
+        help="with sizes: weights are (E, in, out), as gpt-oss's",
+    )
+    parser.add_argument("--ungated", action="store_true", help="with sizes: up_proj without a gate")
+    parser.add_argument(
+        "--num-tokens",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="tokens of a call, batch times length",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="default: CONFIG's, else bfloat16",
+    )
+    parser.add_argument(
+        "--separate-ops",
+        action="store_true",
+        help="also grouped_gemm with its permutations and topk_weights, beside fused_experts",
+    )
+
+
+def check_arguments(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """End the program with its usage unless either CONFIG or all sizes are given."""
+    given = [size for size in SIZES if getattr(options, size) is not None]
+    if options.config is None and len(given) < len(SIZES):
+        missing = " ".join(f"--{s.replace('_', '-')}" for s in SIZES if s not in given)
+        parser.error(f"{missing} missing" if given else f"expected CONFIG, or {missing}")
+    if options.config is not None and given:
+        parser.error("expected CONFIG or explicit sizes, got both")
+
+
+def experts_of(options: argparse.Namespace) -> list[Experts]:
+    """Return the different experts layers that the arguments name.
+
+    Raises:
+        ValueError: sizes that do not fit each other, or a model without experts.
+        OSError: CONFIG cannot be read.
+        ImportError: CONFIG is given, and transformers is not installed.
+    """
+    return [_of_sizes(options)] if options.config is None else _of_config(options)
+
+
+def _of_sizes(options: argparse.Namespace) -> Experts:
+    hidden_size, intermediate_size = options.hidden_size, options.intermediate_size
+    if options.top_k > options.num_experts:
+        at_most = f"at most --num-experts ({options.num_experts})"
+        raise ValueError(f"expected --top-k {at_most}, got {options.top_k}")
+    return Experts(
+        num_experts=options.num_experts,
+        top_k=options.top_k,
+        up=(intermediate_size if options.ungated else 2 * intermediate_size, hidden_size),
+        down=(hidden_size, intermediate_size),
+        dtype=getattr(torch, options.dtype or "bfloat16"),
+        has_bias=options.bias,
+        transposed=options.transposed,
+    )
+
+
+def _of_config(options: argparse.Namespace) -> list[Experts]:
+    """Return the experts of the model that transformers makes of the config, without weights."""
+    file = options.config / "config.json" if options.config.is_dir() else options.config
+    if not file.is_file():
+        raise FileNotFoundError(f"expected CONFIG to be a config.json or its folder, got {file}")
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            "CONFIG is read by transformers, which is not installed: give --hidden-size "
+            "--intermediate-size --num-experts --top-k instead"
+        ) from error
+    config = transformers.AutoConfig.from_pretrained(file)
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(config)
+    dtype = options.dtype or getattr(config.get_text_config(), "dtype", None) or "bfloat16"
+    return find_experts(model, getattr(torch, str(dtype).removeprefix("torch.")))

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`moe_ops explain`: which kernel computes each product of a model's experts, and why."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moe_ops import tuning
+from moe_ops.cli import experts
+from moe_ops.configs.device import KNOWN_GPUS, Device, device_of, known_gpu
+from moe_ops.configs.kernel_config import KernelConfig, why_not_kernel_config
+from moe_ops.configs.problem import Problem
+
+if TYPE_CHECKING:
+    from moe_ops._triton.plan import Operands
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    experts.add_arguments(parser)
+    parser.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help=f"in place of this machine's GPU, one of {', '.join(KNOWN_GPUS)}",
+    )
+    parser.add_argument(
+        "--kernel-config",
+        metavar="JSON",
+        help="what moe_ops.kernel_config returns, as a call would give it",
+    )
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One product: what it is, which kernel computes it, and why.
+
+    Attributes:
+        projection: "up" or "down".
+        kind: "forward", "backward_dX" or "backward_dW".
+        num_tokens: tokens of the call.
+        problem: the key of the product's configuration.
+        kernel: "persistent", "cooperative" or "pingpong".
+        computes_epilogue: whether the kernel computes what stands on top of the product.
+        config: the configuration's fields.
+        source: where the configuration came from: "given", "tuned", "shipped" or "computed".
+        reason: why this kernel.
+        unmet: wishes of the configuration that cannot be met, with reasons.
+    """
+
+    projection: str
+    kind: str
+    num_tokens: int
+    problem: str
+    kernel: str
+    computes_epilogue: bool
+    config: dict[str, Any]
+    source: str
+    reason: str
+    unmet: tuple[str, ...]
+
+
+def explain(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Iterable[str]:
+    """Return the rows of the model that the arguments name, as text or as JSON."""
+    experts.check_arguments(options, parser)
+    text = options.kernel_config
+    if text is not None and (reason := why_not_kernel_config(text)) is not None:
+        parser.error(f"--kernel-config: {reason}")
+    try:
+        device = _device(options.gpu)
+        layers = experts.experts_of(options)
+        num_tokens = options.num_tokens or tuning.NUM_TOKENS
+        rows = [
+            (layer, [*_rows(layer, tokens, device, text, options.separate_ops)])
+            for layer in layers
+            for tokens in num_tokens
+        ]
+    except (RuntimeError, ValueError, OSError, ImportError) as error:
+        reason = str(error).partition("\n")[0].removeprefix("moe_ops.tune: ")
+        raise SystemExit(f"{parser.prog}: {reason}") from error
+    if options.json:
+        found = [asdict(row) for _, of_layer in rows for row in of_layer]
+        return [json.dumps({"gpu": device.name, "products": found}, indent=2)]
+    return _lines(device, rows)
+
+
+def _device(name: str | None) -> Device:
+    if name is not None:
+        return known_gpu(name)
+    if not torch.cuda.is_available():
+        raise RuntimeError("expected a CUDA GPU, got none that this torch sees; use --gpu NAME")
+    return device_of(torch.device("cuda", torch.cuda.current_device()))
+
+
+def _rows(
+    layer: tuning.Experts,
+    num_tokens: int,
+    device: Device,
+    kernel_config: str | None,
+    separate_ops: bool,
+) -> Iterator[Row]:
+    from moe_ops._triton.plan import decide
+
+    tasks = tuning.tasks_of([layer], [num_tokens], separate_ops, device)
+    problems = [task.problem for task in tasks]
+    has_epilogue = any(p.epilogue == "gated_activation_backward" for p in problems)
+    for problem in problems:
+        is_down = (problem.out_features, problem.in_features) == layer.down
+        is_bare_dx = problem.kind == "backward_dX" and not problem.flags
+        if is_down and is_bare_dx and has_epilogue:
+            # Of other activations: the row with the activation's backward on top stands for it.
+            continue
+        plan = decide(problem, _operands(problem), device, kernel_config)
+        yield Row(
+            projection="down" if is_down else "up",
+            kind=problem.kind,
+            num_tokens=num_tokens,
+            problem=problem.key,
+            kernel=plan.kernel,
+            computes_epilogue=plan.computes_epilogue,
+            config=plan.config.to_dict(),
+            source=plan.source,
+            reason=plan.reason,
+            unmet=plan.unmet,
+        )
+
+
+def _operands(problem: Problem) -> Operands:
+    """Return which operands TMA can describe where a model's tensors are dense and aligned."""
+    from moe_ops._triton.descriptors import can_describe_rows
+    from moe_ops._triton.plan import Operands
+
+    dtype = getattr(torch, problem.dtype)
+    out_features, in_features = (
+        can_describe_rows(width, dtype) for width in (problem.out_features, problem.in_features)
+    )
+    if problem.kind == "backward_dW":
+        return Operands(out_features, in_features, out_features and in_features)
+    if problem.kind == "backward_dX":
+        return Operands(
+            out_features, out_features if problem.transposed else in_features, in_features
+        )
+    width = problem.out_features // (2 if problem.epilogue == "gated_activation" else 1)
+    y = can_describe_rows(width, dtype)
+    return Operands(in_features, y if problem.transposed else in_features, y)
+
+
+def _lines(device: Device, rows: list[tuple[tuning.Experts, list[Row]]]) -> Iterator[str]:
+    major, minor = device.capability
+    yield f"{device.name}: compute capability {major}.{minor}, {device.num_sms} SMs"
+    for layer, of_layer in rows:
+        yield ""
+        yield (
+            f"{of_layer[0].num_tokens} tokens, {layer.num_experts} experts, top {layer.top_k}, "
+            f"up {layer.up[0]}x{layer.up[1]}, down {layer.down[0]}x{layer.down[1]}, "
+            f"{str(layer.dtype).removeprefix('torch.')}"
+        )
+        for row in of_layer:
+            yield f"  {row.projection:<5} {row.kind:<12} {row.kernel:<12} {row.source}"
+            yield f"        {tuning.describe(_config_of(row))}"
+            yield f"        {row.reason}"
+            yield from (f"        not met: {wish}" for wish in row.unmet)
+
+
+def _config_of(row: Row) -> KernelConfig:
+    from moe_ops.configs.kernel_config import PASSES
+
+    return PASSES[row.kind].from_dict(row.config)

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`moe_ops explain`: a row for each product, with its kernel, its configuration and the reason."""
+
+import json
+
+import pytest
+
+import moe_ops
+from moe_ops import cli
+from moe_ops.configs.kernel_config import PASSES
+
+pytest.importorskip("triton")
+
+# Qwen3-30B-A3B's, for which a table is shipped for the H200.
+SIZES = [
+    "--hidden-size=2048", "--intermediate-size=768", "--num-experts=128", "--top-k=8",
+    "--num-tokens", "16384",
+]  # fmt: skip
+SPECIALIZED = moe_ops.kernel_config(
+    moe_ops.KernelConfigForward(
+        BLOCK_N=256, use_tma_load_x=True, use_tma_load_w=True, use_tma_store=True,
+        warp_specialize=True,
+    )
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _nothing_tuned(monkeypatch):
+    monkeypatch.setenv("MOE_OPS_AUTOTUNE", "0")
+
+
+def explained(capsys, *arguments):
+    assert cli.main(["explain", *SIZES, *arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    return found["gpu"], found["products"]
+
+
+def test_a_row_for_each_product_of_a_step(capsys):
+    gpu, rows = explained(capsys, "--gpu", "h200")
+    assert gpu == "NVIDIA H200"
+    assert [(row["projection"], row["kind"]) for row in rows] == [
+        ("up", "forward"), ("down", "forward"), ("down", "backward_dX"), ("up", "backward_dX"),
+        ("down", "backward_dW"), ("up", "backward_dW"),
+    ]  # fmt: skip
+    assert {row["source"] for row in rows} == {"shipped"}
+    assert {row["num_tokens"] for row in rows} == {16384}
+    assert rows[2]["kernel"] == "pingpong"
+    assert rows[2]["computes_epilogue"]
+    for row in rows:
+        assert row["config"] == PASSES[row["kind"]].from_dict(row["config"]).to_dict()
+        assert row["unmet"] == []
+
+
+def test_another_gpu_gets_what_rules_compute(capsys):
+    _, rows = explained(capsys, "--gpu", "NVIDIA A100-SXM4-80GB")
+    assert {row["source"] for row in rows} == {"computed"}
+    assert {row["kernel"] for row in rows} == {"persistent"}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "more", "reason"),
+    [
+        ("A100", [], "its kernels are for Hopper (compute capability 9.x)"),
+        ("H100", ["--dtype=float32"], "its kernels are for bfloat16 and float16"),
+        ("H100", [], "an activation on top takes tiles of 128x128"),
+    ],
+)
+def test_a_wish_that_cannot_be_met_has_its_reason(capsys, gpu, more, reason):
+    _, rows = explained(capsys, "--gpu", gpu, "--kernel-config", SPECIALIZED, *more)
+    up = rows[0]
+    assert (up["kernel"], up["source"]) == ("persistent", "given")
+    assert reason in up["reason"]
+    assert any(wish.startswith("warp_specialize: ") and reason in wish for wish in up["unmet"])
+
+
+def test_a_wish_that_can_be_met(capsys):
+    _, rows = explained(capsys, "--gpu", "H100", "--kernel-config", SPECIALIZED)
+    down = rows[1]
+    assert (down["kernel"], down["source"], down["unmet"]) == ("cooperative", "given", [])
+
+
+def test_the_text_says_the_same(capsys):
+    assert cli.main(["explain", *SIZES, "--gpu", "A100", "--kernel-config", SPECIALIZED]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("NVIDIA A100-SXM4-80GB: compute capability 8.0, 108 SMs\n")
+    assert "16384 tokens, 128 experts, top 8, up 1536x2048, down 2048x768, bfloat16" in text
+    assert "not met: warp_specialize: its kernels are for Hopper" in text
+
+
+def test_a_transformers_config(capsys, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    assert (
+        cli.main(["explain", str(tmp_path), "--num-tokens", "64", "--gpu", "B200", "--json"]) == 0
+    )
+    rows = json.loads(capsys.readouterr().out)["products"]
+    assert len(rows) == 6
+    assert all(" E8 " in row["problem"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--gpu", "H300"], "expected a GPU of T4, A100"),
+        (["--kernel-config", "{", "--gpu", "H100"], "--kernel-config: not JSON"),
+        (["--top-k=200", "--gpu", "H100"], "expected --top-k at most --num-experts"),
+    ],
+)
+def test_bad_arguments_get_one_line(capsys, arguments, reason):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["explain", *SIZES, *arguments])
+    said = str(ended.value) if isinstance(ended.value.code, str) else capsys.readouterr().err
+    assert reason in said.splitlines()[-1]

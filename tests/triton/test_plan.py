@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel a product gets, and why: the table of all cases, and what a plan promises."""
+
+import logging
+from typing import Any
+
+import pytest
+
+import moe_ops
+from moe_ops.configs.device import KNOWN_GPUS, Device
+from testing.problems import make_problem, with_words
+
+pytest.importorskip("triton", exc_type=ImportError)
+
+from moe_ops._triton import plan as planning
+from moe_ops._triton.plan import Operands, decide, plan
+
+H200, A100, B200 = (KNOWN_GPUS[name] for name in ("H200", "A100", "B200"))
+INTERPRETED = Device("H", (9, 0), 232448, 4, is_interpreted=True)
+BARE = make_problem("forward", "bfloat16", 8, 512, 256, 1024)
+SIZES = ("bfloat16", 8, 512, 256, 1024)
+
+
+def config(columns: int, depth: int = 64) -> str:
+    """Warp-specialised tiles of 128 rows and so many columns, in all three passes."""
+    common: dict[str, Any] = {"use_tma_store": True, "warp_specialize": True, "num_warps": 8}
+    return moe_ops.kernel_config(
+        moe_ops.KernelConfigForward(
+            BLOCK_N=columns, BLOCK_K=depth, use_tma_load_x=True, use_tma_load_w=True, **common
+        ),
+        moe_ops.KernelConfigBackward_dX(
+            BLOCK_K=columns, BLOCK_N=depth, use_tma_load_dy=True, use_tma_load_w=True, **common
+        ),
+        moe_ops.KernelConfigBackward_dW(
+            BLOCK_N=128, BLOCK_K=columns, BLOCK_M=depth, use_tma_load_dy=True, use_tma_load_x=True,
+            **common,
+        ),
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _nothing_tuned(monkeypatch):
+    monkeypatch.setenv("MOE_OPS_AUTOTUNE", "0")
+
+
+# (pass, words of the problem's key, columns of the tile) -> kernel, and whether it does the epilogue.
+TABLE = [
+    ("forward", "", 128, "pingpong", False),
+    ("forward", "", 256, "cooperative", False),
+    ("forward", "transposed", 256, "cooperative", False),
+    ("forward", "scatter scale bias", 128, "pingpong", False),
+    ("forward", "scatter", 256, "persistent", False),
+    ("forward", "scale", 256, "persistent", False),
+    ("forward", "bias", 256, "persistent", False),
+    ("forward", "gather", 128, "persistent", False),
+    ("forward", "gather", 256, "persistent", False),
+    ("forward", "fp8", 128, "persistent", False),
+    ("forward", "gather gated", 128, "pingpong", True),
+    ("forward", "gather bias gated", 128, "pingpong", True),
+    ("forward", "gather gated", 256, "persistent", True),
+    ("forward", "gather transposed gated", 128, "persistent", True),
+    ("forward", "gather activated", 128, "persistent", True),
+    ("backward_dX", "", 128, "pingpong", False),
+    ("backward_dX", "dots", 128, "persistent", False),
+    ("backward_dX", "gather scale dots", 128, "persistent", False),
+    ("backward_dX", "scatter", 128, "pingpong", False),
+    ("backward_dX", "gated", 128, "pingpong", True),
+    ("backward_dX", "transposed gated", 128, "pingpong", True),
+    ("backward_dX", "gated", 256, "cooperative", False),
+    ("backward_dW", "", 128, "pingpong", False),
+    ("backward_dW", "", 256, "cooperative", False),
+    ("backward_dW", "transposed", 256, "cooperative", False),
+]
+
+
+@pytest.mark.parametrize(("kind", "words", "columns", "kernel", "computes"), TABLE)
+def test_the_kernel_on_hopper(kind, words, columns, kernel, computes):
+    made = decide(make_problem(kind, *SIZES, words.split()), Operands(), H200, config(columns))
+    assert (made.kernel, made.computes_epilogue, made.source) == (kernel, computes, "given")
+    # What is not met has its reason first.
+    is_met = kernel != "persistent"
+    assert (made.unmet == ()) == is_met
+    assert is_met or made.unmet[0] == f"warp_specialize: {made.reason}"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "operands", "reason"),
+    [
+        (A100, "bfloat16", Operands(), "NVIDIA A100-SXM4-80GB has 8.0"),
+        (B200, "bfloat16", Operands(), "NVIDIA B200 has 10.0"),
+        (INTERPRETED, "float16", Operands(), "Triton's interpreter"),
+        (H200, "float32", Operands(), "this is float32"),
+        (H200, "bfloat16", Operands(x=False), "TMA cannot describe the left operand"),
+        (H200, "bfloat16", Operands(b=False), "TMA cannot describe the right operand"),
+        (H200, "float16", Operands(y=False), "TMA cannot describe what is stored"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["forward", "backward_dX", "backward_dW"])
+@pytest.mark.parametrize("columns", [128, 256])
+def test_why_a_kernel_for_hopper_cannot_serve(kind, columns, device, dtype, operands, reason):
+    problem = make_problem(kind, dtype, *SIZES[1:])
+    made = decide(problem, operands, device, config(columns))
+    assert made.kernel == "persistent"
+    assert reason in made.reason
+
+
+def test_descriptors_serve_where_they_can():
+    wide = decide(BARE, Operands(), A100, config(256))
+    assert wide.tma == Operands(False, False, False)
+    for name in ("use_tma_load_x", "use_tma_load_w", "use_tma_store"):
+        assert any(wish.startswith(f"{name}: it takes compute capability") for wish in wide.unmet)
+    gathered = decide(with_words(BARE, ["gather"]), Operands(), H200, config(256))
+    assert gathered.tma == Operands(False, True, True)
+    assert "use_tma_load_x: rows are gathered by pointers" in gathered.unmet
+    scattered = decide(with_words(BARE, ["scatter"]), Operands(b=False), H200, config(256))
+    assert scattered.tma == Operands(True, False, False)
+    assert (scattered.options["TMA_X"], scattered.options["TMA_B"]) == (True, False)
+
+
+def test_a_configuration_that_nobody_gave_has_no_wishes_for_descriptors():
+    made = decide(with_words(BARE, ["gather"]), Operands(), H200)
+    assert made.source == "computed"
+    assert made.unmet == ()
+
+
+@pytest.mark.parametrize("rows", [1, 8, 32, 64])
+def test_kernels_of_few_rows_find_their_tiles(rows):
+    problem = make_problem("forward", "bfloat16", 8, 512, 256, rows)
+    assert decide(problem, Operands(), H200).finds_tiles == (rows <= 32)
+    assert not decide(problem, Operands(), H200, needs_schedule=True).finds_tiles
+    dots = make_problem("backward_dX", "bfloat16", 8, 512, 256, rows, ["dots"])
+    assert not decide(dots, Operands(), H200).finds_tiles
+
+
+def test_where_a_configuration_came_from():
+    shipped = make_problem("forward", "bfloat16", 128, 2048, 768, 1024)
+    assert decide(shipped, Operands(), H200).source == "shipped"
+    assert decide(shipped, Operands(), A100).source == "computed"
+    given = moe_ops.kernel_config(moe_ops.KernelConfigForward(BLOCK_M=64))
+    assert decide(shipped, Operands(), H200, given).source == "given"
+    # A string for another pass says nothing of this one.
+    other = moe_ops.kernel_config(backward_dX=moe_ops.KernelConfigBackward_dX(BLOCK_M=64))
+    assert decide(shipped, Operands(), H200, other).source == "shipped"
+
+
+def test_a_plan_is_made_once():
+    assert plan(BARE, Operands(), H200) is plan(BARE, Operands(), H200)
+
+
+def test_a_wish_that_cannot_be_met_is_logged_once(caplog):
+    planning.plan.cache_clear()
+    planning._log_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="moe_ops"):
+        for rows in (1024, 2048):
+            plan(
+                make_problem("forward", "bfloat16", 8, 512, 256, rows),
+                Operands(),
+                A100,
+                config(256),
+            )
+    said = [record for record in caplog.records if "warp_specialize" in record.message]
+    assert len(said) == 1
+    assert said[0].levelno == logging.WARNING
+    assert "for Hopper (compute capability 9.x), NVIDIA A100-SXM4-80GB has 8.0" in said[0].message
