@@ -60,9 +60,9 @@ def test_another_gpu_gets_what_rules_compute(capsys):
 @pytest.mark.parametrize(
     ("gpu", "more", "reason"),
     [
-        ("A100", [], "its kernels are for Hopper (compute capability 9.x)"),
-        ("H100", ["--dtype=float32"], "its kernels are for bfloat16 and float16"),
-        ("H100", [], "an activation on top takes tiles of 128x128"),
+        ("A100", [], "kernels need Hopper (compute capability 9.x)"),
+        ("H100", ["--dtype=float32"], "kernels take bfloat16 and float16"),
+        ("H100", [], "an activation on top only in tiles of 128x128"),
     ],
 )
 def test_a_wish_that_cannot_be_met_has_its_reason(capsys, gpu, more, reason):
@@ -84,7 +84,7 @@ def test_the_text_says_the_same(capsys):
     text = capsys.readouterr().out
     assert text.startswith("NVIDIA A100-SXM4-80GB: compute capability 8.0, 108 SMs\n")
     assert "16384 tokens, 128 experts, top 8, up 1536x2048, down 2048x768, bfloat16" in text
-    assert "not met: warp_specialize: its kernels are for Hopper" in text
+    assert "not met: warp_specialize: warp-specialised kernels need Hopper" in text
 
 
 def test_a_transformers_config(capsys, tmp_path):

@@ -92,7 +92,7 @@ def test_the_kernel_on_hopper(kind, words, columns, kernel, computes):
         (H200, "float32", Operands(), "this is float32"),
         (H200, "bfloat16", Operands(x=False), "TMA cannot describe the left operand"),
         (H200, "bfloat16", Operands(b=False), "TMA cannot describe the right operand"),
-        (H200, "float16", Operands(y=False), "TMA cannot describe what is stored"),
+        (H200, "float16", Operands(y=False), "TMA cannot describe the output"),
     ],
 )
 @pytest.mark.parametrize("kind", ["forward", "backward_dX", "backward_dW"])
@@ -108,10 +108,10 @@ def test_descriptors_serve_where_they_can():
     wide = decide(BARE, Operands(), A100, config(256))
     assert wide.tma == Operands(False, False, False)
     for name in ("use_tma_load_x", "use_tma_load_w", "use_tma_store"):
-        assert any(wish.startswith(f"{name}: it takes compute capability") for wish in wide.unmet)
+        assert any(wish.startswith(f"{name}: it needs compute capability") for wish in wide.unmet)
     gathered = decide(with_words(BARE, ["gather"]), Operands(), H200, config(256))
     assert gathered.tma == Operands(False, True, True)
-    assert "use_tma_load_x: rows are gathered by pointers" in gathered.unmet
+    assert "use_tma_load_x: gathered rows are loaded by pointers" in gathered.unmet
     scattered = decide(with_words(BARE, ["scatter"]), Operands(b=False), H200, config(256))
     assert scattered.tma == Operands(True, False, False)
     assert (scattered.options["TMA_X"], scattered.options["TMA_B"]) == (True, False)
@@ -161,4 +161,6 @@ def test_a_wish_that_cannot_be_met_is_logged_once(caplog):
     said = [record for record in caplog.records if "warp_specialize" in record.message]
     assert len(said) == 1
     assert said[0].levelno == logging.WARNING
-    assert "for Hopper (compute capability 9.x), NVIDIA A100-SXM4-80GB has 8.0" in said[0].message
+    assert (
+        "need Hopper (compute capability 9.x), and NVIDIA A100-SXM4-80GB has 8.0" in said[0].message
+    )

@@ -30,7 +30,7 @@ def why_no_kernels() -> str | None:
     try:
         kernels()
     except (ImportError, AttributeError) as error:
-        return f"this Triton's Gluon lacks what its kernels are made of: {error}"
+        return f"this Triton's Gluon lacks something that warp-specialised kernels use: {error}"
     return None
 
 

@@ -74,7 +74,10 @@ def launch(
     except OutOfResources as error:
         if kernel_config is None:
             raise
-        raise ValueError(f"moe_ops: kernel_config does not fit this GPU: {error}") from error
+        raise ValueError(
+            f"moe_ops: kernel_config does not fit this GPU: {error}; use smaller blocks or fewer "
+            "stages"
+        ) from error
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:
@@ -91,10 +94,10 @@ def refuse_bf16(tensor: torch.Tensor) -> None:
     capability = device_of(tensor.device).capability
     if capability == (0, 0):
         raise NotImplementedError(
-            "moe_ops: bf16 in Triton's interpreter: its tl.dot gives wrong values; use fp16 or fp32"
+            "moe_ops: bf16 in Triton's interpreter gives wrong products; use fp16 or fp32"
         )
     if capability < (8, 0):
         name = torch.cuda.get_device_name(tensor.device)
         raise NotImplementedError(
-            f"moe_ops: bf16 on {name}: products of bf16 need compute capability 8.0; use fp16"
+            f"moe_ops: bf16 on {name}: bf16 products need compute capability 8.0 or newer; use fp16"
         )

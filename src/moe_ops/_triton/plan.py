@@ -135,11 +135,11 @@ def decide(
     config, source = choice.config, choice.source
     tile, wants = _tile_and_wishes(problem, config)
     obstacle = None
-    kernel, reason = PERSISTENT, "warp_specialize is not asked for"
+    kernel, reason = PERSISTENT, "the configuration does not ask for warp_specialize"
     if config.warp_specialize:
         obstacle = _obstacle(problem, operands, device, tile[:2])
         kernel = PINGPONG if config.is_pingpong else COOPERATIVE
-        reason = f"warp_specialize, in tiles of {tile[0]}x{tile[1]}"
+        reason = f"the configuration asks for warp_specialize, in tiles of {tile[0]}x{tile[1]}"
         if obstacle is not None:
             kernel, reason = PERSISTENT, obstacle
     few_rows = problem.kind != "backward_dW" and tile[0] <= _FINDS_TILES_ROWS
@@ -149,7 +149,10 @@ def decide(
         # Nobody asked for these descriptors: rules ask for them wherever they might apply.
         unmet = ()
     if config.launch_pdl and not device.has_tma:
-        unmet = (*unmet, f"launch_pdl: it takes compute capability 9.0, {_name(device)}")
+        unmet = (
+            *unmet,
+            f"launch_pdl: it needs compute capability 9.0 or newer, and {_name(device)}",
+        )
     if obstacle is not None:
         unmet = (f"warp_specialize: {obstacle}", *unmet)
     if kernel == PERSISTENT:
@@ -194,11 +197,11 @@ def _obstacle(
 ) -> str | None:
     """Return why no warp-specialised kernel can serve with such tiles, or None if one can."""
     if device.capability[0] != HOPPER:
-        return f"its kernels are for Hopper (compute capability 9.x), {_name(device)}"
+        return f"warp-specialised kernels need Hopper (compute capability 9.x), and {_name(device)}"
     if device.is_interpreted:
-        return "its kernels do not run in Triton's interpreter"
+        return "warp-specialised kernels do not run in Triton's interpreter"
     if problem.dtype not in {"bfloat16", "float16"}:
-        return f"its kernels are for bfloat16 and float16, this is {problem.dtype}"
+        return f"warp-specialised kernels take bfloat16 and float16, and this is {problem.dtype}"
     if (reason := why_not_specialized(problem, tile)) is not None:
         return reason
     for name, is_described in operands._asdict().items():
@@ -207,7 +210,7 @@ def _obstacle(
     return why_no_kernels()
 
 
-_OPERANDS = {"x": "the left operand", "b": "the right operand", "y": "what is stored"}
+_OPERANDS = {"x": "the left operand", "b": "the right operand", "y": "the output"}
 _RULE = "its address and strides must be multiples of 16 bytes"
 
 
@@ -222,16 +225,16 @@ def _described(
     """Return which operands go through descriptors, and why others that should do not."""
     uses, unmet = [], []
     obstacles = {
-        "x": "rows are gathered by pointers" if problem.gather else None,
+        "x": "gathered rows are loaded by pointers" if problem.gather else None,
         "b": None,
-        "y": "rows are scattered by pointers" if problem.scatter else None,
+        "y": "scattered rows are stored by pointers" if problem.scatter else None,
     }
     for (operand, is_described), (wish, is_wanted) in zip(
         operands._asdict().items(), wants.items(), strict=True
     ):
         obstacle = obstacles[operand]
         if not device.has_tma:
-            obstacle = f"it takes compute capability 9.0, {_name(device)}"
+            obstacle = f"it needs compute capability 9.0 or newer, and {_name(device)}"
         elif obstacle is None and not is_described:
             obstacle = f"TMA cannot describe {_OPERANDS[operand]}: {_RULE}"
         uses.append(is_wanted and obstacle is None)

@@ -165,7 +165,7 @@ def _read(path: Path) -> dict[str, KernelConfig]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        _warn_once(f"moe_ops: taking {path} as empty: {error}")
+        _warn_once(f"moe_ops: cannot read {path}, so it counts as empty: {error}")
         return {}
 
 

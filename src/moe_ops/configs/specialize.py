@@ -36,9 +36,9 @@ def why_not_specialized(problem: Problem, tile: tuple[int, int]) -> str | None:
         # "gather" is not in this list: the rows are copied into expert order first.
         lacks = ["scatter", "scale", "dots", "transposed", "fp8"]
         if not is_pingpong:
-            return "an activation on top takes tiles of 128x128"
+            return "warp-specialised kernels compute an activation on top only in tiles of 128x128"
         if problem.epilogue == "activation":
-            return "it has no activation without a gate"
+            return "warp-specialised kernels compute no activation without a gate"
     elif is_pingpong:
         lacks = ["gather", "dots", "fp8"]
     else:
@@ -46,4 +46,5 @@ def why_not_specialized(problem: Problem, tile: tuple[int, int]) -> str | None:
     found = [_MEANINGS[name] for name in lacks if getattr(problem, name)]
     if not found:
         return None
-    return f"in tiles of {tile[0]}x{tile[1]} it does not take {', '.join(found)}"
+    kernels = f"warp-specialised kernels with tiles of {tile[0]}x{tile[1]}"
+    return f"{kernels} do not take {', '.join(found)}"

@@ -131,6 +131,6 @@ def _check_config(gemm: GroupedGemm) -> None:
             )
     if gemm.plan.tail_tiles:
         raise ValueError(
-            "moe::grouped_gemm_fp8: expected tail_tiles=False in kernel_config: this op computes no "
+            "moe::grouped_gemm_fp8: expected tail_tiles=False in kernel_config, since this op has no "
             "tiles of half the height, got True"
         )
