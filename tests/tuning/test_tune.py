@@ -358,19 +358,20 @@ def test_a_rank_that_fails_fails_all(tmp_path):
 INTERPRETED = """
 import torch
 from dataclasses import replace
-from moe_ops._triton import experts, gemm
+from moe_ops._triton import experts, gemm, plan as planning
 from moe_ops.tuning.space import candidates
 from moe_ops.configs.device import device_of
 from moe_ops.tuning import bench, tasks_of, tune_tasks
 from testing.tuning_fakes import CPU, HOPPER, LAYER, Clock
 
 seen = []
-plan = gemm.plan
+plan = planning.plan
 def recorded(problem, *rest):
     made = plan(problem, *rest)
     seen.append((problem, made.config))
     return made
-gemm.plan = recorded
+planning.plan = recorded
+gemm.plan_once = planning.plan_once.__wrapped__  # asked each time
 # What Hopper's kernels could serve is asked for; it is interpreted in those for every GPU.
 experts.device_of = lambda device: replace(HOPPER, is_interpreted=True)
 layers = [LAYER, replace(LAYER, dtype=torch.float16, transposed=True, has_bias=True)]

@@ -11,13 +11,20 @@ from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
-def can_describe(tensor: torch.Tensor) -> bool:
-    """Return whether TMA can describe the tensor: elements, a 16-byte address, 16-byte strides."""
-    *outer, inner = tensor.stride()
-    if inner != 1 or tensor.data_ptr() % 16 != 0 or 0 in tensor.shape:
+def can_describe(tensor: torch.Tensor, inner: int = -1) -> bool:
+    """Return whether TMA can describe the tensor: elements, a 16-byte address, 16-byte strides.
+
+    Args:
+        tensor: the operand.
+        inner: the dimension whose elements are neighbours.
+    """
+    strides, itemsize = list(tensor.stride()), tensor.itemsize
+    if strides.pop(inner) != 1 or tensor.data_ptr() % 16 != 0:
         return False
-    itemsize = tensor.itemsize
-    return all(stride > 0 and stride * itemsize % 16 == 0 for stride in outer)
+    for stride in strides:
+        if stride <= 0 or stride * itemsize % 16 != 0:
+            return False
+    return tensor.numel() > 0
 
 
 def can_describe_rows(width: int, dtype: torch.dtype) -> bool:

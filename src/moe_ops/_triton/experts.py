@@ -31,7 +31,7 @@ from moe_ops.configs.device import HOPPER, device_of
 from moe_ops.configs.footprint import epilogue_columns, epilogue_slots
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class RoutedRows:
     """The routed rows of an expert layer: which there are, and what becomes of z in each.
 
@@ -166,7 +166,7 @@ def _up_pingpong(
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class DownBackward:
     """The down projection's way back: from dY to the gradient of the pre-activation.
 

@@ -30,7 +30,7 @@ from moe_ops.configs.kernel_config import (
     KernelConfigBackward_dW,
     KernelConfigForward,
 )
-from moe_ops.configs.problem import Problem
+from moe_ops.configs.problem import Epilogue, Problem
 from moe_ops.configs.specialize import COOPERATIVE, PINGPONG, why_not_specialized
 
 logger = logging.getLogger("moe_ops")
@@ -89,7 +89,54 @@ class Plan:
     unmet: tuple[str, ...]
 
 
+# Keyed by plain values alone, in one lookup: a launch is to cost the host little.
 @functools.lru_cache(maxsize=4096)
+def plan_once(
+    kind: str,
+    dtype: torch.dtype,
+    num_experts: int,
+    out_features: int,
+    in_features: int,
+    rows: int,
+    gather: bool,
+    scatter: bool,
+    scale: bool,
+    bias: bool,
+    dots: bool,
+    transposed: bool,
+    fp8: bool,
+    epilogue: Epilogue,
+    x: bool,
+    b: bool,
+    y: bool,
+    device: Device,
+    kernel_config: str | None,
+    needs_schedule: bool,
+) -> Plan:
+    """Return the plan of these, from memory after the first time, and log wishes that are not met.
+
+    The arguments are the fields of Problem and of Operands, then those of `plan`.
+    """
+    name = str(dtype).removeprefix("torch.")
+    problem = Problem(
+        kind, name, num_experts, out_features, in_features, rows,
+        gather, scatter, scale, bias, dots, transposed, fp8, epilogue,
+    )  # fmt: skip
+    made = plan(problem, Operands(x, b, y), device, kernel_config, needs_schedule)
+    level = logging.WARNING if made.source == "given" else logging.INFO
+    for wish in made.unmet:
+        _log_once(level, f"moe_ops: {kind} ({made.source} configuration): {wish}")
+    return made
+
+
+cache.on_change.append(plan_once.cache_clear)
+
+
+@functools.cache
+def _log_once(level: int, message: str) -> None:
+    logger.log(level, "%s", message)
+
+
 def plan(
     problem: Problem,
     operands: Operands,
@@ -97,7 +144,7 @@ def plan(
     kernel_config: str | None = None,
     needs_schedule: bool = False,
 ) -> Plan:
-    """Return the plan of a product, from memory after the first time.
+    """Return the plan of a product: a pure function of its arguments and the tables.
 
     Args:
         problem: the product.
@@ -106,29 +153,6 @@ def plan(
         kernel_config: the caller's configurations, as one string.
         needs_schedule: whether what comes after the product reads its tile schedule.
     """
-    made = decide(problem, operands, device, kernel_config, needs_schedule)
-    level = logging.WARNING if made.source == "given" else logging.INFO
-    for wish in made.unmet:
-        _log_once(level, f"moe_ops: {problem.kind} ({made.source} configuration): {wish}")
-    return made
-
-
-cache.on_change.append(plan.cache_clear)
-
-
-@functools.cache
-def _log_once(level: int, message: str) -> None:
-    logger.log(level, "%s", message)
-
-
-def decide(
-    problem: Problem,
-    operands: Operands,
-    device: Device,
-    kernel_config: str | None = None,
-    needs_schedule: bool = False,
-) -> Plan:
-    """Decide what `plan` remembers: a pure function of its arguments and the tables."""
     choice = choose(problem, device, kernel_config)
     config, source = choice.config, choice.source
     tile, wants = _tile_and_wishes(problem, config)
@@ -286,18 +310,3 @@ def _specialized_options(
     if kernel == PINGPONG and problem.epilogue != "gated_activation_backward":
         options["SUBTILE"] = config.epilogue_subtile
     return options
-
-
-@functools.lru_cache(maxsize=4096)
-def problem_of(
-    kind: str,
-    dtype: torch.dtype,
-    num_experts: int,
-    out_features: int,
-    in_features: int,
-    rows: int,
-    **flags: Any,
-) -> Problem:
-    """Return the Problem of these: the same object each time, which is fast to look up."""
-    name = str(dtype).removeprefix("torch.")
-    return Problem(kind, name, num_experts, out_features, in_features, rows, **flags)

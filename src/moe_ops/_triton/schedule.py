@@ -13,7 +13,7 @@ from moe_ops._triton.plan import BLOCK_W
 from moe_ops.configs.device import device_of
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Rows:
     """R routed rows in expert order: which expert has which, and which slot each is.
 
