@@ -325,6 +325,22 @@ def block_size(
     return left.shape[2 if sums else 1]
 
 
+@ways
+def test_the_default_device_is_not_asked(way, num_experts, dtype):
+    counts, num_rows = counts_of("hot", num_experts)
+    left, right = randn(num_rows, K, dtype=dtype), randn(num_rows, N, dtype=dtype)
+    matrices = randn(num_experts, K, N, dtype=dtype)
+    products = products_of(counts, num_rows)
+    with torch.device("meta"), CountAten() as aten:
+        output = products.multiply(left, matrices)
+        sums = products.multiply_transposed(left, right, dtype)
+        of_rows = products.experts_of_rows(left.device)
+    assert_took(aten, way)
+    assert output.is_cpu
+    assert sums.is_cpu
+    assert of_rows.is_cpu
+
+
 @needs_bf16
 @pytest.mark.parametrize("sums", [False, True])
 def test_when_there_are_blocks(sums):

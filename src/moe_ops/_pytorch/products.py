@@ -103,8 +103,11 @@ class Products:
 
     def experts_of_rows(self, device: torch.device) -> Tensor:
         """Return the expert of each row that has one, (tail,)."""
-        counts = torch.tensor([end - start for start, end in pairwise([0, *self.ends])])
+        counts = torch.tensor(self._counts(), device="cpu")
         return torch.repeat_interleave(counts, output_size=self.tail).to(device)
+
+    def _counts(self) -> list[int]:
+        return [end - start for start, end in pairwise([0, *self.ends])]
 
     def _in_one_call(self, left: Tensor, right: Tensor) -> bool:
         """Whether functional.grouped_mm applies, and gives a result whose rows are dense."""
@@ -119,15 +122,16 @@ class Products:
         )
 
     def _offsets(self) -> Tensor:
-        return torch.tensor(self.ends, dtype=torch.int32)
+        return torch.tensor(self.ends, dtype=torch.int32, device="cpu")
 
-    # Blocks: the first `size` rows of each expert, side by side. An expert of fewer has rows of its
-    # neighbours among them. What an expert of more has beyond them is a product of its own.
+    # The blocks are the first `size` rows of each expert, side by side. The block of an expert with
+    # fewer rows holds rows of its neighbours too. The rows that a larger expert has beyond its block
+    # are a product of their own.
 
     def _block_size(self, k: int, n: int, dtype: torch.dtype) -> int:
         """Return the rows of the blocks that cost least; 0 where a product for each expert does."""
         num_experts, per_row = len(self.ends), k * n
-        counts = [end - start for start, end in pairwise([0, *self.ends])]
+        counts = self._counts()
         # What stands around the products but for the steps around the blocks. For an expert without
         # rows there is no product, but its block reads its matrix.
         empty = counts.count(0)
@@ -152,9 +156,9 @@ class Products:
 
     def _blocks(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return where the experts' rows start, how many they are, and the row at each place."""
-        starts = torch.tensor([0, *self.ends[:-1]])
-        counts = torch.tensor(self.ends) - starts
-        rows = (starts[:, None] + torch.arange(size)).clamp_(max=self.num_rows - 1)
+        starts = torch.tensor([0, *self.ends[:-1]], device="cpu")
+        counts = torch.tensor(self._counts(), device="cpu")
+        rows = (starts[:, None] + _arange(size)).clamp_(max=self.num_rows - 1)
         return starts, counts, rows.flatten()
 
     def _multiply_blocks(
@@ -167,9 +171,9 @@ class Products:
         blocks = rows.index_select(0, block_rows).unflatten(0, (num_experts, size))
         products = torch.bmm(blocks, matrices).flatten(0, 1)
         # The place of each row; of rows beyond the blocks any, for they are overwritten.
-        shifts = torch.arange(num_experts) * size - starts
+        shifts = _arange(num_experts) * size - starts
         places = torch.repeat_interleave(shifts, counts, output_size=self.tail)
-        places = places.add_(torch.arange(self.tail)).clamp_(max=len(products) - 1)
+        places = places.add_(_arange(self.tail)).clamp_(max=len(products) - 1)
         output = rows.new_empty(self.num_rows, n)
         torch.index_select(products, 0, places, out=output[: self.tail])
         output[self.tail :].zero_()
@@ -182,7 +186,7 @@ class Products:
 
     def _multiply_transposed_blocks(self, left: Tensor, right: Tensor, size: int) -> Tensor:
         _, counts, block_rows = self._blocks(size)
-        is_others = torch.arange(size) >= counts[:, None]
+        is_others = _arange(size) >= counts[:, None]
         others = is_others.flatten().nonzero().flatten()
         # Zeros in both: zero times a neighbour's NaN would be NaN.
         left_blocks, right_blocks = (
@@ -194,6 +198,11 @@ class Products:
             if own.stop - own.start > size:
                 torch.mm(left[own].t(), right[own], out=output[e])
         return output
+
+
+def _arange(end: int) -> Tensor:
+    # Whatever the default device is.
+    return torch.arange(end, device="cpu")
 
 
 def _rounded_up(count: int) -> int:
