@@ -16,8 +16,8 @@ from moe_ops.configs.heuristics import heuristic
 from moe_ops.configs.kernel_config import (
     KernelConfigBackward_dW,
     KernelConfigForward,
-    kernel_config,
 )
+from moe_ops.configs.kernel_string import kernel_config
 from testing.problems import make_problem
 
 GPU = "NVIDIA H200"

@@ -18,8 +18,8 @@ from moe_ops.configs.kernel_config import (
     PASSES,
     KernelConfigBackward_dX,
     KernelConfigForward,
-    kernel_config,
 )
+from moe_ops.configs.kernel_string import kernel_config
 from moe_ops.configs.problem import Problem, rows_bucket
 from testing.problems import make_problem, with_words
 

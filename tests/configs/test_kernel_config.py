@@ -21,9 +21,8 @@ from moe_ops.configs.kernel_config import (
     KernelConfigBackward_dW,
     KernelConfigBackward_dX,
     KernelConfigForward,
-    kernel_config,
-    parse,
 )
+from moe_ops.configs.kernel_string import kernel_config, parse
 from testing import checks
 
 moe = torch.ops.moe

@@ -18,8 +18,8 @@ from moe_ops.configs.kernel_config import (
     KernelConfigBackward_dW,
     KernelConfigBackward_dX,
     KernelConfigForward,
-    kernel_config,
 )
+from moe_ops.configs.kernel_string import kernel_config
 from testing.problems import make_problem
 
 if os.environ.get("TRITON_INTERPRET") == "1":

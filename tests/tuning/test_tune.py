@@ -22,7 +22,8 @@ from moe_ops import tuning
 from moe_ops.configs import cache
 from moe_ops.configs.choose import choose
 from moe_ops.configs.device import device_of
-from moe_ops.configs.kernel_config import KernelConfig, parse
+from moe_ops.configs.kernel_config import KernelConfig
+from moe_ops.configs.kernel_string import parse
 from moe_ops.tuning import bench, tasks_of
 from moe_ops.tuning.report import Report
 from moe_ops.tuning.space import candidates

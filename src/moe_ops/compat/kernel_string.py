@@ -13,8 +13,8 @@ from moe_ops.configs.kernel_config import (
     KernelConfigBackward_dW,
     KernelConfigBackward_dX,
     KernelConfigForward,
-    kernel_config,
 )
+from moe_ops.configs.kernel_string import kernel_config
 
 Values = tuple[Any, ...]
 _FIELDS: dict[type[KernelConfig], tuple[str, ...]] = {

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configurations of grouped_gemm's three kernels, and the one string that carries them.
-
-An op takes its configuration as the string argument `kernel_config`, which is a constant for
-torch.compile and survives export. `kernel_config()` makes it of the dataclasses.
+"""The three configurations of grouped_gemm as dataclasses: tiles, pipelining, copies by TMA.
 
 M routed rows, N out_features, K in_features: the letters mean the same in all three.
 """
@@ -10,9 +7,7 @@ M routed rows, N out_features, K in_features: the letters mean the same in all t
 from __future__ import annotations
 
 import functools
-import json
 import operator
-import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -276,112 +271,3 @@ PASSES: dict[str, type[KernelConfig]] = {
     "backward_dX": KernelConfigBackward_dX,
     "backward_dW": KernelConfigBackward_dW,
 }
-
-
-def kernel_config(
-    forward: KernelConfigForward | None = None,
-    backward_dX: KernelConfigBackward_dX | None = None,
-    backward_dW: KernelConfigBackward_dW | None = None,
-) -> str:
-    """The `kernel_config` argument of the grouped_gemm ops.
-
-    Args:
-        forward (KernelConfigForward or None): for grouped_gemm; None: chosen by shape.
-        backward_dX (KernelConfigBackward_dX or None): for grouped_gemm_dx.
-        backward_dW (KernelConfigBackward_dW or None): for grouped_gemm_dw.
-
-    Returns:
-        str: JSON, an object with an entry for each configuration that is given.
-
-    Raises:
-        TypeError: an argument is not the configuration of its pass.
-    """
-    given = dict(zip(PASSES, (forward, backward_dX, backward_dW), strict=True))
-    content = {}
-    for name, config in given.items():
-        if config is None:
-            continue
-        if not isinstance(config, PASSES[name]):
-            expected, got = PASSES[name].__name__, type(config).__name__
-            raise TypeError(f"kernel_config: expected {name} to be a {expected}, got {got}")
-        content[name] = config.to_dict()
-    return json.dumps(content)
-
-
-@functools.lru_cache(maxsize=256)
-def why_not_kernel_config(text: str) -> str | None:
-    """Why `parse` refuses the string; None where it does not."""
-    try:
-        parse(text)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-@functools.lru_cache(maxsize=256)
-def parse(text: str) -> dict[str, KernelConfig]:
-    """The configurations in a `kernel_config` string, by pass.
-
-    Raises:
-        ValueError: it is not what `kernel_config()` makes, with the reason.
-    """
-    content = read_json(text)
-    if not isinstance(content, dict) or not content.keys() <= PASSES.keys():
-        raise ValueError(f"expected a JSON object with keys of {tuple(PASSES)}")
-    return {name: read_fields(name, values) for name, values in content.items()}
-
-
-def read_fields(name: str, values: Any) -> KernelConfig:
-    """The configuration of one pass, a key of PASSES, from the JSON object of its fields.
-
-    Raises:
-        ValueError: it is no such object, with the reason.
-    """
-    if not isinstance(values, dict):
-        got = json.dumps(values)
-        raise ValueError(f"expected {name} to be a JSON object of fields, got {got}")
-    try:
-        return PASSES[name].from_dict(values)
-    except TypeError as error:
-        raise ValueError(str(error)) from None
-
-
-# A table has objects in objects in an object. Python's own limit depends on who calls.
-_MAX_NESTING = 8
-# Past 64 bits nothing is a size; Python's own limit is on the digits that it converts.
-_MAX_DIGITS = 19
-_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[\]{}]', re.DOTALL)
-
-
-def read_json(text: str) -> Any:
-    """What the JSON says; unlike json.loads, it takes no key that stands twice in an object.
-
-    Raises:
-        ValueError: it is not JSON, a key stands twice, an integer has more than 19 digits, or
-            lists and objects are nested more than 8 deep; with the reason.
-    """
-    nesting = 0
-    for token in _STRING_OR_BRACKET.findall(text):
-        nesting += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token, 0)
-        if nesting > _MAX_NESTING:
-            raise ValueError(f"expected JSON nested at most {_MAX_NESTING} deep, got more")
-    try:
-        return json.loads(text, object_pairs_hook=_without_repeats, parse_int=_short_integer)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error}") from None
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in content:
-            raise ValueError(f"the key {key!r} stands twice")
-        content[key] = value
-    return content
-
-
-def _short_integer(digits: str) -> int:
-    count = len(digits.removeprefix("-"))
-    if count > _MAX_DIGITS:
-        raise ValueError(f"expected integers of at most {_MAX_DIGITS} digits, got one of {count}")
-    return int(digits)

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_ops._core.library import OPS
-from moe_ops.configs.kernel_config import KernelConfig, kernel_config
+from moe_ops.configs.kernel_config import KernelConfig
+from moe_ops.configs.kernel_string import kernel_config
 from moe_ops.ops.grouped_gemm import pytorch
 from moe_ops.tuning.problems import Task
 
