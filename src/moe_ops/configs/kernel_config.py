@@ -6,13 +6,9 @@ M routed rows, N out_features, K in_features: the letters mean the same in all t
 
 from __future__ import annotations
 
-import functools
-import operator
-from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
 
-# What many Triton kernels call the sides of a tile.
-_ALIASES = {f"BLOCK_SIZE_{letter}": f"BLOCK_{letter}" for letter in "MNK"}
 # Rows and columns of the tiles of the ping-pong kernels; cooperative ones have wider tiles.
 PINGPONG_TILE = (128, 128)
 
@@ -23,9 +19,6 @@ C = TypeVar("C", bound="KernelConfig")
 class KernelConfig:
     """What the three configurations have in common.
 
-    BLOCK_SIZE_M, BLOCK_SIZE_N and BLOCK_SIZE_K are BLOCK_M, BLOCK_N and BLOCK_K, as arguments (by
-    name) and to read.
-
     Attributes:
         BLOCK_M (int): rows of a tile; a power of two from 16 to 256.
         BLOCK_N (int): out_features of a tile; a power of two from 16 to 256.
@@ -35,8 +28,6 @@ class KernelConfig:
         group_m (int): row tiles that share a weight's columns in the L2 cache; 1 or more.
         programs_per_sm (int): programs launched per streaming multiprocessor; 1 or more.
         flatten (bool): let the loop over tiles and the loop over the contraction overlap.
-        permute_x, permute_y, fuse_mul_post (bool): what the configuration was tuned for. For the
-            record: the call's own arguments say what is computed.
         use_tma_store (bool): store the output through a tensor descriptor where one applies.
         epilogue_subtile (int): 1, or 2 to store a tile in parts of half the width, one after the
             other, which takes half of the shared memory and leaves it to another stage.
@@ -56,7 +47,7 @@ class KernelConfig:
     pointers serve, with the same result.
 
     Raises:
-        ValueError: a field is out of its range, or given under both of its names.
+        ValueError: a field is out of its range.
         TypeError: a field has another type.
     """
 
@@ -68,19 +59,10 @@ class KernelConfig:
     group_m: int = 8
     programs_per_sm: int = 1
     flatten: bool = True
-    permute_x: bool = False
-    permute_y: bool = False
-    fuse_mul_post: bool = False
     use_tma_store: bool = False
     epilogue_subtile: int = 1
     launch_pdl: bool = False
     warp_specialize: bool = False
-
-    if TYPE_CHECKING:
-        # What _take_aliases adds to the constructor.
-        BLOCK_SIZE_M: int = field(default=128, kw_only=True)
-        BLOCK_SIZE_N: int = field(default=128, kw_only=True)
-        BLOCK_SIZE_K: int = field(default=64, kw_only=True)
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -153,48 +135,20 @@ class KernelConfig:
     def from_dict(cls: type[C], values: dict[str, Any]) -> C:
         """The configuration of a dict of fields; what is missing has its default.
 
-        BLOCK_SIZE_M, BLOCK_SIZE_N, BLOCK_SIZE_K may stand for BLOCK_M, BLOCK_N, BLOCK_K.
-
         Raises:
-            ValueError: an unknown field, a field given twice, or a value out of range.
+            ValueError: an unknown field, or a value out of range.
             TypeError: a value of another type, or no dict.
         """
         if not isinstance(values, dict):
             got = f"{values!r} ({type(values).__name__})"
             raise TypeError(f"{cls.__name__}: expected a dict of fields, got {got}")
-        named: dict[str, Any] = {}
         known = {declared.name for declared in fields(cls)}
-        for given, value in values.items():
-            name = _ALIASES.get(given, given)
+        for name in values:
             if name not in known:
-                raise ValueError(f"{cls.__name__}: unknown field {given!r}")
-            if name in named:
-                raise ValueError(f"{cls.__name__}: {name} is given twice")
-            named[name] = value
-        return cls(**named)
+                raise ValueError(f"{cls.__name__}: unknown field {name!r}")
+        return cls(**values)
 
 
-def _take_aliases(cls: type[C]) -> type[C]:
-    """Lets the constructor take BLOCK_SIZE_* for BLOCK_*, which then read the same."""
-    made = cls.__init__
-    names = [declared.name for declared in fields(cls)]
-
-    @functools.wraps(made)
-    def init(self: C, *args: Any, **given: Any) -> None:
-        for alias, name in _ALIASES.items():
-            if alias in given:
-                if name in given or names.index(name) < len(args):
-                    raise ValueError(f"{cls.__name__}: {name} is given twice, once as {alias}")
-                given[name] = given.pop(alias)
-        made(self, *args, **given)
-
-    cls.__init__ = init  # type: ignore[assignment]
-    for alias, name in _ALIASES.items():
-        setattr(cls, alias, property(operator.attrgetter(name)))
-    return cls
-
-
-@_take_aliases
 @dataclass(frozen=True)
 class KernelConfigForward(KernelConfig):
     """Configuration of grouped_gemm: tiles of BLOCK_M by BLOCK_N, contracted over BLOCK_K.
@@ -214,7 +168,6 @@ class KernelConfigForward(KernelConfig):
         _check_tail_tiles(self, self.tail_tiles)
 
 
-@_take_aliases
 @dataclass(frozen=True)
 class KernelConfigBackward_dX(KernelConfig):  # noqa: N801
     """Configuration of grouped_gemm_dx: tiles of BLOCK_M by BLOCK_K, contracted over BLOCK_N.
@@ -238,7 +191,6 @@ class KernelConfigBackward_dX(KernelConfig):  # noqa: N801
         return self.BLOCK_M, self.BLOCK_K, self.BLOCK_N
 
 
-@_take_aliases
 @dataclass(frozen=True)
 class KernelConfigBackward_dW(KernelConfig):  # noqa: N801
     """Configuration of grouped_gemm_dw: tiles of BLOCK_N by BLOCK_K, contracted over BLOCK_M.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import fields
 from typing import Any
 
 from moe_ops.configs.kernel_config import (
@@ -18,6 +19,10 @@ from moe_ops.configs.kernel_config import (
     KernelConfigForward,
 )
 from moe_ops.configs.strict_json import read_json
+
+# Flags that configurations once had and that no kernel read. Tables, caches and exported programs
+# made at that time still hold them.
+_RETIRED = frozenset({"permute_x", "permute_y", "fuse_mul_post"})
 
 
 def kernel_config(
@@ -46,7 +51,8 @@ def kernel_config(
         if not isinstance(config, PASSES[name]):
             expected, got = PASSES[name].__name__, type(config).__name__
             raise TypeError(f"kernel_config: expected {name} to be a {expected}, got {got}")
-        content[name] = config.to_dict()
+        # A subclass may have more fields, as moe_ops.compat's have; the ops know these.
+        content[name] = {field.name: getattr(config, field.name) for field in fields(PASSES[name])}
     return json.dumps(content)
 
 
@@ -76,13 +82,20 @@ def parse(text: str) -> dict[str, KernelConfig]:
 def read_fields(name: str, values: Any) -> KernelConfig:
     """The configuration of one pass, a key of PASSES, from the JSON object of its fields.
 
+    Retired flags are dropped, here and nowhere else.
+
     Raises:
         ValueError: it is no such object, with the reason.
     """
     if not isinstance(values, dict):
         got = json.dumps(values)
         raise ValueError(f"expected {name} to be a JSON object of fields, got {got}")
+    living = {
+        field: value
+        for field, value in values.items()
+        if not (field in _RETIRED and isinstance(value, bool))
+    }
     try:
-        return PASSES[name].from_dict(values)
+        return PASSES[name].from_dict(living)
     except TypeError as error:
         raise ValueError(str(error)) from None
