@@ -2,8 +2,8 @@
 """How the kernels are configured: block sizes, pipelining, which copies the TMA engine makes.
 
 kernel_config.py   the dataclasses that a caller writes
-kernel_string.py   their form as one string, which the ops take
-strict_json.py     the reader of that string and of tables
+kernel_string.py   the string that the ops take in their place
+strict_json.py     a reader of JSON, for the string and for tables
 device.py          the facts of a GPU
 problem.py         one product as a configuration sees it
 specialize.py      which products the kernels for Hopper compute

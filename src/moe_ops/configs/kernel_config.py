@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three configurations of grouped_gemm as dataclasses: tiles, pipelining, copies by TMA.
+"""The configurations of grouped_gemm's three kernels: forward, dX and dW.
 
-M routed rows, N out_features, K in_features: the letters mean the same in all three.
+M counts routed rows, N out_features and K in_features, in all three.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
-# Rows and columns of the tiles of the ping-pong kernels; cooperative ones have wider tiles.
+# Rows and columns of a tile in the ping-pong kernels. The tiles of the cooperative kernels are wider.
 PINGPONG_TILE = (128, 128)
 
 C = TypeVar("C", bound="KernelConfig")
@@ -17,34 +17,37 @@ C = TypeVar("C", bound="KernelConfig")
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """What the three configurations have in common.
+    """Holds the fields that the three configurations share, and checks them.
 
     Attributes:
         BLOCK_M (int): rows of a tile; a power of two from 16 to 256.
         BLOCK_N (int): out_features of a tile; a power of two from 16 to 256.
         BLOCK_K (int): in_features of a tile; a power of two from 16 to 256.
-        num_warps (int): 1, 2, 4, 8 or 16.
+        num_warps (int): warps of a program: 1, 2, 4, 8 or 16.
         num_stages (int): depth of the software pipeline, 1 to 8.
         group_m (int): row tiles that share a weight's columns in the L2 cache; 1 or more.
         programs_per_sm (int): programs launched per streaming multiprocessor; 1 or more.
-        flatten (bool): let the loop over tiles and the loop over the contraction overlap.
-        use_tma_store (bool): store the output through a tensor descriptor where one applies.
-        epilogue_subtile (int): 1, or 2 to store a tile in parts of half the width, one after the
-            other, which takes half of the shared memory and leaves it to another stage.
-        warp_specialize (bool): one warp loads while the others, 8 in two groups, multiply and store:
-            each group half of a tile of 128x256 or 256x128, or tiles of 128x128 of its own, in
-            turns. It applies on Hopper (compute capability 9.x) to 16-bit operands that descriptors
-            load, of rows that are not gathered; tiles of 128x256 and 256x128 to bare products, those
-            of 128x128 also with a bias and a scale, and to rows that are scattered. In tiles of
-            128x128 fused_experts has its gated up projection with the activation on top, whose rows
-            are copied first, and, with gate and up apart, the activation's backward on top of dX.
-            Elsewhere the other fields serve without it.
-        launch_pdl (bool): launch while the kernel before it ends (programmatic dependent launch),
-            where forward and dX run on a GPU of compute capability 9.0 or newer. For short launches.
+        flatten (bool): make one loop of the loop over tiles and the loop over the contraction. The
+            next tile's loads then begin early.
+        use_tma_store (bool): store the output through a tensor descriptor.
+        epilogue_subtile (int): 1, or 2 to store a tile in two halves, one after the other. The
+            store then needs half the shared memory, which may serve another stage.
+        warp_specialize (bool): use a kernel for Hopper (compute capability 9.x), in which one warp
+            loads while two groups of four warps multiply and store. Both groups share a tile of
+            128x256 or 256x128 (cooperative). Of tiles of 128x128 each group has its own, and they
+            multiply in turns (ping-pong).
+        launch_pdl (bool): start while the kernel before it ends (programmatic dependent launch).
+            It helps short launches. It applies to forward and dX from compute capability 9.0 on.
 
-    A tensor descriptor (`use_tma_*`) applies on a GPU of compute capability 9.0 or newer, where
-    addresses and strides are multiples of 16 bytes and no row is gathered or scattered; elsewhere
-    pointers serve, with the same result.
+    Descriptors (`use_tma_*`) apply from compute capability 9.0 on, where addresses and strides are
+    multiples of 16 bytes and no row is gathered or scattered. Elsewhere the kernel uses pointers,
+    with the same result.
+
+    `warp_specialize` applies to 16-bit operands that descriptors load. Cooperative kernels compute
+    bare products. Ping-pong kernels also take a bias, router weights and scattered rows. They also
+    compute two parts of fused_experts: the gated up projection with its activation, whose rows are
+    copied into expert order first, and dX with the activation's backward, where gate and up are
+    stored apart. Elsewhere the other fields hold, without it.
 
     Raises:
         ValueError: a field is out of its range.
@@ -94,24 +97,24 @@ class KernelConfig:
 
     @property
     def tile(self) -> tuple[int, int, int]:
-        """Rows and columns of the output's tile, elements contracted at a step."""
+        """Return the rows and columns of an output tile, and the elements contracted in a step."""
         return self.BLOCK_M, self.BLOCK_N, self.BLOCK_K
 
     @property
     def is_pingpong(self) -> bool:
-        """Whether it asks for a ping-pong kernel, whose groups of warps multiply in turns."""
+        """Return whether it asks for a ping-pong kernel."""
         return self.warp_specialize and self.tile[:2] == PINGPONG_TILE
 
     def _check_warp_specialize(self) -> None:
         rows, columns, contracted = self.tile
-        # A group multiplies 64 rows at least, and has 64 * 256 numbers in its registers at most.
+        # A group of warps multiplies at least 64 rows. Its registers hold at most 64 * 256 sums.
         if min(rows, columns) < 128 or rows * columns > 128 * 256 or contracted < 32:
             raise ValueError(
                 f"{type(self).__name__}: expected a tile of 128x128, 128x256 or 256x128, contracted "
                 f"over 32 or more, with warp_specialize, got {rows}x{columns} over {contracted}"
             )
         if self.num_stages < 2:
-            # A step's buffer is given back one step later.
+            # The kernel frees a step's buffer one step later.
             raise ValueError(
                 f"{type(self).__name__}: expected num_stages >= 2 with warp_specialize, got "
                 f"{self.num_stages}"
@@ -128,12 +131,12 @@ class KernelConfig:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, as `from_dict` and JSON take them."""
+        """Return the fields as `from_dict` takes them."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls: type[C], values: dict[str, Any]) -> C:
-        """The configuration of a dict of fields; what is missing has its default.
+        """Make a configuration from a dict of fields. A missing field has its default.
 
         Raises:
             ValueError: an unknown field, or a value out of range.
@@ -151,12 +154,13 @@ class KernelConfig:
 
 @dataclass(frozen=True)
 class KernelConfigForward(KernelConfig):
-    """Configuration of grouped_gemm: tiles of BLOCK_M by BLOCK_N, contracted over BLOCK_K.
+    """Configures grouped_gemm: tiles of BLOCK_M by BLOCK_N, contracted over BLOCK_K.
 
     Attributes:
         tail_tiles (bool): compute an expert's last rows in a tile of half the height where they
-            fit. For few rows per expert; it excludes `flatten`.
-        use_tma_load_x, use_tma_load_w (bool): load the rows, the weight through a descriptor.
+            fit. It helps where experts have few rows, and excludes `flatten`.
+        use_tma_load_x (bool): load the rows through a descriptor.
+        use_tma_load_w (bool): load the weight through a descriptor.
     """
 
     tail_tiles: bool = False
@@ -170,12 +174,12 @@ class KernelConfigForward(KernelConfig):
 
 @dataclass(frozen=True)
 class KernelConfigBackward_dX(KernelConfig):  # noqa: N801
-    """Configuration of grouped_gemm_dx: tiles of BLOCK_M by BLOCK_K, contracted over BLOCK_N.
+    """Configures grouped_gemm_dx: tiles of BLOCK_M by BLOCK_K, contracted over BLOCK_N.
 
     Attributes:
         tail_tiles (bool): as in KernelConfigForward.
-        use_tma_load_dy, use_tma_load_w (bool): load the rows of the output's gradient, the weight
-            through a descriptor.
+        use_tma_load_dy (bool): load the rows of the output's gradient through a descriptor.
+        use_tma_load_w (bool): load the weight through a descriptor.
     """
 
     tail_tiles: bool = False
@@ -193,11 +197,11 @@ class KernelConfigBackward_dX(KernelConfig):  # noqa: N801
 
 @dataclass(frozen=True)
 class KernelConfigBackward_dW(KernelConfig):  # noqa: N801
-    """Configuration of grouped_gemm_dw: tiles of BLOCK_N by BLOCK_K, contracted over BLOCK_M.
+    """Configures grouped_gemm_dw: tiles of BLOCK_N by BLOCK_K, contracted over BLOCK_M.
 
     Attributes:
-        use_tma_load_dy, use_tma_load_x (bool): load the rows of the output's gradient, of the
-            input through a descriptor.
+        use_tma_load_dy (bool): load the rows of the output's gradient through a descriptor.
+        use_tma_load_x (bool): load the rows of the input through a descriptor.
     """
 
     use_tma_load_dy: bool = False

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops' string argument `kernel_config`: making it from the configurations, and reading it.
+"""The argument `kernel_config` of the ops: one string that holds up to three configurations.
 
-torch.compile takes a string for a constant, and an exported program keeps it.
+It is a string because torch.compile then takes it for a constant, and an exported program keeps it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from moe_ops.configs.kernel_config import (
 )
 from moe_ops.configs.strict_json import read_json
 
-# Flags that configurations once had and that no kernel read. Tables, caches and exported programs
-# made at that time still hold them.
+# Configurations once had these flags, which no kernel read. Tables, caches and exported programs of
+# that time still hold them.
 _RETIRED = frozenset({"permute_x", "permute_y", "fuse_mul_post"})
 
 
@@ -30,15 +30,17 @@ def kernel_config(
     backward_dX: KernelConfigBackward_dX | None = None,
     backward_dW: KernelConfigBackward_dW | None = None,
 ) -> str:
-    """The `kernel_config` argument of the grouped_gemm ops.
+    """Return the string that an op takes as its argument `kernel_config`.
+
+    A kernel without a configuration gets one by its shape, as without the string.
 
     Args:
-        forward (KernelConfigForward or None): for grouped_gemm; None: chosen by shape.
+        forward (KernelConfigForward or None): for grouped_gemm.
         backward_dX (KernelConfigBackward_dX or None): for grouped_gemm_dx.
         backward_dW (KernelConfigBackward_dW or None): for grouped_gemm_dw.
 
     Returns:
-        str: JSON, an object with an entry for each configuration that is given.
+        str: a JSON object with an entry for each configuration that is given.
 
     Raises:
         TypeError: an argument is not the configuration of its pass.
@@ -51,14 +53,14 @@ def kernel_config(
         if not isinstance(config, PASSES[name]):
             expected, got = PASSES[name].__name__, type(config).__name__
             raise TypeError(f"kernel_config: expected {name} to be a {expected}, got {got}")
-        # A subclass may have more fields, as moe_ops.compat's have; the ops know these.
+        # A subclass may have more fields (those of moe_ops.compat do). The ops know these alone.
         content[name] = {field.name: getattr(config, field.name) for field in fields(PASSES[name])}
     return json.dumps(content)
 
 
 @functools.lru_cache(maxsize=256)
 def why_not_kernel_config(text: str) -> str | None:
-    """Why `parse` refuses the string; None where it does not."""
+    """Return why `parse` refuses the string, or None if it does not."""
     try:
         parse(text)
     except ValueError as error:
@@ -68,10 +70,10 @@ def why_not_kernel_config(text: str) -> str | None:
 
 @functools.lru_cache(maxsize=256)
 def parse(text: str) -> dict[str, KernelConfig]:
-    """The configurations in a `kernel_config` string, by pass.
+    """Return the configurations in a `kernel_config` string, by pass.
 
     Raises:
-        ValueError: it is not what `kernel_config()` makes, with the reason.
+        ValueError: `kernel_config()` makes no such string. The error says why.
     """
     content = read_json(text)
     if not isinstance(content, dict) or not content.keys() <= PASSES.keys():
@@ -80,12 +82,12 @@ def parse(text: str) -> dict[str, KernelConfig]:
 
 
 def read_fields(name: str, values: Any) -> KernelConfig:
-    """The configuration of one pass, a key of PASSES, from the JSON object of its fields.
+    """Return the configuration of a pass (a key of PASSES) from the JSON object of its fields.
 
-    Retired flags are dropped, here and nowhere else.
+    Retired flags are dropped here and nowhere else.
 
     Raises:
-        ValueError: it is no such object, with the reason.
+        ValueError: it is no such object. The error says why.
     """
     if not isinstance(values, dict):
         got = json.dumps(values)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A JSON reader that refuses what json.loads lets through: repeated keys, deep nesting, huge numbers."""
+"""Reads JSON from outside: it refuses repeated keys, deep nesting and huge integers."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import json
 import re
 from typing import Any
 
-# A table has objects in objects in an object. Python's own limit depends on who calls.
+# A table nests objects three deep. Python has a limit too, but it depends on the depth of the caller.
 _MAX_NESTING = 8
-# Past 64 bits nothing is a size; Python's own limit is on the digits that it converts.
+# A size has at most 64 bits. Python's own limit is far above, at some thousand digits.
 _MAX_DIGITS = 19
 _STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[\]{}]', re.DOTALL)
 
 
 def read_json(text: str) -> Any:
-    """What the JSON says; unlike json.loads, it takes no key that stands twice in an object.
+    """Return what the JSON text says.
 
     Raises:
-        ValueError: it is not JSON, a key stands twice, an integer has more than 19 digits, or
-            lists and objects are nested more than 8 deep; with the reason.
+        ValueError: it is not JSON, an object has a key twice, an integer has more than 19 digits, or
+            lists and objects are nested more than 8 deep. The error says which.
     """
     nesting = 0
     for token in _STRING_OR_BRACKET.findall(text):
