@@ -18,7 +18,7 @@ from moe_ops.configs.kernel_config import (
     KernelConfigForward,
 )
 from moe_ops.configs.kernel_string import kernel_config
-from testing.problems import make_problem
+from testing.problem_keys import make_problem
 
 GPU = "NVIDIA H200"
 DEVICE = Device(GPU, (9, 0), 232448, 132)

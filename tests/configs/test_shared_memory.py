@@ -20,7 +20,7 @@ from moe_ops.configs.kernel_config import (
     KernelConfigForward,
 )
 from moe_ops.configs.kernel_string import kernel_config
-from testing.problems import make_problem
+from testing.problem_keys import make_problem
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles kernels, which TRITON_INTERPRET=1 interprets", allow_module_level=True)

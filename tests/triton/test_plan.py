@@ -9,7 +9,7 @@ import torch
 
 import moe_ops
 from moe_ops.configs.device import KNOWN_GPUS, Device
-from testing.problems import make_problem, with_words
+from testing.problem_keys import make_problem, with_words
 
 pytest.importorskip("triton", exc_type=ImportError)
 

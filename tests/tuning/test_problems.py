@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from moe_ops.tuning import Experts, find_experts, tasks_of
-from testing.problems import make_problem
+from testing.problem_keys import make_problem
 from testing.tuning_fakes import HOPPER
 
 
