@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A routing with its tensors, the unfused composition in plain torch, and what a call launches.
+"""A call of compat's grouped_gemm, and the same composed of plain torch ops.
 
 T tokens, E experts, K top_k, M = T * K rows, D in_features, N out_features.
 """
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 # Of permute_x, permute_y and weighted, what may go together.
 FLAGS = [
@@ -120,35 +119,3 @@ def forward_and_backward(
     output = function(**{**call, **leaves})
     grads = torch.autograd.grad(output, list(leaves.values()), tangent.to(output.dtype))
     return {"output": output, **dict(zip(leaves, grads, strict=True))}
-
-
-class MoeOps(TorchDispatchMode):
-    """Records the moe ops that run, each as (name, arguments)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "moe":
-            self.calls.append((func._schema.name.removeprefix("moe::"), args))
-        return func(*args, **(kwargs or {}))
-
-    @property
-    def names(self) -> list[str]:
-        return [name for name, _ in self.calls]
-
-
-class Allocations(TorchDispatchMode):
-    """Records how many elements the storages have that the ops below autograd return."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        outputs = func(*args, **(kwargs or {}))
-        for output in outputs if isinstance(outputs, tuple) else (outputs,):
-            if isinstance(output, Tensor):
-                self.sizes.add(output.untyped_storage().nbytes() // output.element_size())
-        return outputs

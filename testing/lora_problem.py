@@ -5,7 +5,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_ops.layers.experts import Experts
 from moe_ops.layers.lora import LoraExperts, LoraWeights
@@ -58,21 +57,3 @@ def make_layer(num_tokens=NUM_TOKENS, rank=3, dtype=torch.float64, sizes=(HIDDEN
 def randomise(module):
     for name in module.adapters:
         torch.nn.init.normal_(module.get_parameter(f"adapters.{name}.lora_B"), std=0.5)
-
-
-class Calls(TorchDispatchMode):
-    """Every op that runs, with the tensors that it returns; tensors alone, in order."""
-
-    def __init__(self):
-        super().__init__()
-        self.made = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        tensors = out if isinstance(out, (tuple, list)) else [out]
-        name = func._schema.name
-        self.made += [(name, tuple(t.shape)) for t in tensors if isinstance(t, torch.Tensor)]
-        return out
-
-    def shapes_of(self, op):
-        return sorted(shape for name, shape in self.made if name == op and shape != (0,))

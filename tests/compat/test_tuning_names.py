@@ -16,7 +16,8 @@ import moe_ops
 from moe_ops.compat import grouped_gemm, kernel_string
 from moe_ops.compat.kernels import tuning
 from moe_ops.compat.kernels.tuning import KernelConfigBackward_dX, KernelConfigForward
-from testing.compat_problem import MoeOps, problem
+from testing.compat_problem import problem
+from testing.recorders import MoeOps
 
 CONFIGS: dict[str, Any] = {
     "kernel_config_fwd": KernelConfigForward(BLOCK_M=128, BLOCK_N=64, BLOCK_K=32),

@@ -26,8 +26,6 @@ from torch.utils.checkpoint import (
 from moe_ops._core.library import SCHEMAS
 from moe_ops.ops.fused_experts import pytorch
 from testing import boundaries, checks, oracle
-from testing.count_aten import CountAten
-from testing.count_calls import CountCalls
 from testing.moe_block import (
     Weights,
     compiled_graphs,
@@ -37,6 +35,7 @@ from testing.moe_block import (
     make_weights,
     unfused_block,
 )
+from testing.recorders import CountAten, MoeOps
 from testing.strategies import PRESENT, Sample, seeded_sample
 
 moe = torch.ops.moe
@@ -585,11 +584,11 @@ SELECTIVE = {
 def test_checkpointing(options, runs):
     block, hidden, weights = checkpointed(**options), make_tokens(7), make_weights()
     expected = loss_and_gradients(experts_block, hidden, weights)
-    with CountCalls() as counted:
+    with MoeOps() as counted:
         loss_and_gradients(block, make_tokens(7), make_weights())
-    assert counted.calls["fused_experts_forward"] == runs
-    assert counted.calls["topk_routing"] == 2
-    assert counted.calls["fused_experts"] == 0
+    assert counted.counts["fused_experts_forward"] == runs
+    assert counted.counts["topk_routing"] == 2
+    assert counted.counts["fused_experts"] == 0
     assert_same(loss_and_gradients(block, hidden, weights), expected)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     assert_same(loss_and_gradients(compiled, hidden, weights), expected)
@@ -613,9 +612,9 @@ def test_compiled_autograd_equals_eager():
 def test_without_grad(context):
     hidden, weights = make_tokens(6), make_weights()
     expected = experts_block(hidden, weights)
-    with context(), CountCalls() as counted:
+    with context(), MoeOps() as counted:
         output = experts_block(hidden, weights)
-    assert counted.calls == {"topk_routing": 1, "fused_experts": 1}
+    assert counted.counts == {"topk_routing": 1, "fused_experts": 1}
     assert torch.equal(output, expected)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_ops._pytorch.products import Products
 from moe_ops.ops.grouped_gemm import pytorch
 from testing import checks, oracle
-from testing.count_aten import CountAten
+from testing.recorders import CountAten
 
 needs_bf16 = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no instructions for bf16"
