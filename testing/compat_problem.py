@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A call of compat's grouped_gemm, and the same composed of plain torch ops.
+"""A call of compat's grouped_gemm, and what the reference says of it.
 
 T tokens, E experts, K top_k, M = T * K rows, D in_features, N out_features.
 """
@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from testing import reference
 
 # Of permute_x, permute_y and weighted, what may go together.
 FLAGS = [
@@ -73,7 +75,7 @@ def problem(
     )
 
 
-def composition(
+def expected_output(
     X: Tensor,
     W: Tensor,
     m_sizes: Tensor,
@@ -84,21 +86,12 @@ def composition(
     topk_weights: Tensor | None,
     fuse_mul_post: bool,
 ) -> Tensor:
-    """Gather, loop over experts, multiply by the weights, scatter: each a step of its own, in the
-    dtype of X. W is (E, N, D) or (E * N, D).
-    """
-    slots = gather_indices.long()
-    rows = X[slots // topk] if permute_x else X
-    matrices = W.reshape(len(m_sizes), -1, W.shape[-1])
-    products, start = [], 0
-    for matrix, count in zip(matrices, m_sizes.tolist(), strict=True):
-        products.append(rows[start : start + count] @ matrix.T)
-        start += count
-    output = torch.cat(products)
-    if fuse_mul_post:
-        assert topk_weights is not None
-        output = output * topk_weights.flatten()[slots, None]
-    return torch.empty_like(output).index_copy(0, slots, output) if permute_y else output
+    """Return what the reference says of a call with compat's names. W is (E, N, D) or (E * N, D)."""
+    weight = W.reshape(len(m_sizes), -1, W.shape[-1])
+    weights = topk_weights if fuse_mul_post else None
+    return reference.grouped_gemm(
+        X, weight, m_sizes, gather_indices, weights, None, topk, permute_x, permute_y
+    )
 
 
 DIFFERENTIABLE = ("X", "W", "topk_weights")
