@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters of the experts' projections, the weights they stand for, and a layer with them."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -29,15 +27,6 @@ def make_adapter(
     lora_a = randn(num_experts, rank, in_features, dtype=dtype, scale=in_features**-0.5)
     lora_b = randn(num_experts, out_features, rank, dtype=dtype, scale=rank**-0.5)
     return LoraWeights(lora_a.requires_grad_(), lora_b.requires_grad_(), scaling)
-
-
-def merged(weight: Tensor, adapters: Iterable[LoraWeights]) -> Tensor:
-    """What LoRA says the weight is, expert by expert, in fp64."""
-    total = weight.double()
-    for lora_a, lora_b, scaling in adapters:
-        deltas = [b.double() @ a.double() for a, b in zip(lora_a, lora_b, strict=True)]
-        total = total + scaling * torch.stack(deltas)
-    return total
 
 
 def draw_ids(routing="uniform", num_tokens=NUM_TOKENS):

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import moe_ops
 from moe_ops.compat import grouped_gemm
 from moe_ops.layers.lora import LoraWeights, lora_grouped_gemm
-from testing import checks, layers_problem, lora_problem, oracle
+from testing import checks, layers_problem, lora_problem, oracle, reference
 from testing.compat_problem import FLAGS, expected_output, forward_and_backward, problem
 from testing.layers_problem import (
     EXPERTS,
@@ -273,7 +273,7 @@ def test_lora_with_the_packing_of_peft(mode, dtype, rank):
     tangent = torch.randn(200 * TOP_K, INTERMEDIATE).to(dtype)
 
     exact = [t.detach().double().requires_grad_() for t in (x, weights, *adapter[:2])]
-    merged = lora_problem.merged(weight, [LoraWeights(exact[2], exact[3], adapter.scaling)])
+    merged = reference.merged(weight, [LoraWeights(exact[2], exact[3], adapter.scaling)])
     expected = oracle.grouped_gemm(exact[0], merged, counts, gather, exact[1], None, TOP_K, **flags)
     wanted = [expected, *torch.autograd.grad(expected, exact, tangent.double())]
 
