@@ -3,6 +3,7 @@
 
 problems.py   the GEMMs of a model, as problems
 space.py      which configurations are tried
+calls.py      the call of a problem: its arguments, the op, the same in PyTorch
 bench.py      one problem: run in a configuration, compared with PyTorch, timed
 ranks.py      how the ranks of torch.distributed share the work
 report.py     how a person sees it
