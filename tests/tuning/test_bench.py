@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_ops.configs.kernel_config import KernelConfig, parse
+from moe_ops.configs.kernel_config import KernelConfig
+from moe_ops.configs.kernel_string import parse
 from moe_ops.tuning import bench, tasks_of
 from moe_ops.tuning.space import candidates
 from testing.tuning_fakes import CPU, HOPPER, LAYER, TASKS

@@ -14,7 +14,8 @@ import torch
 from moe_ops import tuning
 from moe_ops.cli import experts
 from moe_ops.configs.device import KNOWN_GPUS, Device, device_of, known_gpu
-from moe_ops.configs.kernel_config import KernelConfig, why_not_kernel_config
+from moe_ops.configs.kernel_config import KernelConfig
+from moe_ops.configs.kernel_string import why_not_kernel_config
 from moe_ops.configs.problem import Problem
 
 if TYPE_CHECKING:
