@@ -14,11 +14,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_ops._triton import hopper
 from moe_ops._triton.descriptors import can_describe, can_describe_rows, describe
-from moe_ops._triton.kernels.grouped_gemm import (
+from moe_ops._triton.kernels.grouped_gemm import grouped_gemm_kernel
+from moe_ops._triton.kernels.grouped_gemm_dw import (
     grouped_gemm_bwd_bias_dots_kernel,
     grouped_gemm_bwd_dbias_kernel,
     grouped_gemm_bwd_dw_kernel,
-    grouped_gemm_kernel,
 )
 from moe_ops._triton.launch import cdiv, launch, refuse_bf16, strides
 from moe_ops._triton.plan import PERSISTENT, plan_once
