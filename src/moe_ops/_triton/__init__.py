@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the triton.py of several ops share: plans, launches, descriptors, kernels."""
+"""Hold what the ops' triton.py files share: plans, launches, descriptors and kernels."""

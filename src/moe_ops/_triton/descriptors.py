@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensor descriptors: what the tensor memory accelerator (TMA) of Hopper and newer loads and stores."""
+"""Describe tensors for TMA, the tensor memory accelerator of Hopper and newer GPUs."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def describe(
 ) -> TensorDescriptor:
     """Return a descriptor of the tensor in such blocks; can_describe(tensor) must hold.
 
-    A ragged one begins and ends at the rows that the kernel says (triton.tools.ragged_tma).
+    The kernel says at which rows a ragged one begins and ends (triton.tools.ragged_tma).
     """
-    # Its constructor would check again, at the cost of a launch, what does not change.
+    # The constructor would repeat its checks at every launch, and takes as long as a launch.
     descriptor = object.__new__(TensorDescriptor)
     fields = _descriptor_fields(tensor.shape, tensor.stride(), tensor.dtype, block, ragged)
     descriptor.__dict__.update(fields, base=tensor)
@@ -54,14 +54,14 @@ def _descriptor_fields(
     block: tuple[int, ...],
     ragged: bool,
 ) -> dict[str, Any]:
-    """Return what a TensorDescriptor has beside its tensor."""
+    """Return the fields of a TensorDescriptor, without its tensor."""
     alike = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
     make = create_ragged_descriptor if ragged else TensorDescriptor.from_tensor
     return dict(vars(make(alike, list(block))))
 
 
 def describe_for_gluon(tensor: torch.Tensor, block: tuple[int, ...], ragged: bool = False) -> Any:
-    """Return the same for kernels in Gluon, whose descriptors say how a block lies in shared memory."""
+    """Return the same for a kernel in Gluon: it also says how a block lies in shared memory."""
     plain = describe(tensor, block, ragged)
     make, layout = _gluon_layout(tuple(plain.block_shape), tensor.dtype)
     descriptor: Any = object.__new__(make)
@@ -71,8 +71,8 @@ def describe_for_gluon(tensor: torch.Tensor, block: tuple[int, ...], ragged: boo
 
 @functools.lru_cache(maxsize=4096)
 def _gluon_layout(block: tuple[int, ...], dtype: torch.dtype) -> tuple[type, Any]:
-    """Return Gluon's class of descriptors, and the layout that it gives such a block."""
-    # Experimental: not to be imported where no kernel needs it.
+    """Return Gluon's class of descriptors, and its layout for such a block in shared memory."""
+    # Gluon is experimental: import it only where a kernel needs it.
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Described
 

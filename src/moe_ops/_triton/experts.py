@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two products of an expert layer that have an activation on top.
+"""Launch the two products of an expert layer that have an activation on top.
 
-The up projection: z = x @ gate_up_proj[e].T + bias[e] and h = act(gate) * up. The down projection's
-way back: dh = dY @ down_proj[e], and from dh the gradient of z, the weighted h and the router
-gradient. On Hopper a ping-pong kernel may do all of either at once.
+The up projection computes z = x @ gate_up_proj[e].T + bias[e] and h = act(gate) * up. The down
+projection's backward computes dh = dY @ down_proj[e]. From dh it makes the gradient of z, the
+weighted h and the router gradient. On Hopper one ping-pong kernel may do all of either.
 
-M routed rows in expert order, width intermediate_size.
+T num_tokens, K top_k, R = T * K routed rows in expert order, E num_experts, H hidden_size,
+I intermediate_size (width), U columns of z: 2 * I with a gate, else I.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from moe_ops.configs.footprint import epilogue_columns, epilogue_slots
 
 @dataclass(slots=True)
 class RoutedRows:
-    """The routed rows of an expert layer: which there are, and what becomes of z in each.
+    """Describe the routed rows of an expert layer, and the activation that they get.
 
     Attributes:
-        rows: which expert has which rows, and their slots.
-        scatter_indices ((R,), index): row of each slot.
-        activation: what is applied to z.
-        gated: whether the activation of gate multiplies up.
+        rows: the rows of each expert, and their slots.
+        scatter_indices ((R,), index): the row of each slot.
+        activation: the activation of z.
+        gated: whether act(gate) multiplies up.
         interleaved: whether gate and up are the even and the odd columns of z.
         kernel_config: the caller's configurations.
     """
@@ -53,11 +54,11 @@ class RoutedRows:
 
     @property
     def has_halves(self) -> bool:
-        """Whether gate and up are the halves of z."""
+        """Return whether gate and up are the halves of z."""
         return self.gated and not self.interleaved
 
     def in_expert_order(self, x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-        """Return the rows of x (T, H) in expert order, (R, H), each times its slot's weight."""
+        """Copy the rows of x (T, H) into expert order, (R, H), times their weights if given."""
         rows = self.rows
         if weights is None:
             return copy_rows(x, self.scatter_indices, rows.top_k)
@@ -73,16 +74,18 @@ def up_projection(
     z: torch.Tensor | None,
     h: torch.Tensor | None,
 ) -> TileSchedule | None:
-    """Write z, zeros in the rows of no expert, and h = act(z); return the schedule it went by.
+    """Write z and h = act(z), and return the tile schedule of the product.
+
+    Rows of no expert are zeros in z, and are not written in h.
 
     Args:
         routed: the rows.
         x ((T, H)): rows in token order.
         gate_up_proj ((E, U, H)): the up projection.
         bias ((E, U)): its bias.
-        weights ((T, K)): what multiplies a row before the product.
-        z ((R, U)): the pre-activation, where it is stored.
-        h ((R, I)): the activation's output, where it is stored.
+        weights ((T, K)): router weights that multiply the rows before the product.
+        z ((R, U)): where the pre-activation is stored; None: it is not.
+        h ((R, I)): where the activation's output is stored; None: it is not.
     """
     rows, divisor = routed.rows, routed.rows.top_k
     if weights is not None:
@@ -140,12 +143,13 @@ def _up_persistent(
 def _up_pingpong(
     gemm: GroupedGemm, routed: RoutedRows, z: torch.Tensor | None, h: torch.Tensor | None
 ) -> None:
-    """Do the same on Hopper, of rows that are copied into expert order before.
+    """Do the same with the ping-pong kernel of Hopper.
 
-    The kernel does not gather: where the product is long, its gain pays for the copy.
+    That kernel does not gather, so the rows are first copied into expert order. For a long product
+    the gain is larger than the cost of the copy.
     """
     plan, schedule, b, bias = gemm.plan, gemm.schedule, gemm.b, gemm.bias
-    assert schedule is not None  # its tiles are too high to be found without
+    assert schedule is not None  # such high tiles always come from a schedule
     block_m, block_n, block_k = plan.tile
     width, block_i = gemm.n // 2, block_n // 2
     columns = block_i // plan.config.epilogue_subtile
@@ -156,7 +160,7 @@ def _up_pingpong(
     x = routed.in_expert_order(gemm.x, None) if gemm.x_divisor else gemm.x
     launch(
         kernels().experts.expert_up_pingpong_kernel, (gemm.programs,),
-        # A descriptor that is not used says of which dtype the other is.
+        # The kernel reads the dtype of an unused descriptor too: it gets the other one.
         describe_for_gluon(x, (block_m, block_k)), b_desc, bias, z_desc or h_desc,
         h_desc or z_desc, schedule.tiles, schedule.max_tiles, width, gemm.k,
         routed.activation.bound, *strides(bias),
@@ -168,14 +172,14 @@ def _up_pingpong(
 
 @dataclass(slots=True)
 class DownBackward:
-    """The down projection's way back: from dY to the gradient of the pre-activation.
+    """Run the down projection's backward: from dY to the gradient of the pre-activation.
 
     Attributes:
         routed: the rows.
         weight ((E, H, I)): the down projection.
-        bias ((E, H)): its bias, where the router gradient needs it.
-        scale ((T, K)): what multiplies a row after the product.
-        offsets ((2, E), int32): first row and end row of each expert.
+        bias ((E, H)): its bias, if the router gradient needs it.
+        scale ((T, K)): router weights that multiply the rows after the product.
+        offsets ((2, E), int32): the first row and the end row of each expert.
     """
 
     routed: RoutedRows
@@ -193,11 +197,11 @@ class DownBackward:
         need_h: bool,
         need_dots: bool,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Return dz, the weighted h, and the router gradient's parts (any number, R), in slot order.
+        """Return dz, the weighted h, and parts of the router gradient, (any number, R) by slot.
 
         Args:
-            dy: dY in expert order, or in token order with a divisor.
-            divisor: as GroupedGemm.x_divisor.
+            dy: dY, in expert order if the divisor is 0, else in token order.
+            divisor: GroupedGemm.x_divisor.
             z ((R, U)): the pre-activation.
             need_dz: whether dz is needed.
             need_h: whether the weighted h is needed.
@@ -244,7 +248,7 @@ class DownBackward:
             and divisor == 0
             and dy.itemsize == 2
             and device_of(dy.device).capability[0] == HOPPER
-            # The error function of "gelu" takes registers that the kernel lacks.
+            # The error function of "gelu" takes more registers than the kernel has left.
             and routed.activation.name != "gelu"
         )
         if may_be_at_once and z is not None:
@@ -269,9 +273,9 @@ class DownBackward:
         h: torch.Tensor | None,
         dots: torch.Tensor | None,
     ) -> None:
-        """Launch the kernel that does without dh; dots are of column tiles."""
+        """Launch the kernel that stores no dh; it writes one row of dots per column tile."""
         plan, schedule, routed, scale = gemm.plan, gemm.schedule, self.routed, self.scale
-        assert schedule is not None  # its tiles are too high to be found without
+        assert schedule is not None  # such high tiles always come from a schedule
         block_m, block_n, block_k = plan.tile
         activation, width = routed.activation, gemm.n
         columns = epilogue_columns(plan.config, activation.name, activation.limit is not None)
@@ -297,7 +301,7 @@ class DownBackward:
         h: torch.Tensor | None,
         dots: torch.Tensor | None,
     ) -> None:
-        """Launch _expert_activation_bwd_kernel on dh, where there is any; h may be dh."""
+        """Launch _expert_activation_bwd_kernel; h may be dh itself."""
         if z is None or z.numel() == 0:
             return
         routed, rows, scale = self.routed, self.routed.rows, self.scale
@@ -317,9 +321,10 @@ class DownBackward:
 
 
 def _activation_block(width: int) -> tuple[int, int, int]:
-    """Return the rows and columns of a block of the activation's backward, and its warps.
+    """Return the rows, columns and warps of a block of the activation's backward.
 
-    It is bound by memory: a thread has 8 to 16 numbers, and little of a block is past the width.
+    That kernel is bound by memory. So a thread holds 8 to 16 numbers, and little of a block lies
+    past the width.
     """
     for columns in (2048, 1024, 512):
         if cdiv(width, columns) * columns <= 1.1 * width:

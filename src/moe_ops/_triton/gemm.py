@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grouped GEMMs over the rows of all experts: y (M, N) = x (M, K) @ b[e] (K, N), and dW.
+"""Launch grouped GEMMs over the rows of all experts: y (M, N) = x (M, K) @ b[e] (K, N), and dW.
 
-The letters are those of _triton/kernels/grouped_gemm.py. A GroupedGemm plans its product when it is
-made; the methods that follow allocate, schedule and launch as the plan says.
+M rows, N columns of the result, K contracted elements, E experts, T tokens; in dW (N, D) is an
+expert's result and M is contracted. A GroupedGemm plans its product when it is made. Its methods
+then allocate, schedule and launch as the plan says.
 """
 
 from __future__ import annotations
@@ -29,21 +30,21 @@ from moe_ops.configs.problem import Epilogue, rows_bucket
 
 
 class GroupedGemm:
-    """One planned grouped GEMM; b is (E, K, N) in any strides.
+    """Plan one grouped GEMM, and launch it; b is (E, K, N) in any strides.
 
     Args:
-        kind: whose configuration it takes, "forward" or "backward_dX".
-        x: the rows, in expert order, or of tokens with x_divisor.
-        b: the experts' matrices, of 16 or 32 bits, or FP8 codes as uint8.
-        rows: which expert has which rows.
-        x_divisor: row i of the product reads x[gather[i] // x_divisor]; 0: x[i].
+        kind: the pass whose configuration it takes, "forward" or "backward_dX".
+        x: the rows in expert order, or with x_divisor in the order of tokens or slots.
+        b: the experts' matrices, in 16 or 32 bits, or FP8 codes as uint8.
+        rows: the rows of each expert.
+        x_divisor: row i of the product reads x[gather[i] // x_divisor], or with 0 x[i].
         scale ((T, top_k), floating): weight of each slot.
-        bias ((E, N), floating): what is added to the product.
-        scatter_y: row i of the product is stored at gather[i].
-        has_dots: the router gradient is summed up.
-        epilogue: what is computed on top.
-        can_describe_y: whether TMA can describe what is stored; None: what follows from N.
-        needs_schedule: what comes after it reads its tile schedule.
+        bias ((E, N), floating): added to the product.
+        scatter_y: whether row i of the product is stored at gather[i].
+        has_dots: whether the router gradient is summed.
+        epilogue: what is computed on top of the product.
+        can_describe_y: whether TMA can describe the output; None: N decides.
+        needs_schedule: whether a later step reads the tile schedule.
         kernel_config: the caller's configurations.
     """
 
@@ -74,11 +75,11 @@ class GroupedGemm:
         b_is_nk = b.stride(1) == 1
         if can_describe_y is None:
             can_describe_y = can_describe_rows(self.n, x.dtype)
-        # Rows that are gathered become new rows where a kernel wants them in place.
+        # A kernel that cannot gather gets a copy of the rows: a new matrix.
         can_describe_x = can_describe_rows(self.k, x.dtype) if x_divisor else can_describe(x)
         can_describe_b = can_describe(b, 1 if b_is_nk else 2)
         if epilogue == "gated_activation" and not b_is_nk:
-            # Gate and up are then halves of each row.
+            # b is stored (K, N), so gate and up are the halves of each row.
             can_describe_b = can_describe_b and can_describe_rows(self.n // 2, b.dtype)
         self.plan = plan_once(
             kind, x.dtype, num_experts,
@@ -98,10 +99,10 @@ class GroupedGemm:
         scatter: torch.Tensor | None = None,
         shared: TileSchedule | None = None,
     ) -> None:
-        """Make the schedule of its tiles, or take a shared one of equal tiles.
+        """Make the tile schedule, or take the shared one if its tiles are as high.
 
-        A kernel that finds its tiles itself needs none. `zeroed` and `scatter` are those of
-        TileSchedule.launch; a shared schedule does not heed them.
+        A kernel that finds its tiles itself needs none. TileSchedule.launch explains `zeroed` and
+        `scatter`. A shared schedule ignores them.
         """
         if self.plan.finds_tiles:
             return
@@ -113,7 +114,7 @@ class GroupedGemm:
         self.schedule.launch(zeroed, scatter)
 
     def new_dots(self, has_bias: bool) -> torch.Tensor:
-        """Return zeros for the router gradient: a row per column tile, one more for the bias."""
+        """Return zeros for the router gradient: a row for each column tile, and one for a bias."""
         shape = (self.tiles_n + has_bias, self.rows.num_rows)
         return torch.zeros(shape, dtype=torch.float32, device=self.x.device)
 
@@ -129,9 +130,10 @@ class GroupedGemm:
     ) -> None:
         """Write y[row] = scale * (x[row] @ b[e] + bias[e]).
 
-        With `other`, also dots[column tile, slot] = <x[row] @ b[e], other[row]> of these columns.
-        Without `zeros_tail` the rows of no expert are left as they are, and a `shared` schedule of
-        another GEMM over the same rows may serve.
+        With `other` it also writes dots[column tile, slot] = <x[row] @ b[e], other[row]>, summed
+        over the tile's columns. With `zeros_tail` it zeros the rows of no expert. Without, these
+        rows may hold anything, and the `shared` schedule of another GEMM over the same rows may
+        serve.
         """
         if self.rows.is_empty:
             if y is not None:
@@ -167,17 +169,20 @@ class GroupedGemm:
 
     @property
     def programs(self) -> int:
-        """The size of a persistent grid."""
+        """Return the number of programs of the persistent grid."""
         tiles = self.rows.max_tiles(self.plan.tile[0]) * self.tiles_n
         return min(self.device.num_sms * self.plan.config.programs_per_sm, max(tiles, 1))
 
     @property
     def slots_per_weight(self) -> int:
-        """The argument top_k, which is read with a scale: what is not read makes no other kernel."""
+        """Return the kernel's top_k, or 1 without a scale.
+
+        Only a scale reads it. A constant saves Triton from compiling the kernel again.
+        """
         return 1 if self.scale is None else self.rows.top_k
 
     def tile_arguments(self) -> tuple[Any, ...]:
-        """Return counts, tiles, max_tiles, num_rows and num_experts: from what tiles are found."""
+        """Return the arguments that tell a kernel its tiles: from the counts to num_experts."""
         tiles, max_tiles = None, 0
         if self.schedule is not None:
             tiles, max_tiles = self.schedule.tiles, self.schedule.max_tiles
@@ -185,13 +190,13 @@ class GroupedGemm:
         return rows.token_counts, tiles, max_tiles, rows.num_rows, rows.num_experts
 
     def options(self) -> dict[str, Any]:
-        """Return the constexpr arguments that all persistent kernels have, and Triton's own."""
+        """Return the constexpr arguments of every persistent kernel, and Triton's own options."""
         return {**self.plan.options, "PRECISION": _precision(self.x.dtype)}
 
     def row_options(
         self, y: torch.Tensor | None, dots: torch.Tensor | None, gather_other: bool
     ) -> dict[str, Any]:
-        """Return the constexpr arguments that say what becomes of a tile."""
+        """Return the constexpr arguments of finish_tile."""
         return {
             "SCATTER_Y": self.scatter_y, "HAS_GATHER": self.rows.gather is not None,
             "HAS_SCALE": self.scale is not None, "STORE_Y": y is not None,
@@ -202,9 +207,9 @@ class GroupedGemm:
     def describe_operands(
         self, block_m: int, halves: bool = False
     ) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
-        """Return descriptors of x and b, for tiles of block_m rows; None where pointers serve.
+        """Return descriptors of x and b for tiles of block_m rows, or None where pointers serve.
 
-        With `halves`, a tile has half of its columns in each half of b's.
+        With `halves`, a tile takes half of its columns from each half of b's columns.
         """
         _, block_n, block_k = self.plan.tile
         x_desc = describe(self.x, (block_m, block_k)) if self.plan.tma.x else None
@@ -226,7 +231,7 @@ class GroupedGemm:
         return describe(y, (block_m, columns), ragged=True)
 
     def launch_bias_dots(self, bias: torch.Tensor, dots: torch.Tensor) -> None:
-        """Write dots[slot] = <x[row], bias[e]>, on the schedule that `launch` made."""
+        """Write dots[slot] = <x[row], bias[e]>, by the schedule that `launch` made."""
         if self.rows.is_empty or self.schedule is None:
             return
         rows, schedule = self.rows, self.schedule
@@ -247,7 +252,10 @@ def grad_weight(
     transposed: bool,
     kernel_config: str | None = None,
 ) -> torch.Tensor:
-    """Return sum_i outer(g[i], x[i]) of each expert's rows, (E, N, D), stored (E, D, N) if transposed."""
+    """Return sum_i outer(g[i], x[i]) over each expert's rows, (E, N, D).
+
+    If transposed, it is stored as (E, D, N).
+    """
     refuse_bf16(g)
     num_experts, num_rows = offsets.shape[1], g.shape[0]
     left, right = (x, g) if transposed else (g, x)
@@ -290,9 +298,10 @@ def grad_bias(
     scale: torch.Tensor | None = None,
     gather: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the sum of each expert's rows, (E, N), taken in fp32, each row times scale[slot].
+    """Return the fp32 sum of each expert's rows of g, (E, N), each row times scale[slot].
 
-    g is in expert order; scale is (T, top_k), and the slot of row i is gather[i], or i without.
+    g is in expert order and scale is (T, top_k). The slot of row i is gather[i], or i without
+    gather.
     """
     num_experts, width = offsets.shape[1], g.shape[1]
     summed = g.new_empty(num_experts, width)
@@ -311,13 +320,13 @@ def grad_bias(
 
 
 def sum_neighbours(rows: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Return the sum of every top_k neighbouring rows: (T * top_k, H) -> (T, H)."""
+    """Sum every top_k neighbouring rows: (T * top_k, H) -> (T, H)."""
     slots = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
     return sum_rows(rows, slots, None, top_k)
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Return how products are taken: fp32 ones as torch's own matmul precision setting says."""
+    """Return tl.dot's input_precision; for fp32 it follows torch's own matmul setting."""
     if dtype != torch.float32:
         return "tf32"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launches the warp-specialised kernels for Hopper, where a plan says so.
+"""Launch the warp-specialised kernels for Hopper, where a plan says so.
 
-Their operands all go through descriptors: the plan has seen to that.
+These kernels load and store through descriptors only. The plan has made sure that TMA can describe
+every operand.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 @functools.cache
 def why_no_kernels() -> str | None:
     """Return why this Triton cannot compile the kernels, or None if it can."""
-    # Gluon is experimental: a Triton to come may have moved what these kernels are made of.
+    # Gluon is experimental: a later Triton may have moved what the kernels use.
     try:
         kernels()
     except (ImportError, AttributeError) as error:
@@ -35,7 +36,7 @@ def why_no_kernels() -> str | None:
 
 @functools.cache
 def kernels() -> SimpleNamespace:
-    """Return the kernels' modules; Gluon is not imported before they are needed."""
+    """Import the kernels' modules, and with them Gluon, when they are first needed."""
     from moe_ops._triton.kernels import hopper_cooperative, hopper_experts, hopper_pingpong
 
     return SimpleNamespace(
@@ -44,12 +45,12 @@ def kernels() -> SimpleNamespace:
 
 
 def group_rows(plan: Plan) -> int:
-    """Return the rows of a tile that one group of warps has: all, or half where groups share."""
+    """Return how many rows of a tile one group of warps owns: all if ping-pong, else half."""
     return plan.tile[0] if plan.kernel == PINGPONG else plan.tile[0] // 2
 
 
 def grouped_gemm(gemm: GroupedGemm, y: torch.Tensor, schedule: TileSchedule) -> None:
-    """Write y[row] = scale * (x[row] @ b[e] + bias[e]), or at the row's slot with scatter_y."""
+    """Write y[row] = scale * (x[row] @ b[e] + bias[e]); with scatter_y, at the row's slot."""
     plan, rows, x, b = gemm.plan, gemm.rows, gemm.x, gemm.b
     _, block_n, block_k = plan.tile
     x_desc = describe_for_gluon(x, (group_rows(plan), block_k))
@@ -65,7 +66,7 @@ def grouped_gemm(gemm: GroupedGemm, y: torch.Tensor, schedule: TileSchedule) -> 
         )  # fmt: skip
         return
     scale = gemm.scale
-    # What is not read makes no other kernel.
+    # Not passed where it is not read: Triton would compile another kernel for it.
     gather = rows.gather if gemm.scatter_y or scale is not None else None
     launch(
         kernels().pingpong.grouped_gemm_pingpong_kernel, (gemm.programs,),
@@ -86,7 +87,7 @@ def grad_weight(
     programs: int,
     kernel_config: str | None,
 ) -> None:
-    """Write stored[e] = sum_i outer(left[i], right[i]) of each expert's rows."""
+    """Write stored[e] = sum_i outer(left[i], right[i]) over each expert's rows."""
     _, block_right, block_m = plan.tile
     left_desc = describe_for_gluon(left, (block_m, group_rows(plan)), ragged=True)
     right_desc = describe_for_gluon(right, (block_m, block_right), ragged=True)
@@ -104,9 +105,10 @@ def grad_weight(
 
 
 def describe_b(b: torch.Tensor, block_n: int, block_k: int, halves: bool = False) -> Any:
-    """Return a descriptor of b (E, K, N), as it is stored: (E, N, K) where that is dense.
+    """Return a descriptor of b (E, K, N) in its stored order: (E, N, K) where K is dense.
 
-    With `halves`, which is for (E, N, K) alone, a block has half of its columns in each half of b's.
+    With `halves`, a block takes half of its columns from each half of b's. This is for b stored as
+    (E, N, K) only.
     """
     if b.stride(1) != 1:
         return describe_for_gluon(b, (1, block_k, block_n))
@@ -118,6 +120,6 @@ def describe_b(b: torch.Tensor, block_n: int, block_k: int, halves: bool = False
 
 
 def describe_parts(rows: torch.Tensor, width: int, block_rows: int, columns: int) -> Any:
-    """Return a ragged descriptor of rows in parts of `width`: gate and up, or the one there is."""
+    """Return a ragged descriptor of rows in parts of `width` columns: gate and up, or one part."""
     parts = rows.unflatten(1, (-1, width))
     return describe_for_gluon(parts, (block_rows, 1, columns), ragged=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every launch needs: the device, sizes, strides."""
+"""Launch Triton kernels: the current device, sizes, strides, and errors."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from moe_ops.configs.device import device_of
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation and the limit of what it is applied to, as kernels take them."""
+    """Name an activation and the limit of its input, in the form that kernels take."""
 
     name: str
     limit: float | None
 
     @property
     def bound(self) -> float:
-        """The argument `limit`, which is read where there is a limit."""
+        """Return the kernel's argument `limit`, or 0 without a limit: no kernel reads it then."""
         return 0.0 if self.limit is None else self.limit
 
     @property
     def options(self) -> dict[str, Any]:
-        """The constexpr arguments."""
+        """Return the kernel's constexpr arguments."""
         return {"ACTIVATION": self.name, "HAS_LIMIT": self.limit is not None}
 
 
 def cdiv(a: int, b: int) -> int:
-    """Return a / b, rounded up. Triton's own takes a microsecond and a half."""
+    """Return a / b, rounded up. Triton's own cdiv takes 1.5 us."""
     return -(-a // b)
 
 
@@ -59,11 +59,11 @@ def launch(
 
     Args:
         kernel: the @triton.jit function.
-        grid: numbers of programs.
+        grid: the number of programs in each dimension.
         arguments: the kernel's arguments.
-        on: a tensor of the device.
-        kernel_config: what the caller gave, if the options follow from it.
-        options: the kernel's constexpr arguments, and Triton's own.
+        on: a tensor on the device.
+        kernel_config: the caller's configurations, if the options follow from them.
+        options: the kernel's constexpr arguments, and Triton's own options.
 
     Raises:
         ValueError: the caller's kernel_config does not fit the GPU.
@@ -78,14 +78,14 @@ def launch(
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Make the device the current one: Triton launches there."""
+    """Make the device current: Triton launches on the current device."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
 
 
 def refuse_bf16(tensor: torch.Tensor) -> None:
-    """Raise NotImplementedError where a product of bf16 would be wrong or impossible."""
+    """Raise NotImplementedError if a bf16 product would be wrong or impossible here."""
     if tensor.dtype != torch.bfloat16:
         return
     capability = device_of(tensor.device).capability

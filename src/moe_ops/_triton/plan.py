@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which kernel computes a product, in which tile, and why: decided once, before anything is allocated.
+"""Decide which kernel computes a product, in which tile, and why, before anything is allocated.
 
     problem, operands, device, kernel_config -> plan
 
 Launchers read the plan and decide nothing. The `explain` command shows it.
 
-A persistent kernel serves every GPU. On Hopper a configuration may ask for a warp-specialised one
-(warp_specialize), which is cooperative or ping-pong by its tile (configs/specialize.py). Where that
-cannot serve, the persistent kernel takes its place with the same result, and the plan says why.
+A persistent kernel serves every GPU. On Hopper a configuration may ask for a warp-specialised
+kernel (warp_specialize). The tile makes it cooperative or ping-pong (configs/specialize.py). If
+that kernel cannot serve, the persistent one is the fallback: its result is the same, and the plan
+says why.
 """
 
 from __future__ import annotations
@@ -37,17 +38,18 @@ logger = logging.getLogger("moe_ops")
 
 PERSISTENT = "persistent"
 
-# A kernel with row tiles this small finds its tiles itself: a schedule is one launch more.
+# With row tiles of at most this height a kernel finds its tiles itself, which saves the launch of
+# the schedule.
 _FINDS_TILES_ROWS = 32
 # Columns that a kernel zeroes at a time.
 BLOCK_W = 1024
 
 
 class Operands(NamedTuple):
-    """Which operands TMA can describe: a 16-byte address, and strides of whole 16 bytes.
+    """Say which operands TMA can describe: address and strides are multiples of 16 bytes.
 
-    x is the left operand of a product, b the right one, y all that is stored and what is read
-    beside them.
+    x is the left operand of a product and b the right one. y stands for everything else that the
+    kernel stores or reads.
     """
 
     x: bool = True
@@ -57,23 +59,23 @@ class Operands(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """How a product is computed.
+    """Say how a product is computed, and why.
 
-    M, N, K are a GEMM's: y (M, N) = x (M, K) @ b (K, N); of dW, whose left operand is transposed,
-    N and D are the sides of the result and M the rows that are contracted.
+    M, N, K are a GEMM's: y (M, N) = x (M, K) @ b (K, N). In dW the left operand is transposed: the
+    result is (N, D), and the M rows are contracted.
 
     Attributes:
         kernel: PERSISTENT, COOPERATIVE or PINGPONG.
-        config: the configuration, in the letters of its pass.
+        config: the configuration, in the letters of the pass.
         source: where it came from: "given", "tuned", "shipped" or "computed".
-        tile: rows and columns of the result's tile, elements contracted at a step.
+        tile: rows and columns of the result's tile, and how many elements a step contracts.
         tma: the operands that go through descriptors.
-        computes_epilogue: whether the kernel computes the problem's epilogue too.
+        computes_epilogue: whether the kernel also computes the problem's epilogue.
         finds_tiles: whether the kernel finds its tiles itself, without a schedule.
-        tail_tiles: whether an expert's last rows have a tile of half the height.
-        options: the constexpr arguments that follow, and Triton's own.
-        reason: why this kernel.
-        unmet: the wishes of the configuration that cannot be met, each with its reason.
+        tail_tiles: whether an expert's last rows may get a tile of half the height.
+        options: the kernel's constexpr arguments, and Triton's own options.
+        reason: why this kernel was chosen.
+        unmet: what the configuration asks for and cannot get, each with the reason.
     """
 
     kernel: str
@@ -151,7 +153,7 @@ def plan(
         operands: which of its tensors TMA can describe.
         device: the GPU.
         kernel_config: the caller's configurations, as one string.
-        needs_schedule: whether what comes after the product reads its tile schedule.
+        needs_schedule: whether a later step reads the product's tile schedule.
     """
     choice = choose(problem, device, kernel_config)
     config, source = choice.config, choice.source
@@ -168,7 +170,7 @@ def plan(
     finds_tiles = few_rows and not problem.dots and not needs_schedule
     tma, unmet = _described(problem, operands, device, wants)
     if source != "given" or kernel != PERSISTENT:
-        # Rules ask for descriptors wherever they might apply: those are no wishes of anybody.
+        # Nobody asked for these descriptors: rules ask for them wherever they might apply.
         unmet = ()
     if config.launch_pdl and not device.has_tma:
         unmet = (*unmet, f"launch_pdl: it takes compute capability 9.0, {_name(device)}")
@@ -191,16 +193,16 @@ def plan(
 def _tile_and_wishes(
     problem: Problem, config: KernelConfig
 ) -> tuple[tuple[int, int, int], dict[str, bool]]:
-    """Return the tile in the kernel's letters, and which descriptors the configuration asks for.
+    """Return the tile in the kernel's letters, and the descriptors that the configuration wants.
 
-    The wishes are by the configuration's names, in the order of Operands.
+    The descriptors are keyed by the configuration's field names, in the order of Operands.
     """
     rows, columns, contracted = config.tile
     if isinstance(config, KernelConfigBackward_dW):
         left = {"use_tma_load_dy": config.use_tma_load_dy}
         right = {"use_tma_load_x": config.use_tma_load_x}
         if problem.transposed:
-            # dW is stored (D, N): its sides change places.
+            # dW is stored as (D, N), so its sides change places.
             rows, columns, left, right = columns, rows, right, left
     else:
         name = "use_tma_load_x" if isinstance(config, KernelConfigForward) else "use_tma_load_dy"
@@ -214,7 +216,7 @@ def _tile_and_wishes(
 def _obstacle(
     problem: Problem, operands: Operands, device: Device, tile: tuple[int, int]
 ) -> str | None:
-    """Return why the warp-specialised kernel of such tiles cannot serve, or None if it can."""
+    """Return why no warp-specialised kernel can serve with such tiles, or None if one can."""
     if device.capability[0] != HOPPER:
         return f"its kernels are for Hopper (compute capability 9.x), {_name(device)}"
     if device.is_interpreted:
@@ -241,7 +243,7 @@ def _name(device: Device) -> str:
 def _described(
     problem: Problem, operands: Operands, device: Device, wants: dict[str, bool]
 ) -> tuple[Operands, tuple[str, ...]]:
-    """Return the operands that go through descriptors, and why others do not that should."""
+    """Return which operands go through descriptors, and why others that should do not."""
     uses, unmet = [], []
     obstacles = {
         "x": "rows are gathered by pointers" if problem.gather else None,
@@ -297,7 +299,7 @@ def _persistent_options(
 def _specialized_options(
     problem: Problem, config: KernelConfig, tile: tuple[int, int, int], kernel: str
 ) -> dict[str, Any]:
-    # Triton's num_warps are those of one group; Gluon starts the others beside it.
+    # Triton's num_warps counts the warps of one group. Gluon starts the others beside it.
     options = {"STAGES": config.num_stages, "num_warps": config.num_warps // 2}
     if problem.kind == "backward_dW":
         options |= {"BLOCK_N": tile[0], "BLOCK_D": tile[1], "BLOCK_M": tile[2]}

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launches the kernels that move and sum rows."""
+"""Launch the kernels that move and sum rows.
+
+T num_tokens, R = T * top_k routed rows, H hidden_size.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from moe_ops._triton.launch import cdiv, launch, next_power_of_2, strides
 
 
 def inverse_permutation(indices: torch.Tensor) -> torch.Tensor:
-    """The inverse of a permutation (R,), int32: inverse[indices[i]] = i."""
+    """Return the inverse of a permutation (R,), int32: inverse[indices[i]] = i."""
     num_rows = indices.shape[0]
     inverse = torch.empty(num_rows, dtype=torch.int32, device=indices.device)
     if num_rows > 0:
@@ -29,12 +32,12 @@ def inverse_permutation(indices: torch.Tensor) -> torch.Tensor:
 
 
 def copy_rows(input: torch.Tensor, rows: torch.Tensor, top_k: int) -> torch.Tensor:
-    """output[rows[t * top_k + k]] = input[t]: (T, H) -> (T * top_k, H)."""
+    """Copy rows: output[rows[t * top_k + k]] = input[t], (T, H) -> (T * top_k, H)."""
     num_tokens, hidden_size = input.shape
     output = input.new_empty(num_tokens * top_k, hidden_size)
     if output.numel() == 0:
         return output
-    # Whole rows, where registers allow: what a program writes is then one piece of memory a row.
+    # A program copies whole rows if registers allow: each write is then one piece of memory.
     block_h = min(4096, next_power_of_2(hidden_size))
     launch(
         copy_rows_kernel, (num_tokens, cdiv(hidden_size, block_h)),
@@ -52,9 +55,9 @@ def sum_rows(
     top_k: int,
     used_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """output[t] = sum_k weights[t, k] * input[rows[t * top_k + k]]: (T * top_k, H) -> (T, H).
+    """Sum rows: output[t] = sum_k weights[t, k] * input[rows[t * top_k + k]].
 
-    Rows from used_rows[0] on count as zeros, where it is given.
+    (T * top_k, H) -> (T, H). If used_rows is given, rows from used_rows[0] on count as zeros.
     """
     num_rows, hidden_size = input.shape
     output = input.new_empty(num_rows // top_k, hidden_size)
@@ -80,9 +83,10 @@ def gather_rows(
     top_k: int,
     divisor: int = 0,
 ) -> torch.Tensor:
-    """output[i] = weights[slot] * input[slot // divisor], slot = gather_indices[i] or i.
+    """Gather rows: output[i] = weights[slot] * input[slot // divisor].
 
-    With divisor 0 the rows stay where they are: output[i] = weights[slot] * input[i].
+    slot is gather_indices[i], or i without them. With divisor 0 rows keep their places:
+    output[i] = weights[slot] * input[i].
     """
     hidden_size = input.shape[1]
     num_rows = input.shape[0] * max(divisor, 1)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The routed rows of a call, and the tile schedules that the device makes of them."""
+"""Describe the routed rows of a call, and make their tile schedules on the device.
+
+E num_experts, R routed rows.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,13 @@ from moe_ops.configs.device import device_of
 
 @dataclass(slots=True)
 class Rows:
-    """R routed rows in expert order: which expert has which, and which slot each is.
+    """Describe R routed rows in expert order: the rows of each expert, and each row's slot.
 
     Attributes:
-        token_counts ((E,), index): rows of each expert; the rows past their sum are nobody's.
+        token_counts ((E,), index): how many rows each expert has; rows past their sum have none.
         num_rows: R.
-        gather ((R,), index): slot of each row, where rows and slots differ.
-        top_k: slots of a token.
+        gather ((R,), index): the slot of each row; None: row i is slot i.
+        top_k: how many slots a token has.
     """
 
     token_counts: torch.Tensor
@@ -37,27 +40,27 @@ class Rows:
         gather: torch.Tensor | None = None,
         top_k: int = 1,
     ) -> Rows:
-        """Return the same with dense indices, as kernels read them."""
+        """Make Rows with contiguous indices, as the kernels need them."""
         gather = None if gather is None else gather.contiguous()
         return cls(token_counts.contiguous(), num_rows, gather, top_k)
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """Return E."""
         return self.token_counts.shape[0]
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is no row that an expert could have."""
+        """Return whether no expert can have a row."""
         return self.num_rows == 0 or self.num_experts == 0
 
     def max_tiles(self, block_m: int) -> int:
-        """Return the most row tiles there can be: each expert's last one may be partly empty."""
+        """Return an upper bound of the row tiles: each expert may add a partly empty one."""
         return cdiv(self.num_rows, block_m) + self.num_experts
 
 
 class TileSchedule:
-    """The tiles of block_m rows that _triton/kernels/schedule.py makes of token_counts."""
+    """Hold the tiles of block_m rows that kernels/schedule.py makes of token_counts."""
 
     def __init__(self, rows: Rows, block_m: int) -> None:
         self.rows = rows
@@ -68,7 +71,7 @@ class TileSchedule:
 
     @property
     def used_rows(self) -> torch.Tensor:
-        """How many rows belong to an expert, (1,)."""
+        """Return how many rows belong to an expert, (1,)."""
         return self.tiles[-1:]
 
     def launch(
@@ -76,12 +79,12 @@ class TileSchedule:
     ) -> None:
         """Make the schedule, and zero the rows of `zeroed` that belong to no expert.
 
-        Those are the last ones, or the ones where `scatter` says that they are stored.
+        Those are the last rows of the expert order. With `scatter`, row i is stored at scatter[i].
         """
         rows = self.rows
         num_sms = device_of(rows.token_counts.device).num_sms
         launch(
-            # More programs than experts: all of them share the rows to zero.
+            # At least one program for each SM: all of them share the rows to zero.
             tile_schedule_kernel, (max(rows.num_experts, num_sms),),
             rows.token_counts, self.tiles, zeroed, scatter,
             rows.num_rows, rows.num_experts, self.max_tiles,

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton code that several ops share."""
+"""Hold the Triton kernels that several ops share."""

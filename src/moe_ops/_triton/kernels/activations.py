@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The activations of expert MLPs, in fp32, and their derivatives.
+"""Compute the activations of expert MLPs and their derivatives, in fp32.
 
-Names as the schema of fused_experts has them. A NaN stays one.
+The names are those of fused_experts' schema. NaN in gives NaN out.
 """
 
 import triton
@@ -12,7 +12,7 @@ from moe_ops._triton.kernels.grouped_gemm import halves_of
 # gpt-oss: gate * sigmoid(1.702 * gate) * (up + 1).
 _OAI_SLOPE = tl.constexpr(1.702)
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
-# 2 * sqrt(2 / pi), and the cubic term of the tanh form.
+# 2 * sqrt(2 / pi), and the coefficient of the cubic term, both of gelu's tanh form.
 _TANH_SLOPE = tl.constexpr(1.5957691216057308)
 _TANH_CUBIC = tl.constexpr(0.044715)
 _INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -21,10 +21,10 @@ _MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x)), to some ulp of fp32.
+    """Return 1 / (1 + exp(-x)), to some ulp of fp32.
 
-    tl.sigmoid divides, which takes 11 instructions an element where this takes 5: the epilogue of
-    an up projection is as long as that.
+    tl.sigmoid divides and takes 11 instructions per element, this takes 5. An up projection's
+    epilogue is not much longer than that.
     """
     root = tl.rsqrt(1 + tl.exp2(x * _MINUS_LOG2_E))
     return root * root
@@ -32,13 +32,13 @@ def sigmoid(x):
 
 @triton.jit
 def at_most(x, limit):
-    """min(x, limit)."""
+    """Return min(x, limit), and NaN for NaN."""
     return tl.where(x > limit, limit, x)
 
 
 @triton.jit
 def activation(x, ACTIVATION: tl.constexpr):
-    """act(x), and d act / dx."""
+    """Return act(x) and d act / dx."""
     if ACTIVATION == "silu" or ACTIVATION == "swiglu_oai":  # noqa: PLR1714
         slope: tl.constexpr = 1.0 if ACTIVATION == "silu" else _OAI_SLOPE
         s = sigmoid(x * slope)
@@ -69,7 +69,7 @@ def activation(x, ACTIVATION: tl.constexpr):
 def gated_activation(
     gate, up, limit, ACTIVATION: tl.constexpr, HAS_LIMIT: tl.constexpr
 ):  # fmt: skip
-    """act(gate) * up, and its derivatives with respect to gate and up."""
+    """Return act(gate) * up and its derivatives with respect to gate and up."""
     bounded = gate
     factor = up
     if HAS_LIMIT:
@@ -88,7 +88,7 @@ def gated_activation(
 
 @triton.jit
 def plain_activation(x, limit, ACTIVATION: tl.constexpr, HAS_LIMIT: tl.constexpr):
-    """act(x), and its derivative."""
+    """Return act(x) and its derivative, for an MLP without a gate."""
     bounded = x
     if HAS_LIMIT:
         bounded = at_most(x, limit)
@@ -102,9 +102,9 @@ def plain_activation(x, limit, ACTIVATION: tl.constexpr, HAS_LIMIT: tl.constexpr
 def split_gate(
     z, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, INTERLEAVED: tl.constexpr
 ):  # fmt: skip
-    """Gate and up, (BLOCK_M, BLOCK_I) each, of z (BLOCK_M, 2 * BLOCK_I).
+    """Split z (BLOCK_M, 2 * BLOCK_I) into gate and up, (BLOCK_M, BLOCK_I) each.
 
-    Interleaved they are the even and the odd columns, else the halves.
+    With INTERLEAVED they are its even and its odd columns, else its halves.
     """
     if INTERLEAVED:
         gate, up = z.reshape(BLOCK_M, BLOCK_I, 2).split()

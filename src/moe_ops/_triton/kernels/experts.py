@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels of fused_experts: the up projection with its activation, and that one's backward.
+"""Compute the up projection of fused_experts with its activation, and the activation's backward.
 
-M routed rows in expert order, width intermediate_size, W = 2 * width columns of the up projection
-where it is gated, else width. z (M, W) is the pre-activation, h (M, width) the activation's output.
+M routed rows in expert order, K hidden_size, width intermediate_size, W columns of the up
+projection: 2 * width with a gate, else width. z (M, W) is the pre-activation, h (M, width) the
+activation's output. The index i counts the columns of h, w and n those of z; e is an expert, t the
+position of a tile.
 """
 
 import triton
@@ -24,11 +26,11 @@ def _store_part(
     ptr, desc, tile, first, end, part, n0,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILE: tl.constexpr,
 ):  # fmt: skip
-    """Stores tile (BLOCK_M, BLOCK_N) at [first:end, part, n0:] of a ragged descriptor (M, any, N).
+    """Store a tile (BLOCK_M, BLOCK_N) at [first:end, part, n0:] of a ragged descriptor (M, any, N).
 
-    The pointer says of which dtype the descriptor is.
+    The pointer is read for its dtype only, which is the descriptor's.
     """
-    # store_ragged of triton.tools, which its interpreter does not take.
+    # This is triton.tools' store_ragged, which Triton's interpreter does not run.
     r0, r1, row = to_ragged_indices(first, end - first, 0)
     if SUBTILE == 2:
         HALF: tl.constexpr = BLOCK_N // 2
@@ -47,7 +49,7 @@ def _store_h(
     h_ptr, h_desc, h, rows, in_rows, first, end, i0, width,
     BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Stores h (BLOCK_M, BLOCK_I) from column i0 on."""
+    """Store h (BLOCK_M, BLOCK_I) from column i0 on."""
     if TMA:
         _store_part(h_ptr, h_desc, h, first, end, 0, i0, BLOCK_M, BLOCK_I, 1)
     else:
@@ -61,7 +63,7 @@ def _store_h(
 def _activate(
     gate, up, limit, GATED: tl.constexpr, ACTIVATION: tl.constexpr, HAS_LIMIT: tl.constexpr
 ):  # fmt: skip
-    """act(gate) * up, or act(gate)."""
+    """Return act(gate) * up, or without a gate act(gate)."""
     if GATED:
         h, _, _ = gated_activation(gate, up, limit, ACTIVATION, HAS_LIMIT)
     else:
@@ -82,11 +84,12 @@ def _expert_up_kernel(
     STORE_H: tl.constexpr, FINDS_TILES: tl.constexpr, EXPERTS: tl.constexpr,
     BLOCK_W: tl.constexpr, FLATTEN: tl.constexpr, SUBTILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """z[row] = x[row] @ b[e] + bias[e], h[row] = act(z[row]), tile by tile.
+    """Compute z[row] = x[row] @ b[e] + bias[e] and h[row] = act(z[row]), tile by tile.
 
-    Grid (any,), persistent, as grouped_gemm_kernel. A tile has BLOCK_N columns of z; gated, those
-    are BLOCK_N // 2 of gate and the same of up, so that h has BLOCK_N // 2. The rows of no expert
-    are not written, but for z's with FINDS_TILES, which are zeroed.
+    Grid (any,), persistent: a program owns the tiles pid, pid + grid size, ... A tile has BLOCK_N
+    columns of z. With GATED these are BLOCK_N // 2 columns of gate and the same columns of up, so
+    it has BLOCK_N // 2 columns of h. Needs the schedule or, with FINDS_TILES, only the counts.
+    Rows of no expert are not written; with FINDS_TILES those of z are zeroed.
     """
     if PDL:
         follow_on()
@@ -127,7 +130,7 @@ def _expert_up_kernel(
         in_h = in_rows[:, None]
         if STORE_Z:
             if TMA_Z and GATED:
-                # One half after the other, through the same buffer.
+                # The halves go through the same buffer, one after the other.
                 left, right = halves_of(z, BLOCK_M, BLOCK_N)
                 _store_part(z_ptr, z_desc, left, first, end, 0, n0, BLOCK_M, BLOCK_I, 1)
                 if HALVES:
@@ -148,7 +151,7 @@ def _expert_up_kernel(
                 gate, up = split_gate(z, BLOCK_M, BLOCK_I, INTERLEAVED)
             i0 = tile_n * BLOCK_I
             if SUBTILE == 2:
-                # One half after the other, so that fewer registers are needed at once.
+                # One half after the other takes fewer registers at a time.
                 HALF: tl.constexpr = BLOCK_I // 2
                 gate, gate_right = halves_of(gate, BLOCK_M, BLOCK_I)
                 up, up_right = halves_of(up, BLOCK_M, BLOCK_I)
@@ -173,11 +176,12 @@ def _expert_activation_bwd_kernel(
     LOAD_DH: tl.constexpr, STORE_DZ: tl.constexpr, STORE_H: tl.constexpr,
     STORE_DOTS: tl.constexpr,
 ):  # fmt: skip
-    """Of each row, with its slot's weight s: dz = s * dh * act'(z), sh = s * h, dots[slot] = <dh, h>.
+    """Compute dz = s * dh * act'(z), sh = s * h and dots[slot] = <dh, h> of each row.
 
-    s = 1 without HAS_SCALE; without LOAD_DH only sh is made. Grid (cdiv(num_rows, ROWS),). Rows
-    from used_ptr[0] on belong to no expert: their dots are zero, the rest of them is not written.
-    sh may be dh: a block is read before it is written.
+    s is the router weight of the row's slot, or 1 without HAS_SCALE. Without LOAD_DH only sh is
+    made. Grid (cdiv(num_rows, ROWS),): one program owns ROWS rows. Needs nothing initialised. Rows
+    from used_ptr[0] on belong to no expert: their dots are zeros, their dz and sh are not written.
+    sh may be dh itself, since a block is read before it is written.
     """
     W = 2 * width if GATED else width
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grouped GEMMs: the products of grouped_gemm and its dX, and of fused_experts.
+"""Multiply each expert's rows by its matrix: grouped_gemm and its dX, and the parts others share.
 
-In GEMM letters: each expert e multiplies its rows, y (M, N) = x (M, K) @ b[e] (K, N). Forward: M
-rows, N out_features, K in_features, b[e] = weight[e].T. dX: N in_features, K out_features, b[e] =
-weight[e], so it is the same kernel with other strides. dW is in grouped_gemm_dw.py.
+The letters are a GEMM's. Each expert e multiplies its rows: y (M, N) = x (M, K) @ b[e] (K, N).
+Forward: M rows, N out_features, K in_features, b[e] = weight[e].T. dX: N in_features, K
+out_features, b[e] = weight[e]. So dX is the same kernel with other strides. dW is in
+grouped_gemm_dw.py.
 
-A kernel walks tiles (tile_of), gets its rows from the schedule, multiplies (multiply), and has its
-own way with the result.
+A kernel walks tiles (walked_tile), multiplies (multiply), and finishes each tile in its own way.
 """
 
 import triton
@@ -19,7 +19,7 @@ from moe_ops._triton.kernels.schedule import begin_walk, walked_tile, zero_tail
 
 @triton.jit
 def follow_on():
-    """Waits for the kernel before, of a programmatic dependent launch; lets the one after begin."""
+    """Wait for the kernel before, then let the next one begin (programmatic dependent launch)."""
     gdc_wait()
     gdc_launch_dependents()
 
@@ -28,7 +28,10 @@ def follow_on():
 def load_x(
     desc, pointers, row, k0, in_rows, in_k, TMA: tl.constexpr, EVEN_K: tl.constexpr
 ):  # fmt: skip
-    """The next (BLOCK_M, BLOCK_K) of x; zeros past K, anything past the rows of a descriptor."""
+    """Load the next (BLOCK_M, BLOCK_K) of x; past K it is zero.
+
+    Past the tile's rows, pointers give zeros and a descriptor gives any values.
+    """
     if TMA:
         x = desc.load([row, k0])
     elif EVEN_K:
@@ -44,9 +47,10 @@ def load_b(
     TMA: tl.constexpr, IS_NK: tl.constexpr, HALVES: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The next (BLOCK_K, BLOCK_N) of b[e]; zeros past K and N.
+    """Load the next (BLOCK_K, BLOCK_N) of b[e]; past K and N it is zero.
 
-    With HALVES, half of the columns begin at n0 of the first half of N, half at n0 of the second.
+    With HALVES, half of the columns come from the first half of N, half from the second. Both
+    begin at n0 of their half.
     """
     if TMA and HALVES and IS_NK:
         b = desc.load([e, 0, n0, k0]).reshape(BLOCK_N, BLOCK_K).T
@@ -71,13 +75,13 @@ def multiply(
     TMA_X: tl.constexpr, TMA_B: tl.constexpr, B_IS_NK: tl.constexpr, HALVES: tl.constexpr,
     EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """x[source] @ b[e][:, cols] + bias[e, cols] in fp32, (BLOCK_M, BLOCK_N).
+    """Return x[source] @ b[e][:, cols] + bias[e, cols] in fp32, (BLOCK_M, BLOCK_N).
 
-    Descriptors load BLOCK_M rows from `first`, and columns from n0 as load_b says; pointers load
-    `source` and `cols`.
+    Pointers load the rows `source` and the columns `cols`. Descriptors load BLOCK_M rows from
+    `first` on, and columns from n0 on (see load_b).
     """
     k = tl.arange(0, BLOCK_K)
-    # Dead code where a descriptor loads instead.
+    # If a descriptor loads, these pointers are dead code.
     x_pointers = (
         x_ptr + source[:, None].to(tl.int64) * stride_xm + k[None, :].to(tl.int64) * stride_xk
     )
@@ -89,7 +93,7 @@ def multiply(
     )
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if HAS_BIAS:
-        # Not after the loop: there the registers are all taken.
+        # The bias is not added after the loop: all registers are taken there.
         bias_pointers = (
             bias_ptr + e.to(tl.int64) * stride_bias_e + cols.to(tl.int64) * stride_bias_n
         )
@@ -108,7 +112,7 @@ def multiply(
 
 @triton.jit
 def halves_of(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The left and the right half of a tile (BLOCK_M, BLOCK_N)."""
+    """Split a tile (BLOCK_M, BLOCK_N) into its left and its right half."""
     left, right = tile.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
     return left, right
 
@@ -117,7 +121,7 @@ def halves_of(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 def source_rows(
     gather_ptr, rows, in_rows, num_rows, divisor, GATHER: tl.constexpr
 ):  # fmt: skip
-    """Which row of x each row multiplies, and whether there is one."""
+    """Return the row of x that each row multiplies, and whether there is one."""
     source = rows
     in_source = in_rows
     if GATHER:
@@ -132,12 +136,12 @@ def store_rows(
     y_ptr, y_desc, y, first, end, target, in_target, n0, N,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Stores y (BLOCK_M, BLOCK_N) from column n0 on.
+    """Store y (BLOCK_M, BLOCK_N) from column n0 on.
 
-    A descriptor stores the rows from `first` up to `end`, pointers the rows `target`.
+    A descriptor stores to the rows from `first` up to `end`, pointers store to the rows `target`.
     """
     if TMA:
-        # store_ragged of triton.tools, which its interpreter does not take.
+        # This is triton.tools' store_ragged, which Triton's interpreter does not run.
         i0, i1, row = to_ragged_indices(first, end - first, 0)
         y_desc.store([i0, i1, row, n0], y.reshape(1, 1, BLOCK_M, BLOCK_N))
     else:
@@ -155,8 +159,8 @@ def finish_tile(
     HAS_GATHER: tl.constexpr, HAS_SCALE: tl.constexpr, STORE_Y: tl.constexpr,
     HAS_DOTS: tl.constexpr, GATHER_OTHER: tl.constexpr, SUBTILE: tl.constexpr,
 ):  # fmt: skip
-    """What becomes of a product acc (BLOCK_M, BLOCK_N): dots with `other`, the router weight, y."""
-    # Loaded here and not before the product: the registers of its loop are all taken.
+    """Finish a product acc (BLOCK_M, BLOCK_N): take its dots with `other`, scale it, store y."""
+    # The slots are not loaded before the product: its loop takes all registers.
     slots = rows
     if HAS_GATHER:
         slots = tl.load(gather_ptr + rows, mask=in_rows, other=-1)
@@ -218,7 +222,7 @@ def grouped_gemm_tile(
     STORE_Y: tl.constexpr, HAS_DOTS: tl.constexpr, GATHER_OTHER: tl.constexpr,
     SUBTILE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of grouped_gemm_kernel: up to BLOCK_M rows from `first`, columns of tile_n."""
+    """Compute a tile of grouped_gemm_kernel: BLOCK_M rows or fewer from `first`, column tile_n."""
     rows = first + tl.arange(0, BLOCK_M)
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows = rows < end
@@ -255,13 +259,13 @@ def grouped_gemm_kernel(
     FINDS_TILES: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_W: tl.constexpr,
     TAIL_TILES: tl.constexpr, FLATTEN: tl.constexpr, SUBTILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y[row] = scale * (x[row] @ b[e] + bias[e]), tile by tile.
+    """Compute y[row] = scale * (x[row] @ b[e] + bias[e]), tile by tile.
 
-    Grid (any,), persistent: a program walks the tiles pid, pid + grid size, ... With
-    HAS_DOTS it also writes dots[n_tile, row] = sum over its columns of (x[row] @ b[e]) * other[row].
-    Writes the rows of the schedule's tiles alone; with FINDS_TILES there is no schedule, and the
-    rows of no expert are zeroed here too. With TAIL_TILES an expert's last rows, where they fit,
-    are computed in a tile of half the height.
+    Grid (any,), persistent: a program owns the tiles pid, pid + grid size, ... With HAS_DOTS it
+    also writes dots[column tile, slot] = <x[row] @ b[e], other[row]>, summed over the tile's
+    columns. Needs a schedule, and writes the rows of its tiles only. With FINDS_TILES it needs no
+    schedule, and zeros the rows of no expert itself. With TAIL_TILES an expert's last rows get a
+    tile of half the height if they fit. dots must hold zeros: rows without a slot write none.
     """
     if PDL:
         follow_on()

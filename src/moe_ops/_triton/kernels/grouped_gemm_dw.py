@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gradients of grouped_gemm that sum over rows: dW, dbias, and the bias's part of the router's.
+"""Compute dW and dbias of grouped_gemm, and the bias's part of the router gradient.
 
-M rows, N out_features, D in_features. dW contracts over the rows of an expert: (N, D) per expert.
+M rows, N out_features, D in_features. dW contracts over an expert's rows: dw[e] is (N, D). If the
+weight is stored (E, D, N), g and x change places, and N and D with them. e is an expert, t the
+position of a tile, and offsets (2, E) holds the first row and the end row of each expert.
 """
 
 import triton
@@ -20,10 +22,11 @@ def grouped_gemm_bwd_dw_kernel(
     PRECISION: tl.constexpr, TMA_G: tl.constexpr, TMA_X: tl.constexpr, TMA_DW: tl.constexpr,
     FLATTEN: tl.constexpr, SUBTILE: tl.constexpr,
 ):  # fmt: skip
-    """dw[e] (N, D) = sum over the rows m of expert e of outer(g[m], x[m]); zeros without rows.
+    """Compute dw[e] (N, D) = sum over the rows m of expert e of outer(g[m], x[m]).
 
-    Grid (any,), persistent. Rows past an expert's end are zero-filled: by the hardware where a
-    ragged descriptor loads, by masks elsewhere. Writes all of dw.
+    Grid (any,), persistent: a program owns the tiles pid, pid + grid size, ... Needs nothing
+    initialised and writes all of dw, zeros for an expert without rows. Rows past an expert's end
+    are loaded as zeros: by the hardware with a ragged descriptor, by masks with pointers.
     """
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_d = tl.cdiv(D, BLOCK_D)
@@ -79,9 +82,11 @@ def grouped_gemm_bwd_dbias_kernel(
     stride_gm, stride_gn, stride_st, stride_sk,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_GATHER: tl.constexpr,
 ):  # fmt: skip
-    """dbias[e, n] = sum over the rows m of expert e of g[m, n], in fp32; zeros without rows.
+    """Compute dbias[e, n] = sum over the rows m of expert e of g[m, n], in fp32.
 
-    With HAS_SCALE each row counts scale[slot] times. Grid (num_experts, cdiv(N, BLOCK_N)).
+    With HAS_SCALE each row is multiplied by scale[slot]. Grid (num_experts, cdiv(N, BLOCK_N)): one
+    program owns BLOCK_N columns of one expert. Needs nothing initialised and writes all of dbias,
+    zeros for an expert without rows.
     """
     e = tl.program_id(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -116,9 +121,10 @@ def grouped_gemm_bwd_bias_dots_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_GATHER: tl.constexpr,
     GATHER_G: tl.constexpr,
 ):  # fmt: skip
-    """dots[slot] = <g[row], bias[e]> of each row: what the bias adds to the router gradient.
+    """Compute dots[slot] = <g[row], bias[e]>: what the bias adds to the router gradient.
 
-    Grid (max_tiles,): one tile of the schedule each.
+    Grid (max_tiles,): one program owns one tile of the schedule. dots must hold zeros: slots of no
+    expert are not written.
     """
     tile = tl.program_id(0)
     if tile < tl.load(tiles_ptr + 3 * max_tiles):

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels that move rows, shared by permute, unpermute and grouped_gemm.
+"""Move and sum rows, for permute, unpermute, grouped_gemm and fused_experts.
 
 T num_tokens, K top_k, H hidden_size, R = T * K routed rows; slot = token * K + k.
 
-A row index out of range gives its row the width 0: nothing is read or written there.
+A row whose index is out of range gets the width 0: nothing is read or written there. No kernel here
+needs anything initialised.
 """
 
 import triton
@@ -12,9 +13,9 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["num_rows"])
 def invert_permutation_kernel(indices_ptr, inverse_ptr, num_rows, BLOCK: tl.constexpr):
-    """Writes inverse[indices[i]] = i; an index out of range is skipped.
+    """Write inverse[indices[i]] = i; an index out of range is skipped.
 
-    Grid (cdiv(num_rows, BLOCK),).
+    Grid (cdiv(num_rows, BLOCK),): one program owns BLOCK indices.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(indices_ptr + i, mask=i < num_rows, other=-1).to(tl.int64)
@@ -26,9 +27,10 @@ def copy_rows_kernel(
     input_ptr, rows_ptr, output_ptr, stride_t, stride_h, num_rows, hidden_size, top_k,
     BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Copies each token's row to its top_k rows: output[rows[t * top_k + k]] = input[t].
+    """Copy each token's row to its top_k rows: output[rows[t * top_k + k]] = input[t].
 
-    Grid (num_tokens, cdiv(hidden_size, BLOCK_H)). One program reads its part of a row once.
+    Grid (num_tokens, cdiv(hidden_size, BLOCK_H)): one program owns BLOCK_H columns of a token and
+    reads them once.
     """
     token = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -47,10 +49,11 @@ def sum_rows_kernel(
     TOP_K: tl.constexpr, BLOCK_H: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     HAS_USED: tl.constexpr,
 ):  # fmt: skip
-    """Sums each token's rows: output[t] = sum_k weights[t, k] * input[rows[t * TOP_K + k]].
+    """Sum each token's rows: output[t] = sum_k weights[t, k] * input[rows[t * TOP_K + k]].
 
-    Grid (num_tokens, cdiv(hidden_size, BLOCK_H)). Summed in fp32, in the order of k. With HAS_USED
-    the rows from used_ptr[0] on are not read, and count as zeros.
+    Grid (num_tokens, cdiv(hidden_size, BLOCK_H)): one program owns BLOCK_H columns of a token. It
+    sums in fp32, in the order of k. With HAS_USED it does not read the rows from used_ptr[0] on:
+    they count as zeros.
     """
     if HAS_USED:
         num_rows = tl.minimum(num_rows, tl.load(used_ptr))
@@ -77,10 +80,11 @@ def gather_rows_kernel(
     HAS_GATHER: tl.constexpr, MOVES: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Copies rows into expert order: output[i] = weights[slot] * input[slot // divisor].
+    """Copy rows into expert order: output[i] = weights[slot] * input[slot // divisor].
 
-    slot = gather[i], or i without; without MOVES the rows are in expert order already and
-    input[i] is read. Grid (num_rows, cdiv(hidden_size, BLOCK_H)).
+    slot is gather[i], or i without HAS_GATHER. Without MOVES the rows are in expert order already:
+    input[i] is read. Grid (num_rows, cdiv(hidden_size, BLOCK_H)): one program owns BLOCK_H columns
+    of a row.
     """
     i = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tile schedule of a grouped GEMM: which rows of which expert each tile covers.
+"""Make the tile schedule of a grouped GEMM: the expert and the rows of each tile.
 
-Made on the device from token_counts, so that nothing is read on the host. E experts, R rows.
-A schedule is int32 (3 * max_tiles + 2,): expert, first row and end row of each tile, in expert
-order, then the number of tiles, and the number of rows that belong to an expert. max_tiles =
-cdiv(R, BLOCK_M) + E is enough for any counts.
+The device makes it from token_counts, so the host reads nothing. E experts, R rows, e an expert,
+t the position of a tile (m, n) in the walk. A schedule is int32 (3 * max_tiles + 2,). It holds the
+experts of all tiles, their first rows and their end rows, in expert order. Then come the number of
+tiles and the number of rows that belong to an expert. max_tiles = cdiv(R, BLOCK_M) + E is enough
+for any counts.
 
-A GEMM of few rows finds its tiles by itself (find_tile), which saves it a launch.
+A GEMM of few rows finds its tiles itself (find_tile), which saves a launch.
 """
 
 import triton
@@ -15,7 +16,7 @@ import triton.language as tl
 
 @triton.jit
 def expert_rows(counts_ptr, num_rows, num_experts, EXPERTS: tl.constexpr):
-    """First row and end row of every expert, clamped so that no row is past num_rows."""
+    """Return every expert's first row and end row, both clamped to num_rows."""
     experts = tl.arange(0, EXPERTS)
     counts = tl.load(counts_ptr + experts, mask=experts < num_experts, other=0).to(tl.int64)
     counts = tl.minimum(tl.maximum(counts, 0), num_rows)
@@ -26,14 +27,14 @@ def expert_rows(counts_ptr, num_rows, num_experts, EXPERTS: tl.constexpr):
 
 @triton.jit
 def tiles_before(starts, ends, BLOCK_M: tl.constexpr):
-    """Tiles of every expert and those before it, itself included."""
+    """Return every expert's number of tiles, and their running sum, its own included."""
     tiles = (ends - starts + BLOCK_M - 1) // BLOCK_M
     return tiles, tl.cumsum(tiles, 0)
 
 
 @triton.jit
 def find_tile(tile, starts, ends, tiles, upto, BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr):
-    """Expert, first row and end row of a tile, from what expert_rows and tiles_before gave."""
+    """Return a tile's expert, first row and end row, given expert_rows and tiles_before."""
     e = tl.sum((upto <= tile).to(tl.int32))
     is_mine = tl.arange(0, EXPERTS) == e
     first = tl.sum(tl.where(is_mine, starts + (tile - upto + tiles) * BLOCK_M, 0))
@@ -42,7 +43,10 @@ def find_tile(tile, starts, ends, tiles, upto, BLOCK_M: tl.constexpr, EXPERTS: t
 
 @triton.jit
 def tile_of(t, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Tile (m, n) of position t: GROUP_M row tiles share their weight columns in the L2 cache."""
+    """Return the tile (m, n) of position t.
+
+    GROUP_M neighbouring row tiles share their weight columns in the L2 cache.
+    """
     width = GROUP_M * tiles_n
     first_m = (t // width) * GROUP_M
     size_m = tl.minimum(tiles_m - first_m, GROUP_M)
@@ -54,9 +58,9 @@ def begin_walk(
     counts_ptr, tiles_ptr, max_tiles, num_rows, num_experts,
     BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr, FINDS_TILES: tl.constexpr,
 ):  # fmt: skip
-    """Return the number of row tiles, and what walked_tile reads.
+    """Return the number of row tiles, and the walk that walked_tile reads.
 
-    With FINDS_TILES the tiles follow from the counts; otherwise a schedule has them.
+    With FINDS_TILES the tiles are computed from the counts. Else the schedule holds them.
     """
     if FINDS_TILES:
         starts, ends = expert_rows(counts_ptr, num_rows, num_experts, EXPERTS)
@@ -74,7 +78,7 @@ def walked_tile(
     t, tiles_m, tiles_n, walk,
     GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr, FINDS_TILES: tl.constexpr,
 ):  # fmt: skip
-    """Return the expert, the first row, the end row and the column tile of position t."""
+    """Return the expert, the first row, the end row and the column tile at position t."""
     tile_m, tile_n = tile_of(t, tiles_m, tiles_n, GROUP_M)
     if FINDS_TILES:
         starts, ends, tiles, upto = walk
@@ -91,7 +95,10 @@ def walked_tile(
 def zero_tail(
     output_ptr, rows_ptr, first, num_rows, width, SCATTER: tl.constexpr, BLOCK_W: tl.constexpr
 ):  # fmt: skip
-    """Zeros the rows first, first + 1, ... of output; all programs of the launch share them."""
+    """Zero the rows first, first + 1, ... of output; all programs of the launch share the work.
+
+    With SCATTER row i is stored at rows[i].
+    """
     for row in range(first + tl.program_id(0), num_rows, tl.num_programs(0)):
         target = tl.cast(row, tl.int64)
         if SCATTER:
@@ -109,10 +116,10 @@ def tile_schedule_kernel(
     BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_W: tl.constexpr,
     ZERO_TAIL: tl.constexpr, SCATTER: tl.constexpr,
 ):  # fmt: skip
-    """Writes the schedule; with ZERO_TAIL also zeros the rows of output past the last expert's.
+    """Write the schedule; with ZERO_TAIL also zero the rows of output that belong to no expert.
 
-    Grid (num_experts or more,). Program e writes the tiles of expert e, program 0 also their
-    number. All programs share the rows to zero.
+    Grid (num_experts or more,): program e owns the tiles of expert e, and program 0 also writes
+    their number. All programs share the rows to zero. Needs nothing initialised.
     """
     pid = tl.program_id(0)
     experts = tl.arange(0, EXPERTS)
@@ -137,7 +144,10 @@ def tile_schedule_kernel(
 def expert_offsets_kernel(
     counts_ptr, offsets_ptr, num_rows, num_experts, EXPERTS: tl.constexpr
 ):  # fmt: skip
-    """Writes offsets (2, E), int32: first row and end row of every expert. Grid (1,)."""
+    """Write offsets (2, E), int32: every expert's first row and end row.
+
+    Grid (1,): one program owns all experts. Needs nothing initialised.
+    """
     experts = tl.arange(0, EXPERTS)
     starts, ends = expert_rows(counts_ptr, num_rows, num_experts, EXPERTS)
     tl.store(offsets_ptr + experts, starts, mask=experts < num_experts)
