@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grouped GEMMs for Hopper, in Gluon: one warp loads, two groups of four warps multiply and store.
+"""Compute grouped GEMMs on Hopper with cooperative groups of warps, in Gluon.
 
-The same products as in _triton/kernels/grouped_gemm.py, whose letters these are, for 16-bit operands that
-descriptors describe. Each group has half of a tile's rows. The loading warp runs ahead through a ring
-of STAGES buffers, out of one tile into the next: while a group stores, the other multiplies, and the
-next tile's operands are on their way. With the loads in the groups' own loop, as Triton pipelines
-them, each tile would begin by waiting for its first operands and end with nothing to multiply.
+One warp loads, two groups of four warps multiply and store. Both groups share a tile, and each has
+half of its rows. The products and the letters are those of grouped_gemm.py and grouped_gemm_dw.py.
+The operands have 16 bits and come through descriptors.
 
-A buffer of the ring is `full` once its bytes have come, `empty` once its READERS, the groups that
-multiply it, have done so: here both, in _triton/kernels/hopper_pingpong.py one.
+The loading warp runs ahead through the ring of STAGES buffers (hopper_ring.py), from one tile into
+the next. While one group stores, the other multiplies, and the next tile's operands are loading.
+Triton would pipeline the loads in the groups' own loop. Then each tile would begin by waiting for
+its first operands, and end with nothing to multiply.
 """
 
 from triton.experimental import gluon
@@ -37,7 +37,7 @@ def _gemm_multiply(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
     B_IS_NK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One group: its rows of each tile of y."""
+    """Compute one group's rows of each tile of y."""
     ROWS: gl.constexpr = BLOCK_M // GROUPS
     xs, bs, full, empty, tiles_ptr, max_tiles, tiles_n, K = ring
     tiles_m = gl.load(tiles_ptr + 3 * max_tiles)
@@ -61,9 +61,10 @@ def grouped_gemm_cooperative_kernel(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
     B_IS_NK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """y[row] = x[row] @ b[e], rows in expert order; grouped_gemm_kernel without what that adds.
+    """Compute y[row] = x[row] @ b[e], rows in expert order: grouped_gemm_kernel's bare product.
 
-    Grid (any,), persistent. Writes the rows of the schedule's tiles alone.
+    Grid (any,), persistent: a program owns the tiles pid, pid + grid size, ... Needs the schedule,
+    and writes the rows of its tiles only.
     """
     ROWS: gl.constexpr = BLOCK_M // GROUPS
     B_SHAPE: gl.constexpr = [1, BLOCK_N, BLOCK_K] if B_IS_NK else [1, BLOCK_K, BLOCK_N]
@@ -111,7 +112,7 @@ def _dw_multiply(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, GROUP_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One group: its rows of each tile of dw."""
+    """Compute one group's rows of each tile of dw."""
     ROWS: gl.constexpr = BLOCK_N // GROUPS
     gs, xs, full, empty, offsets_ptr, num_experts, tiles_n, tiles_d = ring
     step = 0
@@ -135,9 +136,11 @@ def grouped_gemm_bwd_dw_cooperative_kernel(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, GROUP_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """dw[e] (N, D) = sum over the rows m of expert e of outer(g[m], x[m]); zeros without rows.
+    """Compute dw[e] (N, D) = sum over the rows m of expert e of outer(g[m], x[m]).
 
-    Grid (any,), persistent. Rows past an expert's end are zero-filled by the hardware. Writes all of dw.
+    Grid (any,), persistent: a program owns the tiles pid, pid + grid size, ... Needs nothing
+    initialised and writes all of dw, zeros for an expert without rows. The hardware loads rows past
+    an expert's end as zeros.
     """
     ROWS: gl.constexpr = BLOCK_N // GROUPS
     tiles_n = gl.cdiv(N, BLOCK_N)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fused_experts for Hopper: its products with the activation, forward and backward, on top.
+"""Compute fused_experts' products on Hopper, with the activation or its backward on top.
 
-The groups take turns as in _triton/kernels/hopper_pingpong.py: while one multiplies, the other computes the
-activation. The letters are those of fused_experts' kernels for every GPU.
+The groups of warps work in ping-pong (hopper_pingpong.py): while one multiplies, the other computes
+the activation. The letters are those of experts.py, and N, K those of each kernel's product.
 """
 
 from triton.experimental import gluon
@@ -33,7 +33,7 @@ from moe_ops._triton.kernels.hopper_ring import (
     store_tile,
 )
 
-# Of a chunk: the gate's buffer and the up's.
+# The gate's and the up's place: in a pair of buffers, and among the parts of z.
 _GATE = gl.constexpr(0)
 _UP = gl.constexpr(1)
 
@@ -47,7 +47,10 @@ def _activated(
     ACTIVATION: gl.constexpr,
     HAS_LIMIT: gl.constexpr,
 ):
-    """act(gate) * up of a piece of z: gate and up, or where they are interleaved its two halves."""
+    """Return act(gate) * up of a piece of z.
+
+    `first` and `second` are gate and up, or with INTERLEAVED the halves of the piece.
+    """
     if INTERLEAVED:
         ROWS: gl.constexpr = first.shape[0]
         HALF: gl.constexpr = first.shape[1] // 2
@@ -69,9 +72,9 @@ def _up_multiply(
     STAGES: gl.constexpr, SUBTILE: gl.constexpr, ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr,
     HAS_BIAS: gl.constexpr, INTERLEAVED: gl.constexpr, STORE_Z: gl.constexpr, STORE_H: gl.constexpr,
 ):  # fmt: skip
-    """One group: its tiles of z, and of h.
+    """Compute one group's tiles of z and h.
 
-    A tile is finished in pieces of COLS columns of h, which are two times COLS columns of z.
+    It finishes a tile in pieces of COLS columns of h, which are 2 * COLS columns of z.
     """
     BLOCK_I: gl.constexpr = BLOCK_N // 2
     COLS: gl.constexpr = BLOCK_I // SUBTILE
@@ -116,7 +119,7 @@ def _up_multiply(
                 store_tile(z_desc, second_buffer, second, [RAGGED_END, end, row, part_1, n_1], 1)
             if STORE_H:
                 h = _activated(first, second, limit, INTERLEAVED, ACTIVATION, HAS_LIMIT)
-                # Through the first buffer, whose store is the last but one.
+                # h goes through the first buffer, whose store is the last but one.
                 store_tile(
                     h_desc, first_buffer, h, [RAGGED_END, end, row, 0, i0], 1 if STORE_Z else 0
                 )
@@ -131,12 +134,13 @@ def expert_up_pingpong_kernel(
     STAGES: gl.constexpr, SUBTILE: gl.constexpr, ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr,
     HAS_BIAS: gl.constexpr, INTERLEAVED: gl.constexpr, STORE_Z: gl.constexpr, STORE_H: gl.constexpr,
 ):  # fmt: skip
-    """z[row] = x[row] @ b[e] + bias[e], h[row] = act(gate) * up, rows in expert order.
+    """Compute z[row] = x[row] @ b[e] + bias[e] and h[row] = act(gate) * up, rows in expert order.
 
-    b is stored (N, K), N = 2 * width. Gate's rows come before up's, and a tile has BLOCK_N // 2 columns
-    of each; INTERLEAVED they alternate. Grid (any,), persistent. Writes the rows of the schedule's
-    tiles alone, z (M, N) and h (M, width), where asked for. Their descriptors have blocks of a
-    2 * SUBTILE-th of a tile's columns.
+    b is stored as (N, K), N = 2 * width. Gate's rows come before up's, and a tile has BLOCK_N // 2
+    columns of each. With INTERLEAVED the rows alternate. Grid (any,), persistent: a program's
+    groups own its tiles pid, pid + grid size, ... in turn. Needs the schedule, and writes the rows
+    of its tiles only: z (M, N) with STORE_Z, h (M, width) with STORE_H. A block of their
+    descriptors has BLOCK_N // (2 * SUBTILE) columns.
     """
     BLOCK_I: gl.constexpr = BLOCK_N // 2
     COLS: gl.constexpr = BLOCK_I // SUBTILE
@@ -144,7 +148,7 @@ def expert_up_pingpong_kernel(
     tiles_n = gl.cdiv(width, BLOCK_I)
     xs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
     bs = gl.allocate_shared_memory(b_desc.dtype, [STAGES] + B_SHAPE, b_desc.layout)
-    # z's and h's are alike.
+    # z and h share these buffers: their blocks are alike.
     buffers = gl.allocate_shared_memory(
         h_desc.dtype, [GROUPS * 2, 1, 1, BLOCK_M, 1, COLS], h_desc.layout
     )
@@ -184,7 +188,7 @@ def expert_up_pingpong_kernel(
 
 @gluon.jit
 def _load_chunk(z_desc, zs, loaded, slot, end, row, i0, NUM_BYTES: gl.constexpr):
-    """Begins to load gate and up, from column i0 on, to the slot's two buffers."""
+    """Begin to load gate and up, from column i0 on, into the slot's two buffers."""
     barrier = loaded.index(slot)
     mbarrier.expect(barrier, NUM_BYTES)
     async_load(z_desc, [RAGGED_END, end, row, _GATE, i0], barrier, zs.index(slot * 2 + _GATE))
@@ -195,7 +199,7 @@ def _load_chunk(z_desc, zs, loaded, slot, end, row, i0, NUM_BYTES: gl.constexpr)
 def _activation_bwd(
     dh, gate, up, scale, limit, ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr
 ):  # fmt: skip
-    """The gradients of gate and up, the weighted h, and <dh, h> of each row."""
+    """Return the gradients of gate and up, the weighted h, and each row's <dh, h>."""
     dtype: gl.constexpr = gate.dtype
     layout: gl.constexpr = accumulator_layout(gate.shape[1])
     dh = gl.convert_layout(dh, layout, assert_trivial=True).to(gl.float32)
@@ -216,11 +220,11 @@ def _down_bwd_multiply(
     ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr, HAS_SCALE: gl.constexpr,
     STORE_H: gl.constexpr, STORE_DOTS: gl.constexpr,
 ):  # fmt: skip
-    """One group: its tiles of dh, and what they become.
+    """Compute one group's tiles of dh, and from them dz, sh and dots.
 
-    z comes in chunks of columns through SLOTS slots of buffers, in which dz leaves.
+    z is loaded in chunks of columns, into SLOTS slots of buffers. dz leaves through the same ones.
     """
-    # A slot serves as many chunks of each tile, an even number: its barrier's phase begins anew.
+    # A slot serves an even number of chunks of a tile, so its barrier's phase is then 0 again.
     gl.static_assert(CHUNKS % (2 * SLOTS) == 0)
     COLS: gl.constexpr = BLOCK_N // CHUNKS
     NUM_BYTES: gl.constexpr = 2 * BLOCK_M * COLS * z_desc.dtype.primitive_bitwidth // 8
@@ -236,7 +240,7 @@ def _down_bwd_multiply(
         _, first, end, tile_n = scheduled_tile(t, tiles_ptr, max_tiles, tiles_m, tiles_n, GROUP_M)
         row = RAGGED_END - (end - first)
         i0 = tile_n * BLOCK_N
-        # What the tile before stored has left its buffers.
+        # Wait until the stores of the tile before have left the buffers.
         tma.store_wait(0)
         for c in gl.static_range(SLOTS):
             slot = GROUP * SLOTS + c
@@ -252,7 +256,7 @@ def _down_bwd_multiply(
             scale = weights_of_slots(scale_ptr, routed, num_rows, top_k, stride_st, stride_sk)
         scale = scale.expand_dims(1)
         turn += 1
-        # Rounded, as the other kernels store it, it takes half of the registers.
+        # Other kernels round dh when they store it. Rounded here, it takes half of the registers.
         chunks = split_columns(product.to(z_desc.dtype), CHUNKS)
         dots = gl.zeros([BLOCK_M], gl.float32, row_layout)
         for c in gl.static_range(CHUNKS):
@@ -263,7 +267,7 @@ def _down_bwd_multiply(
             gate = split_columns(gates.reshape([BLOCK_M, COLS]).load(layout), 2)
             up = split_columns(ups.reshape([BLOCK_M, COLS]).load(layout), 2)
             dh = split_columns(chunks[c], 2)
-            # One half after the other: there are no registers for both.
+            # One half after the other, since there are no registers for both.
             gate_0, up_0, h_0, dots_0 = _activation_bwd(
                 dh[0], gate[0], up[0], scale, limit, ACTIVATION, HAS_LIMIT
             )
@@ -281,7 +285,7 @@ def _down_bwd_multiply(
             if STORE_H:
                 async_store(sh_desc, [RAGGED_END, end, row, 0, i0 + c * COLS], hs.index(slot))
             if c + 1 >= SLOTS and c + 1 < CHUNKS:
-                # Its slot's last stores are done; with two slots the other's may go on.
+                # Wait for the last stores of the next slot. With two slots the other's may go on.
                 tma.store_wait(STORES * (SLOTS - 1))
                 next_slot = GROUP * SLOTS + (c + 1) % SLOTS
                 next_i0 = i0 + (c + 1) * COLS
@@ -300,12 +304,14 @@ def expert_down_bwd_pingpong_kernel(
     ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr, HAS_SCALE: gl.constexpr,
     STORE_H: gl.constexpr, STORE_DOTS: gl.constexpr,
 ):  # fmt: skip
-    """dh[row] = dy[row] @ b[e], and of it what _expert_activation_bwd_kernel makes, not stored itself.
+    """Compute dh[row] = dy[row] @ b[e], and from it what _expert_activation_bwd_kernel computes.
 
-    dz (M, 2 * N) = scale * dh * act'(z), gate and up apart; sh (M, N) = scale * h; and for each column
-    tile dots[column tile, slot] = <dh, h> of its columns. Grid (any,), persistent. Writes the rows of
-    the schedule's tiles alone. The descriptors of z, dz and sh have blocks of a CHUNKS-th of a tile's
-    columns.
+    dz (M, 2 * N) = scale * dh * act'(z), with gate and up in halves. sh (M, N) = scale * h.
+    dots[column tile, slot] = <dh, h>, summed over the tile's columns. dh is not stored.
+
+    Grid (any,), persistent: a program's groups own its tiles pid, pid + grid size, ... in turn. Needs
+    the schedule, and zeros in dots. It writes the rows of the schedule's tiles only. A block of the
+    descriptors of z, dz and sh has BLOCK_N // CHUNKS columns.
     """
     B_SHAPE: gl.constexpr = [1, BLOCK_N, BLOCK_K] if B_IS_NK else [1, BLOCK_K, BLOCK_N]
     COLS: gl.constexpr = BLOCK_N // CHUNKS
@@ -315,7 +321,7 @@ def expert_down_bwd_pingpong_kernel(
     zs = gl.allocate_shared_memory(
         z_desc.dtype, [GROUPS * SLOTS * 2, 1, 1, BLOCK_M, 1, COLS], z_desc.layout
     )
-    # Without h nothing reads or writes its buffers.
+    # Without h nothing uses its buffers.
     hs = zs
     if STORE_H:
         hs = gl.allocate_shared_memory(

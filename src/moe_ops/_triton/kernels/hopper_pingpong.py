@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grouped GEMMs for Hopper whose two groups of warps take turns: one multiplies, one finishes a tile.
+"""Compute grouped GEMMs on Hopper with ping-pong groups of warps, in Gluon.
 
-As in _triton/kernels/hopper_cooperative.py a warp loads through a ring of buffers. Here each group has tiles of its own,
-every second one of the program's: while one multiplies, the other does what comes after its product.
-The tensor cores wait for neither storing nor an activation. In return a tile is half as wide, and
-an operand is read for fewer products, from the L2 cache, than one that both groups share.
+One warp loads through the ring of buffers (hopper_ring.py). Each of two groups has tiles of its
+own: every second tile of the program. While one group multiplies, the other runs its tile's
+epilogue. So the tensor cores wait neither for a store nor for an activation. The price is a tile
+half as wide as a cooperative one: each operand read from the L2 cache serves fewer products.
 
-turns[group] is arrived at by the other group, once its products are under way. Without turns a group
-would wait for buffers of the ring that are several rounds ahead, which a barrier cannot tell from
-the next round's.
+The letters are those of grouped_gemm.py and grouped_gemm_dw.py.
+
+The groups take turns at multiplying. The barrier turns[group] tells a group that its turn has come:
+the other group arrives there once its own products are under way. Without turns a group would wait
+for ring buffers several rounds ahead, and a barrier cannot tell those from the next round's.
 """
 
 from triton.experimental import gluon
@@ -31,13 +33,13 @@ from moe_ops._triton.kernels.hopper_ring import (
     store_tile,
 )
 
-# 8 elements of a row a thread.
+# How many neighbouring elements of a row a thread stores.
 _VECTOR = gl.constexpr(8)
 
 
 @gluon.jit
 def new_turns():
-    """The groups' barriers."""
+    """Make the ping-pong barriers: one for each group's turn."""
     turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     for group in gl.static_range(GROUPS):
         mbarrier.init(turns.index(group), count=1)
@@ -51,18 +53,18 @@ def multiply_in_turn(
     GROUP: gl.constexpr, LEFT_IS_KM: gl.constexpr, RIGHT_IS_NK: gl.constexpr,
     ROWS: gl.constexpr, COLS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The group's product of its tile number `turn`, after the other group's before it."""
+    """Multiply in ping-pong: wait for the turn, then compute the group's tile number `turn`."""
     left, right, full, empty = ring[:4]
-    # The first group's first turn is nobody's to wait for.
+    # The first group does not wait for its first turn.
     mbarrier.wait(turns.index(GROUP), (turn & 1) ^ (1 - GROUP))
     acc = begin_product(
         left, right, full, empty, step, num_steps,
         0, 1, LEFT_IS_KM, RIGHT_IS_NK, ROWS, COLS, DEPTH, STAGES,
     )  # fmt: skip
-    # One thread arrives. Before that the group's threads have to meet, or the other group could be
-    # done with its turn while some still wait for this one, and would then wait for the phase after
-    # next. Of a tile without steps, in dW, nothing meets but at the barrier that Triton puts here,
-    # after the loop over steps: tests/architectures looks for it.
+    # One thread arrives. All threads of this group must meet before it does. Otherwise the other
+    # group could end its turn while some threads here still wait for this one. They would miss its
+    # phase and wait for the phase after next. A tile of dW may have no steps. Then the threads meet
+    # only at the barrier that Triton puts here, after the loop: tests/architectures looks for it.
     mbarrier.arrive(turns.index(1 - GROUP), count=1)
     acc, _ = end_product(acc, empty, step, num_steps, STAGES)
     return acc
@@ -70,7 +72,7 @@ def multiply_in_turn(
 
 @gluon.jit
 def split_columns(tile, PARTS: gl.constexpr):
-    """The tile's columns in 1, 2, 4 or 8 parts, from left to right."""
+    """Split the tile's columns into 1, 2, 4 or 8 parts, from left to right."""
     ROWS: gl.constexpr = tile.shape[0]
     HALF: gl.constexpr = tile.shape[1] // 2
     if PARTS == 1:
@@ -83,7 +85,7 @@ def split_columns(tile, PARTS: gl.constexpr):
 
 @gluon.jit
 def join_columns(left, right):
-    """The inverse of columns in 2 parts."""
+    """Join two halves of columns; the inverse of split_columns(tile, 2)."""
     ROWS: gl.constexpr = left.shape[0]
     COLS: gl.constexpr = left.shape[1]
     return gl.join(left, right).permute((0, 2, 1)).reshape([ROWS, 2 * COLS])
@@ -94,7 +96,7 @@ def slots_of_rows(
     gather_ptr, first, end,
     BLOCK_M: gl.constexpr, HAS_GATHER: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
-    """The slots of a tile's rows; -1 past the expert's end."""
+    """Return the slots of a tile's rows, -1 past the expert's end."""
     rows = first + gl.arange(0, BLOCK_M, layout)
     if HAS_GATHER:
         slots = gl.load(gather_ptr + rows, mask=rows < end, other=-1)
@@ -105,7 +107,7 @@ def slots_of_rows(
 
 @gluon.jit
 def weights_of_slots(scale_ptr, slots, num_rows, top_k, stride_st, stride_sk):
-    """Their router weights, in fp32."""
+    """Return the router weights of slots, in fp32."""
     are_slots = (slots >= 0) & (slots < num_rows)
     pointers = (
         scale_ptr
@@ -117,7 +119,7 @@ def weights_of_slots(scale_ptr, slots, num_rows, top_k, stride_st, stride_sk):
 
 @gluon.jit
 def add_bias(acc, bias_ptr, e, n0, N, stride_bias_e, stride_bias_n):
-    """acc + bias[e], from column n0 on."""
+    """Return acc + bias[e], where acc begins at column n0."""
     layout: gl.constexpr = accumulator_layout(acc.shape[1])
     cols = n0 + gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))
     pointers = bias_ptr + e.to(gl.int64) * stride_bias_e + cols.to(gl.int64) * stride_bias_n
@@ -132,10 +134,10 @@ def _gemm_multiply(
     B_IS_NK: gl.constexpr, STAGES: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_SCALE: gl.constexpr,
     HAS_GATHER: gl.constexpr, SCATTER_Y: gl.constexpr, SUBTILE: gl.constexpr,
 ):  # fmt: skip
-    """One group: its tiles of y."""
+    """Compute one group's tiles of y."""
     COLS: gl.constexpr = BLOCK_N // SUBTILE
     layout: gl.constexpr = accumulator_layout(COLS)
-    # As many threads of a warp in a row as that has vectors.
+    # A row has this many vectors, and as many threads of a warp store it.
     ACROSS: gl.constexpr = COLS // _VECTOR
     ROWWISE: gl.constexpr = gl.BlockedLayout([1, _VECTOR], [32 // ACROSS, ACROSS], [4, 1], [1, 0])
     tiles_ptr, max_tiles, tiles_n, K = ring[4:]
@@ -146,8 +148,8 @@ def _gemm_multiply(
     first_tile = gl.program_id(0) + GROUP * gl.num_programs(0)
     for t in range(first_tile, tiles_m * tiles_n, GROUPS * gl.num_programs(0)):
         e, first, end, tile_n = scheduled_tile(t, tiles_ptr, max_tiles, tiles_m, tiles_n, GROUP_M)
-        # Loaded before the product, which takes longer than that. Who looks at y_rows here waits for
-        # them: where the contraction is short that would cost a fifth of the speed.
+        # These loads begin before the product, which takes longer. Do not read y_rows here: that
+        # would wait for the load, and cost a fifth of the speed if the contraction is short.
         if SCATTER_Y:
             y_rows = slots_of_rows(
                 gather_ptr, first, end, BLOCK_M, True, gl.SliceLayout(1, ROWWISE)
@@ -171,7 +173,7 @@ def _gemm_multiply(
             if HAS_SCALE:
                 values *= scale.expand_dims(1)
             if SCATTER_Y:
-                # Through shared memory, from which a thread has 8 neighbours of one row.
+                # Through shared memory: from there a thread reads 8 neighbours of one row.
                 stored = buffer.reshape([BLOCK_M, COLS])
                 stored.store(values.to(y_desc.dtype))
                 cols = n0 + gl.arange(0, COLS, gl.SliceLayout(0, ROWWISE))
@@ -193,11 +195,13 @@ def grouped_gemm_pingpong_kernel(
     B_IS_NK: gl.constexpr, STAGES: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_SCALE: gl.constexpr,
     HAS_GATHER: gl.constexpr, SCATTER_Y: gl.constexpr, SUBTILE: gl.constexpr,
 ):  # fmt: skip
-    """y[row] = scale * (x[row] @ b[e] + bias[e]), with SCATTER_Y y[slot], rows in expert order.
+    """Compute y[row] = scale * (x[row] @ b[e] + bias[e]), rows in expert order.
 
-    The slot of a row is gather[row], or the row itself, and scale the router weight of the slot.
-    Grid (any,), persistent. Writes the rows of the schedule's tiles alone; scattered, those whose
-    slot is one. y_desc has blocks of a SUBTILE-th of a tile's columns.
+    A row's slot is gather[row], or the row itself without HAS_GATHER. scale is the slot's router
+    weight. With SCATTER_Y the result is stored at y[slot]. Grid (any,), persistent: a program's
+    groups own its tiles pid, pid + grid size, ... in turn. Needs the schedule, and writes the rows
+    of its tiles only, with SCATTER_Y only those with a valid slot. A block of y_desc has
+    BLOCK_N // SUBTILE columns.
     """
     B_SHAPE: gl.constexpr = [1, BLOCK_N, BLOCK_K] if B_IS_NK else [1, BLOCK_K, BLOCK_N]
     COLS: gl.constexpr = BLOCK_N // SUBTILE
@@ -243,7 +247,7 @@ def grouped_gemm_pingpong_kernel(
 
 @gluon.jit
 def _steps_of(t, num_tiles, offsets_ptr, num_experts, tiles_of_expert, BLOCK_M: gl.constexpr):
-    """The steps of position t of dw's tiles; none past the last."""
+    """Return the number of steps of dw's tile at position t, 0 past the last tile."""
     e = t // tiles_of_expert
     start = gl.load(offsets_ptr + e, mask=t < num_tiles, other=0)
     end = gl.load(offsets_ptr + num_experts + e, mask=t < num_tiles, other=0)
@@ -256,7 +260,7 @@ def _dw_multiply(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, GROUP_N: gl.constexpr,
     STAGES: gl.constexpr, SUBTILE: gl.constexpr,
 ):  # fmt: skip
-    """One group: its tiles of dw."""
+    """Compute one group's tiles of dw."""
     COLS: gl.constexpr = BLOCK_D // SUBTILE
     offsets_ptr, num_experts, tiles_n, tiles_d = ring[4:]
     tiles_of_expert = tiles_n * tiles_d
@@ -270,7 +274,7 @@ def _dw_multiply(
             t, offsets_ptr, num_experts, tiles_n, tiles_d, BLOCK_N, BLOCK_D, GROUP_N
         )
         num_steps = gl.cdiv(end - start, BLOCK_M)
-        # The other group's tile comes after the first one's, and before the second one's.
+        # The ring has the first group's tile, then the second's: a group counts the steps of both.
         other = t + gl.num_programs(0) if GROUP == 0 else t - gl.num_programs(0)
         others = _steps_of(other, num_tiles, offsets_ptr, num_experts, tiles_of_expert, BLOCK_M)
         if GROUP == 1:
@@ -295,7 +299,10 @@ def grouped_gemm_bwd_dw_pingpong_kernel(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, GROUP_N: gl.constexpr,
     STAGES: gl.constexpr, SUBTILE: gl.constexpr,
 ):  # fmt: skip
-    """grouped_gemm_bwd_dw_cooperative_kernel, in turns; dw_desc has blocks of a SUBTILE-th of its columns."""
+    """Compute what grouped_gemm_bwd_dw_cooperative_kernel does, in ping-pong.
+
+    A program's groups own its tiles in turn. A block of dw_desc has BLOCK_D // SUBTILE columns.
+    """
     tiles_n = gl.cdiv(N, BLOCK_N)
     tiles_d = gl.cdiv(D, BLOCK_D)
     gs = gl.allocate_shared_memory(g_desc.dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_N], g_desc.layout)

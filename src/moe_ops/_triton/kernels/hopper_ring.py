@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ring of buffers of the warp-specialised kernels for Hopper, in Gluon: what fills it, what reads it.
+"""Fill and read the ring of buffers of the warp-specialised kernels for Hopper, in Gluon.
 
-One warp loads tiles of the operands into a ring of STAGES buffers; two groups of four warps multiply
-them. A buffer is `full` once its bytes have come, and `empty` once its READERS have multiplied it:
-both groups where they share a tile (hopper_cooperative.py), one where each has tiles of its own
-(hopper_pingpong.py).
+One warp loads tiles of the operands into a ring of STAGES buffers. Two groups of four warps
+multiply them. A buffer is `full` once its bytes have arrived, and `empty` once its READERS have
+multiplied it. In hopper_cooperative.py both groups share a tile, so a buffer has two readers. In
+hopper_pingpong.py each group has tiles of its own, so it has one.
+
+M, N, K are a GEMM's, as in grouped_gemm.py. dW is (N, D) and contracts over M. e is an expert, t
+the position of a tile.
 """
 
 from triton.experimental import gluon
@@ -19,28 +22,28 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from moe_ops._triton.kernels.schedule import tile_of
 
-# Triton 3.6 has the one name, later ones the other.
+# Triton 3.6 has the second name of each, later versions have the first.
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
-# Where a ragged descriptor's rows end (triton.tools.ragged_tma).
+# The coordinate at which a ragged descriptor's rows end (triton.tools.ragged_tma).
 RAGGED_END = gl.constexpr(1 << 30)
 GROUPS = gl.constexpr(2)
-# The kernel's own warps are the first group; beside it run the second one and the loading warp, which
-# needs next to no registers and leaves them to the accumulators.
+# The kernel's own warps are the first group. Beside it run the second group and the loading warp.
+# The loading warp needs few registers and leaves the others to the accumulators.
 WORKER_WARPS = gl.constexpr([4, 1])
 WORKER_REGISTERS = gl.constexpr([240, 24])
 
 
 @gluon.constexpr_function
 def accumulator_layout(columns):
-    """Where a group's threads have a product of so many columns, or as many columns of a wider one."""
+    """Return the layout in a group's threads of a product, or of a part, of so many columns."""
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
 
 
 @gluon.jit
 def new_ring(STAGES: gl.constexpr, READERS: gl.constexpr):
-    """The barriers of a ring: full, empty."""
+    """Make the barriers of a ring: full and empty."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
@@ -52,7 +55,7 @@ def new_ring(STAGES: gl.constexpr, READERS: gl.constexpr):
 
 @gluon.jit
 def next_buffer(full, empty, step, num_bytes: gl.constexpr, STAGES: gl.constexpr):
-    """Waits until the step's buffer is empty; its number, and the barrier that the bytes tell."""
+    """Wait until the step's buffer is empty; return its number and the barrier for its bytes."""
     stage = step % STAGES
     mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
     barrier = full.index(stage)
@@ -66,10 +69,10 @@ def begin_product(
     PART: gl.constexpr, READERS: gl.constexpr, LEFT_IS_KM: gl.constexpr, RIGHT_IS_NK: gl.constexpr,
     ROWS: gl.constexpr, COLS: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The sum over num_steps buffers of left (ROWS, DEPTH) @ right (DEPTH, COLS), fp32; zeros without.
+    """Sum left (ROWS, DEPTH) @ right (DEPTH, COLS) over num_steps buffers, in fp32; zeros for none.
 
-    Begins at the ring's step `step`. Of READERS parts of a buffer's left this group has the PART. The
-    last product may not be done: end_product waits for it.
+    It begins at the ring's step `step`. A buffer's left has READERS parts, and this group
+    multiplies part PART. The last product may still run: end_product waits for it.
     """
     acc = gl.zeros([ROWS, COLS], gl.float32, accumulator_layout(COLS))
     for i in range(num_steps):
@@ -81,7 +84,7 @@ def begin_product(
         b = right.index(stage)
         b = b.reshape([COLS, DEPTH]).permute((1, 0)) if RIGHT_IS_NK else b.reshape([DEPTH, COLS])
         acc = warpgroup_mma(a, b, acc, is_async=True)
-        # The product before this one is done, so its buffer is free.
+        # Now the product before this one is done, so its buffer is free.
         acc = warpgroup_mma_wait(1, deps=[acc])
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=i > 0)
         step += 1
@@ -90,7 +93,7 @@ def begin_product(
 
 @gluon.jit
 def end_product(acc, empty, step, num_steps, STAGES: gl.constexpr):
-    """The sum that begin_product began at the same step, and the step after it."""
+    """Wait for the sum that begin_product began at `step`; return it and the step after it."""
     acc = warpgroup_mma_wait(0, deps=[acc])
     step += num_steps
     mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=num_steps > 0)
@@ -99,9 +102,9 @@ def end_product(acc, empty, step, num_steps, STAGES: gl.constexpr):
 
 @gluon.jit
 def store_tile(desc, buffer, acc, place, OTHERS: gl.constexpr):
-    """Stores acc at `place` of the descriptor, through one of the group's buffers, and does not wait.
+    """Begin to store acc at `place` of the descriptor, through one of the group's buffers.
 
-    It does wait for all stores but the last OTHERS, which went through other buffers.
+    It first waits for all earlier stores but the last OTHERS, which went through other buffers.
     """
     tile = acc.to(desc.dtype)
     tma.store_wait(OTHERS)
@@ -112,7 +115,7 @@ def store_tile(desc, buffer, acc, place, OTHERS: gl.constexpr):
 
 @gluon.jit
 def scheduled_tile(t, tiles_ptr, max_tiles, tiles_m, tiles_n, GROUP_M: gl.constexpr):
-    """Expert, first row and end row, and column tile of position t."""
+    """Return the expert, the first row, the end row and the column tile at position t."""
     tile_m, tile_n = tile_of(t, tiles_m, tiles_n, GROUP_M)
     e = gl.load(tiles_ptr + tile_m)
     first = gl.load(tiles_ptr + max_tiles + tile_m)
@@ -126,9 +129,10 @@ def load_operands(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
     B_IS_NK: gl.constexpr, STAGES: gl.constexpr, READERS: gl.constexpr, HALVES: gl.constexpr,
 ):  # fmt: skip
-    """The loading warp: x, a part for each reader, and b of each step of each tile.
+    """Load x, in a part for each reader, and b, for every step of every tile; one warp does.
 
-    With HALVES a tile has half of its columns in each half of b's, which is stored (N, K).
+    With HALVES a tile takes half of its columns from each half of b's columns, and b is stored as
+    (N, K).
     """
     ROWS: gl.constexpr = BLOCK_M // READERS
     STEP_N: gl.constexpr = BLOCK_N // 2 if HALVES else BLOCK_N
@@ -158,7 +162,7 @@ def dw_tile(
     t, offsets_ptr, num_experts, tiles_n, tiles_d,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, GROUP_N: gl.constexpr,
 ):  # fmt: skip
-    """Expert, its first row and end row, and the first n and d of position t."""
+    """Return the expert, its first row and end row, and the first n and d of dW's tile at t."""
     e = t // (tiles_n * tiles_d)
     tile_n, tile_d = tile_of(t % (tiles_n * tiles_d), tiles_n, tiles_d, GROUP_N)
     start = gl.load(offsets_ptr + e)
@@ -172,7 +176,7 @@ def load_dw_operands(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, GROUP_N: gl.constexpr,
     STAGES: gl.constexpr, READERS: gl.constexpr,
 ):  # fmt: skip
-    """The loading warp: g, a part for each reader, and x of each step of each tile."""
+    """Load g, in a part for each reader, and x, for every step of every tile; one warp does."""
     ROWS: gl.constexpr = BLOCK_N // READERS
     BYTES: gl.constexpr = BLOCK_M * (BLOCK_N + BLOCK_D) * x_desc.dtype.primitive_bitwidth // 8
     gs, xs, full, empty, offsets_ptr, num_experts, tiles_n, tiles_d = ring
