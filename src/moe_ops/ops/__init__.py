@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops, one folder each; importing this registers all of them."""
+"""Register all ops, one folder each."""

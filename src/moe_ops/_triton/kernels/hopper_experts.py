@@ -309,9 +309,9 @@ def expert_down_bwd_pingpong_kernel(
     dz (M, 2 * N) = scale * dh * act'(z), with gate and up in halves. sh (M, N) = scale * h.
     dots[column tile, slot] = <dh, h>, summed over the tile's columns. dh is not stored.
 
-    Grid (any,), persistent: a program's groups own its tiles pid, pid + grid size, ... in turn. Needs
-    the schedule, and zeros in dots. It writes the rows of the schedule's tiles only. A block of the
-    descriptors of z, dz and sh has BLOCK_N // CHUNKS columns.
+    Grid (any,), persistent: a program's groups own its tiles pid, pid + grid size, ... in turn.
+    Needs the schedule, and zeros in dots. Writes the rows of the schedule's tiles only. A block of
+    the descriptors of z, dz and sh has BLOCK_N // CHUNKS columns.
     """
     B_SHAPE: gl.constexpr = [1, BLOCK_N, BLOCK_K] if B_IS_NK else [1, BLOCK_K, BLOCK_N]
     COLS: gl.constexpr = BLOCK_N // CHUNKS

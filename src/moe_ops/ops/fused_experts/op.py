@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op fused_experts: a whole layer of experts, from hidden states to hidden states.
+"""Register fused_experts: a whole layer of experts, from hidden states to hidden states.
 
-Where a gradient is recorded, fused_experts_forward runs in its place and returns what the backward
-needs; without one nothing of that is kept.
+If a gradient is recorded, fused_experts_forward runs in its place and also returns what the
+backward needs. Without a gradient none of that is kept.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def _save(ctx: Any, args: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) ->
     *activation, weights_before, recompute, config = flags
     _, pre_activation, *routing = outputs
     x, gate_up, down, _, weights, gate_up_b, down_b, *_ = ctx.needs
-    # The gradient of down_bias alone does not go through the activation.
+    # Of these gradients only down_bias's does not go through the activation.
     reads_activation = x or gate_up or down or weights or gate_up_b
     recomputes = reads_activation and recompute == "pre_activation"
     reads_hidden_states = gate_up or (weights and weights_before) or recomputes
-    # What the pre-activation depends on is kept where it needs a gradient, read or not: by that the
-    # backward op sees that it is asked for a second derivative.
+    # Inputs of the pre-activation that need a gradient are kept, even if the backward does not read
+    # them. From them the backward op sees that somebody asks for a second derivative.
     ctx.save_for_backward(
         hidden_states if reads_hidden_states or x else None,
         gate_up_proj,
@@ -54,7 +54,10 @@ def _save(ctx: Any, args: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) ->
 
 
 def _is_transposed(weight: torch.Tensor) -> bool:
-    """A transposed view: its gradient comes in the same order, or autograd would copy it."""
+    """Return whether a weight is a transposed view.
+
+    Its gradient is then made in the same order, since autograd would copy any other.
+    """
     return weight.stride(1) == 1 and weight.stride(2) != 1
 
 

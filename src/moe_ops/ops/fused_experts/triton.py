@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fused_experts in Triton: which kernels, in which order, and what is allocated for them.
+"""Run fused_experts in Triton: allocate, and launch the kernels in order.
 
-Forward: route, multiply by the up projection with the activation on top (rows are gathered in the
-GEMM), multiply by the down projection, sum each token's rows. One tile schedule serves both GEMMs.
+Forward: route; multiply by the up projection, with the activation on top; multiply by the down
+projection; sum each token's rows. The first GEMM gathers its rows. One tile schedule serves both.
 
-Backward: dh = dY @ down_proj; the activation's backward, row by row, makes dz, the weighted h in
-dh's place and the router gradient (one kernel does both on Hopper, and stores no dh); then the
-gradients of down_proj, hidden_states and gate_up_proj, in this order, so that few row matrices live
-at a time.
+Backward: dh = dY @ down_proj. The activation's backward goes row by row: it makes dz, the router
+gradient, and the weighted h in dh's memory. On Hopper one kernel may do both, and stores no dh.
+Then come the gradients of down_proj, hidden_states and gate_up_proj. In this order few row matrices
+live at a time.
+
+z is the pre-activation, h the activation's output, dY grad_output, x hidden_states. T num_tokens,
+H hidden_size.
 """
 
 from __future__ import annotations
@@ -104,7 +107,7 @@ def fused_experts_backward(
     offsets = expert_offsets(token_counts, num_rows)
     down = DownBackward(routed, down_proj, down_bias if need_dots else None, after, offsets)
 
-    # What contracts over an expert's rows has them moved before it; a GEMM alone gathers them.
+    # dW and dbias sum over an expert's rows, which are copied into order first. dX gathers its own.
     dy, divisor = grad_output, top_k
     if need_down or need_down_bias:
         dy, divisor = copy_rows(grad_output, scatter_indices, top_k), 0
@@ -145,7 +148,7 @@ def _grad_input(
     offsets: torch.Tensor,
     need_x: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the gradient of hidden_states (T, H), and with x <dx, x> of each slot, in parts."""
+    """Return the gradient of hidden_states (T, H); if x is given, also parts of <dx, x> by slot."""
     rows = routed.rows
     gemm = GroupedGemm(
         "backward_dX",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op grouped_gemm: each expert's rows times that expert's weight."""
+"""Register grouped_gemm: it multiplies each expert's rows by that expert's weight."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _save(ctx: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
     )
     ctx.flags = flags
     ctx.config = config
-    # A transposed view: its gradient comes in the same order, or autograd would copy it.
+    # For a transposed view the gradient is made in its order: autograd would copy any other.
     ctx.transposed = weight.stride(1) == 1 and weight.stride(2) != 1
 
 
@@ -48,7 +48,7 @@ def _backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None,
     routing = (token_counts, gather_indices, topk_weights)
     if need_input or need_topk_weights:
         needs = [need_input, need_topk_weights]
-        # `input` may have been saved for dW alone.
+        # `input` may have been saved only for dW.
         x = input if need_topk_weights else None
         grad_input, grad_topk_weights = _dx_op.overload(
             grad_output, weight, *routing, x, bias, *ctx.flags, needs, ctx.config

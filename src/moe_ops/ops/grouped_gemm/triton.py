@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""grouped_gemm, its dX and its dW in Triton: which GEMMs they are, and what is moved around them."""
+"""Run grouped_gemm, its dX and its dW in Triton: move rows where needed, and launch the GEMMs."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def grouped_gemm_dx(
     other = None if dots is None else input
     gemm.launch(grad_rows, other=other, gather_other=permute_x, dots=dots)
     if grad_rows is not None:
-        # In slot order, a token's rows are neighbours.
+        # In slot order the rows of a token are neighbours.
         grad_input = sum_neighbours(grad_rows, top_k) if permute_x else grad_rows
     if dots is not None and topk_weights is not None:
         if bias is not None:
@@ -98,7 +98,7 @@ def grouped_gemm_dw(
     grad_w, grad_b = grad_output.new_empty(0), grad_output.new_empty(0)
     if not any(needs):
         return grad_w, grad_b
-    # Rows gathered by pointer inside the GEMM would halve its speed: they are moved before it.
+    # Gathering rows inside this GEMM would halve its speed, so they are copied first.
     g, x = grad_output, input
     if permute_y or topk_weights is not None:
         divisor = 1 if permute_y else 0

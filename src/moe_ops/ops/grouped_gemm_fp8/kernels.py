@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernel of grouped_gemm_fp8 and its dX.
+"""Compute grouped_gemm_fp8 and its dX in one kernel.
 
-In GEMM letters, as _triton/kernels/grouped_gemm.py: y (M, N) = x (M, K) @ b[e] (K, N). b is float8_e4m3fn,
-read as uint8: GPUs without FP8 (compute capability below 8.9) and Triton's interpreter decode the bits.
+M, N, K are a GEMM's, as in _triton/kernels/grouped_gemm.py: y (M, N) = x (M, K) @ b[e] (K, N). b is
+float8_e4m3fn, read as uint8. On GPUs without FP8 (compute capability below 8.9), and in Triton's
+interpreter, the kernel decodes the bits itself.
 """
 
 import triton
@@ -20,14 +21,14 @@ from moe_ops._triton.kernels.schedule import begin_walk, walked_tile, zero_tail
 
 @triton.jit
 def decode(codes, HAS_FP8: tl.constexpr):
-    """The fp32 values of float8_e4m3fn codes (uint8), all of them exact, NaN being NaN."""
+    """Return the exact fp32 values of float8_e4m3fn codes (uint8); NaN stays NaN."""
     if HAS_FP8:
-        # By way of fp16 there are instructions that decode two at a time; fp32 saves the slow one
-        # from fp16 to bf16.
+        # There are instructions that decode two codes to fp16 at a time. By way of fp32 we avoid the
+        # slow one from fp16 to bf16.
         values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(tl.float32)
     else:
-        # Sign, exponent and mantissa where fp32 has them: the value is 2**-120 of what it should
-        # be, subnormals included, since their exponents differ by that. What reads as 480 is NaN.
+        # Shift sign, exponent and mantissa to their places in fp32. The exponents' biases differ by
+        # 120, so this is 2**-120 of the value, for subnormals too. What reads as 480 is NaN.
         bits = codes.to(tl.int8, bitcast=True).to(tl.int32) << 20
         values = (bits & -0x78100000).to(tl.float32, bitcast=True) * 1.329227995784916e36
         values = tl.where(tl.abs(values) == 480, float("nan"), values)
@@ -42,13 +43,13 @@ def multiply_fp8(
     TMA_X: tl.constexpr, TMA_B: tl.constexpr, B_IS_NK: tl.constexpr, EVEN_K: tl.constexpr,
     HAS_FP8: tl.constexpr,
 ):  # fmt: skip
-    """x[source] @ (b[e] * b_scale[e])[:, cols] in fp32, (BLOCK_M, BLOCK_N).
+    """Return x[source] @ (b[e] * b_scale[e])[:, cols] in fp32, (BLOCK_M, BLOCK_N).
 
-    A scale is for 128 x 128 of b, which BLOCK_N and BLOCK_K divide: a step has one scale. It
-    multiplies the fp32 product of the step, whose operands are exact.
+    Each 128 x 128 of b have one scale. BLOCK_N and BLOCK_K divide 128, so a step has one scale. It
+    multiplies the step's fp32 product, whose operands are exact.
     """
     k = tl.arange(0, BLOCK_K)
-    # Dead code where a descriptor loads instead.
+    # If a descriptor loads, these pointers are dead code.
     x_pointers = (
         x_ptr + source[:, None].to(tl.int64) * stride_xm + k[None, :].to(tl.int64) * stride_xk
     )
@@ -89,10 +90,10 @@ def grouped_gemm_fp8_kernel(
     FINDS_TILES: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_W: tl.constexpr,
     FLATTEN: tl.constexpr, SUBTILE: tl.constexpr, PDL: tl.constexpr, HAS_FP8: tl.constexpr,
 ):  # fmt: skip
-    """y[row] = scale * (x[row] @ (b[e] * b_scale[e])), tile by tile.
+    """Compute y[row] = scale * (x[row] @ (b[e] * b_scale[e])), tile by tile.
 
-    Grid (any,), persistent. Dots, the schedule and the rows of no expert are as in
-    grouped_gemm_kernel.
+    Grid (any,), persistent: a program owns the tiles pid, pid + grid size, ... The schedule, the
+    dots and the rows of no expert are as in grouped_gemm_kernel.
     """
     if PDL:
         follow_on()

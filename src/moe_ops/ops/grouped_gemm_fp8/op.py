@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op grouped_gemm_fp8: each expert's rows times that expert's quantised, frozen weight."""
+"""Register grouped_gemm_fp8: it multiplies each expert's rows by a quantised, frozen weight."""
 
 from __future__ import annotations
 

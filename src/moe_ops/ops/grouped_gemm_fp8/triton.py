@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""grouped_gemm_fp8 and its dX in Triton: one kernel, as grouped_gemm and its dX are."""
+"""Run grouped_gemm_fp8 and its dX in Triton; one kernel computes both."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def grouped_gemm_fp8_dx(
     other = None if dots is None else input
     _launch(gemm, weight_scale, grad_rows, other, permute_x, dots)
     if grad_rows is not None:
-        # In slot order, a token's rows are neighbours.
+        # In slot order the rows of a token are neighbours.
         grad_input = sum_neighbours(grad_rows, top_k) if permute_x else grad_rows
     if dots is not None and topk_weights is not None:
         grad_topk_weights = dots.sum(0).view(topk_weights.shape).to(topk_weights.dtype)
@@ -91,7 +91,10 @@ def _launch(
     gather_other: bool = False,
     dots: torch.Tensor | None = None,
 ) -> None:
-    """Do what GroupedGemm.launch does, for b in FP8 with b_scale (E, blocks of K, blocks of N)."""
+    """Do what GroupedGemm.launch does, for b in FP8 with b_scale (E, blocks of K, blocks of N).
+
+    E experts; M, N, K are a GEMM's, as in _triton/gemm.py.
+    """
     rows, block_m = gemm.rows, gemm.plan.tile[0]
     if rows.is_empty:
         if y is not None:
@@ -100,7 +103,7 @@ def _launch(
     gemm.make_schedule(y, rows.gather if gemm.scatter_y else None)
     x_desc, b_desc = gemm.describe_operands(block_m)
     y_desc = gemm.describe_output(y, block_m)
-    # Triton's interpreter decodes bits, whatever the device.
+    # In Triton's interpreter the kernel decodes bits, whatever the device.
     has_fp8 = gemm.device.capability >= (8, 9) and not gemm.device.is_interpreted
     launch(
         grouped_gemm_fp8_kernel, (gemm.programs,),
@@ -116,7 +119,7 @@ def _launch(
 
 
 def _check_config(gemm: GroupedGemm) -> None:
-    """Raise ValueError where the caller gave a configuration that this kernel cannot run."""
+    """Raise ValueError if this kernel cannot run the caller's configuration."""
     if gemm.kernel_config is None:
         return
     config = gemm.plan.config

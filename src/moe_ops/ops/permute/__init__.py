@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op permute."""
+"""Export the op permute."""
 
 from moe_ops.ops.permute.op import permute as permute

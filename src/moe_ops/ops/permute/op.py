@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op permute: out[i] = input[gather_indices[i] // top_k]."""
+"""Register permute: it computes out[i] = input[gather_indices[i] // top_k]."""
 
 from __future__ import annotations
 

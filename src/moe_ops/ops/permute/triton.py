@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""permute in Triton: each token's row is read once and written to its top_k rows."""
+"""Run permute in Triton: read each token's row once, and write it to its top_k rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op routing_indices."""
+"""Export the op routing_indices."""
 
 from moe_ops.ops.routing_indices.op import routing_indices as routing_indices

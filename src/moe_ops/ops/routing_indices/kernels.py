@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels of routing_indices: a stable counting sort in two passes over chunks of slots.
+"""Sort slots by expert for routing_indices: a stable counting sort in two passes over chunks.
 
-R slots, E experts. The first pass counts each chunk's slots per expert; the second adds up the
-counts before its chunk and places the chunk's slots. Dropped slots follow the kept ones, in slot
-order: they need no count, since whatever slot is not kept is dropped.
+The first pass counts each chunk's slots for each expert. The second adds up the counts before its
+chunk and places the chunk's slots. Dropped slots follow the kept ones, in slot order. They need no
+count, since every slot that is not kept is dropped.
 """
 
 import triton
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def _load_experts(ids_ptr, stride_t, stride_k, slots, num_slots, top_k, num_experts):
-    """The expert of each slot, num_experts for a dropped one and for what is past the last slot."""
+    """Return each slot's expert; num_experts if it is dropped or past the last slot."""
     token = (slots // top_k).to(tl.int64)
     k = (slots % top_k).to(tl.int64)
     ids = tl.load(ids_ptr + token * stride_t + k * stride_k, mask=slots < num_slots, other=-1)
@@ -24,9 +24,10 @@ def _routing_indices_count_kernel(
     ids_ptr, counts_ptr, stride_t, stride_k, num_slots, top_k, num_experts, num_blocks,
     BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    """Counts one chunk: writes the row counts_ptr[chunk, :EXPERTS], all of it.
+    """Count the slots of one chunk for each expert.
 
-    Grid (num_chunks,); a chunk is num_blocks * BLOCK slots.
+    Grid (num_chunks,): one program owns a chunk, num_blocks * BLOCK slots. Writes all of the row
+    counts_ptr[chunk, :EXPERTS], and needs nothing initialised.
     """
     chunk = tl.program_id(0)
     counts = tl.zeros((EXPERTS,), tl.int32)
@@ -43,9 +44,9 @@ def _routing_indices_place_kernel(
     stride_t, stride_k, num_slots, top_k, num_experts, num_blocks, num_chunks,
     BLOCK: tl.constexpr, EXPERTS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Places the slots of one chunk in gather_ptr and scatter_ptr; chunk 0 writes token_counts.
+    """Place the slots of one chunk in gather_ptr and scatter_ptr; chunk 0 writes token_counts.
 
-    Grid (num_chunks,). Reads all of counts_ptr, which the first pass wrote.
+    Grid (num_chunks,): one program owns a chunk. Needs all of counts_ptr from the first pass.
     """
     chunk = tl.program_id(0)
     experts = tl.arange(0, EXPERTS)
@@ -70,7 +71,7 @@ def _routing_indices_place_kernel(
         of_slot = _load_experts(
             ids_ptr, stride_t, stride_k, first_slot + i, num_slots, top_k, num_experts
         )
-        # Sorted by expert and then by slot, an expert's slots are neighbours, the dropped ones last.
+        # Sort by expert, then by slot: an expert's slots become neighbours, dropped ones come last.
         key = tl.sort(of_slot * BLOCK + i)
         of_slot = key // BLOCK
         slots = first_slot + key % BLOCK

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op routing_indices: the slots of a routing, grouped by expert."""
+"""Register routing_indices: it groups the slots of a routing by expert."""
 
 from __future__ import annotations
 

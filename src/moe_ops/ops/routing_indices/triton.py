@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""routing_indices in Triton: allocation, grid and launch."""
+"""Run routing_indices in Triton: allocate, and launch the two passes of the sort."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from moe_ops.ops.routing_indices.kernels import (
     _routing_indices_place_kernel,
 )
 
-# Slots that a program sorts at a time, on 4 warps.
+# A program, on 4 warps, sorts this many slots at a time.
 _BLOCK = 512
-# Enough programs to fill a GPU, few enough that each reads the counts of all cheaply.
+# Enough programs to fill a GPU, and so few that each can read the counts of all.
 _MAX_CHUNKS = 256
-# Counts that a program reads at a time.
+# A program reads this many counts at a time.
 _COUNTS = 16384
 
 

@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op topk_routing."""
+"""Export the op topk_routing."""
 
 from moe_ops.ops.topk_routing.op import topk_routing as topk_routing

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels of topk_routing and its backward.
+"""Compute topk_routing and its backward.
 
-T num_tokens, E num_experts, K top_k. A program holds BLOCK_T rows of logits, as (BLOCK_T, EXPERTS)
-with EXPERTS = GROUPS * SIZE: the groups and their members, each rounded up to a power of two.
+E num_experts, K top_k, t a token. A program holds BLOCK_T rows of logits as (BLOCK_T, EXPERTS). In
+the forward EXPERTS = GROUPS * SIZE: the numbers of groups and of their members, each rounded up to
+a power of two.
 """
 
 import triton
 import triton.language as tl
 
-# Keeps 0 / 0 out of the renormalisation, as in the PyTorch implementation.
+# This keeps 0 / 0 out of the renormalisation, as in the PyTorch implementation.
 _EPSILON = tl.constexpr(1e-20)
 _LOWEST = tl.constexpr(-(2**31))
 
 
 @triton.jit
 def _score(x, mask, SOFTMAX: tl.constexpr):
-    """softmax of each row over the columns where `mask` holds, 0 in the others; or sigmoid."""
+    """Return each row's softmax over the columns in `mask`, 0 in the others; or the sigmoid."""
     if SOFTMAX:
         x = tl.where(mask, x, float("-inf"))
         e = tl.where(mask, tl.exp(x - tl.max(x, 1)[:, None]), 0.0)
@@ -27,7 +28,7 @@ def _score(x, mask, SOFTMAX: tl.constexpr):
 
 @triton.jit
 def _order(x):
-    """An int32 that orders as the floats do, NaN above all, and never is _LOWEST."""
+    """Return int32 keys in the order of the floats, NaN highest; none of them is _LOWEST."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return tl.where(x != x, 0x7FFFFFFF, key)
@@ -39,7 +40,7 @@ def _exclude_groups(
     NUM_GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, TOP_GROUPS: tl.constexpr,
     TOP2_SUM: tl.constexpr, BLOCK_T: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """`order` with _LOWEST at the experts outside each token's TOP_GROUPS best groups."""
+    """Return `order` with _LOWEST at the experts outside each token's TOP_GROUPS best groups."""
     values = tl.reshape(tl.where(is_expert, choice, float("-inf")), (BLOCK_T, GROUPS, SIZE))
     best = tl.max(values, 2)
     if TOP2_SUM:
@@ -69,9 +70,10 @@ def _topk_routing_fwd_kernel(
     SCORE_BEFORE: tl.constexpr, RENORMALIZE: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_T: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Chooses the experts of BLOCK_T tokens; writes all of their weights and ids.
+    """Choose the experts of BLOCK_T tokens, and write all of their weights and ids.
 
-    Grid (cdiv(num_tokens, BLOCK_T),). SLOTS is TOP_K rounded up to a power of two.
+    Grid (cdiv(num_tokens, BLOCK_T),): one program owns BLOCK_T tokens. SLOTS is TOP_K rounded up to
+    a power of two. Needs nothing initialised.
     """
     EXPERTS: tl.constexpr = GROUPS * SIZE
     t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
@@ -135,9 +137,10 @@ def _topk_routing_bwd_kernel(
     TOP_K: tl.constexpr, SOFTMAX: tl.constexpr, SCORE_BEFORE: tl.constexpr,
     RENORMALIZE: tl.constexpr, BLOCK_T: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of BLOCK_T rows of logits; writes all of them, zeros included.
+    """Compute the gradient of BLOCK_T rows of logits, and write all of it, zeros included.
 
-    Grid (cdiv(num_tokens, BLOCK_T),). EXPERTS and SLOTS are E and K rounded up to powers of two.
+    Grid (cdiv(num_tokens, BLOCK_T),): one program owns BLOCK_T tokens. EXPERTS and SLOTS are E and
+    K rounded up to powers of two. Needs nothing initialised.
     """
     t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     expert = tl.arange(0, EXPERTS)
@@ -172,7 +175,7 @@ def _topk_routing_bwd_kernel(
     if SOFTMAX:
         selected = weights * (grad - dot)
     if SOFTMAX and SCORE_BEFORE:
-        # The unselected feel the selected through the denominator.
+        # The unselected ones get a gradient from the denominator, which they share.
         out = -scores * dot
     for k in tl.static_range(TOP_K):
         id_k = tl.sum(tl.where(slot[None, :] == k, ids, 0), 1)[:, None]

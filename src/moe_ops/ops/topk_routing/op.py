@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op topk_routing: each token's top_k experts and their weights."""
+"""Register topk_routing: it returns each token's top_k experts and their weights."""
 
 from __future__ import annotations
 

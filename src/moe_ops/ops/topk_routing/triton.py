@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""topk_routing and its backward in Triton: allocation, grid and launch."""
+"""Run topk_routing and its backward in Triton: allocate, and launch their kernels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from moe_ops._triton.launch import cdiv, launch, next_power_of_2
 from moe_ops.ops.topk_routing.kernels import _topk_routing_bwd_kernel, _topk_routing_fwd_kernel
 
-# Elements of logits that one program holds.
+# A program holds this many elements of logits.
 _TILE = 2048
 
 

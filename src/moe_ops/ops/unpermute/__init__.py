@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op unpermute."""
+"""Export the op unpermute."""
 
 from moe_ops.ops.unpermute.op import unpermute as unpermute

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernel of unpermute_backward; unpermute itself is _triton/kernels/rows.py's sum_rows_kernel.
+"""Compute unpermute_backward; unpermute itself is sum_rows_kernel of _triton/kernels/rows.py.
 
 T num_tokens, K top_k, H hidden_size, R = T * K routed rows; slot = token * K + k.
 """
@@ -16,9 +16,10 @@ def _unpermute_bwd_kernel(
     SLOTS: tl.constexpr, BLOCK_H: tl.constexpr, NEEDS_INPUT: tl.constexpr,
     NEEDS_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """One token: the rows of grad_input of its slots, and the gradients of its weights.
+    """Compute a token's rows of grad_input, one for each slot, and the gradients of its weights.
 
-    Grid (T,). SLOTS is a power of two, top_k or more. Summed in fp32, block by block.
+    Grid (T,): one program owns one token. SLOTS is a power of two, top_k or more. It sums in fp32,
+    block by block. Needs nothing initialised.
     """
     token = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, SLOTS)
@@ -28,7 +29,7 @@ def _unpermute_bwd_kernel(
         weight = tl.load(weights_ptr + token * stride_wt + k * stride_wk, mask=k < top_k, other=0)
         weight = weight.to(tl.float32)[:, None]
     dots = tl.zeros((SLOTS, BLOCK_H), tl.float32)
-    # The next blocks are on their way while one is multiplied and stored.
+    # While one block is multiplied and stored, the next ones are loading.
     for first in tl.range(0, hidden_size, BLOCK_H, num_stages=3):
         h = first + tl.arange(0, BLOCK_H)
         in_width = h < hidden_size

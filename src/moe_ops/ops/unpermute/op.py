@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op unpermute: slot order restored, weighted and summed over each token's slots."""
+"""Register unpermute: it sums the rows of each token's slots, times their weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _backward_op.implement("triton", "moe_ops.ops.unpermute.triton:unpermute_backwar
 
 def _save(ctx: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
     input, gather_indices, topk_weights, top_k, scatter_indices = args
-    # Without weights the rows themselves are not needed: the backward only copies.
+    # Without weights the backward only copies, and does not need the rows.
     rows = None if topk_weights is None else input
     ctx.save_for_backward(rows, gather_indices, topk_weights, scatter_indices)
     ctx.top_k = top_k

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""unpermute and its backward in Triton."""
+"""Run unpermute and its backward in Triton: allocate, and launch their kernels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moe_ops._triton.launch import launch, next_power_of_2
 from moe_ops._triton.rows import inverse_permutation, sum_rows
 from moe_ops.ops.unpermute.kernels import _unpermute_bwd_kernel
 
-# Bytes of rows that a program of the backward has at a time, on four warps.
+# A program of the backward, on four warps, holds this many bytes of rows at a time.
 _BLOCK_BYTES = 8192
 
 
@@ -42,7 +42,7 @@ def unpermute_backward(
         return grad_input, grad_topk_weights
     rows = inverse_permutation(gather_indices) if scatter_indices is None else scatter_indices
     slots = next_power_of_2(top_k)
-    # All slots of a token at once, so that its row of grad_output is read once.
+    # A program takes all slots of a token at once, so it reads the row of grad_output once.
     block_h = max(_BLOCK_BYTES // (input.itemsize * slots), 16)
     block_h = min(block_h, next_power_of_2(max(hidden_size, 1)))
     launch(
