@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights in FP8 with a scale for each block: what they are worth, and how to make them.
+"""Make and decode weights in FP8 that have one scale for each block.
 
-E num_experts, N out_features, D in_features. A weight (..., N, D) is torch.float8_e4m3fn, its scale
-(..., ceil(N / 128), ceil(D / 128)) fp32; each weight is worth its value times its block's scale.
+E num_experts, N out_features, D in_features. A weight (..., N, D) is torch.float8_e4m3fn. Its scale
+(..., ceil(N / 128), ceil(D / 128)) is fp32. The value of an element is its code's value times its
+block's scale.
 
-Source: the format of DeepSeek-V3's checkpoints (arXiv:2412.19437), where the scale is called
+Source: the format of DeepSeek-V3's checkpoints (arXiv:2412.19437). They call the scale
 weight_scale_inv.
 """
 
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 import torch
 
 BLOCK = 128
-# The largest float8_e4m3fn.
+# The largest number in float8_e4m3fn.
 _LARGEST = 448.0
 
 
@@ -26,22 +27,23 @@ def quantize_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weight_scale[b] = max |weight| in block b / 448, 1 where the block is zero
         weight_fp8      = weight / weight_scale, rounded to the nearest
 
-    A weight is off by 2**-4 of itself at most, or where it is small by 2**-10 of its block's scale.
+    The error of a weight is at most 2**-4 of the weight, or for a small one 2**-10 of its block's
+    scale.
 
     Args:
-        weight (Tensor (..., N, D), floating): matrices of any number, in any strides; the experts'
+        weight (Tensor (..., N, D), floating): any number of matrices, in any strides. The experts'
             weights are (E, N, D). A NaN or an infinity makes its block NaN.
 
     Returns:
         weight_fp8 (Tensor (..., N, D), float8_e4m3fn): contiguous.
-        weight_scale (Tensor (..., ceil(N / 128), ceil(D / 128)), float32): what multiplies each block.
+        weight_scale (Tensor (..., ceil(N / 128), ceil(D / 128)), float32): the scale of each block.
 
     Raises:
-        TypeError: weight is not floating, or is FP8 already.
+        TypeError: weight is not floating, or it is FP8 already.
         ValueError: weight has fewer than two dimensions.
 
-    Not differentiable. Deterministic bit for bit. moe_ops.grouped_gemm_fp8 takes both,
-    moe_ops.dequantize_fp8 undoes it but for the rounding.
+    Not differentiable. Deterministic bit for bit. moe_ops.grouped_gemm_fp8 takes both results.
+    moe_ops.dequantize_fp8 undoes all but the rounding.
 
     Source: DeepSeek-V3 (arXiv:2412.19437), section 3.3.
     """
@@ -59,7 +61,7 @@ def quantize_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     quantised = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
     *_, rows, columns = weight.shape
     scale = torch.empty(_scale_shape(weight), dtype=torch.float32, device=weight.device)
-    # One matrix after the other: what is made on the way is no larger than one.
+    # One matrix at a time, so that temporaries are no larger than one matrix.
     for matrix, into, scales in _matrices(weight.detach(), quantised, scale):
         values = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
         padding = (0, -columns % BLOCK, 0, -rows % BLOCK)
@@ -75,21 +77,21 @@ def quantize_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def dequantize_fp8(
     weight: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype = torch.bfloat16
 ) -> torch.Tensor:
-    """Multiply FP8 weights with the scales of their blocks, and round to `dtype`.
+    """Multiply FP8 weights by the scales of their blocks, and round to `dtype`.
 
         output[n, d] = weight[n, d] * weight_scale[n // 128, d // 128]
 
     Args:
-        weight (Tensor (..., N, D), float8_e4m3fn): matrices of any number, in any strides.
+        weight (Tensor (..., N, D), float8_e4m3fn): any number of matrices, in any strides.
         weight_scale (Tensor (..., ceil(N / 128), ceil(D / 128)), float32): their scales.
-        dtype (torch.dtype): of the result; the product is taken in fp32 (fp64 for fp64).
+        dtype (torch.dtype): the result's dtype. The product is taken in fp32, for fp64 in fp64.
 
     Returns:
         output (Tensor (..., N, D), dtype): contiguous. moe_ops.grouped_gemm takes it.
 
     Raises:
-        TypeError: weight or weight_scale of another dtype; dtype is not a floating one of 16 bits or
-            more.
+        TypeError: weight or weight_scale has another dtype; dtype is not a floating one of 16 bits
+            or more.
         ValueError: weight has fewer than two dimensions; weight_scale has another shape, or is on
             another device.
 
@@ -136,7 +138,7 @@ def dequantize_fp8(
 def dequantized(
     weight: torch.Tensor, weight_scale: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """weight (N, D) times its scales, (N, D), in `dtype`, fp32 or fp64."""
+    """Return weight (N, D) times its scales, (N, D), in `dtype`: fp32 or fp64."""
     return weight.to(dtype).mul_(_spread(weight_scale.to(dtype), *weight.shape))
 
 
@@ -146,12 +148,12 @@ def _scale_shape(weight: torch.Tensor) -> tuple[int, ...]:
 
 
 def _matrices(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The matrices of tensors (..., rows, columns) with the same outer sizes, one by one."""
+    """Return the matrices of tensors (..., rows, columns) of equal outer sizes, one by one."""
     outer = math.prod(tensors[0].shape[:-2])
     return zip(*(tensor.reshape(outer, *tensor.shape[-2:]) for tensor in tensors), strict=True)
 
 
 def _spread(scales: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """The scale of each element of (rows, columns)."""
+    """Return the scale of each element, (rows, columns)."""
     scales = scales.repeat_interleave(BLOCK, 0)[:rows]
     return scales.repeat_interleave(BLOCK, 1)[:, :columns]

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tuned configurations on disk: a table for each GPU and versions, in the format of tables/*.json.
+"""Keep tuned configurations on disk, in one table for each GPU and set of versions.
 
     {"device": name, "versions": {...}, "configs": {Problem.key: fields of the configuration}}
 
-Any number of processes may read and write at once: a file is replaced as a whole, and a writer adds
-to what the others wrote. MOE_OPS_CACHE_DIR places the files; MOE_OPS_AUTOTUNE=0 leaves them unread.
+The files in tables/ have the same format. Any number of processes may read and write at once: a
+writer keeps what others wrote, and replaces the whole file. MOE_OPS_CACHE_DIR says where the files
+are. With MOE_OPS_AUTOTUNE=0 they are not read.
 """
 
 from __future__ import annotations
@@ -30,36 +31,36 @@ from moe_ops.configs.strict_json import read_json
 
 logger = logging.getLogger("moe_ops")
 
-# Called when what lookup() says may have changed.
+# These are called when the result of lookup() may have changed.
 on_change: list[Callable[[], object]] = []
 
 
 def is_enabled() -> bool:
-    """Whether tuning is on: MOE_OPS_AUTOTUNE=0 turns it off, and the cache with it."""
+    """Return whether tuning is on; MOE_OPS_AUTOTUNE=0 turns it off, and the cache with it."""
     return os.environ.get("MOE_OPS_AUTOTUNE") != "0"
 
 
 def directory() -> Path:
-    """Where the files are: in MOE_OPS_CACHE_DIR, or in moe_ops/ of the user's cache directory."""
+    """Return the files' directory: in MOE_OPS_CACHE_DIR, or in the user's cache directory."""
     placed = os.environ.get("MOE_OPS_CACHE_DIR")
     if placed:
         return Path(placed) / "configs"
     try:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # a user without a home, as containers have them
+    except RuntimeError:  # the user has no home, as in some containers
         caches = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
     return caches / "moe_ops" / "configs"
 
 
 def path_of(device_name: str) -> Path:
-    """The file of this GPU with the versions that are running."""
+    """Return the file for this GPU and the running versions."""
     parts = [f"{package}-{version}" for package, version in versions().items()]
     return directory() / ("_".join([table_name(device_name), *parts]) + ".json")
 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """What a tuned configuration is good for, beside the GPU."""
+    """Return the versions that a tuned configuration depends on."""
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -68,17 +69,17 @@ def versions() -> dict[str, str]:
 
 
 def table_name(device_name: str) -> str:
-    """'NVIDIA H200' -> 'nvidia_h200'."""
+    """Turn a GPU's name into a table's: 'NVIDIA H200' -> 'nvidia_h200'."""
     return "_".join("".join(c if c.isalnum() else " " for c in device_name.lower()).split())
 
 
 def lookup(device_name: str, key: str) -> KernelConfig | None:
-    """The configuration that was tuned for Problem.key on this GPU, if any."""
+    """Return the configuration tuned for Problem.key on this GPU, or None."""
     return _loaded(path_of(device_name)).get(key) if is_enabled() else None
 
 
 def store(device_name: str, configs: Mapping[str, KernelConfig]) -> None:
-    """Adds configurations, by Problem.key, to the file of this GPU."""
+    """Add configurations, by Problem.key, to the file of this GPU."""
     path = path_of(device_name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +92,7 @@ def store(device_name: str, configs: Mapping[str, KernelConfig]) -> None:
 
 
 def clear() -> None:
-    """Deletes what was tuned, for all GPUs and versions, on disk and in memory."""
+    """Delete all tuned configurations, for all GPUs and versions, on disk and in memory."""
     folder = directory()
     if folder.is_dir():
         with _locked(folder):
@@ -101,19 +102,19 @@ def clear() -> None:
 
 
 def forget() -> None:
-    """Makes the next lookup read the disk anew."""
+    """Make the next lookup read the disk again."""
     _loaded.cache_clear()
     _announce()
 
 
 def write_table(path: Path, device_name: str, configs: Mapping[str, KernelConfig]) -> None:
-    """Writes a table, adding to the one that is there; other processes see the old or the new.
+    """Add configurations to a table; other processes see the old file or the new one.
 
     Raises:
         OSError: the file cannot be written.
     """
     merged = {**_read(path), **configs}
-    # One configuration a line, so that the difference of two tables can be read.
+    # With one configuration a line, a person can read the difference of two tables.
     lines = (f"{json.dumps(key)}: {json.dumps(merged[key].to_dict())}" for key in sorted(merged))
     header = f'"device": {json.dumps(device_name)},\n"versions": {json.dumps(versions())}'
     body = ",\n".join(lines)
@@ -126,10 +127,10 @@ def write_table(path: Path, device_name: str, configs: Mapping[str, KernelConfig
 
 
 def parse_table(text: str) -> dict[str, KernelConfig]:
-    """The configurations in a table, by Problem.key.
+    """Return the configurations in a table, by Problem.key.
 
     Raises:
-        ValueError: it is not a table.
+        ValueError: the text is not a table.
     """
     content = read_json(text)
     configs = content.get("configs") if isinstance(content, dict) else None
@@ -160,7 +161,7 @@ def _loaded(path: Path) -> dict[str, KernelConfig]:
 
 
 def _read(path: Path) -> dict[str, KernelConfig]:
-    """The table in a file; nothing, with a warning, where it cannot be read."""
+    """Return the table in a file; if it cannot be read, warn and return an empty one."""
     try:
         return parse_table(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -177,7 +178,7 @@ def _warn_once(message: str) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock; the system drops it with the process."""
+    """Hold the folder's lock; the system releases it when the process ends."""
     import fcntl
 
     with (folder / ".lock").open("w") as lock:

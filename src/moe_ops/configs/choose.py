@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which configuration a launch gets.
+"""Choose the configuration of a launch.
 
-In this order: what the caller gave as kernel_config; what was tuned on this machine (cache.py); what
-is shipped for this GPU (tables/); what the heuristics (heuristics.py) compute from the problem, the
-GPU's shared memory and its number of SMs.
+The first of these that exists wins: the caller's kernel_config; one tuned on this machine
+(cache.py); one shipped for this GPU (tables/); the one that heuristics.py computes from the problem
+and the GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moe_ops.configs.problem import Problem
 
 @dataclass(frozen=True)
 class Choice:
-    """A configuration, and where it came from: "given", "tuned", "shipped" or "computed"."""
+    """Hold a configuration and its source: "given", "tuned", "shipped" or "computed"."""
 
     config: KernelConfig
     source: str
@@ -50,13 +50,13 @@ cache.on_change.append(_chosen.cache_clear)
 
 
 def forget() -> None:
-    """Makes the next launches choose anew, and read the disk cache anew."""
+    """Make the next launches choose again, and read the disk cache again."""
     cache.forget()
 
 
 @functools.cache
 def shipped(device_name: str) -> dict[str, KernelConfig]:
-    """The table that comes with the package for this GPU, by Problem.key; empty without one."""
+    """Return the package's table for this GPU, by Problem.key; empty if there is none."""
     file = resources.files("moe_ops.configs") / "tables" / f"{cache.table_name(device_name)}.json"
     if not file.is_file():
         return {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The facts of a GPU that a choice depends on."""
+"""Describe the GPU: the facts that a choice of configuration or kernel depends on."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import dataclass
 
 import torch
 
-# The compute capability's first number.
+# The first number of Hopper's compute capability.
 HOPPER = 9
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a choice knows of a GPU.
+    """Describe a GPU.
 
     Attributes:
-        name: as torch says it.
-        capability: the compute capability; (0, 0) of a CPU.
-        shared_memory: bytes that one block may have.
-        num_sms: streaming multiprocessors.
-        is_interpreted: a CPU, where Triton interprets its kernels.
+        name: the name that torch gives.
+        capability: the compute capability; (0, 0) for a CPU.
+        shared_memory: bytes that one block may use.
+        num_sms: the number of streaming multiprocessors.
+        is_interpreted: whether this is a CPU, on which Triton interprets its kernels.
     """
 
     name: str
@@ -32,13 +32,13 @@ class Device:
 
     @property
     def has_tma(self) -> bool:
-        """Whether it has a tensor memory accelerator, which loads what descriptors describe."""
+        """Return whether the GPU has TMA, which loads and stores by tensor descriptors."""
         return self.capability >= (9, 0)
 
 
 @functools.cache
 def device_of(device: torch.device) -> Device:
-    """The facts of a torch device."""
+    """Return the facts of a torch device."""
     if device.type != "cuda":
         return Device("cpu", (0, 0), 1 << 20, 4, is_interpreted=True)
     properties = torch.cuda.get_device_properties(device)

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One product as a configuration sees it: what is multiplied, what is done on top, how many rows."""
+"""Describe one product: what is multiplied, what is computed on top, and for how many rows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-# Mean rows per expert up to which a product is bound by reading the weight.
+# Up to this mean number of rows per expert, a product is bound by reading the weight.
 FEW_ROWS = 32
 
 Epilogue = Literal["none", "activation", "gated_activation", "gated_activation_backward"]
-# What a key says of each. Of a forward "gated" is the activation, of a dX its backward.
+# The words in a key. In a forward "gated" is the activation, in a dX its backward.
 _EPILOGUE_WORDS: dict[Epilogue, str] = {
     "activation": "activated",
     "gated_activation": "gated",
@@ -20,22 +20,22 @@ _EPILOGUE_WORDS: dict[Epilogue, str] = {
 
 @dataclass(frozen=True)
 class Problem:
-    """What a configuration depends on, without the exact number of rows.
+    """Describe what a configuration depends on; the exact number of rows is left out.
 
     Attributes:
         kind: a key of kernel_config.PASSES.
-        dtype: such as "bfloat16".
+        dtype: the dtype's name, such as "bfloat16".
         num_experts, out_features, in_features: E, N, D of the op.
         rows: the mean number of rows per expert, rounded up to a power of two.
-        gather: rows of the input are gathered.
-        scatter: rows of the output are scattered.
-        scale: rows are multiplied by topk_weights.
-        bias: a bias is added.
-        dots: the router gradient is summed up.
-        transposed: the weight is a transposed view.
-        fp8: the weight is FP8 with scales.
-        epilogue: what is computed on top of the product. "gated_activation_backward" is asked of a
-            dX where Hopper has a kernel that does both; other kernels leave it to a second one.
+        gather: whether rows of the input are gathered.
+        scatter: whether rows of the output are scattered.
+        scale: whether rows are multiplied by topk_weights.
+        bias: whether a bias is added.
+        dots: whether the router gradient is summed.
+        transposed: whether the weight is a transposed view.
+        fp8: whether the weight is FP8 with scales.
+        epilogue: what is computed on top of the product. A dX gets "gated_activation_backward"
+            where Hopper has a kernel that does both; with other kernels a second one does it.
     """
 
     kind: str
@@ -55,12 +55,12 @@ class Problem:
 
     @property
     def has_activation(self) -> bool:
-        """Whether every kernel computes an activation of the product."""
+        """Return whether an activation is on top, which every kernel computes."""
         return self.epilogue in {"activation", "gated_activation"}
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """The words of the key that say what the kernel does beside the product."""
+        """Return the words of the key that say what the kernel does beside the product."""
         names = ("gather", "scatter", "scale", "bias", "dots", "transposed", "fp8")
         words = [name for name in names if getattr(self, name)]
         if self.epilogue != "none":
@@ -69,12 +69,12 @@ class Problem:
 
     @property
     def key(self) -> str:
-        """The problem as one string: the key of tables and caches."""
+        """Return the problem as one string, the key of tables and caches."""
         sizes = f"E{self.num_experts} N{self.out_features} D{self.in_features} rows{self.rows}"
         return " ".join([self.kind, self.dtype, sizes, *self.flags])
 
 
 def rows_bucket(num_rows: int, num_experts: int) -> int:
-    """The mean number of rows per expert, rounded up to a power of two; at least 1."""
+    """Return the mean number of rows per expert, rounded up to a power of two; at least 1."""
     mean = -(-num_rows // max(num_experts, 1))
     return 1 << max(mean - 1, 0).bit_length()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which products the warp-specialised kernels for Hopper compute, and why not the others.
+"""Say which products the warp-specialised kernels for Hopper compute, and why not the others.
 
-Their tile says which kernel it is. In tiles of PINGPONG_TILE each of two groups of warps has tiles of
-its own: one finishes a tile while the other multiplies. A wider tile is shared by both groups
-(cooperative), and holds bare products alone.
+The tile decides which kernel it is. With PINGPONG_TILE it is ping-pong: each of two groups of warps
+has tiles of its own, and one finishes a tile while the other multiplies. With a wider tile it is
+cooperative: both groups share the tile. Cooperative kernels compute bare products only.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _MEANINGS = {
 
 
 def why_not_specialized(problem: Problem, tile: tuple[int, int]) -> str | None:
-    """Return why no warp-specialised kernel computes the product in such tiles, or None if one does.
+    """Return why no warp-specialised kernel computes the product in such tiles, or None.
 
     Args:
         problem: the product.
-        tile: rows and columns, as of KernelConfig.tile.
+        tile: rows and columns, the first two of KernelConfig.tile.
     """
     is_pingpong = tile == PINGPONG_TILE
     if problem.has_activation:
-        # The rows are copied into expert order before it.
+        # "gather" is not in this list: the rows are copied into expert order first.
         lacks = ["scatter", "scale", "dots", "transposed", "fp8"]
         if not is_pingpong:
             return "an activation on top takes tiles of 128x128"
