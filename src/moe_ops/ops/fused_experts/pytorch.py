@@ -58,30 +58,6 @@ def fused_experts(
     return output, z, token_counts, gather_indices, scatter_indices
 
 
-def fused_experts_forward(
-    hidden_states: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    gate_up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    activation: str = "silu",
-    gated: bool = True,
-    interleaved: bool = False,
-    activation_limit: float | None = None,
-    weights_before: bool = False,
-    recompute: str = "none",
-    kernel_config: str | None = None,
-) -> tuple[Tensor, ...]:
-    outputs = fused_experts(
-        hidden_states, gate_up_proj, down_proj, topk_ids, topk_weights, gate_up_bias, down_bias,
-        activation, gated, interleaved, activation_limit, weights_before, recompute, kernel_config,
-        for_backward=True,
-    )  # fmt: skip
-    return tuple(outputs)
-
-
 def fused_experts_backward(
     grad_output: Tensor,
     hidden_states: Tensor | None,
