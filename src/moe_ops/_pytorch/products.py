@@ -7,7 +7,7 @@ There are three ways to multiply. functional.grouped_mm takes all experts in one
 one after the other with all threads. Where experts are small, what stands around each product is
 most of the time: then torch.bmm multiplies blocks of equal size, one for each expert. Where neither
 applies (a bias, a CUDA device, other dtypes and strides) there is a loop over the experts.
-docs/performance.md has the measurements behind the choice.
+docs/notes/cpu.md has the measurements behind the choice.
 """
 
 from __future__ import annotations
