@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A routing with its tensors, the unfused composition in plain torch, and what a call launches.
+"""A call of compat's grouped_gemm, and what the reference says of it.
 
 T tokens, E experts, K top_k, M = T * K rows, D in_features, N out_features.
 """
@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from testing import reference
 
 # Of permute_x, permute_y and weighted, what may go together.
 FLAGS = [
@@ -74,7 +75,7 @@ def problem(
     )
 
 
-def composition(
+def expected_output(
     X: Tensor,
     W: Tensor,
     m_sizes: Tensor,
@@ -85,21 +86,12 @@ def composition(
     topk_weights: Tensor | None,
     fuse_mul_post: bool,
 ) -> Tensor:
-    """Gather, loop over experts, multiply by the weights, scatter: each a step of its own, in the
-    dtype of X. W is (E, N, D) or (E * N, D).
-    """
-    slots = gather_indices.long()
-    rows = X[slots // topk] if permute_x else X
-    matrices = W.reshape(len(m_sizes), -1, W.shape[-1])
-    products, start = [], 0
-    for matrix, count in zip(matrices, m_sizes.tolist(), strict=True):
-        products.append(rows[start : start + count] @ matrix.T)
-        start += count
-    output = torch.cat(products)
-    if fuse_mul_post:
-        assert topk_weights is not None
-        output = output * topk_weights.flatten()[slots, None]
-    return torch.empty_like(output).index_copy(0, slots, output) if permute_y else output
+    """Return what the reference says of a call with compat's names. W is (E, N, D) or (E * N, D)."""
+    weight = W.reshape(len(m_sizes), -1, W.shape[-1])
+    weights = topk_weights if fuse_mul_post else None
+    return reference.grouped_gemm(
+        X, weight, m_sizes, gather_indices, weights, None, topk, permute_x, permute_y
+    )
 
 
 DIFFERENTIABLE = ("X", "W", "topk_weights")
@@ -120,35 +112,3 @@ def forward_and_backward(
     output = function(**{**call, **leaves})
     grads = torch.autograd.grad(output, list(leaves.values()), tangent.to(output.dtype))
     return {"output": output, **dict(zip(leaves, grads, strict=True))}
-
-
-class MoeOps(TorchDispatchMode):
-    """Records the moe ops that run, each as (name, arguments)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "moe":
-            self.calls.append((func._schema.name.removeprefix("moe::"), args))
-        return func(*args, **(kwargs or {}))
-
-    @property
-    def names(self) -> list[str]:
-        return [name for name, _ in self.calls]
-
-
-class Allocations(TorchDispatchMode):
-    """Records how many elements the storages have that the ops below autograd return."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        outputs = func(*args, **(kwargs or {}))
-        for output in outputs if isinstance(outputs, tuple) else (outputs,):
-            if isinstance(output, Tensor):
-                self.sizes.add(output.untyped_storage().nbytes() // output.element_size())
-        return outputs

@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters of the experts' projections, the weights they stand for, and a layer with them."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_ops.layers.experts import Experts
 from moe_ops.layers.lora import LoraExperts, LoraWeights
@@ -32,15 +29,6 @@ def make_adapter(
     return LoraWeights(lora_a.requires_grad_(), lora_b.requires_grad_(), scaling)
 
 
-def merged(weight: Tensor, adapters: Iterable[LoraWeights]) -> Tensor:
-    """What LoRA says the weight is, expert by expert, in fp64."""
-    total = weight.double()
-    for lora_a, lora_b, scaling in adapters:
-        deltas = [b.double() @ a.double() for a, b in zip(lora_a, lora_b, strict=True)]
-        total = total + scaling * torch.stack(deltas)
-    return total
-
-
 def draw_ids(routing="uniform", num_tokens=NUM_TOKENS):
     generator = torch.Generator().manual_seed(3)
     return oracle.random_topk_ids(routing, num_tokens, NUM_EXPERTS, TOP_K, generator)
@@ -58,21 +46,3 @@ def make_layer(num_tokens=NUM_TOKENS, rank=3, dtype=torch.float64, sizes=(HIDDEN
 def randomise(module):
     for name in module.adapters:
         torch.nn.init.normal_(module.get_parameter(f"adapters.{name}.lora_B"), std=0.5)
-
-
-class Calls(TorchDispatchMode):
-    """Every op that runs, with the tensors that it returns; tensors alone, in order."""
-
-    def __init__(self):
-        super().__init__()
-        self.made = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        tensors = out if isinstance(out, (tuple, list)) else [out]
-        name = func._schema.name
-        self.made += [(name, tuple(t.shape)) for t in tensors if isinstance(t, torch.Tensor)]
-        return out
-
-    def shapes_of(self, op):
-        return sorted(shape for name, shape in self.made if name == op and shape != (0,))

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The routed ops in fp64 on whole tensors, for sizes at which the oracle's loops take too long.
+"""Every op in fp64 on whole tensors, for sizes at which the oracle's loops take too long.
 
-On any device, differentiable by torch's autograd; test_reference.py holds it against the oracle.
+The functions run on any device and are differentiable by torch's autograd. They share no code with
+moe_ops, nor with the oracle, which tests/gpu/test_reference.py holds them against.
 
-T tokens, K top_k, R = T * K rows, E experts, D in_features, N out_features, H hidden size.
+T tokens, K top_k, R = T * K rows, E experts, D in_features, N out_features, H hidden size,
+I intermediate size, U = 2 * I where gated, else I.
 """
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ ROUTINGS = ("uniform", "zipf", "hot_and_empty", "dropped", "all_dropped")
 def route(
     routing: str, num_tokens: int, num_experts: int, top_k: int, device: torch.device, seed: int = 0
 ) -> Tensor:
-    """topk_ids (T, K), int32, distinct within a token but for those that are dropped.
+    """Return topk_ids (T, K), int32, distinct within a token but for those that are dropped.
 
     uniform: all experts equally likely. zipf: expert e with probability ~ 1 / (e + 1).
     hot_and_empty: the first expert gets a slot of every token, the last one none. dropped: a fifth
@@ -47,7 +50,7 @@ def route(
 
 
 def routing_indices(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """topk_ids (T, K) -> token_counts (E,), gather_indices (R,), scatter_indices (R,)."""
+    """Return token_counts (E,), gather_indices (R,), scatter_indices (R,) of topk_ids (T, K)."""
     ids = topk_ids.reshape(-1).long()
     keys = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
     gather = torch.argsort(keys, stable=True)
@@ -55,6 +58,39 @@ def routing_indices(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor,
     scatter = torch.empty_like(gather)
     scatter[gather] = torch.arange(gather.numel(), device=gather.device)
     return counts.int(), gather.int(), scatter.int()
+
+
+def selection_keys(
+    logits: Tensor, selection_bias: Tensor | None, score_function: str, score_before_topk: bool
+) -> Tensor:
+    """Return the keys (T, E) that topk_routing ranks experts by."""
+    keys = logits.double()
+    if score_before_topk:
+        keys = _scores(keys, score_function)
+    return keys if selection_bias is None else keys + selection_bias.double()
+
+
+def routing_weights(
+    logits: Tensor,
+    topk_ids: Tensor,
+    score_function: str,
+    score_before_topk: bool,
+    renormalize: bool,
+    scaling_factor: float,
+) -> Tensor:
+    """Return the topk_weights (T, K) of topk_routing for given topk_ids (T, K)."""
+    logits, ids = logits.double(), topk_ids.long()
+    if score_before_topk:
+        weights = _scores(logits, score_function).gather(1, ids)
+    else:
+        weights = _scores(logits.gather(1, ids), score_function)
+    if renormalize:
+        weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
+    return scaling_factor * weights
+
+
+def _scores(logits: Tensor, score_function: str) -> Tensor:
+    return logits.softmax(1) if score_function == "softmax" else logits.sigmoid()
 
 
 def permute(
@@ -117,8 +153,18 @@ def grouped_gemm_fp8(
     return grouped_gemm(input, dequantised, token_counts, **others)
 
 
+def merged(weight: Tensor, adapters: Iterable[tuple[Tensor, Tensor, float]]) -> Tensor:
+    """Return the weight (E, N, D) with LoRA's adapters (lora_A, lora_B, scaling) added to it."""
+    total = weight.double()
+    for lora_a, lora_b, scaling in adapters:
+        total = total + scaling * lora_b.double() @ lora_a.double()
+    return total
+
+
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x as it is in `dtype`, where the op rounds: on which side of a kink it lies."""
+    """Return x as it is in `dtype`, where the op rounds: this says on which side of a kink it lies."""
+    if dtype == torch.float64:
+        return x
     return x + (x.to(dtype).double() - x).detach()
 
 
@@ -151,7 +197,10 @@ def fused_experts(
     kernel_config: str | None = None,
     rounds_to: torch.dtype = torch.float64,
 ) -> Tensor:
-    """With the pre-activation, and rows that are weighted before, rounded to `rounds_to`."""
+    """Return the output (T, H), with what the op keeps in its dtype rounded to `rounds_to`.
+
+    That is the pre-activation, and with weights_before the weighted rows.
+    """
     z, slots, counts, scale = _pre_activation(
         hidden_states, gate_up_proj, topk_ids, topk_weights, gate_up_bias, weights_before, rounds_to
     )
@@ -167,6 +216,53 @@ def fused_experts(
         y = y * scale
     output = torch.zeros_like(hidden_states, dtype=torch.float64)
     return output.index_add(0, slots // topk_ids.shape[1], y)
+
+
+def experts_step(
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    grad_output: Tensor,
+    parameters: Sequence[Tensor],
+    grad_parameters: Sequence[Tensor],
+    projections: Callable[..., tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return fused_experts and its gradients, with the fp64 tensors of one expert at a time.
+
+    So whole models fit. The experts are gated, with silu.
+
+    Args:
+        hidden_states (T, H), topk_ids (T, K), topk_weights (T, K): as of fused_experts.
+        grad_output (T, H): the gradient of the output.
+        parameters: tensors (E, ...) that the weights are made of.
+        grad_parameters: as many tensors of the same shapes. Their gradients are written here.
+        projections: from an expert and its slices of `parameters`, in fp64, to its gate_up_proj
+            (2I, H) and down_proj (H, I).
+
+    Returns:
+        tuple: the output, and the gradients of hidden_states and topk_weights, in fp64.
+    """
+    num_experts, top_k = len(parameters[0]), topk_ids.shape[1]
+    weights = topk_weights.detach().reshape(-1)
+    output = torch.zeros_like(hidden_states, dtype=torch.float64)
+    grad_hidden = torch.zeros_like(output)
+    grad_weights = torch.zeros_like(weights, dtype=torch.float64)
+    counts, gather, _ = routing_indices(topk_ids, num_experts)
+    for e, slots in enumerate(gather[: int(counts.sum())].long().split(counts.tolist())):
+        tokens = slots // top_k
+        given = (hidden_states.detach()[tokens], weights[slots, None])
+        own = (p.detach()[e] for p in parameters)
+        leaves = [tensor.double().requires_grad_() for tensor in (*given, *own)]
+        gate_up, down = projections(e, *leaves[2:])
+        only_expert = slots.new_zeros(len(slots), 1)
+        rows = fused_experts(leaves[0], gate_up[None], down[None], only_expert, leaves[1])
+        grads = torch.autograd.grad(rows, leaves, grad_output[tokens].double())
+        output.index_add_(0, tokens, rows.detach())
+        grad_hidden.index_add_(0, tokens, grads[0])
+        grad_weights[slots] = grads[1][:, 0]
+        for into, grad in zip(grad_parameters, grads[2:], strict=True):
+            into[e] = grad
+    return output, grad_hidden, grad_weights.view_as(topk_weights)
 
 
 def tokens_at_kinks(
@@ -185,10 +281,10 @@ def tokens_at_kinks(
     distance: float,
     **others: object,
 ) -> Tensor:
-    """Tokens of which a pre-activation, off by `distance` before it is rounded, changes sides.
+    """Return which tokens (T,) have a pre-activation within `distance` of a kink.
 
-    There the gradient jumps: it depends on the order in which a product was summed up. `others` are
-    arguments of fused_experts that have no say in it.
+    Their gradients jump: these depend on the order in which a product was summed up. `others` are
+    arguments of fused_experts that do not matter here.
     """
     z, slots, _, _ = _pre_activation(
         hidden_states, gate_up_proj, topk_ids, topk_weights, gate_up_bias, weights_before, rounds_to
@@ -216,7 +312,7 @@ def _pre_activation(
     weights_before: bool,
     rounds_to: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """z of the rows that experts have, their slots, the rows of each expert, the slots' weights."""
+    """Return z of the experts' rows, their slots, the rows of each expert, the slots' weights."""
     top_k = topk_ids.shape[1]
     counts, gather, _ = routing_indices(topk_ids, gate_up_proj.shape[0])
     slots = gather[: int(counts.sum())].long()
@@ -228,7 +324,7 @@ def _pre_activation(
 
 
 def _parts(z: Tensor, gated: bool, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """gate and up; z twice where it is not gated."""
+    """Return gate and up; z twice where it is not gated."""
     if not gated:
         return z, z
     gate, up = (z[:, 0::2], z[:, 1::2]) if interleaved else z.chunk(2, 1)

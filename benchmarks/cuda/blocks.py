@@ -107,13 +107,15 @@ class RoutedBlock(Block):
         return flops(shape, name) + router * (1 if name == FORWARD else 3)
 
     def expected(self, topk_ids: Tensor) -> tuple[Tensor, ...]:
-        """Output and gradients: the experts by a loop in fp32, and the router's gradient of those."""
+        """Output and gradients: the experts by the reference, and the router's gradient of those."""
         output, grad_hidden, *grad_projections, grad_weights = super().expected(topk_ids)
         hidden_states, gate = (
             tensor.detach().float().requires_grad_() for tensor in (self.hidden_states, self.gate)
         )
         weights = self._weights(hidden_states, gate, topk_ids)
-        grad_tokens, grad_gate = torch.autograd.grad(weights, (hidden_states, gate), grad_weights)
+        grad_tokens, grad_gate = torch.autograd.grad(
+            weights, (hidden_states, gate), grad_weights.to(weights.dtype)
+        )
         return output, grad_hidden + grad_tokens, *grad_projections, grad_gate
 
 

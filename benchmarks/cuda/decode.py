@@ -31,6 +31,7 @@ from benchmarks.cuda.timing import (
     rounded,
 )
 from benchmarks.suite import Routing, Shape
+from testing import reference
 
 moe = torch.ops.moe
 
@@ -114,9 +115,8 @@ class _Decoding:
         return read_experts(self.weight, self.experts)
 
     def errors(self) -> dict[str, float]:
-        """All of the results against fp32."""
-        parts = zip(self.rows().split(self.routing.counts.tolist()), self.weight, strict=True)
-        expected = torch.cat([rows.float() @ w.float().t() for rows, w in parts])
+        """All of the results against the fp64 reference."""
+        expected = reference.grouped_gemm(self.rows(), self.weight, self.routing.counts)
         sums = torch.stack([self.weight[e].sum(dtype=torch.float32) for e in self.experts.tolist()])
         found = errors_of({OURS: self.ours, TORCH: self.torchs}, lambda: expected)
         return {**found, READ: relative_error(self.read().sum(1), sums)}

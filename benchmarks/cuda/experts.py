@@ -98,37 +98,22 @@ class Block:
         )
 
     def expected(self, topk_ids: Tensor) -> tuple[Tensor, ...]:
-        """Output and gradients by a loop over the experts in fp32.
+        """Output and gradients by the fp64 reference.
 
-        The weights' gradients are kept in the weights' dtype: in fp32 they would not fit.
+        The weights' gradients are kept in the weights' dtype: in fp64 they would not fit.
         """
-        flat_weights = self.topk_weights.detach().float().view(-1)
-        hidden_states, grad_output = self.hidden_states.detach(), self.grad_output
-        output = torch.zeros_like(hidden_states, dtype=torch.float32)
-        grad_hidden = torch.zeros_like(output)
-        grad_weights = torch.zeros_like(flat_weights)
-        grad_projections = [torch.zeros_like(w) for w in (self.gate_up_proj, self.down_proj)]
-        counts, gather, _ = reference.routing_indices(topk_ids, self.shape.num_experts)
-        for e, slots in enumerate(gather.long().split(counts.tolist())):
-            tokens = slots // self.shape.top_k
-            leaves = [
-                tensor.detach().float().requires_grad_()
-                for tensor in (
-                    hidden_states[tokens],
-                    self.gate_up_proj[e],
-                    self.down_proj[e],
-                    flat_weights[slots],
-                )
-            ]
-            x, gate_up, down, weights = leaves
-            gate, up = (x @ gate_up.t()).chunk(2, 1)
-            rows = (F.silu(gate) * up) @ down.t() * weights[:, None]
-            grads = torch.autograd.grad(rows, leaves, grad_output[tokens].float())
-            output.index_add_(0, tokens, rows.detach())
-            grad_hidden.index_add_(0, tokens, grads[0])
-            grad_projections[0][e], grad_projections[1][e] = grads[1], grads[2]
-            grad_weights[slots] = grads[3]
-        return output, grad_hidden, *grad_projections, grad_weights.view_as(self.topk_weights)
+        projections = (self.gate_up_proj.detach(), self.down_proj.detach())
+        grads = [torch.zeros_like(weight) for weight in projections]
+        output, grad_hidden, grad_weights = reference.experts_step(
+            self.hidden_states,
+            topk_ids,
+            self.topk_weights,
+            self.grad_output,
+            projections,
+            grads,
+            lambda _, gate_up, down: (gate_up, down),
+        )
+        return output, grad_hidden, *grads, grad_weights
 
 
 def _as_it_is(grad: Tensor) -> Tensor:

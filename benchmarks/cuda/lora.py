@@ -106,34 +106,27 @@ class LoraBlock(Block):
         return base + adapters if name == FORWARD else 2 * base + 3 * adapters
 
     def expected(self, topk_ids: Tensor) -> tuple[Tensor, ...]:
-        """Output and gradients by a loop over the experts in fp32."""
-        flat_weights = self.topk_weights.detach().float().view(-1)
-        hidden_states, grad_output = self.hidden_states.detach(), self.grad_output
-        output = torch.zeros_like(hidden_states, dtype=torch.float32)
-        grad_hidden = torch.zeros_like(output)
-        grad_weights = torch.zeros_like(flat_weights)
+        """Output and gradients by the fp64 reference, on the merged weights."""
         grad_factors = [torch.zeros_like(f, dtype=torch.float32) for f in self.factors]
         factors, grads_by_expert = map(self.by_expert, (self.factors, grad_factors))
-        counts, gather, _ = reference.routing_indices(topk_ids, self.shape.num_experts)
-        for e, slots in enumerate(gather.long().split(counts.tolist())):
-            tokens = slots // self.shape.top_k
-            leaves = [
-                tensor.detach().float().requires_grad_()
-                for tensor in (hidden_states[tokens], flat_weights[slots], *(f[e] for f in factors))
-            ]
-            x, weights, up_a, up_b, down_a, down_b = leaves
-            z = x @ self.gate_up_proj[e].float().t() + SCALING * (x @ up_a.t()) @ up_b.t()
-            gate, up = z.chunk(2, 1)
-            h = F.silu(gate) * up
-            rows = h @ self.down_proj[e].float().t() + SCALING * (h @ down_a.t()) @ down_b.t()
-            rows = rows * weights[:, None]
-            grads = torch.autograd.grad(rows, leaves, grad_output[tokens].float())
-            output.index_add_(0, tokens, rows.detach())
-            grad_hidden.index_add_(0, tokens, grads[0])
-            grad_weights[slots] = grads[1]
-            for grad_factor, grad in zip(grads_by_expert, grads[2:], strict=True):
-                grad_factor[e] = grad
-        return output, grad_hidden, grad_weights.view_as(self.topk_weights), *grad_factors
+
+        def projections(e: int, *factors: Tensor) -> tuple[Tensor, Tensor]:
+            up_a, up_b, down_a, down_b = factors
+            return (
+                reference.merged(self.gate_up_proj[e], [(up_a, up_b, SCALING)]),
+                reference.merged(self.down_proj[e], [(down_a, down_b, SCALING)]),
+            )
+
+        output, grad_hidden, grad_weights = reference.experts_step(
+            self.hidden_states,
+            topk_ids,
+            self.topk_weights,
+            self.grad_output,
+            factors,
+            grads_by_expert,
+            projections,
+        )
+        return output, grad_hidden, grad_weights, *grad_factors
 
 
 class OurLora(nn.Module):

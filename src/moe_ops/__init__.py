@@ -12,8 +12,8 @@ from moe_ops.configs.kernel_config import (
     KernelConfigBackward_dW,
     KernelConfigBackward_dX,
     KernelConfigForward,
-    kernel_config,
 )
+from moe_ops.configs.kernel_string import kernel_config
 from moe_ops.fp8 import dequantize_fp8, quantize_fp8
 from moe_ops.ops.fused_experts import fused_experts
 from moe_ops.ops.grouped_gemm import grouped_gemm

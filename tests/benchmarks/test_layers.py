@@ -19,7 +19,7 @@ from benchmarks.cuda import blocks, experts, lora, peers
 from benchmarks.cuda.experts import BOTH, COMPILED, EAGER, FORWARD, PASSES, Comparison
 from benchmarks.cuda.lora import CHECKPOINT, LAYOUTS, LoraBlock
 from benchmarks.cuda.timing import OURS, Bench
-from testing import tolerances
+from testing import oracle, tolerances
 
 TINY = suite.TINY_SUITE[0]
 CEILINGS = {"dense_tflops": 790.0, "copy_tbs": 4.3, "read_tbs": 4.4}
@@ -63,10 +63,7 @@ def test_lora_reference_is_right(layout, routing):
     up_a, up_b, down_a, down_b = block.by_expert(factors)
     gate_up = block.gate_up_proj.double() + lora.SCALING * up_b @ up_a
     down = block.down_proj.double() + lora.SCALING * down_b @ down_a
-    ids = topk_ids.long()
-    gate, up = torch.einsum("th,tkuh->tku", x, gate_up[ids]).chunk(2, -1)
-    slots = torch.einsum("tki,tkhi->tkh", F.silu(gate) * up, down[ids])
-    output = (slots * weights[:, :, None]).sum(1)
+    output = oracle.fused_experts(x, gate_up, down, topk_ids, weights)
     assert_expected(block.expected(topk_ids), output, leaves, block.grad_output)
 
 
@@ -182,9 +179,7 @@ def test_block_reference_is_right():
     probabilities = torch.softmax(x @ gate.t(), -1)
     weights, ids = probabilities.topk(TINY.top_k)
     weights = weights / weights.sum(-1, keepdim=True)
-    gates, ups = torch.einsum("th,tkuh->tku", x, gate_up_proj[ids]).chunk(2, -1)
-    slots = torch.einsum("tki,tkhi->tkh", F.silu(gates) * ups, down_proj[ids])
-    output = (slots * weights[:, :, None]).sum(1)
+    output = oracle.fused_experts(x, gate_up_proj, down_proj, ids, weights)
     assert_expected(block.expected(block.topk_ids), output, leaves, block.grad_output)
 
 

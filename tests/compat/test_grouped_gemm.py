@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""moe_ops.compat.grouped_gemm against the unfused composition in plain torch, in fp64.
+"""moe_ops.compat.grouped_gemm against the reference in fp64.
 
 T tokens, E experts, K top_k, M = T * K rows, D in_features, N out_features.
 """
@@ -14,7 +14,7 @@ from testing.compat_problem import (
     EMPTY_EXPERT,
     FLAGS,
     INTEGER,
-    composition,
+    expected_output,
     forward_and_backward,
     problem,
 )
@@ -26,13 +26,13 @@ floating_dtypes = pytest.mark.parametrize(
 integer_dtypes = pytest.mark.parametrize("dtype", INTEGER, ids=str)
 
 
-def assert_equals_composition(call, tangent=None):
-    """Output and gradients are those of the composition in fp64, in the dtypes of the arguments."""
+def assert_equals_reference(call, tangent=None):
+    """Output and gradients are those of the reference in fp64, in the dtypes of the arguments."""
     if tangent is None:
         num_rows = call["gather_indices"].shape[0]
         tangent = torch.randn(num_rows, call["W"].shape[-2]).to(call["X"].dtype)
     found = forward_and_backward(grouped_gemm, call, tangent)
-    expected = forward_and_backward(composition, call, tangent, torch.float64)
+    expected = forward_and_backward(expected_output, call, tangent, torch.float64)
     assert found.keys() == expected.keys()
     for name, value in found.items():
         # The gradient of fp32 topk_weights is made of products of X, W and dY in their dtype.
@@ -45,10 +45,10 @@ def assert_equals_composition(call, tangent=None):
 
 @flags
 @floating_dtypes
-def test_equals_the_unfused_composition(permute_x, permute_y, weighted, dtype):
+def test_equals_the_reference(permute_x, permute_y, weighted, dtype):
     call = problem(permute_x, dtype).call(permute_x, permute_y, weighted)
     with checks.poisoned_memory():
-        found = assert_equals_composition(call)
+        found = assert_equals_reference(call)
     # permute_x: the gradient comes back in token order, summed over the slots.
     assert found["X"].shape == call["X"].shape
     assert (found["W"][EMPTY_EXPERT] == 0).all()
@@ -60,7 +60,7 @@ def test_equals_the_unfused_composition(permute_x, permute_y, weighted, dtype):
 @floating_dtypes
 def test_sizes_that_no_block_divides(in_features, out_features, dtype):
     sizes = {"in_features": in_features, "out_features": out_features}
-    assert_equals_composition(problem(True, dtype, **sizes).call(True, False, True))
+    assert_equals_reference(problem(True, dtype, **sizes).call(True, False, True))
 
 
 @flags
@@ -112,7 +112,7 @@ def test_any_strides(permute_x, permute_y, argument, view):
     else:
         call[argument[0]] = view(call[argument[0]])
         assert not call[argument[0]].is_contiguous()
-    assert_equals_composition(call, tangent)
+    assert_equals_reference(call, tangent)
 
 
 @integer_dtypes
@@ -165,7 +165,7 @@ def test_router_weights_are_multiplied_before_the_rounding(dtype, permute_y):
     """One rounding. Another one before it would move about every fourth element by one unit."""
     given = problem(dtype=dtype, num_tokens=60, in_features=40, out_features=40)
     call = given.call(False, permute_y, weighted=True)
-    exact = composition(**{**call, "X": given.X.double(), "W": given.W.double()})
+    exact = expected_output(**{**call, "X": given.X.double(), "W": given.W.double()})
     differs = grouped_gemm(**call) != exact.to(dtype)
     assert differs.double().mean() < 0.02
 
@@ -209,7 +209,7 @@ def test_input_that_was_multiplied_before(topk):
     call = {"X": tokens, "W": given.W, "topk_weights": given.topk_weights}
     found = forward_and_backward(lambda **c: function(grouped_gemm, **c), call, tangent)
     expected = forward_and_backward(
-        lambda **c: function(composition, **c), call, tangent, torch.float64
+        lambda **c: function(expected_output, **c), call, tangent, torch.float64
     )
     for name, value in found.items():
         checks.assert_close(value, expected[name], what=name)

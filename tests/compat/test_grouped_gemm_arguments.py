@@ -10,7 +10,8 @@ import torch
 import moe_ops
 from moe_ops.compat import grouped_gemm
 from testing import checks
-from testing.compat_problem import MoeOps, problem
+from testing.compat_problem import problem
+from testing.recorders import MoeOps
 
 
 def test_signature():

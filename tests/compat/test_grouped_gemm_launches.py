@@ -16,7 +16,8 @@ from moe_ops.compat import (
     unpermute,
 )
 from testing import checks
-from testing.compat_problem import Allocations, MoeOps, forward_and_backward, problem
+from testing.compat_problem import forward_and_backward, problem
+from testing.recorders import Allocations, MoeOps
 
 # Which gradients are wanted, and the ops of the backward that compute them.
 LAUNCHES = [

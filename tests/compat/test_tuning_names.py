@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configurations where Unsloth's users import them from, and their way into the ops."""
+"""The configurations with Unsloth's names and fields, and their way into the ops."""
 
+import copy
+import dataclasses
+import inspect
+import pickle
 from typing import Any
 
 import pytest
@@ -11,17 +15,19 @@ from torch._dynamo.backends.common import aot_autograd
 import moe_ops
 from moe_ops.compat import grouped_gemm, kernel_string
 from moe_ops.compat.kernels import tuning
-from moe_ops.compat.kernels.tuning import (
-    KernelConfigBackward_dW,
-    KernelConfigBackward_dX,
-    KernelConfigForward,
-)
-from testing.compat_problem import MoeOps, problem
+from moe_ops.compat.kernels.tuning import KernelConfigBackward_dX, KernelConfigForward
+from testing.compat_problem import problem
+from testing.recorders import MoeOps
 
 CONFIGS: dict[str, Any] = {
     "kernel_config_fwd": KernelConfigForward(BLOCK_M=128, BLOCK_N=64, BLOCK_K=32),
-    "kernel_config_bwd_dX": KernelConfigBackward_dX(BLOCK_N=32, flatten=False, tail_tiles=True),
-    "kernel_config_bwd_dW": KernelConfigBackward_dW(BLOCK_K=16, group_m=3, use_tma_load_x=True),
+    "kernel_config_bwd_dX": KernelConfigBackward_dX(
+        BLOCK_SIZE_N=32, flatten=False, tail_tiles=True, permute_y=True, fuse_mul_post=True
+    ),
+    # One of moe_ops itself among Unsloth's.
+    "kernel_config_bwd_dW": moe_ops.KernelConfigBackward_dW(
+        BLOCK_K=16, group_m=3, use_tma_load_x=True
+    ),
 }
 PASSES = {
     "kernel_config_fwd": "forward",
@@ -50,9 +56,71 @@ def leaves():
     return call
 
 
-def test_names_are_those_of_moe_ops():
-    for name in ("KernelConfigForward", "KernelConfigBackward_dX", "KernelConfigBackward_dW"):
-        assert getattr(tuning, name) is getattr(moe_ops, name)
+NAMES = ("KernelConfigForward", "KernelConfigBackward_dX", "KernelConfigBackward_dW")
+DEAD = {"permute_x": True, "permute_y": False, "fuse_mul_post": True}
+over_names = pytest.mark.parametrize("name", NAMES)
+
+
+@over_names
+def test_each_is_the_one_of_moe_ops_with_more_fields(name):
+    kind, core = getattr(tuning, name), getattr(moe_ops, name)
+    assert isinstance(kind(), core)
+    mine, expected = (inspect.signature(c).parameters.values() for c in (kind, core))
+    positional = [p for p in mine if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert positional == list(expected)
+    assert [p.name for p in mine if p.kind is p.KEYWORD_ONLY] == list(DEAD)
+    assert kind().to_dict() == {**core().to_dict(), **dict.fromkeys(DEAD, False)}
+
+
+@over_names
+def test_aliases(name):
+    kind: Any = getattr(tuning, name)
+    sizes = {"BLOCK_SIZE_M": 32, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 16}
+    assert kind.from_dict(sizes) == kind(BLOCK_M=32, BLOCK_N=64, BLOCK_K=16)
+    with pytest.raises(ValueError, match=f"^{name}: BLOCK_M is given twice, once as BLOCK_SIZE_M$"):
+        kind.from_dict({"BLOCK_M": 32, "BLOCK_SIZE_M": 32})
+    with pytest.raises(ValueError, match=f"^{name}: unknown field 'BLOCK_SIZE'$"):
+        kind.from_dict({"BLOCK_SIZE": 32})
+    with pytest.raises(TypeError, match=f"^{name}: expected a dict of fields, got 3"):
+        kind.from_dict(3)
+
+
+@over_names
+def test_aliases_of_the_constructor(name):
+    kind: Any = getattr(tuning, name)
+    config = kind(BLOCK_SIZE_M=32, BLOCK_N=64, BLOCK_SIZE_K=16)
+    assert config == kind(BLOCK_M=32, BLOCK_N=64, BLOCK_K=16)
+    assert (config.BLOCK_SIZE_M, config.BLOCK_SIZE_N, config.BLOCK_SIZE_K) == (32, 64, 16)
+    assert repr(config) == repr(kind(32, 64, 16))
+    assert kind.from_dict(config.to_dict()) == config
+    for twin in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert twin == config
+    smaller = dataclasses.replace(config, BLOCK_M=16)
+    assert (smaller.BLOCK_SIZE_M, config.BLOCK_SIZE_M) == (16, 32)
+    # Whatever the values are: BLOCK_M's own default is one that can be given.
+    for args, other in (((), {"BLOCK_M": 128}), ((32,), {}), ((), {"BLOCK_M": 32})):
+        expected = rf"^{kind.__name__}: BLOCK_M is given twice, once as BLOCK_SIZE_M$"
+        with pytest.raises(ValueError, match=expected):
+            kind(*args, **other, BLOCK_SIZE_M=32)
+    with pytest.raises(ValueError, match=r"BLOCK_K to be a power of two .* got 24"):
+        kind(BLOCK_SIZE_K=24)
+    with pytest.raises(TypeError, match=r"BLOCK_N of type int, got 64\.0 \(float\)"):
+        kind(BLOCK_SIZE_N=64.0)
+
+
+@over_names
+def test_dead_fields_are_kept_and_change_nothing(name):
+    kind: Any = getattr(tuning, name)
+    core: Any = getattr(moe_ops, name)
+    config = kind(**DEAD, num_stages=2)
+    assert {field: getattr(config, field) for field in DEAD} == DEAD
+    assert config != kind(num_stages=2)
+    assert kind.from_dict(config.to_dict()) == config
+    argument = dict(zip(NAMES, PASSES.values(), strict=True))[name]
+    expected = moe_ops.kernel_config(**{argument: core(num_stages=2)})
+    assert moe_ops.kernel_config(**{argument: config}) == expected
+    with pytest.raises(TypeError, match=f"^{name}: expected permute_x of type bool, got 1"):
+        kind(permute_x=1)
 
 
 @over_given
@@ -78,7 +146,7 @@ def test_the_string_is_made_once(monkeypatch):
     for _ in range(3):
         # Equal, and another object each time.
         grouped_gemm(**call, kernel_config_fwd=KernelConfigForward(BLOCK_M=32))
-    assert made == [(KernelConfigForward(BLOCK_M=32), None, None)]
+    assert made == [(moe_ops.KernelConfigForward(BLOCK_M=32), None, None)]
 
 
 class Graphs:
@@ -127,18 +195,25 @@ def test_compiled_code_follows_the_configuration():
     assert graphs.found == [{"grouped_gemm": text} for text in texts]
 
 
-@pytest.mark.parametrize("name", ["BLOCK_M", "BLOCK_SIZE_M"])
-def test_a_configuration_made_in_compiled_code(name):
-    rows: Any = {name: 16}
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (moe_ops.KernelConfigForward, {"BLOCK_M": 16}),
+        (KernelConfigForward, {"BLOCK_M": 16}),
+        (KernelConfigForward, {"BLOCK_SIZE_M": 16, "permute_x": True}),
+    ],
+    ids=["moe_ops", "compat", "aliases"],
+)
+def test_a_configuration_made_in_compiled_code(kind, fields):
     graphs, call = Graphs(), problem().call(False, permute_y=False, weighted=False)
 
     @torch.compile(fullgraph=True, backend=graphs.backend)
     def function(call):
-        config = KernelConfigForward(num_stages=2, use_tma_load_w=True, **rows)
+        config = kind(num_stages=2, use_tma_load_w=True, **fields)
         return grouped_gemm(**call, kernel_config_fwd=config)
 
     function(call)
-    config = KernelConfigForward(BLOCK_M=16, num_stages=2, use_tma_load_w=True)
+    config = moe_ops.KernelConfigForward(BLOCK_M=16, num_stages=2, use_tma_load_w=True)
     assert graphs.found == [{"grouped_gemm": expected_string({"kernel_config_fwd": config})}]
 
 

@@ -16,9 +16,9 @@ from moe_ops.configs.heuristics import heuristic
 from moe_ops.configs.kernel_config import (
     KernelConfigBackward_dW,
     KernelConfigForward,
-    kernel_config,
 )
-from testing.problems import make_problem
+from moe_ops.configs.kernel_string import kernel_config
+from testing.problem_keys import make_problem
 
 GPU = "NVIDIA H200"
 DEVICE = Device(GPU, (9, 0), 232448, 132)

@@ -18,10 +18,10 @@ from moe_ops.configs.kernel_config import (
     PASSES,
     KernelConfigBackward_dX,
     KernelConfigForward,
-    kernel_config,
 )
+from moe_ops.configs.kernel_string import kernel_config
 from moe_ops.configs.problem import Problem, rows_bucket
-from testing.problems import make_problem, with_words
+from testing.problem_keys import make_problem, with_words
 
 KIB = 1024
 DEVICES = {

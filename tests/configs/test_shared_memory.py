@@ -18,9 +18,9 @@ from moe_ops.configs.kernel_config import (
     KernelConfigBackward_dW,
     KernelConfigBackward_dX,
     KernelConfigForward,
-    kernel_config,
 )
-from testing.problems import make_problem
+from moe_ops.configs.kernel_string import kernel_config
+from testing.problem_keys import make_problem
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles kernels, which TRITON_INTERPRET=1 interprets", allow_module_level=True)

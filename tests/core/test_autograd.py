@@ -11,8 +11,8 @@ from torch.autograd import forward_ad
 
 from moe_ops._core.library import SCHEMAS
 from testing import checks, oracle
-from testing.count_calls import CountCalls
 from testing.moe_block import BLOCKS, loss_and_gradients, make_tokens, make_weights
+from testing.recorders import MoeOps
 from testing.strategies import PRESENT, Sample, seeded_sample, variants
 
 moe = torch.ops.moe
@@ -215,10 +215,10 @@ def test_backward_computes_what_is_needed_alone(name, wanted, expected):
     for argument in sample.differentiable():
         arguments[argument].requires_grad_(argument in wanted)
     output = sample(**arguments)
-    with CountCalls() as counted:
+    with MoeOps() as counted:
         output.sum().backward()
     assert counted.needs == expected
-    assert counted.calls == dict.fromkeys(expected, 1)
+    assert counted.counts == dict.fromkeys(expected, 1)
 
 
 def test_saves_nothing_that_the_needed_gradients_do_not_read():
@@ -243,16 +243,16 @@ def test_saves_nothing_that_the_needed_gradients_do_not_read():
 def test_another_op_may_run_where_a_gradient_is_recorded():
     """fused_experts_forward in place of fused_experts, which alone runs without a gradient."""
     sample = every_argument("fused_experts")
-    with CountCalls() as without:
+    with MoeOps() as without:
         expected = sample()
-    assert without.calls == {"fused_experts": 1}
-    with CountCalls() as counted:
+    assert without.counts == {"fused_experts": 1}
+    with MoeOps() as counted:
         output = sample(**sample.requiring_grad())
-    assert counted.calls == {"fused_experts_forward": 1}
+    assert counted.counts == {"fused_experts_forward": 1}
     assert torch.equal(output, expected)
-    with CountCalls() as counted:
+    with MoeOps() as counted:
         output.sum().backward()
-    assert counted.calls == {"fused_experts_backward": 1}
+    assert counted.counts == {"fused_experts_backward": 1}
 
 
 def test_integer_outputs_have_no_gradient():

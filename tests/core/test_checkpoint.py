@@ -12,7 +12,6 @@ from torch.utils.checkpoint import (
 )
 
 from testing import checks
-from testing.count_calls import CountCalls
 from testing.moe_block import (
     BLOCKS,
     Weights,
@@ -21,6 +20,7 @@ from testing.moe_block import (
     make_tokens,
     make_weights,
 )
+from testing.recorders import MoeOps
 
 blocks = pytest.mark.parametrize("name", sorted(BLOCKS))
 GEMMS_IN_A_BLOCK = 2
@@ -61,9 +61,9 @@ def assert_same_as_plain(name: str, block) -> None:
 
 def calls_of(block) -> dict[str, int]:
     """How often each op runs in a forward and a backward."""
-    with CountCalls() as counted:
+    with MoeOps() as counted:
         loss_and_gradients(block, make_tokens(7), make_weights())
-    return dict(counted.calls)
+    return dict(counted.counts)
 
 
 @blocks

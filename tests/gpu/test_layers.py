@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 import moe_ops
 from moe_ops.compat import grouped_gemm
 from moe_ops.layers.lora import LoraWeights, lora_grouped_gemm
-from testing import checks, layers_problem, lora_problem, oracle
-from testing.compat_problem import FLAGS, composition, forward_and_backward, problem
+from testing import checks, layers_problem, lora_problem, oracle, reference
+from testing.compat_problem import FLAGS, expected_output, forward_and_backward, problem
 from testing.layers_problem import (
     EXPERTS,
     HIDDEN,
@@ -233,13 +233,13 @@ def test_side_stream_of_llama4(checkpointed):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("permute_x", "permute_y", "weighted"), FLAGS)
 def test_grouped_gemm_of_compat(permute_x, permute_y, weighted, dtype):
-    """Against the unfused composition in fp64, W of two dimensions in every other case."""
+    """Against the reference in fp64, W of two dimensions in every other case."""
     sizes = {"num_tokens": 300, "in_features": 96, "out_features": 200}
     call = problem(permute_x, dtype, **sizes).call(permute_x, permute_y, weighted)
     if weighted:
         call["W"] = call["W"].flatten(0, 1)
     tangent = torch.randn(900, 200).to(dtype)
-    expected = forward_and_backward(composition, call, tangent, torch.float64)
+    expected = forward_and_backward(expected_output, call, tangent, torch.float64)
     on_gpu = {n: move(v) if isinstance(v, torch.Tensor) else v for n, v in call.items()}
     with checks.poisoned_memory():
         found = forward_and_backward(grouped_gemm, on_gpu, tangent.to(DEVICE))
@@ -273,7 +273,7 @@ def test_lora_with_the_packing_of_peft(mode, dtype, rank):
     tangent = torch.randn(200 * TOP_K, INTERMEDIATE).to(dtype)
 
     exact = [t.detach().double().requires_grad_() for t in (x, weights, *adapter[:2])]
-    merged = lora_problem.merged(weight, [LoraWeights(exact[2], exact[3], adapter.scaling)])
+    merged = reference.merged(weight, [LoraWeights(exact[2], exact[3], adapter.scaling)])
     expected = oracle.grouped_gemm(exact[0], merged, counts, gather, exact[1], None, TOP_K, **flags)
     wanted = [expected, *torch.autograd.grad(expected, exact, tangent.double())]
 

@@ -77,10 +77,13 @@ def test_topk_routing(router, score_function, score_before_topk, biased):
         topk_weights, topk_ids = moe.topk_routing(
             logits, top_k, bias, score_function, score_before_topk, True, *groups, 2.5
         )
-    keys = selection_keys(logits, bias, score_function, score_before_topk)
+    keys = reference.selection_keys(logits, bias, score_function, score_before_topk)
     assert_is_a_selection(keys, topk_ids.long(), top_k, groups)
-    want = weights_of(logits, topk_ids, score_function, score_before_topk)
-    checks.assert_close(topk_weights, want)
+    of_weights = {
+        "logits": logits, "topk_ids": topk_ids, "score_function": score_function,
+        "score_before_topk": score_before_topk, "renormalize": True, "scaling_factor": 2.5,
+    }  # fmt: skip
+    checks.assert_close(topk_weights, reference.routing_weights(**of_weights))
 
     leaf = logits.detach().requires_grad_()
     grad = torch.randn(topk_weights.shape, generator=generator, device=DEVICE)
@@ -89,31 +92,8 @@ def test_topk_routing(router, score_function, score_before_topk, biased):
     )
     with checks.poisoned_memory():
         (found,) = torch.autograd.grad(output, leaf, grad)
-    exact = logits.detach().double().requires_grad_()
-    (expected,) = torch.autograd.grad(
-        weights_of(exact, topk_ids, score_function, score_before_topk), exact, grad.double()
-    )
+    expected = oracle.gradients(reference.routing_weights, of_weights, ["logits"], grad)["logits"]
     checks.assert_close(found, expected, scale=2.5 * grad, what="gradient of logits")
-
-
-def selection_keys(logits, bias, score_function, score_before_topk):
-    """What experts are ranked by, in fp64."""
-    keys = logits.double()
-    if score_before_topk:
-        keys = keys.softmax(1) if score_function == "softmax" else keys.sigmoid()
-    return keys if bias is None else keys + bias.double()
-
-
-def weights_of(logits, topk_ids, score_function, score_before_topk):
-    """Renormalised weights times 2.5, in fp64."""
-    logits, ids = logits.double(), topk_ids.long()
-    if score_before_topk:
-        scores = logits.softmax(1) if score_function == "softmax" else logits.sigmoid()
-        weights = scores.gather(1, ids)
-    else:
-        chosen = logits.gather(1, ids)
-        weights = chosen.softmax(1) if score_function == "softmax" else chosen.sigmoid()
-    return 2.5 * weights / (weights.sum(1, keepdim=True) + 1e-20)
 
 
 def assert_is_a_selection(keys, ids, top_k, groups):

@@ -10,8 +10,8 @@ from moe_ops.configs.kernel_config import (
     KernelConfigBackward_dW,
     KernelConfigBackward_dX,
     KernelConfigForward,
-    kernel_config,
 )
+from moe_ops.configs.kernel_string import kernel_config
 from testing.gemm_problem import MODES, check, problem
 from testing.interpreted import pytestmark  # noqa: F401
 

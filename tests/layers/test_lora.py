@@ -18,9 +18,9 @@ from testing.lora_problem import (
     NUM_TOKENS,
     TOP_K,
     draw_ids,
-    merged,
     randn,
 )
+from testing.reference import merged
 from testing.tolerances import RELATIVE_NORM, relative_error
 
 RANKS = (1, 3, 8, 64)

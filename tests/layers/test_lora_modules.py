@@ -15,12 +15,12 @@ from testing.lora_problem import (
     NUM_EXPERTS,
     NUM_TOKENS,
     TOP_K,
-    Calls,
     draw_ids,
     make_layer,
     randn,
     randomise,
 )
+from testing.recorders import ReturnedShapes
 from testing.tolerances import RELATIVE_NORM, relative_error
 
 
@@ -40,7 +40,7 @@ def test_frozen_base_costs_no_gradient():
     """The backward has dW of the adapters alone, and no op makes anything of a weight's size."""
     sizes, rank = (40, 48), 3  # the weights are larger than all rows together
     module, x, ids, weights = make_layer(sizes=sizes, rank=rank)
-    with Calls() as calls:
+    with ReturnedShapes() as calls:
         module(x, ids, weights).sum().backward()
     hidden, inter = sizes
     assert calls.shapes_of("moe::grouped_gemm_dw") == sorted(
@@ -97,7 +97,7 @@ def test_quantised_experts(gated):
 def test_quantised_experts_make_nothing_of_a_weights_size():
     module, x, ids, weights = make_layer(dtype=torch.float32, sizes=(40, 48))
     module = LoraExperts(module.experts.quantize_fp8_(), rank=3, dtype=torch.float32)
-    with Calls() as calls:
+    with ReturnedShapes() as calls:
         module(x, ids, weights).sum().backward()
     assert calls.shapes_of("moe::grouped_gemm_dw") == sorted(
         [(4, 3, 40), (4, 96, 3), (4, 3, 48), (4, 40, 3)]
@@ -152,7 +152,7 @@ def test_stands_in_a_layer_that_is_made_of_parts():
 def test_input_gradient_only_where_needed():
     """The first layer of a frozen model: no dX of the up projection."""
     module, x, ids, weights = make_layer(targets=["gate_up_proj"])
-    with Calls() as calls:
+    with ReturnedShapes() as calls:
         module(x.detach(), ids, weights).sum().backward()
     num_rows = NUM_TOKENS * TOP_K
     assert calls.shapes_of("moe::grouped_gemm_dx") == sorted([(num_rows, 3), (num_rows, INTER)])

@@ -8,8 +8,7 @@ R = T * K rows.
 import functools
 import io
 import itertools
-from collections import Counter
-from collections.abc import Callable
+import weakref
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -24,10 +24,8 @@ from torch.utils.checkpoint import (
 )
 
 from moe_ops._core.library import SCHEMAS
-from moe_ops._pytorch import rows
 from moe_ops.ops.fused_experts import pytorch
 from testing import boundaries, checks, oracle
-from testing.count_calls import CountCalls
 from testing.moe_block import (
     Weights,
     compiled_graphs,
@@ -37,6 +35,7 @@ from testing.moe_block import (
     make_weights,
     unfused_block,
 )
+from testing.recorders import CountAten, MoeOps
 from testing.strategies import PRESENT, Sample, seeded_sample
 
 moe = torch.ops.moe
@@ -125,9 +124,19 @@ def test_every_dtype_and_routing(dtype, routing, recompute, weights_before):
 
 @both_orders
 @dtypes
-def test_more_rows_than_are_worked_on_at_a_time(dtype, weights_before, monkeypatch):
-    monkeypatch.setattr(rows, "CHUNK", 64)
-    assert_right(experts("dropped", dtype, T=40, weights_before=weights_before))
+def test_more_rows_than_are_worked_on_at_a_time(dtype, weights_before):
+    """The PyTorch implementation takes rows of 2**19 elements at a time, of z and of hidden states."""
+    num_tokens, top_k = 40, 2
+    sizes = {"H": 8191} if weights_before else {"I": 4099}
+    sample = experts(
+        "dropped", dtype, T=num_tokens, E=3, biased=False, weights_before=weights_before, **sizes
+    )
+    width = 8191 if weights_before else sample.arguments["gate_up_proj"].shape[1]
+    assert num_tokens * top_k * width > 2**19
+    # fp16 holds no sum of so many terms as large as these.
+    for name in ("gate_up_proj", "down_proj"):
+        sample.arguments[name].mul_(2**-6)
+    assert_right(sample)
 
 
 @both_orders
@@ -315,58 +324,80 @@ def test_frozen_arguments_cost_nothing():
                 assert grad.shape == leaf.shape
 
 
-# For each gradient alone, with weights_before or not: what the CPU implementation calls of the other ops'.
-CALLS = [
-    # The product whose rows are summed by token is forward's, of the transposed weight.
-    ("hidden_states", False, {"grouped_gemm_dx": 1, "grouped_gemm": 1, "unpermute": 1}),
-    ("hidden_states", True, {"grouped_gemm_dx": 2, "unpermute": 1}),
-    ("gate_up_proj", False, {"grouped_gemm_dx": 1, "grouped_gemm_dw": 1}),
-    ("gate_up_proj", True, {"grouped_gemm_dx": 1, "grouped_gemm_dw": 1}),
-    ("down_proj", False, {"grouped_gemm_dw": 1}),
-    ("topk_weights", False, {"grouped_gemm_dx": 1}),
-    ("topk_weights", True, {"grouped_gemm_dx": 2, "unpermute_backward": 1}),
-    ("gate_up_bias", False, {"grouped_gemm_dx": 1, "grouped_gemm_dw": 1}),
-    ("down_bias", False, {"grouped_gemm_dw": 1}),
+# For each gradient alone, with weights_before or not: how many products of all rows with all experts
+# it takes, whether it goes through the derivative of the activation, whether rows are summed by token.
+PRODUCTS = [
+    ("hidden_states", False, 2, True, True),
+    ("hidden_states", True, 2, True, True),
+    ("gate_up_proj", False, 2, True, False),
+    ("gate_up_proj", True, 2, True, False),
+    ("down_proj", False, 1, False, False),
+    ("topk_weights", False, 1, False, False),
+    ("topk_weights", True, 2, True, False),
+    ("gate_up_bias", False, 1, True, False),
+    ("gate_up_bias", True, 1, True, False),
+    ("down_bias", False, 0, False, False),
+    ("down_bias", True, 0, False, False),
 ]
 
 
-# All that it may call.
-PARTS = (
-    "routing_indices", "permute", "unpermute", "unpermute_backward", "grouped_gemm",
-    "grouped_gemm_dx", "grouped_gemm_dw",
-)  # fmt: skip
-
-
-def count_parts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Counts from now on what the CPU implementation calls of the other ops'."""
-    calls: Counter[str] = Counter()
-
-    def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            calls[name] += 1
-            return function(*args, **kwargs)
-
-        return call
-
-    for name in PARTS:
-        monkeypatch.setattr(pytorch, name, counting(name, getattr(pytorch, name)))
-    return calls
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize(("name", "weights_before", "products", "derives", "sums"), PRODUCTS)
+def test_each_gradient_takes_its_own_products_alone(
+    name, weights_before, products, derives, sums, recompute
+):
+    """Seen in the aten ops that the PyTorch implementation calls; each product is one of them."""
+    sample = experts(H=8, I=8, weights_before=weights_before, recompute=recompute, biased=False)
+    output, z, *routing = moe.fused_experts_forward(*sample.arguments.values())
+    leaves = [sample.arguments[n] for n in GRADS]
+    needs = [other == name for other in GRADS]
+    kept = z if recompute == "none" else None
+    flags = ("silu", True, False, None, weights_before, needs, [False, False])
+    arguments: Any = (torch.ones_like(output), *leaves, kept, *routing, *flags)
+    with CountAten() as aten:
+        pytorch.fused_experts_backward(*arguments)
+    again = recompute != "none" and name != "down_bias"
+    assert aten.calls["_grouped_mm"] == products + again
+    assert bool(aten.calls["silu_backward"]) == derives
+    assert bool(aten.calls["_embedding_bag_forward_only"] + aten.calls["_embedding_bag"]) == sums
+    assert not aten.calls["mm"] + aten.calls["bmm"]
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
-@pytest.mark.parametrize(("name", "weights_before", "expected"), CALLS, ids=str)
-def test_each_gradient_takes_its_own_products_alone(
-    name, weights_before, expected, recompute, monkeypatch
-):
-    sample = experts(weights_before=weights_before, recompute=recompute)
-    arguments = sample.requiring_grad()
-    for other in GRADS:
-        arguments[other].requires_grad_(other == name)
-    output = sample(**arguments)
-    calls = count_parts(monkeypatch)
-    output.sum().backward()
-    again = recompute != "none" and name != "down_bias"
-    assert calls == Counter(permute=1) + Counter(expected) + Counter(grouped_gemm=int(again))
+def test_inference_keeps_no_pre_activation(recompute):
+    """It is freed before the down projection; where a gradient is recorded it is not."""
+    sample = experts(H=8, I=8, recompute=recompute)
+    width = 2 * 8
+    arguments = list(sample.arguments.values())
+    for for_backward in (False, True):
+        alive: list[int] = []
+        made: list[weakref.ref[Tensor]] = []
+
+        class Watch(TorchDispatchMode):
+            """How many tensors of z's shape are alive as the slots are summed."""
+
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                if "embedding_bag" in func.name():
+                    alive.append(sum(made_one() is not None for made_one in made))  # noqa: B023
+                found = func(*args, **(kwargs or {}))
+                if isinstance(found, Tensor) and found.shape == (9 * 2, width):
+                    made.append(weakref.ref(found))  # noqa: B023
+                return found
+
+        with Watch():
+            outputs = pytorch.fused_experts(*arguments, for_backward=for_backward)
+        assert isinstance(outputs, tuple) == for_backward
+        assert made
+        assert len(alive) == 1
+        assert bool(alive[0]) == (for_backward and recompute == "none")
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@dtypes
+def test_inference_equals_the_forward_that_a_gradient_is_recorded_of(dtype, recompute):
+    arguments = experts("dropped", dtype, recompute=recompute).arguments.values()
+    expected, *_ = moe.fused_experts_forward(*arguments)
+    assert torch.equal(moe.fused_experts(*arguments), expected)
 
 
 @both_orders
@@ -553,11 +584,11 @@ SELECTIVE = {
 def test_checkpointing(options, runs):
     block, hidden, weights = checkpointed(**options), make_tokens(7), make_weights()
     expected = loss_and_gradients(experts_block, hidden, weights)
-    with CountCalls() as counted:
+    with MoeOps() as counted:
         loss_and_gradients(block, make_tokens(7), make_weights())
-    assert counted.calls["fused_experts_forward"] == runs
-    assert counted.calls["topk_routing"] == 2
-    assert counted.calls["fused_experts"] == 0
+    assert counted.counts["fused_experts_forward"] == runs
+    assert counted.counts["topk_routing"] == 2
+    assert counted.counts["fused_experts"] == 0
     assert_same(loss_and_gradients(block, hidden, weights), expected)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     assert_same(loss_and_gradients(compiled, hidden, weights), expected)
@@ -581,9 +612,9 @@ def test_compiled_autograd_equals_eager():
 def test_without_grad(context):
     hidden, weights = make_tokens(6), make_weights()
     expected = experts_block(hidden, weights)
-    with context(), CountCalls() as counted:
+    with context(), MoeOps() as counted:
         output = experts_block(hidden, weights)
-    assert counted.calls == {"topk_routing": 1, "fused_experts": 1}
+    assert counted.counts == {"topk_routing": 1, "fused_experts": 1}
     assert torch.equal(output, expected)
 
 

@@ -5,15 +5,16 @@ import logging
 from typing import Any
 
 import pytest
+import torch
 
 import moe_ops
 from moe_ops.configs.device import KNOWN_GPUS, Device
-from testing.problems import make_problem, with_words
+from testing.problem_keys import make_problem, with_words
 
 pytest.importorskip("triton", exc_type=ImportError)
 
 from moe_ops._triton import plan as planning
-from moe_ops._triton.plan import Operands, decide, plan
+from moe_ops._triton.plan import Operands, plan, plan_once
 
 H200, A100, B200 = (KNOWN_GPUS[name] for name in ("H200", "A100", "B200"))
 INTERPRETED = Device("H", (9, 0), 232448, 4, is_interpreted=True)
@@ -75,7 +76,7 @@ TABLE = [
 
 @pytest.mark.parametrize(("kind", "words", "columns", "kernel", "computes"), TABLE)
 def test_the_kernel_on_hopper(kind, words, columns, kernel, computes):
-    made = decide(make_problem(kind, *SIZES, words.split()), Operands(), H200, config(columns))
+    made = plan(make_problem(kind, *SIZES, words.split()), Operands(), H200, config(columns))
     assert (made.kernel, made.computes_epilogue, made.source) == (kernel, computes, "given")
     # What is not met has its reason first.
     is_met = kernel != "persistent"
@@ -99,26 +100,26 @@ def test_the_kernel_on_hopper(kind, words, columns, kernel, computes):
 @pytest.mark.parametrize("columns", [128, 256])
 def test_why_a_kernel_for_hopper_cannot_serve(kind, columns, device, dtype, operands, reason):
     problem = make_problem(kind, dtype, *SIZES[1:])
-    made = decide(problem, operands, device, config(columns))
+    made = plan(problem, operands, device, config(columns))
     assert made.kernel == "persistent"
     assert reason in made.reason
 
 
 def test_descriptors_serve_where_they_can():
-    wide = decide(BARE, Operands(), A100, config(256))
+    wide = plan(BARE, Operands(), A100, config(256))
     assert wide.tma == Operands(False, False, False)
     for name in ("use_tma_load_x", "use_tma_load_w", "use_tma_store"):
         assert any(wish.startswith(f"{name}: it needs compute capability") for wish in wide.unmet)
-    gathered = decide(with_words(BARE, ["gather"]), Operands(), H200, config(256))
+    gathered = plan(with_words(BARE, ["gather"]), Operands(), H200, config(256))
     assert gathered.tma == Operands(False, True, True)
     assert "use_tma_load_x: gathered rows are loaded by pointers" in gathered.unmet
-    scattered = decide(with_words(BARE, ["scatter"]), Operands(b=False), H200, config(256))
+    scattered = plan(with_words(BARE, ["scatter"]), Operands(b=False), H200, config(256))
     assert scattered.tma == Operands(True, False, False)
     assert (scattered.options["TMA_X"], scattered.options["TMA_B"]) == (True, False)
 
 
 def test_a_configuration_that_nobody_gave_has_no_wishes_for_descriptors():
-    made = decide(with_words(BARE, ["gather"]), Operands(), H200)
+    made = plan(with_words(BARE, ["gather"]), Operands(), H200)
     assert made.source == "computed"
     assert made.unmet == ()
 
@@ -126,38 +127,42 @@ def test_a_configuration_that_nobody_gave_has_no_wishes_for_descriptors():
 @pytest.mark.parametrize("rows", [1, 8, 32, 64])
 def test_kernels_of_few_rows_find_their_tiles(rows):
     problem = make_problem("forward", "bfloat16", 8, 512, 256, rows)
-    assert decide(problem, Operands(), H200).finds_tiles == (rows <= 32)
-    assert not decide(problem, Operands(), H200, needs_schedule=True).finds_tiles
+    assert plan(problem, Operands(), H200).finds_tiles == (rows <= 32)
+    assert not plan(problem, Operands(), H200, needs_schedule=True).finds_tiles
     dots = make_problem("backward_dX", "bfloat16", 8, 512, 256, rows, ["dots"])
-    assert not decide(dots, Operands(), H200).finds_tiles
+    assert not plan(dots, Operands(), H200).finds_tiles
 
 
 def test_where_a_configuration_came_from():
     shipped = make_problem("forward", "bfloat16", 128, 2048, 768, 1024)
-    assert decide(shipped, Operands(), H200).source == "shipped"
-    assert decide(shipped, Operands(), A100).source == "computed"
+    assert plan(shipped, Operands(), H200).source == "shipped"
+    assert plan(shipped, Operands(), A100).source == "computed"
     given = moe_ops.kernel_config(moe_ops.KernelConfigForward(BLOCK_M=64))
-    assert decide(shipped, Operands(), H200, given).source == "given"
+    assert plan(shipped, Operands(), H200, given).source == "given"
     # A string for another pass says nothing of this one.
     other = moe_ops.kernel_config(backward_dX=moe_ops.KernelConfigBackward_dX(BLOCK_M=64))
-    assert decide(shipped, Operands(), H200, other).source == "shipped"
+    assert plan(shipped, Operands(), H200, other).source == "shipped"
+
+
+def once(rows, device, kernel_config=None):
+    """The remembered plan of BARE at so many rows."""
+    return plan_once(
+        "forward", torch.bfloat16, 8, 512, 256, rows, *[False] * 7, "none", True, True, True, device,
+        kernel_config, False,
+    )  # fmt: skip
 
 
 def test_a_plan_is_made_once():
-    assert plan(BARE, Operands(), H200) is plan(BARE, Operands(), H200)
+    assert once(1024, H200) is once(1024, H200)
+    assert once(1024, H200).options == plan(BARE, Operands(), H200).options
 
 
 def test_a_wish_that_cannot_be_met_is_logged_once(caplog):
-    planning.plan.cache_clear()
+    planning.plan_once.cache_clear()
     planning._log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="moe_ops"):
         for rows in (1024, 2048):
-            plan(
-                make_problem("forward", "bfloat16", 8, 512, 256, rows),
-                Operands(),
-                A100,
-                config(256),
-            )
+            once(rows, A100, config(256))
     said = [record for record in caplog.records if "warp_specialize" in record.message]
     assert len(said) == 1
     assert said[0].levelno == logging.WARNING

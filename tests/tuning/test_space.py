@@ -10,10 +10,11 @@ import pytest
 from moe_ops.configs.device import Device
 from moe_ops.configs.footprint import shared_memory
 from moe_ops.configs.heuristics import heuristic
-from moe_ops.configs.kernel_config import PASSES, kernel_config, parse
+from moe_ops.configs.kernel_config import PASSES
+from moe_ops.configs.kernel_string import kernel_config, parse
 from moe_ops.configs.problem import Problem
 from moe_ops.tuning.space import MAX_CANDIDATES, candidates
-from testing.problems import make_problem, with_words
+from testing.problem_keys import make_problem, with_words
 
 KIB = 1024
 DEVICES = [

@@ -3,15 +3,11 @@
 
 import contextlib
 import io
-import json
 import logging
-import os
 import re
 import subprocess
 import sys
 import zlib
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,13 +18,11 @@ from moe_ops import tuning
 from moe_ops.configs import cache
 from moe_ops.configs.choose import choose
 from moe_ops.configs.device import device_of
-from moe_ops.configs.kernel_config import KernelConfig, parse
 from moe_ops.tuning import bench, tasks_of
 from moe_ops.tuning.report import Report
 from moe_ops.tuning.space import candidates
 from testing.tuning_fakes import CPU, HOPPER, LAYER, TASKS, Clock, tune_on_cpu
 
-ROOT = Path(__file__).parents[2]
 FIRST = TASKS[0].problem
 KEYS = [task.problem.key for task in TASKS]
 
@@ -211,32 +205,6 @@ def test_a_bar_on_a_terminal(monkeypatch):
     assert KEYS[1] in terminal.getvalue()
 
 
-def test_inputs_take_turns():
-    made = bench.Bench(TASKS[0], CPU)
-    assert len(made.inputs) > 1
-    config = candidates(FIRST, HOPPER)[0]
-    first, second = made.launch(config, 0), made.launch(config, 1)
-    assert not torch.equal(first[0], second[0])
-    assert torch.equal(made.launch(config, len(made.inputs))[0], first[0])
-
-
-def test_the_comparison_sees_one_row():
-    """It does not drown among the others."""
-    expected = torch.randn(1000, 64)
-    actual = expected.clone()
-    actual[7] *= 1.1
-    assert bench._worst_row_error(actual, expected) > 0.05
-    assert bench._worst_row_error(expected, expected) == 0
-
-
-def test_the_comparison_sees_hard_routing():
-    for task in tasks_of([replace(LAYER, num_experts=5)], [64]):
-        counts = bench.Bench(task, CPU).compared["token_counts"]
-        assert counts.max() > 2 * counts.float().mean()
-        assert counts.min() == 0
-        assert counts.sum() < task.num_rows
-
-
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
@@ -299,163 +267,8 @@ def test_unknown_attribute():
         moe_ops.autotune  # noqa: B018
 
 
-RANK = """
-import json, os, sys
-import torch.distributed as dist
-from testing.tuning_fakes import TASKS, Clock, tune_on_cpu
-
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2)
-fails = sys.argv[2:] == ["1", "fail"]
-clock = Clock(lambda config: config.BLOCK_M / (0 if fails else 1))
-try:
-    found = tune_on_cpu(clock)
-except (RuntimeError, ZeroDivisionError) as error:
-    print(json.dumps(str(error)))
-else:
-    print(json.dumps([len(clock.timed), {key: config.to_dict() for key, config in found.items()}]))
-dist.destroy_process_group()
-"""
-
-
-def run_ranks(tmp_path, behaviour, folders):
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(tmp_path / behaviour), str(rank), behaviour],
-            env={**os.environ, "MOE_OPS_CACHE_DIR": str(folder)},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, folder in enumerate(folders)
-    ]
-    outputs = [process.communicate(timeout=120) for process in processes]
-    for process, (_, err) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, err
-    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
-
-
-@pytest.mark.slow
-def test_ranks_share_the_work(tmp_path):
-    """On two nodes, whose disks differ: each finds everything in its own cache afterwards."""
-    folders = [tmp_path / "node0", tmp_path / "node1"]
-    (timed_0, found_0), (timed_1, found_1) = run_ranks(tmp_path, "work", folders)
-    assert (timed_0, timed_1) == (3, 3)
-    assert found_0 == found_1
-    assert list(found_0) == KEYS
-    assert [result[0] for result in run_ranks(tmp_path, "again", folders)] == [0, 0]
-
-
-@pytest.mark.slow
-def test_a_rank_that_fails_fails_all(tmp_path):
-    messages = run_ranks(tmp_path, "fail", [tmp_path, tmp_path])
-    assert messages == [
-        "moe_ops.tune: rank 1 failed: ZeroDivisionError: division by zero",
-        "division by zero",
-    ]
-
-
-INTERPRETED = """
-import torch
-from dataclasses import replace
-from moe_ops._triton import experts, gemm
-from moe_ops.tuning.space import candidates
-from moe_ops.configs.device import device_of
-from moe_ops.tuning import bench, tasks_of, tune_tasks
-from testing.tuning_fakes import CPU, HOPPER, LAYER, Clock
-
-seen = []
-plan = gemm.plan
-def recorded(problem, *rest):
-    made = plan(problem, *rest)
-    seen.append((problem, made.config))
-    return made
-gemm.plan = recorded
-# What Hopper's kernels could serve is asked for; it is interpreted in those for every GPU.
-experts.device_of = lambda device: replace(HOPPER, is_interpreted=True)
-layers = [LAYER, replace(LAYER, dtype=torch.float16, transposed=True, has_bias=True)]
-tasks = tasks_of(layers, [6], True, HOPPER)
-assert any(t.problem.epilogue == "gated_activation_backward" for t in tasks)
-for task in tasks:
-    seen.clear()
-    made = bench.Bench(task, CPU)
-    config = candidates(task.problem, device_of(CPU))[1]
-    assert made.why_fails(config) is None, task
-    assert made.why_wrong(config) is None, task
-    assert seen == [(task.problem, config)] * 2, (task, seen)
-task = tasks[0]
-found = tune_tasks([task], CPU, timer=Clock(lambda config: config.BLOCK_M * config.num_warps))
-seen.clear()
-bench.Bench(task, CPU).op(**bench.Bench(task, CPU).compared)
-assert seen == [(task.problem, found[task.problem.key])]
-"""
-
-
-@pytest.mark.slow
-def test_in_the_interpreter():
-    """The kernels themselves: what is launched is the problem in the configuration, and right."""
-    pytest.importorskip("triton")
-    env = {**os.environ, "TRITON_INTERPRET": "1", "MOE_OPS_IMPLEMENTATION": "triton"}
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED],
-        env=env,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_string_of_the_op_holds_the_configuration():
-    """Every candidate reaches the op."""
-    task = TASKS[-1]
-    made = bench.Bench(task, CPU)
-    made.op = lambda **arguments: arguments["kernel_config"]
-    for config in candidates(task.problem, HOPPER):
-        (text,) = made.launch(config)
-        assert parse(text) == {task.problem.kind: config}
-
-
 def test_facts_are_the_devices():
     """Without `facts`, what is tried must fit the device."""
     clock = Clock()
     tuning.tune_tasks(TASKS[:1], CPU, timer=clock)
     assert clock.timed == [set(candidates(FIRST, device_of(CPU)))]
-
-
-def test_medians_of_turns(monkeypatch):
-    """On a GPU whose clock only launches move: medians, the first turn not counted."""
-    now = [0.0]
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            self.at = now[0]
-
-        def elapsed_time(self, end):
-            return end.at - self.at
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    fast, slow, *_ = candidates(FIRST, HOPPER)
-    turns: dict[KernelConfig, list[int]] = {fast: [], slow: []}
-
-    def launch_of(config, milliseconds):
-        def launch(turn):
-            turns[config].append(turn)
-            first = len(turns[config]) == 1
-            # Every fourth is disturbed.
-            now[0] += 1000 if first or turn % 4 == 0 else milliseconds
-
-        return launch
-
-    found = bench.cuda_milliseconds({fast: launch_of(fast, 2.0), slow: launch_of(slow, 3.0)})
-    assert found == {fast: pytest.approx(2.0), slow: pytest.approx(3.0)}
-    # The same number of turns, never the same one at the same time.
-    assert len(turns[fast]) == len(turns[slow]) >= 6
-    assert all(a != b for a, b in zip(turns[fast], turns[slow], strict=True))

@@ -33,7 +33,7 @@ from moe_ops._core.schema import (
     solve,
 )
 from moe_ops._core.torch_private import check_with
-from moe_ops.configs.kernel_config import why_not_kernel_config
+from moe_ops.configs.kernel_string import why_not_kernel_config
 
 _GLOBALS: dict[str, Any] = {
     "_check_with": check_with,

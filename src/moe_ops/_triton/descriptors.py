@@ -11,17 +11,23 @@ from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
-def can_describe(tensor: torch.Tensor) -> bool:
+def can_describe(tensor: torch.Tensor, inner: int = -1) -> bool:
     """Return whether TMA can describe the tensor.
 
-    It must have elements and an innermost stride of 1. Its address and its other strides must be
-    multiples of 16 bytes.
+    It must have elements. Its address and its strides must be multiples of 16 bytes, but for the
+    stride of `inner`, which must be 1.
+
+    Args:
+        tensor: the operand.
+        inner: the dimension whose elements are neighbours.
     """
-    *outer, inner = tensor.stride()
-    if inner != 1 or tensor.data_ptr() % 16 != 0 or 0 in tensor.shape:
+    strides, itemsize = list(tensor.stride()), tensor.itemsize
+    if strides.pop(inner) != 1 or tensor.data_ptr() % 16 != 0:
         return False
-    itemsize = tensor.itemsize
-    return all(stride > 0 and stride * itemsize % 16 == 0 for stride in outer)
+    for stride in strides:
+        if stride <= 0 or stride * itemsize % 16 != 0:
+            return False
+    return tensor.numel() > 0
 
 
 def can_describe_rows(width: int, dtype: torch.dtype) -> bool:

@@ -32,7 +32,7 @@ from moe_ops.configs.device import HOPPER, device_of
 from moe_ops.configs.footprint import epilogue_columns, epilogue_slots
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class RoutedRows:
     """Describe the routed rows of an expert layer, and the activation that they get.
 
@@ -170,7 +170,7 @@ def _up_pingpong(
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class DownBackward:
     """Run the down projection's backward: from dY to the gradient of the pre-activation.
 

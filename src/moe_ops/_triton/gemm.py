@@ -22,7 +22,7 @@ from moe_ops._triton.kernels.grouped_gemm_dw import (
     grouped_gemm_bwd_dw_kernel,
 )
 from moe_ops._triton.launch import cdiv, launch, refuse_bf16, strides
-from moe_ops._triton.plan import PERSISTENT, Operands, plan, problem_of
+from moe_ops._triton.plan import PERSISTENT, plan_once
 from moe_ops._triton.rows import sum_rows
 from moe_ops._triton.schedule import Rows, TileSchedule
 from moe_ops.configs.device import device_of
@@ -69,29 +69,26 @@ class GroupedGemm:
         self.x, self.b, self.rows = x, b, rows
         self.x_divisor, self.scale, self.bias, self.scatter_y = x_divisor, scale, bias, scatter_y
         self.kernel_config = kernel_config
-        self.k, self.n = b.shape[1:]
+        num_experts, self.k, self.n = b.shape
         self.device = device_of(x.device)
         is_forward = kind == "forward"
-        self.problem = problem_of(
-            kind, x.dtype, rows.num_experts,
-            *((self.n, self.k) if is_forward else (self.k, self.n)),
-            rows_bucket(rows.num_rows, rows.num_experts),
-            gather=x_divisor > 0, scatter=scatter_y, scale=scale is not None,
-            bias=bias is not None, dots=has_dots,
-            transposed=(b.stride(1) == 1) != is_forward,
-            fp8=b.dtype == torch.uint8, epilogue=epilogue,
-        )  # fmt: skip
+        b_is_nk = b.stride(1) == 1
         if can_describe_y is None:
             can_describe_y = can_describe_rows(self.n, x.dtype)
         # A kernel that cannot gather gets a copy of the rows: a new matrix.
         can_describe_x = can_describe_rows(self.k, x.dtype) if x_divisor else can_describe(x)
-        can_describe_b = can_describe(b.transpose(1, 2) if b.stride(1) == 1 else b)
-        if epilogue == "gated_activation" and b.stride(1) != 1:
+        can_describe_b = can_describe(b, 1 if b_is_nk else 2)
+        if epilogue == "gated_activation" and not b_is_nk:
             # b is stored (K, N), so gate and up are the halves of each row.
             can_describe_b = can_describe_b and can_describe_rows(self.n // 2, b.dtype)
-        self.plan = plan(
-            self.problem, Operands(can_describe_x, can_describe_b, can_describe_y), self.device,
-            kernel_config, needs_schedule,
+        self.plan = plan_once(
+            kind, x.dtype, num_experts,
+            *((self.n, self.k) if is_forward else (self.k, self.n)),
+            rows_bucket(rows.num_rows, num_experts),
+            x_divisor > 0, scatter_y, scale is not None, bias is not None, has_dots,
+            b_is_nk != is_forward, b.dtype == torch.uint8, epilogue,
+            can_describe_x, can_describe_b, can_describe_y,
+            self.device, kernel_config, needs_schedule,
         )  # fmt: skip
         self.tiles_n = cdiv(self.n, self.plan.tile[1])
         self.schedule: TileSchedule | None = None
@@ -266,15 +263,14 @@ def grad_weight(
     if num_rows == 0 or 0 in sizes:
         stored = g.new_zeros(sizes)
         return stored.transpose(1, 2) if transposed else stored
-    problem = problem_of(
-        "backward_dW", g.dtype, num_experts, g.shape[1], x.shape[1],
-        rows_bucket(num_rows, num_experts), transposed=transposed,
-    )  # fmt: skip
     device = device_of(g.device)
-    operands = Operands(
-        can_describe(left), can_describe(right), can_describe_rows(sizes[2], g.dtype)
-    )
-    planned = plan(problem, operands, device, kernel_config)
+    planned = plan_once(
+        "backward_dW", g.dtype, num_experts, g.shape[1], x.shape[1],
+        rows_bucket(num_rows, num_experts),
+        False, False, False, False, False, transposed, False, "none",
+        can_describe(left), can_describe(right), can_describe_rows(sizes[2], g.dtype),
+        device, kernel_config, False,
+    )  # fmt: skip
     block_left, block_right, block_m = planned.tile
     tiles = num_experts * cdiv(sizes[1], block_left) * cdiv(sizes[2], block_right)
     programs = min(device.num_sms * planned.config.programs_per_sm, tiles)

@@ -31,7 +31,7 @@ from moe_ops.configs.kernel_config import (
     KernelConfigBackward_dW,
     KernelConfigForward,
 )
-from moe_ops.configs.problem import Problem
+from moe_ops.configs.problem import Epilogue, Problem
 from moe_ops.configs.specialize import COOPERATIVE, PINGPONG, why_not_specialized
 
 logger = logging.getLogger("moe_ops")
@@ -91,7 +91,54 @@ class Plan:
     unmet: tuple[str, ...]
 
 
+# One lookup, keyed by plain values only: a launch must cost the host little.
 @functools.lru_cache(maxsize=4096)
+def plan_once(
+    kind: str,
+    dtype: torch.dtype,
+    num_experts: int,
+    out_features: int,
+    in_features: int,
+    rows: int,
+    gather: bool,
+    scatter: bool,
+    scale: bool,
+    bias: bool,
+    dots: bool,
+    transposed: bool,
+    fp8: bool,
+    epilogue: Epilogue,
+    x: bool,
+    b: bool,
+    y: bool,
+    device: Device,
+    kernel_config: str | None,
+    needs_schedule: bool,
+) -> Plan:
+    """Return the plan, make it only once, and log what the configuration asks for and cannot get.
+
+    The arguments are the fields of Problem and of Operands, then those of `plan`.
+    """
+    name = str(dtype).removeprefix("torch.")
+    problem = Problem(
+        kind, name, num_experts, out_features, in_features, rows,
+        gather, scatter, scale, bias, dots, transposed, fp8, epilogue,
+    )  # fmt: skip
+    made = plan(problem, Operands(x, b, y), device, kernel_config, needs_schedule)
+    level = logging.WARNING if made.source == "given" else logging.INFO
+    for wish in made.unmet:
+        _log_once(level, f"moe_ops: {kind} ({made.source} configuration): {wish}")
+    return made
+
+
+cache.on_change.append(plan_once.cache_clear)
+
+
+@functools.cache
+def _log_once(level: int, message: str) -> None:
+    logger.log(level, "%s", message)
+
+
 def plan(
     problem: Problem,
     operands: Operands,
@@ -99,7 +146,7 @@ def plan(
     kernel_config: str | None = None,
     needs_schedule: bool = False,
 ) -> Plan:
-    """Return the plan of a product; it is decided once and then remembered.
+    """Decide the plan of a product from its arguments and the tables; nothing else has a say.
 
     Args:
         problem: the product.
@@ -108,29 +155,6 @@ def plan(
         kernel_config: the caller's configurations, as one string.
         needs_schedule: whether a later step reads the product's tile schedule.
     """
-    made = decide(problem, operands, device, kernel_config, needs_schedule)
-    level = logging.WARNING if made.source == "given" else logging.INFO
-    for wish in made.unmet:
-        _log_once(level, f"moe_ops: {problem.kind} ({made.source} configuration): {wish}")
-    return made
-
-
-cache.on_change.append(plan.cache_clear)
-
-
-@functools.cache
-def _log_once(level: int, message: str) -> None:
-    logger.log(level, "%s", message)
-
-
-def decide(
-    problem: Problem,
-    operands: Operands,
-    device: Device,
-    kernel_config: str | None = None,
-    needs_schedule: bool = False,
-) -> Plan:
-    """Decide a plan; the arguments and the tables determine it."""
     choice = choose(problem, device, kernel_config)
     config, source = choice.config, choice.source
     tile, wants = _tile_and_wishes(problem, config)
@@ -291,18 +315,3 @@ def _specialized_options(
     if kernel == PINGPONG and problem.epilogue != "gated_activation_backward":
         options["SUBTILE"] = config.epilogue_subtile
     return options
-
-
-@functools.lru_cache(maxsize=4096)
-def problem_of(
-    kind: str,
-    dtype: torch.dtype,
-    num_experts: int,
-    out_features: int,
-    in_features: int,
-    rows: int,
-    **flags: Any,
-) -> Problem:
-    """Return the Problem; equal arguments give the same object, which is fast to look up."""
-    name = str(dtype).removeprefix("torch.")
-    return Problem(kind, name, num_experts, out_features, in_features, rows, **flags)

@@ -16,7 +16,7 @@ from moe_ops._triton.plan import BLOCK_W
 from moe_ops.configs.device import device_of
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Rows:
     """Describe R routed rows in expert order: the rows of each expert, and each row's slot.
 

@@ -14,7 +14,8 @@ import torch
 from moe_ops import tuning
 from moe_ops.cli import experts
 from moe_ops.configs.device import KNOWN_GPUS, Device, device_of, known_gpu
-from moe_ops.configs.kernel_config import KernelConfig, why_not_kernel_config
+from moe_ops.configs.kernel_config import KernelConfig
+from moe_ops.configs.kernel_string import why_not_kernel_config
 from moe_ops.configs.problem import Problem
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def _rows(
     kernel_config: str | None,
     separate_ops: bool,
 ) -> Iterator[Row]:
-    from moe_ops._triton.plan import decide
+    from moe_ops._triton.plan import plan as plan_of
 
     tasks = tuning.tasks_of([layer], [num_tokens], separate_ops, device)
     problems = [task.problem for task in tasks]
@@ -116,7 +117,7 @@ def _rows(
         if is_down and is_bare_dx and has_epilogue:
             # Of other activations: the row with the activation's backward on top stands for it.
             continue
-        plan = decide(problem, _operands(problem), device, kernel_config)
+        plan = plan_of(problem, _operands(problem), device, kernel_config)
         yield Row(
             projection="down" if is_down else "up",
             kind=problem.kind,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The functions of Unsloth's MoE kernels, under their names, on top of torch.ops.moe.*.
+"""Offers the functions of Unsloth's MoE kernels, under their names, on top of torch.ops.moe.*.
 
-Code written for `grouped_gemm` needs no change but its imports. New code is better served by the
-functions of `moe_ops` itself.
+Code written for those kernels changes its imports and nothing else. New code should call the functions
+of `moe_ops` itself.
 """
 
 from moe_ops.compat.functional import grouped_gemm, torch_grouped_gemm

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""grouped_gemm with the arguments of Unsloth's, and the loop over experts that it stands for.
+"""Offers grouped_gemm with Unsloth's arguments, and the loop over experts that it replaces.
 
 T num_tokens, E num_experts, K in_features, N out_features, M = T * topk routed rows. A slot is
-token * topk + choice. Expert order is the rows grouped by expert, stable in slot order.
+token * topk + choice. In expert order rows are grouped by expert, and by slot within an expert.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def grouped_gemm(
     dX_only: bool = False,
     dW_only: bool = False,
 ) -> torch.Tensor:
-    """Multiplies each expert's rows by that expert's weight, permuted and weighted on the way.
+    """Multiply each expert's rows by that expert's weight, and permute and weight them on the way.
 
         output[i] = s * (x[i] @ W[e].T)   for each row i of expert e
         x[i]      = X[gather_indices[i] // topk] with permute_x, else X[i]
@@ -47,47 +47,45 @@ def grouped_gemm(
 
     Args:
         X ((T, K) with permute_x, else (M, K), floating): rows in token order with permute_x, else
-            in expert order. In any strides, as all tensors here.
-        W ((E, N, K) or (E * N, K), dtype of X): one matrix per expert; its gradient has W's shape.
+            in expert order. X and all other tensors may have any strides.
+        W ((E, N, K) or (E * N, K), dtype of X): one matrix per expert. Its gradient has W's shape.
         m_sizes ((E,), any integer): rows of each expert, at least 0. Rows past their sum belong to
-            no expert and come out as zero.
+            no expert. Their output is zero.
         topk (int): slots per token.
-        gather_indices ((M,), any integer, or None): slot of each row in expert order; needed by
-            permute_x and permute_y.
+        gather_indices ((M,), any integer, or None): slot of each row in expert order. permute_x and
+            permute_y need it.
         permute_x (bool): gather the rows of X from token order. Not together with permute_y.
         permute_y (bool): store the rows of the output in slot order.
         topk_weights ((T, topk) or (M,), floating, or None): router weight of each slot, in slot
-            order. Not used, and without a gradient, where fuse_mul_post is False: fuse_mul_post is
-            the switch, and who turns it off multiplies the weights in afterwards.
-        fuse_mul_post (bool): multiply by topk_weights, in fp32 before the downcast; in training as
-            in inference.
-        kernel_config_fwd (KernelConfigForward or None): how the forward is computed on a GPU. A
-            GEMM without a configuration gets what `moe_ops.tune` found, else what the package
-            ships for the GPU, else what a few rules compute. Configurations change the numbers by
-            the order of sums at most.
-        kernel_config_bwd_dX (KernelConfigBackward_dX or None): the same of the gradient of X.
-        kernel_config_bwd_dW (KernelConfigBackward_dW or None): the same of the gradient of W.
-        autotune (bool): let the configurations be chosen, as above; so it excludes kernel_config_*.
-            No call tunes, whatever this says: tuning is `moe_ops.tune`, ahead of training.
-        is_first_gemm (bool): taken and not used: nothing here depends on which GEMM of a layer it
-            is.
-        dX_only (bool): in the backward, compute no gradient of W. (That of topk_weights is part of
-            the GEMM of dX.)
-        dW_only (bool): in the backward, compute the gradient of W alone, none of X and
-            topk_weights. Not together with dX_only.
+            order. With fuse_mul_post=False they are not used and get no gradient: the caller
+            multiplies by them afterwards.
+        fuse_mul_post (bool): multiply by topk_weights, in fp32 before the downcast. It may be used
+            in training and in inference.
+        kernel_config_fwd (KernelConfigForward or None): how a GPU computes the forward. The class is
+            that of moe_ops or of moe_ops.compat.kernels.tuning, here and below. Without a
+            configuration a GEMM gets what `moe_ops.tune` found, else what the package ships for the
+            GPU, else what a few rules compute. Configurations change the order of sums at most.
+        kernel_config_bwd_dX (KernelConfigBackward_dX or None): the same for the gradient of X.
+        kernel_config_bwd_dW (KernelConfigBackward_dW or None): the same for the gradient of W.
+        autotune (bool): choose the configurations as above. It excludes kernel_config_*. No call
+            tunes, with either value: call `moe_ops.tune` before training.
+        is_first_gemm (bool): accepted and not used. Nothing here depends on it.
+        dX_only (bool): compute no gradient of W in the backward. The gradient of topk_weights is
+            computed: it is part of the GEMM of dX.
+        dW_only (bool): compute only the gradient of W in the backward, not those of X and
+            topk_weights. Excludes dX_only.
 
     Returns:
         output ((M, N), dtype of X): rows in slot order with permute_y, else in expert order.
 
     Raises:
-        ValueError: arguments exclude each other, or a shape does not fit. Where the op raises it,
-            moe::grouped_gemm, it names the op's arguments: `input` is X, `weight` the W of three
-            dimensions, `token_counts` m_sizes, `top_k` topk.
-        TypeError: a dtype does not fit, or a configuration is that of another GEMM.
+        ValueError: arguments exclude each other, or a shape does not fit. If the op raises it
+            (moe::grouped_gemm), the text has the op's names: `input` is X, `weight` is W with three
+            dimensions, `token_counts` is m_sizes, `top_k` is topk.
+        TypeError: a dtype does not fit, or a configuration belongs to another GEMM.
 
-    Differentiable in X, W and, with fuse_mul_post, topk_weights. An input that requires no gradient
-    costs none: no GEMM is launched and nothing allocated for it. The same inputs give the same
-    bits.
+    Differentiable in X, W and, with fuse_mul_post, topk_weights. For an input that requires no gradient
+    no GEMM is launched and no gradient allocated. The same inputs give the same bits.
 
     Source: the arguments are those of Unsloth's grouped_gemm (github.com/unslothai/unsloth).
     """
@@ -106,7 +104,7 @@ def grouped_gemm(
         gather_indices = as_index(gather_indices, "grouped_gemm", "gather_indices")
     weight = _as_3d("grouped_gemm", W, m_sizes.numel())
     weights = _as_2d(topk_weights, topk) if fuse_mul_post and topk_weights is not None else None
-    # What is detached needs no gradient: the op then launches nothing for it.
+    # A detached tensor needs no gradient, so the op launches nothing for it.
     if dX_only:
         weight = weight.detach()
     if dW_only:
@@ -128,26 +126,26 @@ def grouped_gemm(
 def torch_grouped_gemm(
     X: torch.Tensor, W: torch.Tensor, m_sizes: torch.Tensor, transpose: bool = True
 ) -> torch.Tensor:
-    """Multiplies each expert's rows by that expert's weight, in a loop over the experts.
+    """Multiply each expert's rows by that expert's weight, in a loop over the experts.
 
         output[i] = X[i] @ W[e].T, or X[i] @ W[e] without transpose, for each row i of expert e
 
-    The readable reference of `grouped_gemm`, in torch's own ops and in their precision. It reads
-    m_sizes on the host.
+    This is the readable reference of `grouped_gemm`. It uses torch's own ops in their precision, and
+    reads m_sizes on the host.
 
     Args:
         X ((M, K), floating): rows in expert order.
-        W ((E, N, K), or (E, K, N) without transpose, dtype of X): one matrix per expert; the first
-            two dimensions may be one, as `grouped_gemm` takes them.
-        m_sizes ((E,), any integer): rows of each expert, with a sum of at most M.
-        transpose (bool): whether W holds its matrices as (N, K).
+        W ((E, N, K), or (E, K, N) without transpose, dtype of X): one matrix per expert. The first
+            two dimensions may be flattened into one, as for `grouped_gemm`.
+        m_sizes ((E,), any integer): rows of each expert. Their sum is at most M.
+        transpose (bool): W holds its matrices as (N, K), else as (K, N).
 
     Returns:
-        output ((M, N), dtype of X): rows in expert order; those of no expert are zero.
+        output ((M, N), dtype of X): rows in expert order. Rows of no expert are zero.
 
     Raises:
-        ValueError: W has other dimensions, or its first one of two is no multiple of E.
-        TypeError: m_sizes is not of an integer dtype.
+        ValueError: W has not two or three dimensions, or with two the first is no multiple of E.
+        TypeError: m_sizes has no integer dtype.
 
     Differentiable in X and W, any number of times.
     """
@@ -165,7 +163,7 @@ def _error(text: str, function: str = "grouped_gemm") -> ValueError:
 
 
 def _as_3d(function: str, W: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """W as (E, N, K), a view in any strides; an error names the function."""
+    """Return W as (E, N, K), without a copy. An error names the function."""
     if W.dim() == 3:
         return W
     if W.dim() != 2:
@@ -177,7 +175,7 @@ def _as_3d(function: str, W: torch.Tensor, num_experts: int) -> torch.Tensor:
 
 
 def _as_2d(topk_weights: torch.Tensor, topk: int) -> torch.Tensor:
-    """topk_weights as (T, topk)."""
+    """Return topk_weights as (T, topk), without a copy."""
     if topk_weights.dim() != 1 or topk < 1:
         return topk_weights
     if topk_weights.shape[0] % topk:

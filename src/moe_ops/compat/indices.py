@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Indices and counts of any integer dtype, as the ops take them."""
+"""Casts indices and counts of any integer dtype to one that the ops take."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _INTEGER = (
 
 
 def as_index(values: torch.Tensor, function: str, name: str) -> torch.Tensor:
-    """`values` if it is int32 or int64, else cast to int64.
+    """Return `values` as they are if they are int32 or int64, else cast to int64.
 
     Raises:
-        TypeError: the dtype is no integer's; the error names the function and the argument.
+        TypeError: the dtype is not an integer dtype. The error names the function and the argument.
     """
     if values.dtype in _TAKEN_BY_OPS:
         return values

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""grouped_gemm's three configurations as the op's one string, in eager and under torch.compile."""
+"""Turns grouped_gemm's three configurations into the op's one string, in eager and compiled code.
+
+A configuration is a class of moe_ops or its subclass in kernels/tuning.py. The string is the same.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from moe_ops.configs.kernel_config import (
     KernelConfigBackward_dW,
     KernelConfigBackward_dX,
     KernelConfigForward,
-    kernel_config,
 )
+from moe_ops.configs.kernel_string import kernel_config
 
 Values = tuple[Any, ...]
 _FIELDS: dict[type[KernelConfig], tuple[str, ...]] = {
@@ -28,12 +31,12 @@ def kernel_string(
     backward_dX: KernelConfigBackward_dX | None,
     backward_dW: KernelConfigBackward_dW | None,
 ) -> str | None:
-    """What moe_ops.kernel_config makes of the three, None where none is given.
+    """Return what moe_ops.kernel_config makes of the three, or None if none is given.
 
-    It is made once for each set of values, and is a constant for torch.compile.
+    It makes one string for each set of values. torch.compile takes the string for a constant.
 
     Raises:
-        TypeError: a configuration is that of another GEMM; the error names grouped_gemm's argument.
+        TypeError: a configuration belongs to another GEMM. The error names grouped_gemm's argument.
     """
     if forward is None and backward_dX is None and backward_dW is None:
         return None
@@ -45,10 +48,10 @@ def kernel_string(
 
 
 def _values(name: str, config: KernelConfig | None, kind: type[KernelConfig]) -> Values | None:
-    """The values of the fields, in order; None for None.
+    """Return the values of moe_ops' fields in their order, or None for None.
 
-    torch.compile takes an integer that changes between two calls for a size. operator.index makes
-    it a constant. Of a bool it would make an integer, which the configurations refuse.
+    If an integer changes between two calls, torch.compile takes it for a size. operator.index makes
+    it a constant. It would turn a bool into an integer, and the configurations refuse that.
     """
     if config is None:
         return None
@@ -74,13 +77,14 @@ def _cached_string(
 def _string_of(
     forward: Values | None, backward_dX: Values | None, backward_dW: Values | None
 ) -> str:
-    """_cached_string, which torch.compile calls while it traces and takes for a constant.
+    """Call _cached_string. torch.compile calls this while it traces, and takes the result for a constant.
 
-    Of plain values, since those it guards on, and knows of a configuration made while tracing.
+    The arguments are plain values: torch.compile guards on them, and knows them even where the
+    configuration is made in the traced code.
     """
     return _cached_string(forward, backward_dX, backward_dW)
 
 
-# Dynamo cannot trace json. This is what torch.compiler.assume_constant_result does, without the
-# import of torch._dynamo, which takes a second.
+# Dynamo cannot trace json. torch.compiler.assume_constant_result sets this attribute too, but it first
+# imports torch._dynamo, which takes a second.
 _string_of._dynamo_marked_constant = True  # type: ignore[attr-defined]

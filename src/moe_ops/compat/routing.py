@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choosing experts, sorting rows by expert, and moving rows, as Unsloth's MoE layers call them.
+"""Chooses experts, sorts slots by expert and moves rows, with the functions of Unsloth's MoE layers.
 
 T num_tokens, H hidden_size, E num_experts, K top_k, M = T * K routed rows. A slot is
-token * K + k. Errors that an op raises name the op's arguments: `input` is X.
+token * K + k. An error from an op names the op's arguments: `input` is X.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from moe_ops.compat.indices import as_index
 
 
 def permute(X: torch.Tensor, gather_indices: torch.Tensor, topk: int) -> torch.Tensor:
-    """Copies each token's row to its routed rows, in expert order.
+    """Copy each token's row to its routed rows, in expert order.
 
         output[i] = X[gather_indices[i] // topk]
 
@@ -32,24 +32,24 @@ def permute(X: torch.Tensor, gather_indices: torch.Tensor, topk: int) -> torch.T
         ValueError: a shape does not fit (from the op, moe::permute).
         TypeError: a dtype does not fit.
 
-    Differentiable in X; its gradient is summed over a token's slots in fp32.
+    Differentiable in X. Its gradient is the sum over a token's slots, in fp32.
     """
     return moe_ops.permute(X, as_index(gather_indices, "permute", "gather_indices"), topk)
 
 
 def unpermute(X: torch.Tensor, gather_indices: torch.Tensor) -> torch.Tensor:
-    """Puts rows in expert order back in slot order, neither weighted nor summed.
+    """Put rows in expert order back in slot order, without weights and without a sum.
 
         output[gather_indices[i]] = X[i]
 
-    `moe_ops.unpermute` also weights the rows and sums each token's, in one kernel.
+    `moe_ops.unpermute` can also weight the rows and sum those of a token, in one kernel.
 
     Args:
         X ((M, H), floating): rows in expert order.
         gather_indices ((M,), any integer): slot of each row in expert order.
 
     Returns:
-        output ((M, H), dtype of X): rows in slot order; `output.view(T, K, H)` has each token's.
+        output ((M, H), dtype of X): rows in slot order. `output.view(T, K, H)[t]` are token t's.
 
     Raises:
         ValueError: a shape does not fit (from the op, moe::unpermute).
@@ -77,33 +77,33 @@ def get_routing_indices(
 def get_routing_indices(
     selected_experts: torch.Tensor, num_experts: int, return_scatter_indices: bool = False
 ) -> tuple[torch.Tensor, ...]:
-    """Counts each expert's rows and sorts the slots by expert.
+    """Count each expert's rows and sort the slots by expert.
 
         token_counts    = bincount(selected_experts.flatten(), minlength=num_experts)
         gather_indices  = argsort(selected_experts.flatten(), stable=True)
         scatter_indices = argsort(gather_indices)
 
-    The three are int64, as torch's functions return them; `moe_ops.routing_indices` returns int32,
-    which the ops take as well and which spares three casts.
+    All three are int64, as torch's functions return them. `moe_ops.routing_indices` returns int32 and
+    saves three casts; the ops take both.
 
     Args:
         selected_experts ((T, K) or any shape, any integer): expert of each slot. Ids outside
-            [0, num_experts), as expert parallelism marks the experts of other ranks, are counted
-            nowhere and come last in gather_indices.
+            [0, num_experts) are not counted, and come last in gather_indices. Expert parallelism
+            marks the experts of other ranks with such ids.
         num_experts (int): number of experts.
         return_scatter_indices (bool): return scatter_indices too.
 
     Returns:
         token_counts ((E,), int64): rows of each expert.
         gather_indices ((M,), int64): slot of each row in expert order.
-        scatter_indices ((M,), int64): row of each slot, the inverse of gather_indices; only with
-            return_scatter_indices.
+        scatter_indices ((M,), int64): row of each slot, the inverse of gather_indices. Returned only
+            with return_scatter_indices.
 
     Raises:
-        TypeError: selected_experts is not of an integer dtype.
+        TypeError: selected_experts has no integer dtype.
         ValueError: num_experts is out of range (from the op, moe::routing_indices).
 
-    Nothing is read on the host, so no call waits for the GPU.
+    No call waits for the GPU: nothing is read on the host.
     """
     ids = as_index(selected_experts, "get_routing_indices", "selected_experts")
     found = moe_ops.routing_indices(ids.reshape(-1, 1), num_experts)
@@ -119,33 +119,34 @@ def calculate_topk(
     pre_act: bool = True,
     post_act: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Chooses each token's top_k experts and their weights.
+    """Choose each token's top_k experts and their weights.
 
         scores  = score(gating_output) with pre_act, else gating_output
         ids     = the top_k highest scores, ties to the lower id
         weights = scores[ids] with pre_act, else score(scores[ids])
         weights = weights / sum(weights) with renormalize
 
-    score is the sigmoid or the softmax, over all experts with pre_act (Qwen3), over the selected
-    ones with post_act (Llama 4). `moe_ops.topk_routing` also has the biased, group-limited and
+    `score` is the sigmoid or the softmax: over all experts with pre_act (Qwen3), over the selected
+    ones with post_act (Llama 4). `moe_ops.topk_routing` also does the biased, group-limited and
     scaled selection of DeepSeek-V3 and GLM-4.
 
     Args:
-        gating_output ((T, E), floating): router logits; computed in fp32 (fp64 for fp64).
+        gating_output ((T, E), floating): router logits. They are computed with in fp32, or in fp64
+            if they are fp64.
         top_k (int): experts per token.
         use_sigmoid (bool): score with the sigmoid, else with the softmax.
         renormalize (bool): divide each token's weights by their sum.
         pre_act (bool): score before the selection.
-        post_act (bool): score after the selection. Exactly one of the two must hold: with both,
-            scores would be scored again; with neither, weights would be logits, of any sign.
+        post_act (bool): score after the selection. Exactly one of pre_act and post_act must be True.
+            With both, scores would be scored again. With neither, weights would be logits.
 
     Returns:
         topk_weights ((T, K), fp32, or fp64 for fp64 gating_output): in order of descending score.
         topk_ids ((T, K), int64): expert of each slot.
 
     Raises:
-        ValueError: pre_act and post_act both or neither hold, or a shape or top_k does not fit
-            (from the op, moe::topk_routing).
+        ValueError: pre_act equals post_act, or a shape or top_k does not fit (from the op,
+            moe::topk_routing).
         TypeError: gating_output is not floating.
 
     Differentiable in gating_output.

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configure the kernels: block sizes, pipelining, and which copies TMA makes.
 
-kernel_config.py   the dataclasses that a caller writes, and their form as one string
+kernel_config.py   the dataclasses that a caller writes
+kernel_string.py   the string that the ops take in their place
+strict_json.py     a reader of JSON, for the string and for tables
 device.py          the facts of a GPU
 problem.py         one product, as a configuration sees it
 specialize.py      the products that the kernels for Hopper compute

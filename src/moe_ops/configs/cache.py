@@ -25,7 +25,9 @@ from typing import Any
 import torch
 
 from moe_ops._version import __version__
-from moe_ops.configs.kernel_config import PASSES, KernelConfig, read_fields, read_json
+from moe_ops.configs.kernel_config import PASSES, KernelConfig
+from moe_ops.configs.kernel_string import read_fields
+from moe_ops.configs.strict_json import read_json
 
 logger = logging.getLogger("moe_ops")
 

@@ -15,7 +15,8 @@ from importlib import resources
 from moe_ops.configs import cache
 from moe_ops.configs.device import Device
 from moe_ops.configs.heuristics import heuristic
-from moe_ops.configs.kernel_config import KernelConfig, parse
+from moe_ops.configs.kernel_config import KernelConfig
+from moe_ops.configs.kernel_string import parse
 from moe_ops.configs.problem import Problem
 
 

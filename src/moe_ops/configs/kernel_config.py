@@ -1,24 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configurations of grouped_gemm's three kernels, and the one string that carries them.
+"""The configurations of grouped_gemm's three kernels: forward, dX and dW.
 
-An op takes its configuration as the string argument `kernel_config`, which is a constant for
-torch.compile and survives export. `kernel_config()` makes it of the dataclasses.
-
-M routed rows, N out_features, K in_features: the letters mean the same in all three.
+M counts routed rows, N out_features and K in_features, in all three.
 """
 
 from __future__ import annotations
 
-import functools
-import json
-import operator
-import re
-from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
 
-# What many Triton kernels call the sides of a tile.
-_ALIASES = {f"BLOCK_SIZE_{letter}": f"BLOCK_{letter}" for letter in "MNK"}
-# Rows and columns of the tiles of the ping-pong kernels; cooperative ones have wider tiles.
+# Rows and columns of a tile in the ping-pong kernels. The tiles of the cooperative kernels are wider.
 PINGPONG_TILE = (128, 128)
 
 C = TypeVar("C", bound="KernelConfig")
@@ -26,42 +17,40 @@ C = TypeVar("C", bound="KernelConfig")
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """What the three configurations have in common.
-
-    BLOCK_SIZE_M, BLOCK_SIZE_N and BLOCK_SIZE_K are BLOCK_M, BLOCK_N and BLOCK_K, as arguments (by
-    name) and to read.
+    """Holds the fields that the three configurations share, and checks them.
 
     Attributes:
         BLOCK_M (int): rows of a tile; a power of two from 16 to 256.
         BLOCK_N (int): out_features of a tile; a power of two from 16 to 256.
         BLOCK_K (int): in_features of a tile; a power of two from 16 to 256.
-        num_warps (int): 1, 2, 4, 8 or 16.
+        num_warps (int): warps of a program: 1, 2, 4, 8 or 16.
         num_stages (int): depth of the software pipeline, 1 to 8.
         group_m (int): row tiles that share a weight's columns in the L2 cache; 1 or more.
         programs_per_sm (int): programs launched per streaming multiprocessor; 1 or more.
-        flatten (bool): let the loop over tiles and the loop over the contraction overlap.
-        permute_x, permute_y, fuse_mul_post (bool): what the configuration was tuned for. For the
-            record: the call's own arguments say what is computed.
-        use_tma_store (bool): store the output through a tensor descriptor where one applies.
-        epilogue_subtile (int): 1, or 2 to store a tile in parts of half the width, one after the
-            other, which takes half of the shared memory and leaves it to another stage.
-        warp_specialize (bool): one warp loads while the others, 8 in two groups, multiply and store:
-            each group half of a tile of 128x256 or 256x128, or tiles of 128x128 of its own, in
-            turns. It applies on Hopper (compute capability 9.x) to 16-bit operands that descriptors
-            load, of rows that are not gathered; tiles of 128x256 and 256x128 to bare products, those
-            of 128x128 also with a bias and a scale, and to rows that are scattered. In tiles of
-            128x128 fused_experts has its gated up projection with the activation on top, whose rows
-            are copied first, and, with gate and up apart, the activation's backward on top of dX.
-            Elsewhere the other fields serve without it.
-        launch_pdl (bool): launch while the kernel before it ends (programmatic dependent launch),
-            where forward and dX run on a GPU of compute capability 9.0 or newer. For short launches.
+        flatten (bool): make one loop of the loop over tiles and the loop over the contraction. The
+            next tile's loads then begin early.
+        use_tma_store (bool): store the output through a tensor descriptor.
+        epilogue_subtile (int): 1, or 2 to store a tile in two halves, one after the other. The
+            store then needs half the shared memory, which may serve another stage.
+        warp_specialize (bool): use a kernel for Hopper (compute capability 9.x), in which one warp
+            loads while two groups of four warps multiply and store. Both groups share a tile of
+            128x256 or 256x128 (cooperative). Of tiles of 128x128 each group has its own, and they
+            multiply in turns (ping-pong).
+        launch_pdl (bool): start while the kernel before it ends (programmatic dependent launch).
+            It helps short launches. It applies to forward and dX from compute capability 9.0 on.
 
-    A tensor descriptor (`use_tma_*`) applies on a GPU of compute capability 9.0 or newer, where
-    addresses and strides are multiples of 16 bytes and no row is gathered or scattered; elsewhere
-    pointers serve, with the same result.
+    Descriptors (`use_tma_*`) apply from compute capability 9.0 on, where addresses and strides are
+    multiples of 16 bytes and no row is gathered or scattered. Elsewhere the kernel uses pointers,
+    with the same result.
+
+    `warp_specialize` applies to 16-bit operands that descriptors load. Cooperative kernels compute
+    bare products. Ping-pong kernels also take a bias, router weights and scattered rows. They also
+    compute two parts of fused_experts: the gated up projection with its activation, whose rows are
+    copied into expert order first, and dX with the activation's backward, where gate and up are
+    stored apart. Elsewhere the other fields hold, without it.
 
     Raises:
-        ValueError: a field is out of its range, or given under both of its names.
+        ValueError: a field is out of its range.
         TypeError: a field has another type.
     """
 
@@ -73,19 +62,10 @@ class KernelConfig:
     group_m: int = 8
     programs_per_sm: int = 1
     flatten: bool = True
-    permute_x: bool = False
-    permute_y: bool = False
-    fuse_mul_post: bool = False
     use_tma_store: bool = False
     epilogue_subtile: int = 1
     launch_pdl: bool = False
     warp_specialize: bool = False
-
-    if TYPE_CHECKING:
-        # What _take_aliases adds to the constructor.
-        BLOCK_SIZE_M: int = field(default=128, kw_only=True)
-        BLOCK_SIZE_N: int = field(default=128, kw_only=True)
-        BLOCK_SIZE_K: int = field(default=64, kw_only=True)
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -117,24 +97,24 @@ class KernelConfig:
 
     @property
     def tile(self) -> tuple[int, int, int]:
-        """Rows and columns of the output's tile, elements contracted at a step."""
+        """Return the rows and columns of an output tile, and the elements contracted in a step."""
         return self.BLOCK_M, self.BLOCK_N, self.BLOCK_K
 
     @property
     def is_pingpong(self) -> bool:
-        """Whether it asks for a ping-pong kernel, whose groups of warps multiply in turns."""
+        """Return whether it asks for a ping-pong kernel."""
         return self.warp_specialize and self.tile[:2] == PINGPONG_TILE
 
     def _check_warp_specialize(self) -> None:
         rows, columns, contracted = self.tile
-        # A group multiplies 64 rows at least, and has 64 * 256 numbers in its registers at most.
+        # A group of warps multiplies at least 64 rows. Its registers hold at most 64 * 256 sums.
         if min(rows, columns) < 128 or rows * columns > 128 * 256 or contracted < 32:
             raise ValueError(
                 f"{type(self).__name__}: expected a tile of 128x128, 128x256 or 256x128, contracted "
                 f"over 32 or more, with warp_specialize, got {rows}x{columns} over {contracted}"
             )
         if self.num_stages < 2:
-            # A step's buffer is given back one step later.
+            # The kernel frees a step's buffer one step later.
             raise ValueError(
                 f"{type(self).__name__}: expected num_stages >= 2 with warp_specialize, got "
                 f"{self.num_stages}"
@@ -151,63 +131,36 @@ class KernelConfig:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, as `from_dict` and JSON take them."""
+        """Return the fields as `from_dict` takes them."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls: type[C], values: dict[str, Any]) -> C:
-        """The configuration of a dict of fields; what is missing has its default.
-
-        BLOCK_SIZE_M, BLOCK_SIZE_N, BLOCK_SIZE_K may stand for BLOCK_M, BLOCK_N, BLOCK_K.
+        """Make a configuration from a dict of fields. A missing field has its default.
 
         Raises:
-            ValueError: an unknown field, a field given twice, or a value out of range.
+            ValueError: an unknown field, or a value out of range.
             TypeError: a value of another type, or no dict.
         """
         if not isinstance(values, dict):
             got = f"{values!r} ({type(values).__name__})"
             raise TypeError(f"{cls.__name__}: expected a dict of fields, got {got}")
-        named: dict[str, Any] = {}
         known = {declared.name for declared in fields(cls)}
-        for given, value in values.items():
-            name = _ALIASES.get(given, given)
+        for name in values:
             if name not in known:
-                raise ValueError(f"{cls.__name__}: unknown field {given!r}")
-            if name in named:
-                raise ValueError(f"{cls.__name__}: {name} is given twice")
-            named[name] = value
-        return cls(**named)
+                raise ValueError(f"{cls.__name__}: unknown field {name!r}")
+        return cls(**values)
 
 
-def _take_aliases(cls: type[C]) -> type[C]:
-    """Lets the constructor take BLOCK_SIZE_* for BLOCK_*, which then read the same."""
-    made = cls.__init__
-    names = [declared.name for declared in fields(cls)]
-
-    @functools.wraps(made)
-    def init(self: C, *args: Any, **given: Any) -> None:
-        for alias, name in _ALIASES.items():
-            if alias in given:
-                if name in given or names.index(name) < len(args):
-                    raise ValueError(f"{cls.__name__}: {name} is given twice, once as {alias}")
-                given[name] = given.pop(alias)
-        made(self, *args, **given)
-
-    cls.__init__ = init  # type: ignore[assignment]
-    for alias, name in _ALIASES.items():
-        setattr(cls, alias, property(operator.attrgetter(name)))
-    return cls
-
-
-@_take_aliases
 @dataclass(frozen=True)
 class KernelConfigForward(KernelConfig):
-    """Configuration of grouped_gemm: tiles of BLOCK_M by BLOCK_N, contracted over BLOCK_K.
+    """Configures grouped_gemm: tiles of BLOCK_M by BLOCK_N, contracted over BLOCK_K.
 
     Attributes:
         tail_tiles (bool): compute an expert's last rows in a tile of half the height where they
-            fit. For few rows per expert; it excludes `flatten`.
-        use_tma_load_x, use_tma_load_w (bool): load the rows, the weight through a descriptor.
+            fit. It helps where experts have few rows, and excludes `flatten`.
+        use_tma_load_x (bool): load the rows through a descriptor.
+        use_tma_load_w (bool): load the weight through a descriptor.
     """
 
     tail_tiles: bool = False
@@ -219,15 +172,14 @@ class KernelConfigForward(KernelConfig):
         _check_tail_tiles(self, self.tail_tiles)
 
 
-@_take_aliases
 @dataclass(frozen=True)
 class KernelConfigBackward_dX(KernelConfig):  # noqa: N801
-    """Configuration of grouped_gemm_dx: tiles of BLOCK_M by BLOCK_K, contracted over BLOCK_N.
+    """Configures grouped_gemm_dx: tiles of BLOCK_M by BLOCK_K, contracted over BLOCK_N.
 
     Attributes:
         tail_tiles (bool): as in KernelConfigForward.
-        use_tma_load_dy, use_tma_load_w (bool): load the rows of the output's gradient, the weight
-            through a descriptor.
+        use_tma_load_dy (bool): load the rows of the output's gradient through a descriptor.
+        use_tma_load_w (bool): load the weight through a descriptor.
     """
 
     tail_tiles: bool = False
@@ -243,14 +195,13 @@ class KernelConfigBackward_dX(KernelConfig):  # noqa: N801
         return self.BLOCK_M, self.BLOCK_K, self.BLOCK_N
 
 
-@_take_aliases
 @dataclass(frozen=True)
 class KernelConfigBackward_dW(KernelConfig):  # noqa: N801
-    """Configuration of grouped_gemm_dw: tiles of BLOCK_N by BLOCK_K, contracted over BLOCK_M.
+    """Configures grouped_gemm_dw: tiles of BLOCK_N by BLOCK_K, contracted over BLOCK_M.
 
     Attributes:
-        use_tma_load_dy, use_tma_load_x (bool): load the rows of the output's gradient, of the
-            input through a descriptor.
+        use_tma_load_dy (bool): load the rows of the output's gradient through a descriptor.
+        use_tma_load_x (bool): load the rows of the input through a descriptor.
     """
 
     use_tma_load_dy: bool = False
@@ -276,112 +227,3 @@ PASSES: dict[str, type[KernelConfig]] = {
     "backward_dX": KernelConfigBackward_dX,
     "backward_dW": KernelConfigBackward_dW,
 }
-
-
-def kernel_config(
-    forward: KernelConfigForward | None = None,
-    backward_dX: KernelConfigBackward_dX | None = None,
-    backward_dW: KernelConfigBackward_dW | None = None,
-) -> str:
-    """The `kernel_config` argument of the grouped_gemm ops.
-
-    Args:
-        forward (KernelConfigForward or None): for grouped_gemm; None: chosen by shape.
-        backward_dX (KernelConfigBackward_dX or None): for grouped_gemm_dx.
-        backward_dW (KernelConfigBackward_dW or None): for grouped_gemm_dw.
-
-    Returns:
-        str: JSON, an object with an entry for each configuration that is given.
-
-    Raises:
-        TypeError: an argument is not the configuration of its pass.
-    """
-    given = dict(zip(PASSES, (forward, backward_dX, backward_dW), strict=True))
-    content = {}
-    for name, config in given.items():
-        if config is None:
-            continue
-        if not isinstance(config, PASSES[name]):
-            expected, got = PASSES[name].__name__, type(config).__name__
-            raise TypeError(f"kernel_config: expected {name} to be a {expected}, got {got}")
-        content[name] = config.to_dict()
-    return json.dumps(content)
-
-
-@functools.lru_cache(maxsize=256)
-def why_not_kernel_config(text: str) -> str | None:
-    """Why `parse` refuses the string; None where it does not."""
-    try:
-        parse(text)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-@functools.lru_cache(maxsize=256)
-def parse(text: str) -> dict[str, KernelConfig]:
-    """The configurations in a `kernel_config` string, by pass.
-
-    Raises:
-        ValueError: it is not what `kernel_config()` makes, with the reason.
-    """
-    content = read_json(text)
-    if not isinstance(content, dict) or not content.keys() <= PASSES.keys():
-        raise ValueError(f"expected a JSON object with keys of {tuple(PASSES)}")
-    return {name: read_fields(name, values) for name, values in content.items()}
-
-
-def read_fields(name: str, values: Any) -> KernelConfig:
-    """The configuration of one pass, a key of PASSES, from the JSON object of its fields.
-
-    Raises:
-        ValueError: it is no such object, with the reason.
-    """
-    if not isinstance(values, dict):
-        got = json.dumps(values)
-        raise ValueError(f"expected {name} to be a JSON object of fields, got {got}")
-    try:
-        return PASSES[name].from_dict(values)
-    except TypeError as error:
-        raise ValueError(str(error)) from None
-
-
-# A table has objects in objects in an object. Python's own limit depends on who calls.
-_MAX_NESTING = 8
-# Past 64 bits nothing is a size; Python's own limit is on the digits that it converts.
-_MAX_DIGITS = 19
-_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[\]{}]', re.DOTALL)
-
-
-def read_json(text: str) -> Any:
-    """What the JSON says; unlike json.loads, it takes no key that stands twice in an object.
-
-    Raises:
-        ValueError: it is not JSON, a key stands twice, an integer has more than 19 digits, or
-            lists and objects are nested more than 8 deep; with the reason.
-    """
-    nesting = 0
-    for token in _STRING_OR_BRACKET.findall(text):
-        nesting += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token, 0)
-        if nesting > _MAX_NESTING:
-            raise ValueError(f"expected JSON nested at most {_MAX_NESTING} deep, got more")
-    try:
-        return json.loads(text, object_pairs_hook=_without_repeats, parse_int=_short_integer)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error}") from None
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in content:
-            raise ValueError(f"the key {key!r} stands twice")
-        content[key] = value
-    return content
-
-
-def _short_integer(digits: str) -> int:
-    count = len(digits.removeprefix("-"))
-    if count > _MAX_DIGITS:
-        raise ValueError(f"expected integers of at most {_MAX_DIGITS} digits, got one of {count}")
-    return int(digits)

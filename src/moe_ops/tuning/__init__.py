@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds, on this GPU, the fastest configuration of each GEMM that a model's experts run.
+"""Finds the fastest configuration on this GPU of each GEMM that a model's experts run.
 
 problems.py   the GEMMs of a model, as problems
 space.py      which configurations are tried
-bench.py      one problem: run in a configuration, compared with PyTorch, timed
+calls.py      the call of a problem: its arguments, the op, the same in PyTorch
+bench.py      one problem on the device: run in a configuration, compared with PyTorch, timed
 ranks.py      how the ranks of torch.distributed share the work
-report.py     how a person sees it
+report.py     how progress is shown
 """
 
 from __future__ import annotations
@@ -55,36 +56,36 @@ def tune(
     top_k: int | None = None,
     separate_ops: bool = False,
 ) -> dict[str, KernelConfig]:
-    """Finds the fastest kernel configurations of a model's experts on this GPU, and keeps them.
+    """Find the fastest kernel configurations of a model's experts on this GPU, and keep them.
 
-    For each experts layer (of equal ones, one) the GEMMs of forward, dX and dW are timed in every
-    configuration of a small space; one whose result differs from PyTorch's is not. What is found is
-    written to the disk cache at once, where this and every later process finds it, so an
-    interrupted call goes on where it stopped, and a second one has nothing to do. With
-    torch.distributed initialised every rank must call it; ranks of the same GPU share the work.
+    Equal experts layers are tuned once. Each GEMM of forward, dX and dW is timed in every
+    configuration of a small space. A configuration whose result differs from PyTorch's is dropped.
+    Each result is written to the disk cache at once. This process and every later one find it there.
+    So an interrupted call goes on where it stopped, and a second call has nothing to do.
 
-    Call it after the model is made and before it is compiled, sharded or wrapped.
+    Call it after the model is made and before it is compiled, sharded or wrapped. With
+    torch.distributed initialised every rank must call it. Ranks with the same GPU share the work.
 
     Args:
-        model (nn.Module): modules with 3-D parameters gate_up_proj or up_proj, and down_proj are its
-            experts, as transformers has them. It may be on any device, meta too; the GPU is the
-            model's, or the current one.
-        num_tokens (int or sequence): tokens of a call, batch times length. What is found serves the
-            calls with as many rows per expert, up to a power of two.
-        dtype (torch.dtype or None): bf16, fp16 or fp32; None: that of the weights. Under autocast
-            give autocast's.
-        progress (bool): report to stderr, a line a problem.
-        top_k (int or None): experts of a token; None: what the model says.
+        model (nn.Module): its experts are the modules with 3-D parameters down_proj and gate_up_proj
+            or up_proj, as in transformers. It may be on any device, also on meta. The GPU is the
+            model's, or else the current one.
+        num_tokens (int or sequence): tokens of a call, batch times length. A result serves all calls
+            whose rows per expert round up to the same power of two.
+        dtype (torch.dtype or None): bf16, fp16 or fp32. None is the weights' dtype. Under autocast
+            give autocast's dtype.
+        progress (bool): report to stderr, one line for each problem.
+        top_k (int or None): experts of a token. None is what the model says.
         separate_ops (bool): also tune grouped_gemm with its permutations and topk_weights, for models
-            and layers that call it and not fused_experts.
+            and layers that call it in place of fused_experts.
 
     Returns:
-        dict: the configuration of each problem, tuned now or before, by Problem.key. Empty where
-            MOE_OPS_AUTOTUNE=0 turns tuning off.
+        dict: the configuration of each problem, tuned now or before, by Problem.key. It is empty
+            where MOE_OPS_AUTOTUNE=0 turns tuning off.
 
     Raises:
-        ValueError: the model has no experts, or does not say its top_k; a bad num_tokens or dtype.
-        RuntimeError: called while torch.compile traces, or there is no CUDA device.
+        ValueError: the model has no experts or does not say its top_k; num_tokens or dtype is bad.
+        RuntimeError: torch.compile is tracing, or there is no CUDA device.
     """
     if torch.compiler.is_compiling():
         raise RuntimeError(
@@ -113,7 +114,7 @@ def _device_for(model: nn.Module) -> torch.device:
 
 
 def current_device() -> torch.device:
-    """The current CUDA device.
+    """Return the current CUDA device.
 
     Raises:
         RuntimeError: there is none.
@@ -131,17 +132,17 @@ def tune_tasks(
     facts: Device | None = None,
     timer: Timer | None = None,
 ) -> dict[str, KernelConfig]:
-    """Tunes what the cache has not, and keeps it there.
+    """Tune the problems that the cache does not have, and keep the results there.
 
     Args:
         tasks (sequence of Task): each problem once.
         device (torch.device): where to run.
-        report: where progress goes; None: the log.
-        facts (Device or None): what the configurations must fit; None: those of `device`.
-        timer (Timer or None): how launches are timed; None: CUDA events.
+        report: where progress goes. None is the log.
+        facts (Device or None): the GPU that the configurations must fit. None is `device`.
+        timer (Timer or None): how launches are timed. None is by CUDA events.
 
     Returns:
-        dict: configurations by Problem.key; without those problems of which no configuration ran.
+        dict: configurations by Problem.key, without the problems that no configuration could run.
     """
     report = report or Report(progress=False)
     facts = facts or device_of(device)
@@ -151,7 +152,7 @@ def tune_tasks(
         try:
             found = _tune_share(tasks[ranks.index :: ranks.count], device, facts, timer, report)
         except Exception as error:
-            # The others wait for this rank's share.
+            # The other ranks wait for this rank's share.
             ranks.exchange(f"{type(error).__name__}: {error}")
             raise
         merged: dict[str, KernelConfig] = {}
@@ -169,6 +170,7 @@ def tune_tasks(
 def _tune_share(
     tasks: Sequence[Task], device: torch.device, facts: Device, timer: Timer, report: Report
 ) -> dict[str, KernelConfig]:
+    """Return the configurations of one rank's tasks, from the cache or tuned now."""
     cache.forget()
     found = {task.problem.key: cache.lookup(facts.name, task.problem.key) for task in tasks}
     known = {key: config for key, config in found.items() if config is not None}
@@ -196,11 +198,11 @@ def _tune_share(
 def _tune_one(
     task: Task, device: torch.device, facts: Device, timer: Timer, report: Report
 ) -> KernelConfig | None:
-    """The fastest right configuration; None where there is none, which the report says."""
+    """Return the fastest right configuration, or None after reporting that there is none."""
     start = time.perf_counter()
     bench = Bench(task, device)
     space = candidates(task.problem, facts)
-    # The first alone: Triton sets itself up.
+    # The first one runs alone, since Triton sets itself up in it.
     failures = [bench.why_fails(space[0])]
     with ThreadPoolExecutor(bench.num_compilers()) as pool:
         failures += pool.map(bench.why_fails, space[1:])
@@ -217,7 +219,7 @@ def _tune_one(
         report.step(f"{task.problem.key}: none of {len(space)} configurations runs on this GPU")
         return None
     milliseconds = timer({config: functools.partial(bench.launch, config) for config in right})
-    # A race shows in some launches alone, and by now there were many.
+    # A race shows only in some launches, and by now there were many: compare again.
     for best in sorted(right, key=milliseconds.__getitem__):
         wrong = bench.why_wrong(best)
         if wrong is None:
@@ -240,7 +242,7 @@ def _warn_dropped(task: Task, config: KernelConfig, wrong: str) -> None:
 
 
 def describe(config: KernelConfig) -> str:
-    """Such as '128x256x64 num_warps=8 num_stages=3 group_m=8 flatten use_tma_load_w'."""
+    """Describe a configuration, as '128x256x64 num_warps=8 num_stages=3 flatten use_tma_load_w'."""
     words = [f"{config.BLOCK_M}x{config.BLOCK_N}x{config.BLOCK_K}"]
     for field in fields(config):
         value = getattr(config, field.name)

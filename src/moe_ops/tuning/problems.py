@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which GEMMs a model's experts run.
+"""Finds the experts of a model, and lists the GEMMs that they run.
 
 E experts, T tokens, R = T * top_k routed rows, N out_features, D in_features of one projection.
 """
@@ -16,24 +16,25 @@ from torch import Tensor, nn
 from moe_ops.configs.device import HOPPER, Device
 from moe_ops.configs.problem import Problem, rows_bucket
 
-# A decoding step of one and of some sequences, a prompt, and steps of training.
+# Tokens of a decoding step of one sequence and of 64, of a prompt, and of training steps.
 NUM_TOKENS = (1, 64, 1024, 4096, 16384)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# What routers and configs call the number of experts of a token.
+# Routers and configs call the number of experts of a token by one of these names.
 _TOP_K_NAMES = ("top_k", "num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", "moe_k")
 
 
 @dataclass(frozen=True)
 class Experts:
-    """The sizes of one experts layer: all that its GEMMs depend on, beside the number of tokens.
+    """The sizes of one experts layer. Its GEMMs depend on these and on the number of tokens.
 
     Attributes:
-        num_experts, top_k: E, and the experts of a token.
+        num_experts: E.
+        top_k: experts of a token.
         up, down: (out_features, in_features) of the two projections.
-        dtype: of the products.
+        dtype: the dtype of the products.
         has_bias: whether the projections have biases.
-        transposed: whether the weights are stored (E, in_features, out_features).
+        transposed: whether the weights are stored as (E, in_features, out_features).
     """
 
     num_experts: int
@@ -47,7 +48,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class Task:
-    """A problem, and the sizes to tune it at."""
+    """A problem and the sizes to tune it at."""
 
     problem: Problem
     num_rows: int
@@ -57,10 +58,10 @@ class Task:
 def find_experts(
     model: nn.Module, dtype: torch.dtype | None = None, top_k: int | None = None
 ) -> list[Experts]:
-    """The different experts layers of a model.
+    """Return the different experts layers of a model.
 
     Raises:
-        ValueError: it has none, does not say its top_k, or has them in a dtype of no kernel.
+        ValueError: the model has none, or does not say its top_k.
     """
     found: dict[Experts, None] = {}
     for name, module in model.named_modules():
@@ -68,7 +69,8 @@ def find_experts(
         down = getattr(module, "down_proj", None)
         if not (_is_stacked(up) and _is_stacked(down)):
             continue
-        # Llama 4 does not say it; what goes into the first projection comes out of the second.
+        # Llama 4 does not say it. There the shapes tell: the hidden size goes into the first
+        # projection and comes out of the second.
         transposed = getattr(module, "is_transposed", up.shape[2] != down.shape[1])
         layer = Experts(
             num_experts=up.shape[0],
@@ -93,7 +95,7 @@ def _is_stacked(weight: object) -> TypeGuard[Tensor]:
 
 
 def _top_k(model: nn.Module, name: str) -> int:
-    """How many experts a token goes to: the router beside the experts says it, or the config."""
+    """Return the experts of a token, from the router beside the experts or from the config."""
     parent = model.get_submodule(name.rpartition(".")[0])
     config: Any = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else None
@@ -114,13 +116,13 @@ def tasks_of(
     separate_ops: bool = False,
     device: Device | None = None,
 ) -> list[Task]:
-    """The problems of some layers: those of fused_experts, and where asked those of grouped_gemm.
+    """Return the problems of some layers: those of fused_experts, and of grouped_gemm where asked.
 
-    Each problem comes once, at the most rows that were asked of it. Those that only some GPUs have
-    are of `device`.
+    Each problem comes once, with the largest number of rows asked for. Some GPUs have problems of
+    their own: these come where `device` is such a GPU.
 
     Raises:
-        ValueError: a dtype that no kernel computes in, or sizes below 1.
+        ValueError: no kernel computes in the dtype, or a size is below 1.
     """
     tasks: dict[str, Task] = {}
     counts = sorted(set(num_tokens))
@@ -141,6 +143,7 @@ def tasks_of(
 def _problems(
     layer: Experts, num_tokens: int, separate_ops: bool, device: Device | None
 ) -> Iterator[Problem]:
+    """Yield the problems of one layer at one number of tokens."""
     rows = rows_bucket(num_tokens * layer.top_k, layer.num_experts)
     dtype = str(layer.dtype).removeprefix("torch.")
 
@@ -151,21 +154,21 @@ def _problems(
     bias = layer.has_bias
     is_gated = layer.up[0] == 2 * layer.down[1]
     activation = "gated_activation" if is_gated else "activation"
-    # The up projection gathers its rows, and has the activation on top.
+    # The up projection gathers its rows and computes the activation too.
     yield problem("forward", layer.up, gather=True, bias=bias, epilogue=activation)
     yield problem("forward", layer.down, bias=bias)
     is_hopper = device is not None and device.capability[0] == HOPPER
     if is_gated and is_hopper and layer.dtype.itemsize == 2:
-        # As fused_experts asks for it. Interleaved blocks, and activations that the kernel for
-        # Hopper lacks, which the sizes do not tell, have the bare product.
+        # fused_experts asks for it where Hopper's kernel has the activation and the halves are not
+        # interleaved. The sizes do not tell these, so the bare product is tuned as well.
         yield problem("backward_dX", layer.down, epilogue="gated_activation_backward")
     yield problem("backward_dX", layer.down)
     yield problem("backward_dX", layer.up)
     yield problem("backward_dW", layer.down)
     yield problem("backward_dW", layer.up)
     if separate_ops:
-        # Permutations within the GEMMs: what gathers its rows in forward scatters them in dX. dW has
-        # them moved before it.
+        # The permutations happen within the GEMMs. One that gathers its rows in forward scatters
+        # them in dX. The rows of dW are moved before it.
         yield problem("forward", layer.up, gather=True, bias=bias)
         yield problem("backward_dX", layer.up, scatter=True)
         yield problem("forward", layer.down, scatter=True, scale=True, bias=bias)

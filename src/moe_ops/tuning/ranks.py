@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the ranks of torch.distributed share the work."""
+"""Shares the work of tuning among the ranks of torch.distributed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import distributed
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks that tune for the same GPU, and this one's place among them."""
+    """The ranks that tune for the same GPU, and this rank's place among them."""
 
     index: int = 0
     count: int = 1
@@ -22,7 +22,7 @@ class Ranks:
     group: Any = None
 
     def exchange(self, mine: Any) -> list[tuple[int, Any]]:
-        """(rank, what it gave) of each peer; returns when all ranks have come here."""
+        """Return (rank, what it gave) of each peer, when all ranks have come here."""
         if self.group is None:
             return [(0, mine)]
         given = _gathered(mine, self.group)
@@ -31,11 +31,11 @@ class Ranks:
 
 @contextlib.contextmanager
 def ranks_of(device_name: str) -> Iterator[Ranks]:
-    """All ranks meet here; without torch.distributed there is one."""
+    """Yield the ranks with this GPU. All ranks meet here; without torch.distributed there is one."""
     if not (distributed.is_available() and distributed.is_initialized()):
         yield Ranks()
         return
-    # Through the host: NCCL's watchdog would take a long wait for a hang.
+    # gloo goes through the host. NCCL's watchdog would take a long wait for a hang.
     group = distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
     try:
         names = _gathered(device_name, group)
@@ -46,6 +46,7 @@ def ranks_of(device_name: str) -> Iterator[Ranks]:
 
 
 def _gathered(mine: Any, group: Any) -> list[Any]:
+    """Return what every rank gave, by rank."""
     given: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(given, mine, group=group)
     return given

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a person sees what tuning does."""
+"""Shows the progress of tuning to a person."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ logger = logging.getLogger("moe_ops")
 
 
 class Report:
-    """Progress, on stderr: a bar where tqdm is installed and a person looks, and lines.
+    """Reports progress to stderr in lines, with a bar where tqdm is installed and stderr is a terminal.
 
     Without `progress` the lines go to the log.
     """
@@ -23,7 +23,7 @@ class Report:
         self.done = self.total = 0
 
     def start(self, text: str, total: int) -> None:
-        """So many problems are to do."""
+        """Say the text, and start a bar of `total` problems."""
         self.line(text)
         self.done, self.total = 0, total
         if self.progress and sys.stderr.isatty():
@@ -33,14 +33,14 @@ class Report:
                 self.bar = tqdm(total=total, desc="moe_ops.tune", file=sys.stderr)
 
     def step(self, text: str) -> None:
-        """One more problem is done."""
+        """Say the text, and count one more problem as done."""
         self.done += 1
         self.line(f"[{self.done}/{self.total}] {text}")
         if self.bar is not None:
             self.bar.update()
 
     def line(self, text: str) -> None:
-        """Says it above the bar."""
+        """Say the text above the bar."""
         if not self.progress:
             logger.info("%s", text)
         elif self.bar is not None:
@@ -50,7 +50,7 @@ class Report:
             sys.stderr.flush()
 
     def end(self) -> None:
-        """All are done."""
+        """Close the bar."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None

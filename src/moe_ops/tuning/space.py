@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which configurations tuning tries: a few good tiles, and around the best of them one change each.
+"""Lists the configurations that tuning tries for a problem.
 
-Every combination of the fields would be thousands a problem, each compiled for seconds.
+These are a few good tiles, and the best of them with one field changed. All combinations of the
+fields would be thousands for each problem, and each compiles for seconds.
 """
 
 from __future__ import annotations
@@ -26,18 +27,19 @@ MAX_CANDIDATES = 36
 
 _Tile = tuple[int, int, int, int, int]
 
-# (rows, columns, contracted elements, num_warps, num_stages) of a tile of forward and of dX, the most
-# promising first; for dW (out_features, in_features, contracted rows, ...).
+# A tile is (rows, columns, contracted elements, num_warps, num_stages) in forward and dX, and
+# (out_features, in_features, contracted rows, num_warps, num_stages) in dW. The most promising tiles
+# come first.
 _TMA_TILES = (
     (128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3),
     (256, 128, 64, 8, 4), (128, 128, 64, 4, 4), (128, 128, 64, 8, 5), (64, 256, 64, 8, 4),
     (64, 256, 64, 4, 3), (64, 128, 64, 4, 4), (64, 128, 64, 4, 5),
 )  # fmt: skip
-# Stored in halves, which leaves room for one stage more; and two programs an SM, of which one stores
-# while the other multiplies.
+# Halves: the tile is stored in two halves, which leaves room for one more stage. Pairs: two programs
+# share an SM, and one stores while the other multiplies.
 _TMA_HALVES = ((128, 256, 64, 8, 4), (256, 128, 64, 8, 4), (128, 256, 64, 8, 3))
 _TMA_PAIRS = ((128, 128, 32, 4, 4), (128, 128, 64, 4, 3), (64, 256, 32, 4, 4))
-# One warp loads, two groups multiply, on Hopper, with epilogue_subtile.
+# Warp-specialised tiles of Hopper with their epilogue_subtile: one warp loads, two groups multiply.
 _SPECIALIZED: tuple[tuple[_Tile, int], ...] = (
     ((128, 128, 64, 8, 6), 2), ((128, 128, 64, 8, 5), 1), ((128, 256, 64, 8, 3), 1),
     ((128, 256, 32, 8, 6), 1),
@@ -47,13 +49,14 @@ _POINTER_TILES = (
     (256, 128, 32, 8, 3), (128, 64, 64, 4, 3), (64, 128, 64, 4, 3), (64, 128, 32, 4, 4),
     (64, 256, 32, 8, 3), (64, 64, 64, 4, 3), (64, 64, 32, 4, 4), (128, 128, 64, 8, 2),
 )  # fmt: skip
-# Without the rows: (columns, contracted elements, num_warps, num_stages).
+# Tiles for few rows leave the rows out: (columns, contracted elements, num_warps, num_stages).
 _FEW_ROWS_TILES = (
     (64, 128, 4, 4), (64, 128, 4, 3), (64, 128, 4, 5), (32, 128, 4, 4), (32, 256, 4, 3),
     (64, 256, 4, 3), (64, 256, 8, 3), (64, 64, 4, 5), (128, 64, 4, 4), (128, 128, 4, 3),
     (128, 128, 8, 3), (128, 128, 8, 4),
 )  # fmt: skip
-# Products without tensor cores, of all three passes: more registers a number, no pipeline to fill.
+# Tiles of all three passes without tensor cores: each number takes more registers, and there is no
+# pipeline to fill.
 _PLAIN_TILES = (
     (64, 64, 32, 4, 3), (64, 64, 32, 4, 2), (64, 64, 16, 4, 4), (128, 64, 32, 4, 3),
     (64, 128, 32, 4, 3), (128, 64, 32, 8, 3), (64, 128, 32, 8, 3), (128, 128, 32, 8, 2),
@@ -80,7 +83,7 @@ _DW_POINTER_TILES = (
     (256, 128, 32, 8, 3), (128, 256, 64, 8, 3), (64, 256, 32, 8, 3), (128, 64, 64, 4, 3),
     (64, 128, 32, 4, 4), (64, 64, 32, 4, 4),
 )  # fmt: skip
-# Of an expert with few rows the whole sum is one or two steps; what counts is storing it.
+# With few rows an expert's sum has one or two steps, and most of the time goes to storing it.
 _DW_FEW_ROWS_TILES = (
     (128, 256, 32, 8, 3), (256, 128, 32, 8, 3), (128, 128, 32, 8, 3), (128, 128, 32, 4, 3),
     (128, 256, 16, 8, 3), (128, 128, 16, 4, 3), (64, 256, 32, 4, 3), (64, 128, 16, 4, 4),
@@ -88,10 +91,9 @@ _DW_FEW_ROWS_TILES = (
 
 
 def candidates(problem: Problem, device: Device) -> list[KernelConfig]:
-    """What to try for a problem: each fits the GPU's shared memory, the heuristic's choice is first.
+    """Return the configurations to try for a problem, with the heuristic's choice first.
 
-    Returns:
-        list: different configurations, at most MAX_CANDIDATES.
+    They differ, fit the GPU's shared memory, and are at most MAX_CANDIDATES.
     """
     tried = _of_dw if problem.kind == "backward_dW" else _of_gemm
     found = [heuristic(problem, device)]
@@ -105,7 +107,7 @@ def _has_tensor_cores(problem: Problem, device: Device) -> bool:
 
 
 def _has_tma(problem: Problem, device: Device) -> bool:
-    """Whether descriptors can read the operands: a GPU that has them, rows of whole 16 bytes."""
+    """Return whether descriptors can read the operands: the GPU has them, rows are 16-byte multiples."""
     size = {"float32": 4}.get(problem.dtype, 2)
     widths = (problem.out_features, problem.in_features)
     return device.has_tma and all(width * size % 16 == 0 for width in widths)
@@ -132,7 +134,7 @@ def _of_gemm(problem: Problem, device: Device) -> Iterator[KernelConfig]:
         base = [_gemm(problem, tile, tma=True) for tile in _TMA_TILES]
     else:
         base = [_gemm(problem, tile) for tile in _POINTER_TILES]
-    # An expert of few rows wastes the larger part of a high tile: those come last.
+    # Few rows waste most of a high tile, so those come last.
     base.sort(key=lambda config: problem.rows <= 64 < config.BLOCK_M)
     yield from base[:5]
     if tma and device.capability[0] == HOPPER:
@@ -147,7 +149,7 @@ def _of_gemm(problem: Problem, device: Device) -> Iterator[KernelConfig]:
             yield replace(config, use_tma_store=store, epilogue_subtile=2)
     for config in base[:2]:
         yield replace(config, tail_tiles=True, flatten=False)
-        if not problem.bias:  # which is never flattened
+        if not problem.bias:  # With a bias, flatten has no effect.
             yield replace(config, flatten=not config.flatten)
         yield replace(config, group_m=4)
         yield replace(config, group_m=16)
@@ -161,7 +163,7 @@ def _of_gemm(problem: Problem, device: Device) -> Iterator[KernelConfig]:
 
 
 def _specialized(problem: Problem) -> Iterator[KernelConfig]:
-    # Rows that are to be gathered are copied before it.
+    # The specialised kernels read rows in order: gathered ones are copied first.
     loads = replace(problem, gather=False)
     for tile, subtile in _SPECIALIZED:
         if why_not_specialized(problem, tile[:2]) is None:
@@ -179,7 +181,7 @@ def _gemm(
     programs_per_sm: int = 1,
 ) -> KernelConfigForward | KernelConfigBackward_dX:
     m, n, k, warps, stages = tile
-    # Rows that are gathered come by pointers.
+    # Gathered rows are read by pointers.
     tma_rows = tma and not problem.gather
     if problem.kind == "forward":
         return KernelConfigForward(

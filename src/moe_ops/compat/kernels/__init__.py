@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Holds `tuning`, so that its import path is that of Unsloth's MoE kernels."""
+"""Holds `tuning`, under the import path that it has in Unsloth's MoE kernels."""

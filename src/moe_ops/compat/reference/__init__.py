@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MoE blocks of transformers models whose every stage can be looked at."""
+"""Holds the MoE blocks of transformers models, with every stage of a forward to look at."""

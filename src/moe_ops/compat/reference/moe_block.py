@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The MoE block of Qwen3-MoE on torch.ops.moe.grouped_gemm.
-
-K top_k, E num_experts, H hidden_size,
-I intermediate_size.
-"""
+"""Builds the MoE block of Qwen3-MoE on torch.ops.moe.grouped_gemm."""
 
 from __future__ import annotations
 
@@ -28,32 +24,33 @@ __all__ = ["Qwen3MoeFusedGroupedGEMMBlock", "Qwen3MoeGroupedGEMMBlock"]
 
 
 class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
-    """Qwen3MoeGroupedGEMMBlock with torch.ops.moe.grouped_gemm for its projections.
+    """Computes Qwen3MoeGroupedGEMMBlock with torch.ops.moe.grouped_gemm for the projections.
 
-    The numbers are the same. Nothing synchronises with a GPU, and torch.compile(fullgraph=True)
-    takes it.
+    The numbers are the same. No call waits for the GPU, and torch.compile(fullgraph=True) takes the
+    block.
 
     Args:
         config, gate, gate_up_proj, down_proj: as in Qwen3MoeGroupedGEMMBlock.
-        permute_x (bool): the first GEMM gathers its rows from token order; else permute does, before
-            it.
-        permute_y (bool): the second GEMM stores its rows in slot order; else unpermute brings them
-            there, after it.
-        autotune (bool): choose the kernels' configurations by shape (docs/tuning.md); nothing is
+        permute_x (bool): the first GEMM gathers its rows from token order. Otherwise `permute` does
+            so before it.
+        permute_y (bool): the second GEMM stores its rows in slot order. Otherwise `unpermute` does so
+            after it.
+        autotune (bool): choose the kernels' configurations by shape (docs/tuning.md). Nothing is
             tuned during a call.
         kernel_config_fwd (KernelConfigForward or None): for both GEMMs, with autotune=False.
         kernel_config_bwd_dW (KernelConfigBackward_dW or None): for the gradients of both weights.
         kernel_config_bwd_dX (KernelConfigBackward_dX or None): for the gradients of both inputs.
-        dW_only (bool): no gradient of the block's input is computed. Those of all weights, the
-            router's included, are those of a full backward, for which the second projection's
-            input gradient is computed too; the first one's is not.
-        dX_only (bool): no gradient of any weight is computed, the router's included, which is one
-            of them; that of the input is the full one, with what comes through the router.
+        dW_only (bool): compute no gradient of the block's input. All weights, the router's included,
+            get the gradients of a full backward. They need the input gradient of the second
+            projection, but not that of the first.
+        dX_only (bool): compute no gradient of any weight, the router's included. The input gets the
+            gradient of a full backward, including the part through the router.
 
     Raises:
-        ValueError: a weight of another shape; dW_only and dX_only; autotune and a kernel_config.
-        TypeError: a kernel_config is that of another GEMM.
-        ImportError: transformers is not installed, and hidden_act is another than "silu".
+        ValueError: a weight has another shape, dW_only meets dX_only, or autotune meets a
+            kernel_config.
+        TypeError: a kernel_config belongs to another GEMM.
+        ImportError: hidden_act is not "silu", and transformers is not installed.
     """
 
     def __init__(
@@ -103,10 +100,10 @@ class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
         dW_only: bool = False,
         dX_only: bool = False,
     ) -> Qwen3MoeFusedGroupedGEMMBlock:
-        """A block with copies of a transformers block's weights.
+        """Make a block with copies of a transformers block's weights.
 
-        `moe_block` is taken as by Qwen3MoeGroupedGEMMBlock.from_hf, in both layouts; the other
-        arguments are the constructor's, which raises for them. What is no such block is a TypeError.
+        `moe_block` is as in Qwen3MoeGroupedGEMMBlock.from_hf. Another module is a TypeError. The other
+        arguments are the constructor's, with its errors.
         """
         return cls._from_hf(
             moe_block,
@@ -121,7 +118,7 @@ class Qwen3MoeFusedGroupedGEMMBlock(Qwen3MoeGroupedGEMMBlock):
         )
 
     def run_router(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As in Qwen3MoeGroupedGEMMBlock; with dX_only the weight gets no gradient."""
+        """Route as Qwen3MoeGroupedGEMMBlock does. With dX_only the weight gets no gradient."""
         return self._route(hidden_states, self.gate.detach() if self.dX_only else self.gate)
 
     def _stages(self, hidden_states: Tensor) -> MoeIntermediates:

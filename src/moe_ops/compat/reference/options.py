@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the options of the fused blocks must not say together, and what they say to the GEMMs."""
+"""Checks the options of the fused blocks, and passes them to the GEMMs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from moe_ops.configs.kernel_config import (
 
 
 def check_gradients(owner: str, *, dW_only: bool, dX_only: bool) -> None:
-    """Raises ValueError where both are asked for: neither gradient would be left."""
+    """Raise ValueError if both are given: no gradient would be left."""
     if dW_only and dX_only:
         raise ValueError(f"{owner}: expected dW_only or dX_only or neither, got both")
 
 
 def gemm_options(block: Any) -> dict[str, Any]:
-    """What a fused block's options are to its GEMMs, as moe_ops.compat.grouped_gemm takes them.
+    """Return a fused block's options as the arguments of moe_ops.compat.grouped_gemm.
 
-    dW_only of a block is not that of its GEMMs: the first weight's gradient needs the input gradient
-    of the second. It is in the block's detached input.
+    dW_only is not among them. The first weight's gradient needs the second GEMM's input gradient, so the
+    GEMMs compute their input gradients. The block detaches its own input instead.
     """
     return {
         "kernel_config_fwd": block.kernel_config_fwd,
@@ -40,11 +40,11 @@ def check_tuning(
     kernel_config_bwd_dW: KernelConfigBackward_dW | None,
     kernel_config_bwd_dX: KernelConfigBackward_dX | None,
 ) -> None:
-    """Raises where a configuration is that of another GEMM, or given and to be chosen, too.
+    """Raise if a configuration belongs to another GEMM or meets autotune=True.
 
     Raises:
-        TypeError: a configuration of another class.
-        ValueError: a configuration with autotune=True.
+        TypeError: a configuration has another class.
+        ValueError: a configuration is given with autotune=True.
     """
     for name, kind, config in (
         ("kernel_config_fwd", KernelConfigForward, kernel_config_fwd),
@@ -59,5 +59,5 @@ def check_tuning(
         if autotune:
             raise ValueError(
                 f"{owner}: expected {name}=None with autotune=True, got a {kind.__name__}; "
-                f"configurations are used with autotune=False"
+                f"pass autotune=False to use it"
             )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights between transformers' MoE blocks and ours: reading them, and finding where they differ.
+"""Reads the weights of transformers' MoE blocks, and finds where they differ from ours.
 
 E num_experts, H hidden_size, I intermediate_size.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def qwen3_moe_config(caller: str, moe_block: nn.Module) -> Any:
-    """The Qwen3MoeConfig of a Qwen3MoeSparseMoeBlock, which only its experts keep."""
+    """Return the Qwen3MoeConfig of a Qwen3MoeSparseMoeBlock. Only its experts keep it."""
     experts = getattr(moe_block, "experts", None)
     if isinstance(experts, nn.ModuleList) and len(experts):
         experts = experts[0]
@@ -27,16 +27,16 @@ def qwen3_moe_config(caller: str, moe_block: nn.Module) -> Any:
 
 
 def qwen3_moe_weights(moe_block: nn.Module) -> dict[str, Tensor]:
-    """gate (E, H), gate_up_proj (E, 2I, H) and down_proj (E, H, I) of a Qwen3MoeSparseMoeBlock.
+    """Return gate (E, H), gate_up_proj (E, 2I, H) and down_proj (E, H, I) of a Qwen3MoeSparseMoeBlock.
 
-    Before transformers 5 the experts are a ModuleList of MLPs, whose weights are stacked here; since
-    then they are stacked already, and are returned as they are.
+    Before transformers 5 the experts are a ModuleList of MLPs, and this function stacks their weights.
+    From transformers 5 on they are stacked already, and are returned as they are.
     """
     gate: Any = moe_block.get_submodule("gate")
     experts: Any = moe_block.get_submodule("experts")
     if isinstance(experts, nn.ModuleList):
         mlps: list[Any] = list(experts)
-        # With the gate's rows first, as the activation takes them apart.
+        # The gate's rows come first: the activation splits them so.
         gate_up_proj = torch.stack(
             [torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) for mlp in mlps]
         )
@@ -47,11 +47,11 @@ def qwen3_moe_weights(moe_block: nn.Module) -> dict[str, Tensor]:
 
 
 def check_equal(caller: str, pairs: Iterable[tuple[str, Tensor, Tensor]]) -> None:
-    """Raises ValueError at the first pair of tensors that differ in shape, dtype or a number.
+    """Raise ValueError at the first pair of tensors that differ in shape, dtype or a number.
 
     Args:
-        caller (str): the class and the method, for the message.
-        pairs (iterable of (name, ours, theirs)): what to compare; two NaN are equal.
+        caller (str): the class and the method, for the error.
+        pairs (iterable of (name, ours, theirs)): the tensors to compare. Two NaN are equal.
     """
     for name, ours, theirs in pairs:
         for what in ("shape", "dtype"):

@@ -15,11 +15,11 @@ from moe_ops._core.library import Op, documented
 from moe_ops.ops.fused_experts import pytorch
 
 _op = Op("fused_experts")
-_op.implement("pytorch", pytorch.fused_experts)
+_op.implement("pytorch", pytorch.fused_experts, for_backward=False)
 _op.implement("triton", "moe_ops.ops.fused_experts.triton:fused_experts", for_backward=False)
 
 _forward_op = Op("fused_experts_forward")
-_forward_op.implement("pytorch", pytorch.fused_experts_forward)
+_forward_op.implement("pytorch", pytorch.fused_experts, for_backward=True)
 _forward_op.implement("triton", "moe_ops.ops.fused_experts.triton:fused_experts", for_backward=True)
 
 _backward_op = Op("fused_experts_backward")

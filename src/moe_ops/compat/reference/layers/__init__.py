@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MoE layers that transformers' experts interface does not reach."""
+"""Holds a module per model: the torch block of Qwen3-MoE and the block of Llama 4."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The MoE block of Llama 4 on torch.ops.moe.grouped_gemm.
+"""Builds the MoE block of Llama 4 on torch.ops.moe.grouped_gemm.
 
-T tokens, K top_k, E num_experts, H hidden_size, I intermediate_size.
+T num_tokens, K top_k, E num_experts, H hidden_size, I intermediate_size.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Llama4GroupedGemmTextMoe(Llama4TextMoe):
-    """transformers' Llama4TextMoe with a GEMM over the routed rows alone.
+    """Computes transformers' Llama4TextMoe with GEMMs over the routed rows alone.
 
         router_logits = x @ router.weight.T
         s, e          = top_k of router_logits
@@ -38,32 +38,32 @@ class Llama4GroupedGemmTextMoe(Llama4TextMoe):
         output        = shared_expert(x) + sum_k (silu(gate_k) * up_k) @ experts.down_proj[e_k]
         gate_k, up_k  = the halves of z_k
 
-    transformers computes all experts for all tokens, with weights that are zero for all but top_k.
-    The numbers, the parameters with their names and layouts, and what forward takes and returns are
-    its own, so state dicts go both ways.
+    transformers computes all experts for all tokens, with a weight of zero for all but top_k. This block
+    has the same numbers, the same parameters with their names and layouts, and the same forward
+    arguments and results. State dicts go both ways.
 
     Args:
-        config (Llama4TextConfig): the sizes; num_experts_per_tok may be any.
+        config (Llama4TextConfig): the sizes, with any num_experts_per_tok.
         overlap_router_shared (bool): on CUDA compute the shared expert on a stream of its own, beside
-            the router and the routed experts. Eager only: compiled code has one stream.
-        permute_x (bool): the first GEMM gathers its rows; else permute does, before it.
-        permute_y (bool): the second GEMM stores its rows in slot order; else unpermute brings them
-            there, after it.
-        autotune (bool): choose the kernels' configurations by shape (docs/tuning.md); nothing is
+            the router and the routed experts. Compiled code ignores this: it has one stream.
+        permute_x (bool): the first GEMM gathers its rows. Otherwise `permute` does so before it.
+        permute_y (bool): the second GEMM stores its rows in slot order. Otherwise `unpermute` does so
+            after it.
+        autotune (bool): choose the kernels' configurations by shape (docs/tuning.md). Nothing is
             tuned during a call.
-        kernel_config_fwd, kernel_config_bwd_dW, kernel_config_bwd_dX (KernelConfigForward,
-            KernelConfigBackward_dW, KernelConfigBackward_dX, or None): for both projections, with
-            autotune=False.
-        dW_only (bool): no gradient of the block's input is computed. Those of all weights, the
-            router's and the shared expert's included, are those of a full backward.
-        dX_only (bool): no gradient of any weight is computed; that of the input is the full one,
-            with what comes through the router and the shared expert.
+        kernel_config_fwd (KernelConfigForward or None): for both projections, with autotune=False.
+        kernel_config_bwd_dW (KernelConfigBackward_dW or None): for the gradients of both weights.
+        kernel_config_bwd_dX (KernelConfigBackward_dX or None): for the gradients of both inputs.
+        dW_only (bool): compute no gradient of the block's input. All weights, those of the router
+            and the shared expert included, get the gradients of a full backward.
+        dX_only (bool): compute no gradient of any weight. The input gets the gradient of a full
+            backward, including the parts through the router and the shared expert.
 
     Raises:
-        ValueError: dW_only and dX_only; autotune and a kernel_config.
-        TypeError: a kernel_config is that of another GEMM.
+        ValueError: dW_only meets dX_only, or autotune meets a kernel_config.
+        TypeError: a kernel_config belongs to another GEMM.
 
-    Source: the layer of Llama 4, as transformers/models/llama4/modeling_llama4.py has it.
+    Source: the layer of Llama 4, as in transformers/models/llama4/modeling_llama4.py.
     """
 
     def __init__(
@@ -92,21 +92,21 @@ class Llama4GroupedGemmTextMoe(Llama4TextMoe):
         self.kernel_config_bwd_dX = kernel_config_bwd_dX
         self.dW_only = dW_only
         self.dX_only = dX_only
-        # transformers leaves it to the model to fill these, whose memory is uninitialised here.
+        # Their memory is uninitialised: in transformers the model fills it, not the block.
         for weight in (self.experts.gate_up_proj, self.experts.down_proj):
             nn.init.normal_(weight, std=config.initializer_range)
 
     @torch.no_grad()
     def copy_weights(self, other: Llama4TextMoe) -> None:
-        """Takes over the numbers of another block's parameters.
+        """Copy the numbers of another block's parameters.
 
         Args:
-            other (Llama4TextMoe): transformers' block or one of these, of the same sizes; its dtype
-                and device may be others.
+            other (Llama4TextMoe): transformers' block or one of these, of the same sizes. It may have
+                another dtype and device.
 
         Raises:
-            ValueError: a parameter of `other` has another shape; nothing is then copied.
-            TypeError: `other` has other parameters than a Llama4TextMoe.
+            ValueError: a parameter of `other` has another shape. Nothing is copied then.
+            TypeError: `other` has not the parameters of a Llama4TextMoe.
         """
         pairs = self._pairs("copy_weights", other)
         for name, ours, theirs in pairs:
@@ -118,15 +118,16 @@ class Llama4GroupedGemmTextMoe(Llama4TextMoe):
             ours.copy_(theirs)
 
     def check_weights(self, other: Llama4TextMoe) -> None:
-        """Raises where a parameter is not that of another block, bit for bit.
+        """Raise if a parameter differs from that of another block in any bit.
 
         Args:
             other (Llama4TextMoe): transformers' block or one of these.
 
         Raises:
-            ValueError: the first parameter that differs: its shape, its dtype, or in how many
-                numbers, with the index of the first and both values.
-            TypeError: `other` has other parameters than a Llama4TextMoe.
+            ValueError: a parameter differs. The error names the first that does. It gives both
+                shapes or dtypes, or how many numbers differ, with the index of the first and both
+                values.
+            TypeError: `other` has not the parameters of a Llama4TextMoe.
         """
         caller = f"{type(self).__name__}.check_weights"
         check_equal(caller, self._pairs("check_weights", other))
@@ -140,18 +141,18 @@ class Llama4GroupedGemmTextMoe(Llama4TextMoe):
         return [(name, ours[name], theirs[name]) for name in ours]
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """The block's output and its router logits.
+        """Return the block's output and its router logits.
 
         Args:
             hidden_states ((..., H), floating): the tokens, in any number of dimensions.
 
         Returns:
-            output ((T, H), the dtype of the shared expert's output): as transformers, without the
+            output ((T, H), the dtype of the shared expert's output): as in transformers, without the
                 leading dimensions of hidden_states.
             router_logits ((T, E), floating): for an auxiliary loss.
 
-        Differentiable in hidden_states, unless dW_only, and every parameter, unless dX_only, from
-        both results.
+        Both results are differentiable in hidden_states (without dW_only) and in every parameter
+        (without dX_only).
         """
         tokens = hidden_states.reshape(-1, self.hidden_dim)
         if self.dW_only:
@@ -164,12 +165,13 @@ class Llama4GroupedGemmTextMoe(Llama4TextMoe):
 
     def _overlapped(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         current, side = torch.cuda.current_stream(tokens.device), _side_stream(tokens.device)
-        # First, so that the backward comes to the routed experts first, on the caller's stream: where
-        # the block is checkpointed, that is where it is computed again.
+        # The shared expert comes first, so that the backward begins with the routed experts, on the
+        # caller's stream. A checkpointed block is computed again where its backward begins.
         side.wait_stream(current)
         with torch.cuda.stream(side):
             shared = self._shared_expert(tokens)
-        # Freed by the backward while the side stream still reads it, its memory is not to be reused.
+        # The backward may free the tokens while the side stream still reads them. Their memory must not
+        # be reused until then.
         tokens.record_stream(side)
         router_logits, topk_weights, topk_ids = self.run_router(tokens)
         routed = self._routed_experts(tokens, topk_weights, topk_ids)
@@ -187,16 +189,17 @@ class Llama4GroupedGemmTextMoe(Llama4TextMoe):
         return shared
 
     def run_router(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Each token's experts and their weights.
+        """Choose each token's experts and their weights.
 
         Args:
             hidden_states ((T, H), floating): the tokens.
 
         Returns:
             router_logits ((T, E), floating): hidden_states @ router.weight.T.
-            topk_weights ((T, K), the dtype of router_logits): the sigmoid, in fp32, of the chosen.
-            topk_ids ((T, K), int64): chosen by torch.topk as in transformers, so that bf16 logits
-                that tie give the same experts there and here.
+            topk_weights ((T, K), the dtype of router_logits): the sigmoids of the chosen logits,
+                computed in fp32.
+            topk_ids ((T, K), int64): chosen by torch.topk, as in transformers. Ties, which bf16 logits
+                often have, then go to the same experts in both.
         """
         weight = self.router.weight.detach() if self.dX_only else self.router.weight
         router_logits = F.linear(hidden_states, weight)
@@ -205,9 +208,9 @@ class Llama4GroupedGemmTextMoe(Llama4TextMoe):
         return router_logits, topk_weights, topk_ids
 
     def _routed_experts(self, tokens: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        """The sum of each token's experts, (T, H)."""
+        """Return the sum of each token's experts, (T, H)."""
         token_counts, gather_indices = get_routing_indices(topk_ids, self.num_experts)
-        # A row for each slot from here on: a token's slots have other weights, so other rows.
+        # From here on each slot has a row of its own, since a token's slots differ in their weights.
         rows = (tokens[:, None] * topk_weights[..., None]).flatten(0, 1)
         if not self.permute_x:
             rows = permute(rows, gather_indices, 1)
@@ -249,5 +252,5 @@ class Llama4GroupedGemmTextMoe(Llama4TextMoe):
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream for all blocks: not an attribute of theirs, which would have to be copied."""
+    """Return one stream for all blocks. As an attribute it would hinder copying a block."""
     return torch.cuda.Stream(device)

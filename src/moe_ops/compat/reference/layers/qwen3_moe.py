@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The MoE block of Qwen3-MoE in plain torch, with every stage to look at.
+"""Builds the MoE block of Qwen3-MoE in plain torch, with every stage to look at.
 
 B batches of S tokens each, T = B * S tokens, K top_k, E num_experts, H hidden_size,
 I intermediate_size.
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 
 class Qwen3MoeGroupedGEMMBlock(nn.Module):
-    """The sparse MoE block of Qwen3-MoE, its experts one torch product after the other.
+    """Computes the sparse MoE block of Qwen3-MoE, with one torch product per expert.
 
         router_logits = x @ gate.T
         w, e          = top_k of softmax(router_logits), w divided by its sum with norm_topk_prob
         output        = sum_k w_k * (silu(gate_k) * up_k) @ down_proj[e_k].T
         gate_k, up_k  = the halves of x @ gate_up_proj[e_k].T
 
-    The numbers are those of transformers' Qwen3MoeSparseMoeBlock. This is the block to compare with:
-    the counts of rows are read on the host, and Inductor does not compile the backward of a loop
-    whose sizes are data. For torch.compile there is Qwen3MoeFusedGroupedGEMMBlock.
+    The numbers are those of transformers' Qwen3MoeSparseMoeBlock. Use this block to compare with. It
+    reads the row counts on the host, and Inductor does not compile the backward of a loop whose sizes
+    are data. Compile Qwen3MoeFusedGroupedGEMMBlock instead.
 
     Args:
         config (Qwen3MoeConfig): sizes, num_experts_per_tok, norm_topk_prob and hidden_act.
@@ -40,17 +40,17 @@ class Qwen3MoeGroupedGEMMBlock(nn.Module):
         gate_up_proj ((E, 2I, H), floating): the experts' up projections, gate rows first.
         down_proj ((E, H, I), floating): the experts' down projections.
 
-    The tensors become the block's parameters and are not copied; an nn.Parameter is registered as
-    it is, so one that is frozen stays so.
+    The tensors become the block's parameters without a copy. An nn.Parameter is registered as it is,
+    and stays frozen if it is frozen.
 
     Raises:
-        ValueError: a weight has another shape than the config says.
-        ImportError: transformers is not installed, and hidden_act is another than "silu".
+        ValueError: a weight has not the shape that the config gives it.
+        ImportError: hidden_act is not "silu", and transformers is not installed.
 
     Source: the layer of Qwen3 (arXiv:2505.09388).
     """
 
-    # Whether a GEMM moves rows between token order and expert order itself.
+    # Whether the first GEMM gathers its rows, and the second scatters its output.
     permute_x = False
     permute_y = False
 
@@ -79,15 +79,16 @@ class Qwen3MoeGroupedGEMMBlock(nn.Module):
 
     @classmethod
     def from_hf(cls, moe_block: nn.Module) -> Qwen3MoeGroupedGEMMBlock:
-        """A block with copies of a transformers block's weights.
+        """Make a block with copies of a transformers block's weights.
 
         Args:
-            moe_block (Qwen3MoeSparseMoeBlock): its experts are a list of MLPs, as before
-                transformers 5, or stacked tensors, as since then.
+            moe_block (Qwen3MoeSparseMoeBlock): its experts are a list of MLPs (before transformers 5)
+                or stacked tensors (from transformers 5 on).
 
         Returns:
-            Qwen3MoeGroupedGEMMBlock: on the same device, in the same dtypes, in the same mode. A
-                weight is trained where moe_block trains it or, of a list, any of its parts.
+            Qwen3MoeGroupedGEMMBlock: a block on the same device, with the same dtypes and in the same
+                mode. A weight requires a gradient if moe_block's does. A stacked weight requires one
+                if that of any expert does.
 
         Raises:
             TypeError: moe_block is no such block.
@@ -104,14 +105,15 @@ class Qwen3MoeGroupedGEMMBlock(nn.Module):
         return cls(config, **weights, **options).train(moe_block.training)
 
     def check_weights(self, moe_block: nn.Module) -> None:
-        """Raises where a weight is not that of a transformers block, bit for bit.
+        """Raise if a weight differs from that of a transformers block in any bit.
 
         Args:
-            moe_block (Qwen3MoeSparseMoeBlock): in either layout, as from_hf takes it.
+            moe_block (Qwen3MoeSparseMoeBlock): in either layout that from_hf takes.
 
         Raises:
-            ValueError: the first weight, of gate, gate_up_proj and down_proj, that differs: its
-                shape, its dtype, or in how many numbers, with the index of the first and both values.
+            ValueError: a weight differs. The error names the first of gate, gate_up_proj and
+                down_proj that does. It gives both shapes or dtypes, or how many numbers differ, with
+                the index of the first and both values.
             TypeError: moe_block is no such block.
         """
         caller = f"{type(self).__name__}.check_weights"
@@ -122,7 +124,7 @@ class Qwen3MoeGroupedGEMMBlock(nn.Module):
     def forward(
         self, hidden_states: Tensor, return_intermediates: bool = False
     ) -> tuple[Tensor, Tensor] | MoeIntermediates:
-        """The block's output and its router logits.
+        """Return the block's output and its router logits.
 
         Args:
             hidden_states ((B, S, H), floating): the input.
@@ -132,10 +134,10 @@ class Qwen3MoeGroupedGEMMBlock(nn.Module):
             hidden_states ((B, S, H), the dtype of hidden_states): the output.
             router_logits ((T, E), floating): for an auxiliary loss.
 
-        or, with return_intermediates, MoeIntermediates, which has both and the stages between.
+        With return_intermediates it returns MoeIntermediates, which holds both and all other stages.
 
-        Differentiable in hidden_states and the three weights, from both results. Without a
-        gradient too, every stage is kept until the forward ends.
+        Both results are differentiable in hidden_states and the three weights. Every stage is kept
+        until the forward ends, even without a gradient.
 
         Raises:
             ValueError: hidden_states has another number of dimensions or another last size.
@@ -156,7 +158,7 @@ class Qwen3MoeGroupedGEMMBlock(nn.Module):
         activation = self.act_and_mul(first_gemm)
         second_gemm = self._second_gemm(activation, token_counts, gather_indices)
         unpermuted = second_gemm if self.permute_y else unpermute(second_gemm, gather_indices)
-        # In the input's shape before the sum, not after it: FSDP2 warns of outputs that are views.
+        # The view comes before the sum. After it the output would be a view, and FSDP2 warns of those.
         slots = unpermuted.view(*hidden_states.shape[:2], self.top_k, self.hidden_size)
         output = (slots * topk_weights.view(*slots.shape[:3], 1)).sum(2)
         return MoeIntermediates(
@@ -169,12 +171,12 @@ class Qwen3MoeGroupedGEMMBlock(nn.Module):
             activation=activation,
             second_gemm=second_gemm,
             unpermuted=unpermuted,
-            # Under autocast the experts compute in another dtype.
+            # Under autocast the experts' output has another dtype.
             output=output.to(hidden_states.dtype),
         )
 
     def run_router(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Each token's experts and their weights.
+        """Choose each token's experts and their weights.
 
         Args:
             hidden_states ((T, H), floating): the tokens.
@@ -182,8 +184,8 @@ class Qwen3MoeGroupedGEMMBlock(nn.Module):
         Returns:
             router_logits ((T, E), floating): hidden_states @ gate.T.
             topk_weights ((T, K), the dtype of router_logits): computed in fp32.
-            topk_ids ((T, K), int64): chosen by torch.topk as in transformers, so that bf16 logits
-                that tie give the same experts there and here.
+            topk_ids ((T, K), int64): chosen by torch.topk, as in transformers. Ties, which bf16 logits
+                often have, then go to the same experts in both.
         """
         return self._route(hidden_states, self.gate)
 
@@ -196,7 +198,7 @@ class Qwen3MoeGroupedGEMMBlock(nn.Module):
         return router_logits, topk_weights.to(router_logits.dtype), topk_ids
 
     def get_token_counts_and_gather_indices(self, topk_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """How many rows each expert gets, and from which slots.
+        """Count each expert's rows and sort the slots by expert.
 
         Args:
             topk_ids ((T, K), int32 or int64): expert of each slot.
@@ -208,7 +210,7 @@ class Qwen3MoeGroupedGEMMBlock(nn.Module):
         return get_routing_indices(topk_ids, self.num_experts)
 
     def act_and_mul(self, x: Tensor) -> Tensor:
-        """act(gate) * up of rows that hold gate and up: (R, 2I) to (R, I)."""
+        """Return act(gate) * up for rows that hold gate and up: (R, 2I) becomes (R, I)."""
         gate, up = x.chunk(2, dim=-1)
         return self.act_fn(gate) * up
 
@@ -220,7 +222,7 @@ class Qwen3MoeGroupedGEMMBlock(nn.Module):
 
 
 def _activation(name: str) -> Callable[[Tensor], Tensor]:
-    """transformers' function of that name; that of Qwen3 itself needs no transformers."""
+    """Return transformers' function of that name. Qwen3's own, silu, needs no transformers."""
     if name == "silu":
         return F.silu
     from transformers.activations import ACT2FN

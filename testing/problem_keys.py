@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Problems of configurations, written by the words of their keys."""
+"""Builds a Problem of moe_ops.configs from the words of its key."""
 
 from collections.abc import Iterable
 from typing import Any

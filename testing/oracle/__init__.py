@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The judge of numbers: every op as plain loops in fp64, under the op's name.
+
+Nothing of moe_ops is imported here, and nothing is fast: a reader should be able to hold each
+function against the op's contract and see that they agree. Floating tensors are brought to fp64
+first, with their autograd history, so `torch.autograd.grad` through a function of the oracle is
+the reference for the op's gradients.
+
+selection.py      topk_routing
+routing.py        routing_indices, and random topk_ids
+rows.py           permute and unpermute
+gemm.py           grouped_gemm and grouped_gemm_fp8
+experts.py        fused_experts and its activations
+differentiate.py  gradients of all of these
+
+A slot is t*K + k: choice k of token t. Expert order is the rows grouped by expert, in slot order
+within an expert, dropped slots last.
+"""
+
+from testing.oracle.differentiate import gradients, to_fp64
+from testing.oracle.experts import (
+    activated,
+    activation_of,
+    expert_layer,
+    fused_experts,
+    fused_experts_backward,
+    fused_experts_forward,
+)
+from testing.oracle.gemm import (
+    grouped_gemm,
+    grouped_gemm_dw,
+    grouped_gemm_dx,
+    grouped_gemm_fp8,
+    grouped_gemm_fp8_dx,
+)
+from testing.oracle.routing import ROUTINGS, dropped_slots, random_topk_ids, routing_indices
+from testing.oracle.rows import permute, unpermute, unpermute_backward
+from testing.oracle.selection import (
+    routing_weights,
+    selection_gap,
+    selection_keys,
+    topk_routing,
+    topk_routing_backward,
+)
+
+__all__ = [
+    "ROUTINGS",
+    "activated",
+    "activation_of",
+    "dropped_slots",
+    "expert_layer",
+    "fused_experts",
+    "fused_experts_backward",
+    "fused_experts_forward",
+    "gradients",
+    "grouped_gemm",
+    "grouped_gemm_dw",
+    "grouped_gemm_dx",
+    "grouped_gemm_fp8",
+    "grouped_gemm_fp8_dx",
+    "permute",
+    "random_topk_ids",
+    "routing_indices",
+    "routing_weights",
+    "selection_gap",
+    "selection_keys",
+    "to_fp64",
+    "topk_routing",
+    "topk_routing_backward",
+    "unpermute",
+    "unpermute_backward",
+]
