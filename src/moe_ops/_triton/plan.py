@@ -115,7 +115,7 @@ def plan_once(
     kernel_config: str | None,
     needs_schedule: bool,
 ) -> Plan:
-    """Return the plan, make it only once, and log what the configuration asks for and cannot get.
+    """Return a product's plan from a cache; log what a new plan's configuration cannot get.
 
     The arguments are the fields of Problem and of Operands, then those of `plan`.
     """
@@ -146,7 +146,7 @@ def plan(
     kernel_config: str | None = None,
     needs_schedule: bool = False,
 ) -> Plan:
-    """Decide the plan of a product from its arguments and the tables; nothing else has a say.
+    """Return the plan of a product; the arguments and the tables alone determine it.
 
     Args:
         problem: the product.

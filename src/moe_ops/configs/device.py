@@ -50,8 +50,8 @@ def device_of(device: torch.device) -> Device:
     )
 
 
-# The GPUs that `moe_ops explain --gpu` knows, by the name that people call them; shared memory is
-# what one block may have.
+# The GPUs that `moe_ops explain --gpu` knows, by their usual names. Shared memory is what one block
+# may use.
 KNOWN_GPUS: dict[str, Device] = {
     "T4": Device("Tesla T4", (7, 5), 64 * 1024, 40),
     "A100": Device("NVIDIA A100-SXM4-80GB", (8, 0), 163 * 1024, 108),
