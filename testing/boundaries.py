@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from testing import checks, experts_problem, gemm_problem, reference
-from testing.gemm_problem import assert_rows_close
 
 moe = torch.ops.moe
 
@@ -189,9 +188,9 @@ def check_unpermute(
         gradients = torch.autograd.grad(output, [found[name] for name in leaves], tangent)
     want = reference.unpermute(**{**arguments, **exact})
     want_gradients = torch.autograd.grad(want, list(exact.values()), tangent.double())
-    assert_rows_close(output.detach(), want.detach(), dtype, "output")
+    checks.assert_rows_close(output.detach(), want.detach(), dtype, "output")
     for name, got, expected in zip(leaves, gradients, want_gradients, strict=True):
         if name == "topk_weights":
             checks.assert_close(got, expected, dtype=dtype, what=name)
         else:
-            assert_rows_close(got, expected, dtype, f"gradient of {name}")
+            checks.assert_rows_close(got, expected, dtype, f"gradient of {name}")

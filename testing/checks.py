@@ -13,10 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from testing import oracle
 from testing.strategies import Sample
-from testing.tolerances import RELATIVE_NORM
-
-# fp32 keeps the order of two selection values that differ by this much.
-DECIDED_GAP = 1e-5
+from testing.tolerances import DECIDED_GAP, RELATIVE_NORM, ROUNDED_OTHERWISE
 
 
 @contextlib.contextmanager
@@ -65,6 +62,37 @@ def assert_close(
         reference = max(reference, scale.detach().double().norm().item())
     limit = RELATIVE_NORM[dtype or actual.dtype] * reference
     assert error <= limit, f"{what}: ||error|| {error:.3g}, allowed {limit:.3g}"
+
+
+def assert_rows_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> None:
+    """Hold every row (last dimension) by itself, so that one wrong row of many shows."""
+    assert actual.shape == expected.shape, what
+    if expected.shape[-1] < 16:
+        # A row of a few sums that may cancel has no size to compare with. All rows together have.
+        assert_close(actual, expected, dtype=dtype, what=what)
+        return
+    error = (actual.double() - expected).norm(dim=-1)
+    # Rows that nearly cancel are as exact as their neighbours, not as their own small norm.
+    norms = expected.norm(dim=-1)
+    present = norms[norms > 0]
+    typical = present.mean() if present.numel() else norms.sum()
+    limit = RELATIVE_NORM[dtype] * torch.maximum(norms, torch.where(norms > 0, typical, norms))
+    wrong = ~(error <= limit)
+    assert not wrong.any(), (
+        f"{what}: {int(wrong.sum())} of {wrong.numel()} rows are wrong, the first at "
+        f"{wrong.nonzero()[0].tolist()}: ||error|| {error[wrong][0]:.3g}, "
+        f"allowed {limit[wrong][0]:.3g}"
+    )
+
+
+def assert_rounded_once(actual: Tensor, expected: Tensor) -> None:
+    """Hold values that were rounded once, to actual's dtype, against those before the rounding."""
+    assert actual.shape == expected.shape
+    if actual.dtype == torch.float32:
+        assert_close(actual, expected)
+    else:
+        differ = actual != expected.to(actual.dtype)
+        assert differ.double().mean() < ROUNDED_OTHERWISE
 
 
 def coarser(*dtypes: torch.dtype) -> torch.dtype:

@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from testing import checks, oracle, reference
-from testing.gemm_problem import assert_rows_close, lay_out
+from testing.gemm_problem import lay_out
 from testing.on_device import DEVICE
+from testing.tolerances import KINK_DISTANCE
 
 moe = torch.ops.moe
-
-# More than a sum in fp32 of some hundred products of numbers of about 1 is off, in any order.
-_DISTANCE = 3e-5
 
 MODES: dict[str, dict[str, Any]] = {
     "swiglu": {},
@@ -103,7 +101,7 @@ def problem(
     present = [name for name in names if arguments[name] is not None]
     grad_output = randn(num_tokens, hidden_size)
     # Those tokens have no gradient, so that whatever is right for them is right.
-    at_kinks = reference.tokens_at_kinks(**arguments, rounds_to=dtype, distance=_DISTANCE)
+    at_kinks = reference.tokens_at_kinks(**arguments, rounds_to=dtype, distance=KINK_DISTANCE)
     assert at_kinks.sum() <= num_tokens // 3
     return Problem(arguments, present, grad_output.masked_fill(at_kinks[:, None], 0))
 
@@ -112,7 +110,7 @@ def check(problem: Problem) -> tuple[Tensor, dict[str, Tensor]]:
     """Hold a call and its gradients against fp64, and return them."""
     output, gradients = problem.run()
     want, want_gradients = problem.expected()
-    assert_rows_close(output, want, output.dtype, "output")
+    checks.assert_rows_close(output, want, output.dtype, "output")
     assert torch.equal(problem.inference(), output), "with and without a gradient"
     for name, expected in want_gradients.items():
         got = gradients[name]
@@ -124,5 +122,5 @@ def check(problem: Problem) -> tuple[Tensor, dict[str, Tensor]]:
             dropped = (ids < 0) | (ids >= num_experts)
             assert (got[dropped] == 0).all(), "a dropped slot's router gradient"
         else:
-            assert_rows_close(got, expected, output.dtype, f"gradient of {name}")
+            checks.assert_rows_close(got, expected, output.dtype, f"gradient of {name}")
     return output, gradients

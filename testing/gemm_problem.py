@@ -13,7 +13,6 @@ from torch import Tensor
 
 from testing import checks, oracle, reference
 from testing.on_device import DEVICE
-from testing.tolerances import RELATIVE_NORM
 
 moe = torch.ops.moe
 
@@ -177,33 +176,12 @@ def lay_out(weight: Tensor, layout: str) -> Tensor:
     return weight
 
 
-def assert_rows_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> None:
-    """Every row (last dimension) by itself, so that one wrong row of many shows."""
-    assert actual.shape == expected.shape, what
-    if expected.shape[-1] < 16:
-        # A row of a few numbers, sums that may cancel, has no size to compare with; all of them have.
-        checks.assert_close(actual, expected, dtype=dtype, what=what)
-        return
-    error = (actual.double() - expected).norm(dim=-1)
-    # Rows that nearly cancel are as exact as their neighbours, not as their own small norm.
-    norms = expected.norm(dim=-1)
-    present = norms[norms > 0]
-    typical = present.mean() if present.numel() else norms.sum()
-    limit = RELATIVE_NORM[dtype] * torch.maximum(norms, torch.where(norms > 0, typical, norms))
-    wrong = ~(error <= limit)
-    assert not wrong.any(), (
-        f"{what}: {int(wrong.sum())} of {wrong.numel()} rows are wrong, the first at "
-        f"{wrong.nonzero()[0].tolist()}: ||error|| {error[wrong][0]:.3g}, "
-        f"allowed {limit[wrong][0]:.3g}"
-    )
-
-
 def check(problem: Problem, dtype: torch.dtype | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """Hold a call and its gradients against fp64, and return them."""
     output, gradients = problem.run()
     want, want_gradients = problem.expected()
     dtype = dtype or output.dtype
-    assert_rows_close(output, want, dtype, "output")
+    checks.assert_rows_close(output, want, dtype, "output")
     for name, expected in want_gradients.items():
         got = gradients[name]
         assert got.dtype == problem.arguments[name].dtype
@@ -212,7 +190,7 @@ def check(problem: Problem, dtype: torch.dtype | None = None) -> tuple[Tensor, d
             checks.assert_close(got, expected, dtype=dtype, what=name)
             assert ((expected != 0) | (got == 0)).all(), "a dropped slot's router gradient"
         else:
-            assert_rows_close(got, expected, dtype, f"gradient of {name}")
+            checks.assert_rows_close(got, expected, dtype, f"gradient of {name}")
     return output, gradients
 
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import moe_ops
 from testing import reference
+from testing.checks import assert_rows_close
 from testing.experts_problem import MODES, check, problem
-from testing.gemm_problem import assert_rows_close
 from testing.model_sizes import MODELS, Model
 from testing.on_device import DEVICE, DTYPES, memory_slot
 from testing.tolerances import RELATIVE_NORM

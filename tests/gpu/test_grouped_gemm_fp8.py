@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from testing import reference
+from testing.checks import assert_rows_close
 from testing.gemm_problem import (
     FP8_MODES,
-    assert_rows_close,
     check,
     check_every_code,
     fp8_problem,

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fast reference of the GPU tests is the oracle; needs no GPU."""
 
+import functools
+
 import pytest
 import torch
 
 from moe_ops._core.library import SCHEMAS
 from testing import checks, oracle, reference, strategies
 from testing.strategies import seeded_sample
+from testing.tolerances import EXACT_SUM
 
+assert_close = functools.partial(torch.testing.assert_close, rtol=EXACT_SUM, atol=EXACT_SUM)
 DIFFERENTIABLE = ("permute", "unpermute", "grouped_gemm", "grouped_gemm_fp8", "fused_experts")
 
 
@@ -19,7 +23,7 @@ def test_equals_the_oracle(name):
             want = checks.as_tuple(getattr(oracle, name)(**sample.arguments))
             got = checks.as_tuple(getattr(reference, name)(**sample.arguments))
             for one, two in zip(got, want, strict=True):
-                torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12, msg=str(sample))
+                assert_close(one, two, msg=str(sample))
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
@@ -31,9 +35,7 @@ def test_gradients_equal_the_oracles(name):
         want = oracle.gradients(getattr(oracle, name), *call)
         got = oracle.gradients(getattr(reference, name), *call)
         for argument, gradient in want.items():
-            torch.testing.assert_close(
-                got[argument], gradient, rtol=1e-12, atol=1e-12, msg=f"{sample}: {argument}"
-            )
+            assert_close(got[argument], gradient, msg=f"{sample}: {argument}")
 
 
 def test_routing_weights_equal_the_oracles():
@@ -46,7 +48,7 @@ def test_routing_weights_equal_the_oracles():
         keys = reference.selection_keys(logits, bias, **how)
         for token, row in zip(logits, keys, strict=True):
             want = torch.tensor(oracle.selection_keys(token, bias, **how), dtype=torch.float64)
-            torch.testing.assert_close(row, want, rtol=1e-12, atol=1e-12, msg=str(sample))
+            assert_close(row, want, msg=str(sample))
         _, topk_ids = oracle.topk_routing(**arguments)
         call = {"logits": logits, "topk_ids": topk_ids, **how}
         call |= {name: arguments[name] for name in ("renormalize", "scaling_factor")}
@@ -59,7 +61,7 @@ def test_routing_weights_equal_the_oracles():
             for module in (reference, oracle)
         )
         for got, want in zip(found, wanted, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12, msg=str(sample))
+            assert_close(got, want, msg=str(sample))
 
 
 @pytest.mark.parametrize("routing", ["uniform", "dropped", "all_dropped"])
@@ -95,7 +97,7 @@ def test_experts_step_equals_the_oracle(routing):
         x, ids, weights, tangent, list(factors.values()), grads, projections
     )
     for got, want in zip((*found, *grads), wanted, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+        assert_close(got, want)
 
 
 @pytest.mark.parametrize("routing", reference.ROUTINGS)

@@ -12,6 +12,7 @@ import torch
 import moe_ops
 from testing import checks, masked_routing, oracle, reference
 from testing.on_device import DEVICE, DTYPES, assert_same_bits
+from testing.tolerances import DECIDED_GAP
 
 pytestmark = pytest.mark.gpu
 
@@ -104,11 +105,11 @@ def assert_is_a_selection(keys, ids, top_k, groups):
         keys = keys.masked_fill(~allowed_experts(keys, ids, num_groups, top_groups), float("-inf"))
     chosen = keys.gather(1, ids)
     assert chosen.isfinite().all(), "an expert of an excluded group"
-    assert (chosen.diff(dim=1) <= checks.DECIDED_GAP).all(), "not in descending order"
+    assert (chosen.diff(dim=1) <= DECIDED_GAP).all(), "not in descending order"
     equal = chosen.diff(dim=1) == 0
     assert (ids.diff(dim=1)[equal] > 0).all(), "equal keys not by id"
     left, last = keys.scatter(1, ids, float("-inf")), chosen[:, -1:]
-    assert (left <= last + checks.DECIDED_GAP).all(), "a better expert is left"
+    assert (left <= last + DECIDED_GAP).all(), "a better expert is left"
     position = torch.arange(keys.shape[1], device=keys.device)
     assert not ((left == last) & (position < ids[:, -1:])).any(), "an equal lower id is left"
 
@@ -118,7 +119,7 @@ def allowed_experts(keys, ids, num_groups, top_groups):
     members = keys.unflatten(1, (num_groups, -1))
     scores = members.topk(2, 2).values.sum(2)
     ordered = scores.sort(1, descending=True).values
-    decided = ordered[:, top_groups - 1] - ordered[:, top_groups] > checks.DECIDED_GAP
+    decided = ordered[:, top_groups - 1] - ordered[:, top_groups] > DECIDED_GAP
     assert decided.double().mean() > 0.9
     best = torch.zeros_like(scores, dtype=torch.bool)
     best.scatter_(1, scores.topk(top_groups, 1).indices, True)
@@ -202,13 +203,13 @@ def test_permute_and_unpermute(rows, with_scatter, dtype):
     with checks.poisoned_memory():
         (found,) = torch.autograd.grad(permuted, tokens, tangent)
     want = reference.unpermute(tangent, gather, None, top_k)
-    assert_rounded_once(found, want)
+    checks.assert_rounded_once(found, want)
 
     values = permuted.detach().requires_grad_()
     topk_weights = (randn(num_tokens, top_k).abs() + 0.1).requires_grad_()
     with checks.poisoned_memory():
         output = moe.unpermute(values, gather, topk_weights, top_k, scatter_indices)
-    assert_rounded_once(output, reference.unpermute(values, gather, topk_weights, top_k))
+    checks.assert_rounded_once(output, reference.unpermute(values, gather, topk_weights, top_k))
     tangent = randn(*output.shape).to(dtype)
     with checks.poisoned_memory():
         found = torch.autograd.grad(output, (values, topk_weights), tangent)
@@ -216,15 +217,8 @@ def test_permute_and_unpermute(rows, with_scatter, dtype):
         "input": values, "gather_indices": gather, "topk_weights": topk_weights, "top_k": top_k,
     }  # fmt: skip
     expected = oracle.gradients(reference.unpermute, call, ["input", "topk_weights"], tangent)
-    assert_rounded_once(found[0], expected["input"])
+    checks.assert_rounded_once(found[0], expected["input"])
     checks.assert_close(found[1], expected["topk_weights"], dtype=torch.float32)
-
-
-def assert_rounded_once(actual, expected):
-    if actual.dtype == torch.float32:
-        checks.assert_close(actual, expected)
-    else:
-        assert (actual != expected.to(actual.dtype)).double().mean() < 0.02
 
 
 def test_unpermute_is_bitwise_what_a_sum_in_slot_order_is():
