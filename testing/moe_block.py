@@ -4,6 +4,7 @@
 T tokens, H hidden size, I intermediate size, E experts, K top_k.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,9 +66,8 @@ def fused_block(hidden: Tensor, weights: Weights, top_k: int = 2, ops: Any = moe
     gate_up = ops.grouped_gemm(
         hidden, weights.gate_up_proj, counts, gather, top_k=top_k, permute_x=True
     )
-    gate, up = gate_up.chunk(2, dim=-1)
     slots = ops.grouped_gemm(
-        F.silu(gate) * up,
+        swiglu(gate_up),
         weights.down_proj,
         counts,
         gather,
@@ -83,9 +83,35 @@ def unfused_block(hidden: Tensor, weights: Weights, top_k: int = 2, ops: Any = m
     topk_weights, topk_ids = ops.topk_routing(F.linear(hidden, weights.router), top_k)
     counts, gather, scatter = ops.routing_indices(topk_ids, weights.router.shape[0])
     rows = ops.permute(hidden, gather, top_k, scatter)
-    gate, up = ops.grouped_gemm(rows, weights.gate_up_proj, counts).chunk(2, dim=-1)
-    rows = ops.grouped_gemm(F.silu(gate) * up, weights.down_proj, counts)
+    gate_up = ops.grouped_gemm(rows, weights.gate_up_proj, counts)
+    rows = ops.grouped_gemm(swiglu(gate_up), weights.down_proj, counts)
     return ops.unpermute(rows, gather, topk_weights, top_k, scatter)
+
+
+def swiglu(z: Tensor) -> Tensor:
+    """Return silu(gate) * up, where gate and up are the halves of each row."""
+    gate, up = z.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def composed_experts(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: Callable[[Tensor], Tensor] = swiglu,
+) -> Tensor:
+    """Return what fused_experts does, made of the ops that it fuses."""
+    top_k = topk_ids.shape[1]
+    counts, gather, scatter = moe_ops.routing_indices(topk_ids, gate_up_proj.shape[0])
+    z = moe_ops.grouped_gemm(
+        hidden_states, gate_up_proj, counts, gather, None, gate_up_bias, top_k, permute_x=True
+    )
+    rows = moe_ops.grouped_gemm(activation(z), down_proj, counts, bias=down_bias)
+    return moe_ops.unpermute(rows, gather, topk_weights, top_k, scatter)
 
 
 def experts_block(

@@ -14,7 +14,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
@@ -37,6 +36,7 @@ from benchmarks.cuda.experts import (
 )
 from benchmarks.cuda.timing import OURS, Bench
 from testing import oracle, tolerances
+from testing.moe_block import composed_experts
 
 TINY = suite.TINY_SUITE[0]
 CEILINGS = {"dense_tflops": 790.0, "copy_tbs": 4.3, "read_tbs": 4.4}
@@ -52,16 +52,9 @@ def bench(kind=Bench, device="cpu"):
     return kind(torch.device(device), tiny=True, seconds=0.0, least_turns=2, ceilings=CEILINGS)
 
 
-def fused_experts(hidden_states, gate_up_proj, down_proj, topk_ids, topk_weights, recompute="none"):
+def fused_experts(*args, recompute="none", **kwargs):
     """fused_experts made of the ops that it fuses: what is tested here is the benchmark."""
-    top_k = topk_ids.shape[1]
-    counts, gather, scatter = moe_ops.routing_indices(topk_ids, gate_up_proj.shape[0])
-    rows = moe_ops.grouped_gemm(
-        hidden_states, gate_up_proj, counts, gather, top_k=top_k, permute_x=True
-    )
-    gate, up = rows.chunk(2, -1)
-    rows = moe_ops.grouped_gemm(F.silu(gate) * up, down_proj, counts)
-    return moe_ops.unpermute(rows, gather, topk_weights, top_k, scatter)
+    return composed_experts(*args, **kwargs)
 
 
 @pytest.fixture(autouse=True)

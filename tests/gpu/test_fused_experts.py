@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-import moe_ops
 from testing import reference
 from testing.checks import assert_rows_close
 from testing.experts_problem import MODES, check, problem
 from testing.model_sizes import MODELS, Model
+from testing.moe_block import composed_experts
 from testing.on_device import DEVICE, DTYPES, memory_slot
 from testing.tolerances import RELATIVE_NORM
 
@@ -74,15 +73,6 @@ def test_weight_gradients_have_the_strides_of_the_weights(mode, layout):
         assert gradients[name].stride() == given.arguments[name].stride()
 
 
-def composed(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    counts, gather, scatter = moe_ops.routing_indices(ids, gate_up.shape[0])
-    top_k = ids.shape[1]
-    z = moe_ops.grouped_gemm(x, gate_up, counts, gather, top_k=top_k, permute_x=True)
-    gate, up = z.chunk(2, 1)
-    y = moe_ops.grouped_gemm(F.silu(gate) * up, down, counts)
-    return moe_ops.unpermute(y, gather, weights, top_k, scatter)
-
-
 def arguments_of(model: Model) -> list[Tensor]:
     tokens, hidden, width, experts, top_k, _ = model
 
@@ -111,7 +101,7 @@ def test_models(name):
         given = arguments_of(MODELS[name])
         tangent = torch.randn_like(given[0])
         got = gradients_of(moe.fused_experts, given, tangent)
-        want = gradients_of(composed, given, tangent)
+        want = gradients_of(composed_experts, given, tangent)
         # Both are off by about the tolerance.
         limit = 2 * RELATIVE_NORM[torch.bfloat16]
         for position, (one, two) in enumerate(zip(got, want, strict=True)):

@@ -29,10 +29,12 @@ from testing import boundaries, checks, oracle
 from testing.moe_block import (
     Weights,
     compiled_graphs,
+    composed_experts,
     experts_block,
     loss_and_gradients,
     make_tokens,
     make_weights,
+    swiglu,
     unfused_block,
 )
 from testing.recorders import CountAten, MoeOps
@@ -198,26 +200,13 @@ def test_gradients_pass_at_the_limit_and_not_beyond(dtype, flags):
     boundaries.check_limit(given)
 
 
-def composed(
-    hidden_states, gate_up_proj, down_proj, topk_ids, topk_weights, gate_up_bias, down_bias, act
-):
-    """The separate ops, with an activation of one's own between them."""
-    top_k = topk_ids.shape[1]
-    counts, gather, scatter = moe.routing_indices(topk_ids, gate_up_proj.shape[0])
-    z = moe.grouped_gemm(
-        hidden_states, gate_up_proj, counts, gather, None, gate_up_bias, top_k, permute_x=True
-    )
-    rows = moe.grouped_gemm(act(z), down_proj, counts, bias=down_bias)
-    return moe.unpermute(rows, gather, topk_weights, top_k, scatter)
-
-
 def gpt_oss(z: Tensor) -> Tensor:
     gate, up = z[:, ::2].clamp(max=7.0), z[:, 1::2].clamp(-7.0, 7.0)
     return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
 FAMILIES: dict[str, tuple[dict[str, Any], Any]] = {
-    "Qwen3": ({}, lambda z: F.silu(z.chunk(2, 1)[0]) * z.chunk(2, 1)[1]),
+    "Qwen3": ({}, swiglu),
     "gpt-oss": (
         {"activation": "swiglu_oai", "interleaved": True, "activation_limit": 7.0}, gpt_oss,
     ),
@@ -232,7 +221,7 @@ def test_equals_the_composition_of_the_separate_ops(family, dtype):
     sample = experts("dropped", dtype, **flags, T=20, H=16, I=24)
     arguments = {key: sample.arguments[key] for key in (*GRADS, "topk_ids")}
     leaves = {key: arguments[key].detach().requires_grad_() for key in GRADS}
-    output = composed(**{**arguments, **leaves}, act=act)
+    output = composed_experts(**{**arguments, **leaves}, activation=act)
     tangent = torch.randn(output.shape).to(dtype)
     grads = torch.autograd.grad(output, list(leaves.values()), tangent)
     found = output_and_gradients(sample, tangent)
