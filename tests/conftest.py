@@ -2,6 +2,7 @@
 """What every test runs under: hypothesis profiles, no stale compile caches."""
 
 import os
+import sys
 
 # AOTAutograd's cache on disk does not see a changed backward formula. Before the import of torch,
 # and inherited by the tests' subprocesses.
@@ -45,4 +46,6 @@ def _seeded():
 def _fresh_compiler():
     """No test sees another one's compiled code or recompilation limits."""
     yield
-    torch._dynamo.reset()
+    # Importing it takes two seconds, and where nothing did there is nothing to forget.
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
