@@ -8,8 +8,11 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.NOTPARALLEL:
 .SUFFIXES:
+# Environments and tests take all cores as they are; `make ci` runs the checks of one core side by side.
+ifndef SIDE_BY_SIDE
+.NOTPARALLEL:
+endif
 
 # Without a pin pip takes whatever torch is newest; TORCH_PIP_ARGS can name an index of CPU builds.
 TORCH_VERSION := 2.13.0
@@ -20,12 +23,15 @@ TORCH_PIP_ARGS ?=
 BOOTSTRAP_PYTHON ?= python3
 VENV := .venv
 VENV_NEWEST := .venv-newest
+NEWEST := $(VENV_NEWEST)/.transformers-$(TRANSFORMERS_NEWEST_VERSION)
 ARGS ?=
 
 # The suite's parallelism is its workers: more threads, or a compile pool, in each of them would
 # compete for the same cores. Caches of compiled graphs would hide a changed backward formula.
+# Inductor need not try out the C++ compiler in each process, 7 s each: a test that compiles will tell.
 WORKERS ?= 2
-TEST_ENV := OMP_NUM_THREADS=1 TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 TORCHINDUCTOR_COMPILE_THREADS=1
+TEST_ENV := OMP_NUM_THREADS=1 TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
+  TORCHINDUCTOR_VEC_ISA_OK=1
 PYTEST = $(TEST_ENV) $(1) -m pytest -n $(WORKERS) --dist worksteal
 
 # The GPU suite compiles kernels most of the time: its workers are there for the compiler.
@@ -101,9 +107,12 @@ bench: $(DEV_ENV) ## Benchmark the Triton kernels; needs a CUDA GPU
 	$(PY) -m benchmarks.cuda $(ARGS)
 
 ##@ Check
-.PHONY: test test-interpreter test-gpu gpu-report-check test-transformers-newest lint format types imports docs docs-check ci
+.PHONY: test test-fast test-interpreter test-gpu gpu-report-check test-transformers-newest lint format types imports docs docs-check ci
 test: $(DEV_ENV) ## Run the whole CPU test suite
 	$(call PYTEST,$(PY)) $(ARGS)
+
+test-fast: $(DEV_ENV) ## Run what is quick of the CPU test suite, in two minutes
+	$(call PYTEST,$(PY)) -m "not slow and not gpu and not multi_gpu" $(ARGS)
 
 # Both variables must be there before the first import of Triton.
 test-interpreter: $(DEV_ENV) ## Run the Triton kernels in Triton's interpreter, without a GPU
@@ -118,7 +127,7 @@ test-gpu: $(DEV_ENV) ## Run the GPU suite and write its report; needs a CUDA GPU
 gpu-report-check: $(DEV_ENV) ## Warn if the GPU suite was not run on the tree's code; fail if a test failed in it
 	@$(PY) -m testing.gpu_report
 
-test-transformers-newest: $(VENV_NEWEST)/.transformers-$(TRANSFORMERS_NEWEST_VERSION) ## Run tests/integrations, layers and compat with the newest transformers
+test-transformers-newest: $(NEWEST) ## Run tests/integrations, layers and compat with the newest transformers
 	$(call PYTEST,$(VENV_NEWEST)/bin/python) tests/integrations tests/layers tests/compat $(ARGS)
 
 lint: $(DEV_ENV) ## Check style and formatting (ruff)
@@ -142,8 +151,12 @@ docs-check: $(DEV_ENV) ## Fail if docs/ops/*.md is not what the op schemas say
 	@pages=$$(mktemp -d); trap 'rm -rf "$$pages"' EXIT; $(PY) -c "$$WRITE_PAGES" "$$pages"; \
 	  diff -ru docs/ops "$$pages" || { echo "docs/ops is not what op_schemas/ says: run 'make docs'"; exit 1; }
 
-# Last come the suite's summary and the warning about the GPU report: they stay on the screen.
-ci: lint types imports docs-check test-interpreter test-transformers-newest test gpu-report-check ## Run everything that CI runs
+# The checks of one core, and the second environment, beside each other. The suite and the warning
+# about the GPU report come last: they stay on the screen.
+ci: $(DEV_ENV) ## Run everything that CI runs
+	@$(MAKE) --no-print-directory SIDE_BY_SIDE=1 -j 2 --output-sync=target \
+	  types lint imports docs-check $(NEWEST)
+	@$(MAKE) --no-print-directory test-interpreter test-transformers-newest test gpu-report-check
 
 ##@ Release
 .PHONY: release
@@ -191,7 +204,7 @@ $(VENV)/.dev: $(VENV)/.torch-$(TORCH_VERSION) setup.py pyproject.toml
 	@touch $@ $(VENV)/.demo
 
 # Layered over the environment of the checks: only transformers and what it insists on is new.
-$(VENV_NEWEST)/.transformers-$(TRANSFORMERS_NEWEST_VERSION): | $(DEV_ENV)
+$(NEWEST): | $(DEV_ENV)
 	rm -rf $(VENV_NEWEST)
 	$(PY) -m venv --without-pip $(VENV_NEWEST)
 	$(PY) -c "$$PRINT_PTH" > "$$($(VENV_NEWEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth"

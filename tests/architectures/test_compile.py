@@ -43,6 +43,9 @@ from testing import kernel_calls as calls
 from testing.compiled import GPUS, Resources, compiling_for
 from testing.kernel_calls import SIZES, Call, Sizes
 
+# Minutes where Triton has none of the kernels in its cache.
+pytestmark = pytest.mark.slow
+
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 EVERY_FLAG = ("permute_x-weights-bias", "permute_y-weights-bias")
 # Bytes of a thread's stack that do no harm: an eighth of its registers, in the caches nearby.
