@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls that stand exactly at a boundary: of the tail of no expert, of a limit, of a chunk of rows.
+"""Builds and checks calls exactly at a boundary: of a tail, of a limit, of a chunk of rows.
 
 T tokens, K top_k, E experts, N out_features, D in_features, H hidden size, I intermediate size.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Assertions that several test modules share: values against the oracle, errors alike everywhere."""
+"""Checks values against the oracle and by their norms, and errors on every kind of tensor."""
 
 import contextlib
 from collections.abc import Callable, Iterator

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small MoE blocks of transformers, old and new, and what the tests of ours ask of both."""
+"""Builds small MoE blocks of transformers, old and new, and steps of them and of compat's."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A call of compat's grouped_gemm, and what the reference says of it.
+"""Builds a call of compat's grouped_gemm, and says what the reference computes for it.
 
 T tokens, E experts, K top_k, M = T * K rows, D in_features, N out_features.
 """

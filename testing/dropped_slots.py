@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slots whose id is outside of the experts are dropped: nothing may read their weights.
+"""Checks that nobody reads the weights of dropped slots: those whose id is no expert's.
 
 T num_tokens, K top_k, H hidden_size, E num_experts.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the suites of every op share: their names, opcheck, calls with corrupt indices."""
+"""Tests every op in the same ways: by opcheck, and by calls with corrupt indices."""
 
 import dataclasses
 from collections.abc import Iterator

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A call of fused_experts with its gradients at any size, and what fp64 says of it.
+"""Builds calls of fused_experts with gradients at any size, and checks them against fp64.
 
 T tokens, K top_k, E experts, H hidden size, I intermediate size.
 """

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A call of grouped_gemm, or of grouped_gemm_fp8, with its gradients at any size, and what fp64 says
-of it.
+"""Builds calls of grouped_gemm and grouped_gemm_fp8 at any size, and checks them against fp64.
 
 T tokens, K top_k, R = T * K rows, E experts, N out_features, D in_features.
 """

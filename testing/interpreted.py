@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests in Triton's interpreter share."""
+"""Marks the tests that run in Triton's interpreter."""
 
 import os
 

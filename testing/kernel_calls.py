@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of every launcher on meta tensors: sizes without memory.
+"""Calls every Triton launcher on meta tensors, which have sizes and no memory.
 
 T tokens, K top_k, R = T * K rows, E experts, N out_features, D in_features.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which Triton kernels run on a GPU, by Triton's own launch hook."""
+"""Lists the Triton kernels that run on a GPU, by Triton's own launch hook."""
 
 import contextlib
 from collections.abc import Iterator

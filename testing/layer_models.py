@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small MoE blocks of transformers' own classes, and one step of a block or of our layer."""
+"""Builds small MoE blocks of transformers' own classes, and runs a step of a block or our layer."""
 
 import importlib
 from types import SimpleNamespace

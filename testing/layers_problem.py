@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers and blocks of experts with their routers, and one step of forward and backward of each.
+"""Builds layers and blocks of experts with their routers, and runs a step of each.
 
 T tokens, H hidden size, I intermediate size, E experts, K top_k.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters of the experts' projections, the weights they stand for, and a layer with them."""
+"""Builds adapters of the experts' projections, and a layer that has them."""
 
 import torch
 from torch import Tensor

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routings with experts masked by -inf, whose right answers can be seen by eye."""
+"""Lists routings with experts masked by -inf, whose right answers can be seen by eye."""
 
 INF = float("inf")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sizes of models' experts that the GPU suite runs at."""
+"""Lists the sizes of models' experts at which the GPU suite runs."""
 
 from typing import NamedTuple
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small MoE block made of the ops, for tests of compilation, export and checkpointing.
+"""Builds a small MoE block of the ops, to compile, export and checkpoint it.
 
 T tokens, H hidden size, I intermediate size, E experts, K top_k.
 """

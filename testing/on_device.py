@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the GPU tests share: samples moved to a device, launches of one at a time, arguments alike."""
+"""Moves samples to a GPU, makes others like them, and shares its memory among tests."""
 
 import contextlib
 import dataclasses

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny models whose experts have PEFT's LoRA adapters, and what runs in a step of theirs."""
+"""Builds tiny models with PEFT's LoRA adapters, and records what runs in a step of them."""
 
 import peft
 import torch

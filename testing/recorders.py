@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dispatch modes that record which ops run inside them, and what these allocate."""
+"""Records which ops run inside a `with`, and what they allocate."""
 
 from collections import Counter
 from typing import Any

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every op in fp64 on whole tensors, for sizes at which the oracle's loops take too long.
+"""Computes every op in fp64 on whole tensors, for sizes at which the oracle's loops take too long.
 
 The functions run on any device and are differentiable by torch's autograd. They share no code with
 moe_ops, nor with the oracle, which tests/gpu/test_reference.py holds them against.

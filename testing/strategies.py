@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments for any op, drawn from its schema in op_schemas/ alone.
+"""Draws arguments for any op from its schema in op_schemas/ alone.
 
 `build` draws one valid set of arguments: optional tensors present or absent, scalars in range,
 sizes, dtypes, routings, layouts. It asks a `choose` function for every decision, so hypothesis

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small models of transformers' own classes, made from configs, and what one step of them gives."""
+"""Builds small models of transformers' own classes from configs, and runs one step of them."""
 
 import copy
 from dataclasses import dataclass

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a result may be from its reference: the one table of tolerances.
+"""Says how far a result may be from its reference: the one table of tolerances.
 
 The error of a tensor is ||actual - expected|| / ||expected||. Rounding every element to the dtype
 once costs at most half its eps (bf16: 3.9e-3). The table leaves room for the few roundings of a

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A GPU that is not there: Hopper's configurations on the CPU, and a clock that makes up times."""
+"""Stands in for a GPU in tests of tuning: Hopper's facts, and a clock that makes up times."""
 
 import torch
 
