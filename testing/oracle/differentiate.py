@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of the oracle's functions, by torch's autograd in fp64."""
+"""Differentiates the oracle's functions, by torch's autograd in fp64."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def to_fp64(*tensors: Tensor | None) -> Any:
-    """Each tensor in fp64, None staying None; one alone comes back as itself."""
+    """Return each tensor in fp64, and None for None: a list, or the one tensor that was given."""
     converted = [None if tensor is None else tensor.to(torch.float64) for tensor in tensors]
     return converted[0] if len(converted) == 1 else converted
 
@@ -20,10 +20,10 @@ def gradients(
     differentiable: list[str],
     grad_output: Tensor,
 ) -> dict[str, Tensor]:
-    """The gradient of each argument named in `differentiable`, in fp64.
+    """Return the gradient of each argument named in `differentiable`, in fp64.
 
-    `function` is one of the oracle's; of several outputs the first is the differentiable one.
-    An argument that the output does not depend on has a zero gradient.
+    `function` is one of the oracle's or of the reference's. If it has several outputs, the first is
+    differentiated. An argument that the output does not depend on has a zero gradient.
     """
     leaves = {
         name: arguments[name].detach().to(torch.float64).clone().requires_grad_()
@@ -51,6 +51,6 @@ def needed_gradients(
     grad_output: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of `names`, None where `needs` says that one is not wanted."""
+    """Return the gradients of `names`, with None for those that `needs` does not ask for."""
     found = gradients(function, arguments, names, grad_output)
     return tuple(found.get(name) if need else None for name, need in zip(names, needs, strict=True))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fused_experts and its activations, one row at a time.
+"""Computes fused_experts and its activations, one row at a time.
 
 T tokens, K top_k, R = T * K routed rows, E experts, H hidden size, I intermediate size,
 U = 2 * I where gated, else I.
@@ -16,7 +16,7 @@ from testing.oracle.routing import routing_indices
 
 
 def activated(gate: Tensor, activation: str) -> Tensor:
-    """The activation of gate; swiglu_oai's is the factor of up + 1."""
+    """Return the activation of gate. For swiglu_oai this is the factor of up + 1."""
     if activation == "silu":
         return gate * torch.sigmoid(gate)
     if activation == "gelu":
@@ -35,7 +35,7 @@ def activated(gate: Tensor, activation: str) -> Tensor:
 def activation_of(
     z: Tensor, activation: str, gated: bool, interleaved: bool, activation_limit: float | None
 ) -> Tensor:
-    """The input (I,) of the down projection of one row, of its pre-activation z (U,)."""
+    """Return one row's input (I,) of the down projection, from its pre-activation z (U,)."""
     if not gated:
         return activated(limited(z, None, activation_limit), activation)
     half = z.shape[0] // 2
@@ -46,7 +46,7 @@ def activation_of(
 
 
 def limited(values: Tensor, below: float | None, above: float | None) -> Tensor:
-    """values within [-below, above]; at the limits the gradient is that of the values."""
+    """Return values limited to [-below, above]. A value exactly at a limit has its gradient."""
     if above is not None:
         values = torch.where(values > above, above, values)
     return values if below is None else torch.where(values < -below, -below, values)
@@ -68,9 +68,9 @@ def expert_layer(
     weights_before: bool,
     pre_activation: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """output (T, H) and pre_activation (R, U), for a routing in expert order.
+    """Return output (T, H) and pre_activation (R, U), for a routing in expert order.
 
-    A given pre_activation stands in for what is computed here, whose derivative it keeps.
+    A given pre_activation replaces the values of the computed one, not its derivative.
     """
     x, gate_up_proj, down_proj, topk_weights, gate_up_bias, down_bias, given = to_fp64(
         hidden_states, gate_up_proj, down_proj, topk_weights, gate_up_bias, down_bias,
@@ -98,7 +98,7 @@ def expert_layer(
             pre_activations[row] = z
             row += 1
     if not output:
-        # Of no rows, but with the history of its inputs.
+        # It has no rows, but the autograd history of its inputs.
         history = x.sum() + gate_up_proj.sum() + down_proj.sum() + topk_weights.sum()
         return history * x.new_zeros(0, x.shape[1]), x.new_zeros(0, gate_up_proj.shape[1])
     return torch.stack(output), torch.stack(pre_activations)
@@ -120,7 +120,7 @@ def fused_experts_forward(
     recompute: str = "none",
     kernel_config: str | None = None,
 ) -> tuple[Any, ...]:
-    """output, pre_activation (None where recomputed), and the three of routing_indices."""
+    """Return output, pre_activation (None where recomputed), and the three of routing_indices."""
     counts, gather, scatter = routing_indices(topk_ids, gate_up_proj.shape[0])
     output, pre_activation = expert_layer(
         hidden_states, gate_up_proj, down_proj, topk_weights, gate_up_bias, down_bias, counts,
@@ -130,7 +130,7 @@ def fused_experts_forward(
 
 
 def fused_experts(*args: Any, **kwargs: Any) -> Tensor:
-    """The same arguments; hidden_states (T, H) -> (T, H)."""
+    """Return the output (T, H) of fused_experts_forward, whose arguments it takes."""
     return fused_experts_forward(*args, **kwargs)[0]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""grouped_gemm and grouped_gemm_fp8, one row at a time.
+"""Computes grouped_gemm and grouped_gemm_fp8, one row at a time.
 
 M rows of the input, R rows of the output, D in_features, N out_features, E experts.
 """
@@ -25,7 +25,7 @@ def grouped_gemm(
     permute_y: bool = False,
     kernel_config: str | None = None,
 ) -> Tensor:
-    """input (M, D), weight (E, N, D) -> (R, N); R = M*top_k with permute_x, else M."""
+    """Return (R, N) of input (M, D) and weight (E, N, D); R is M*top_k with permute_x, else M."""
     rows, weight, topk_weights, bias = to_fp64(input, weight, topk_weights, bias)
     num_rows = rows.shape[0] * top_k if permute_x else rows.shape[0]
     slots = list(range(num_rows)) if gather_indices is None else gather_indices.tolist()
@@ -45,7 +45,7 @@ def grouped_gemm(
             output[slot if permute_y else row] = y
             row += 1
     if not output:
-        # Of no rows, but with the history of its inputs.
+        # It has no rows, but the autograd history of its inputs.
         return (rows.sum() + weight.sum()) * rows.new_zeros(0, weight.shape[1])
     return torch.stack(output)
 
@@ -110,7 +110,7 @@ def grouped_gemm_dw(
 
 
 def dequantized(weight: Tensor, weight_scale: Tensor) -> Tensor:
-    """weight (E, N, D), weight_scale (E, ceil(N / 128), ceil(D / 128)) -> (E, N, D)."""
+    """Return weight (E, N, D) times its weight_scale (E, ceil(N / 128), ceil(D / 128))."""
     weight, weight_scale = to_fp64(weight, weight_scale)
     output = weight.clone()
     for expert, row, column in itertools.product(*map(range, weight_scale.shape)):
@@ -122,7 +122,7 @@ def dequantized(weight: Tensor, weight_scale: Tensor) -> Tensor:
 def grouped_gemm_fp8(
     input: Tensor, weight: Tensor, weight_scale: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """The other arguments are those of grouped_gemm, which has a bias after topk_weights."""
+    """Return grouped_gemm of the dequantised weight. The other arguments are its, without a bias."""
     if len(args) > 3:
         args = (*args[:3], None, *args[3:])
     return grouped_gemm(input, dequantized(weight, weight_scale), *args, **kwargs)

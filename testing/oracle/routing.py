@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""routing_indices, and random topk_ids of every kind.
+"""Computes routing_indices, and draws topk_ids of every kind.
 
 T tokens, K top_k, R = T * K routed rows, E experts.
 """
@@ -11,7 +11,7 @@ ROUTINGS = ("uniform", "hot", "empty", "dropped", "all_dropped", "every_expert")
 
 
 def routing_indices(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """topk_ids (T, K) -> token_counts (E,), gather_indices (R,), scatter_indices (R,).
+    """Return token_counts (E,), gather_indices (R,), scatter_indices (R,) of topk_ids (T, K).
 
     gather_indices[i] is the slot that row i of expert order comes from; scatter_indices[slot] is
     the row that the slot went to.
@@ -38,7 +38,7 @@ def routing_indices(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor,
 
 
 def dropped_slots(topk_ids: Tensor, num_experts: int) -> Tensor:
-    """Which slots (T, K) name no expert."""
+    """Return which slots (T, K) name no expert."""
     return (topk_ids < 0) | (topk_ids >= num_experts)
 
 
@@ -50,12 +50,12 @@ def random_topk_ids(
     generator: torch.Generator,
     dtype: torch.dtype = torch.int32,
 ) -> Tensor:
-    """topk_ids (T, K) of one kind.
+    """Draw topk_ids (T, K) of one kind.
 
     uniform: each token's K experts are different and equally likely. hot: every slot goes to one
-    expert. empty: only one half of the experts is used. dropped: some slots hold -1, E or an id
-    far past E. all_dropped: every slot does. every_expert: each token goes to all E experts; this
-    one has top_k == num_experts.
+    expert. empty: only half of the experts are used. dropped: some slots hold -1, E or an id far
+    past E. all_dropped: every slot does. every_expert: each token goes to all E experts, with
+    top_k == num_experts.
     """
 
     def draw(high: int, *shape: int) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""permute and unpermute, one row at a time.
+"""Computes permute and unpermute, one row at a time.
 
 T tokens, K top_k, R = T * K routed rows, H hidden size.
 """
@@ -13,7 +13,7 @@ from testing.oracle.differentiate import needed_gradients, to_fp64
 def permute(
     input: Tensor, gather_indices: Tensor, top_k: int, scatter_indices: Tensor | None = None
 ) -> Tensor:
-    """input (T, H) -> (R, H): row i is the row of the token that slot gather_indices[i] is of."""
+    """Return (R, H): row i is the row in input (T, H) of the token of slot gather_indices[i]."""
     tokens = to_fp64(input)
     rows = [tokens[slot // top_k] for slot in gather_indices.tolist()]
     return torch.stack(rows) if rows else tokens.sum() * tokens.new_zeros(0, tokens.shape[1])
@@ -26,7 +26,7 @@ def unpermute(
     top_k: int = 1,
     scatter_indices: Tensor | None = None,
 ) -> Tensor:
-    """input (R, H) -> (T, H): each token's rows, times their weights, summed."""
+    """Return (T, H): the sum of each token's rows in input (R, H), times their weights."""
     rows, topk_weights = to_fp64(input, topk_weights)
     num_rows, hidden_size = rows.shape
     output = [rows.new_zeros(hidden_size) for _ in range(num_rows // top_k)]

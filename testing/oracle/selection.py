@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""topk_routing: each token's experts and their weights, one token at a time.
+"""Computes topk_routing: each token's experts and their weights, one token at a time.
 
 T tokens, K top_k, E experts.
 """
@@ -14,12 +14,12 @@ from testing.oracle.differentiate import gradients, to_fp64
 
 
 def highest(values: list[float], count: int) -> list[int]:
-    """Positions of the `count` highest values, highest first; of equals the lower position."""
+    """Return the positions of the `count` highest values, highest first, equal ones by position."""
     return sorted(range(len(values)), key=lambda position: (-values[position], position))[:count]
 
 
 def scores_of(logits: Tensor, score_function: str) -> Tensor:
-    """Scores of one token's logits (1-D)."""
+    """Return the scores (E,) of one token's logits (E,)."""
     if score_function == "softmax":
         exponentials = torch.exp(logits - logits.max().detach())
         return exponentials / exponentials.sum()
@@ -31,9 +31,9 @@ def scores_of(logits: Tensor, score_function: str) -> Tensor:
 def selection_keys(
     logits: Tensor, selection_bias: Tensor | None, score_function: str, score_before_topk: bool
 ) -> list[float]:
-    """What one token's experts are ranked by: the scores, or the logits, plus the bias.
+    """Return what one token's experts are ranked by: the scores or the logits, plus the bias.
 
-    One number at a time, so that equal logits have equal scores to the last bit.
+    They are computed one number at a time. So equal logits have equal scores to the last bit.
     """
     keys = logits.tolist()
     if score_before_topk and score_function == "softmax":
@@ -47,7 +47,7 @@ def selection_keys(
 
 
 def group_leaders(keys: list[float], num_groups: int, group_score: str) -> list[list[float]]:
-    """The keys that each group of neighbouring experts is judged by, highest first."""
+    """Return the keys that each group of neighbouring experts is judged by, highest first."""
     group_size = len(keys) // num_groups
     num_leaders = {"max": 1, "top2_sum": 2}[group_score]
     return [
@@ -59,7 +59,7 @@ def group_leaders(keys: list[float], num_groups: int, group_score: str) -> list[
 def select_experts(
     keys: list[float], top_k: int, num_groups: int, top_groups: int, group_score: str
 ) -> list[int]:
-    """The ids of one token's experts, highest key first, from the best groups alone."""
+    """Return the ids of one token's experts, highest key first, from the best groups alone."""
     group_size = len(keys) // num_groups
     group_scores = [sum(leaders) for leaders in group_leaders(keys, num_groups, group_score)]
     best_groups = highest(group_scores, top_groups)
@@ -70,11 +70,12 @@ def select_experts(
 def selection_gap(
     keys: list[float], top_k: int, num_groups: int, top_groups: int, group_score: str
 ) -> float:
-    """The smallest difference that one token's selection rests on.
+    """Return the smallest difference that one token's selection rests on.
 
-    An implementation in lower precision must agree on the ids where this is well above its
-    rounding. Equal keys are no gap, for their order is decided by id; groups of equal scores are
-    none if the same keys make the score, for another sum may round to another side.
+    Where this is well above the rounding of a lower precision, an implementation in it must select
+    the same ids. Equal keys are no gap, since their ids decide their order. Groups of equal scores
+    are no gap if the same keys make their scores. If other keys do, the gap is zero: their sums may
+    round either way.
     """
     group_size = len(keys) // num_groups
     leaders = group_leaders(keys, num_groups, group_score)
@@ -98,7 +99,7 @@ def weights_of(
     renormalize: bool,
     scaling_factor: float,
 ) -> Tensor:
-    """One token's weights (K,) for the experts `ids` that it chose."""
+    """Return one token's weights (K,) for the experts `ids` that it chose."""
     if score_before_topk:
         weights = scores_of(logits, score_function)[ids]
     else:
@@ -116,7 +117,7 @@ def routing_weights(
     renormalize: bool,
     scaling_factor: float,
 ) -> Tensor:
-    """topk_weights (T, K) for given topk_ids (T, K)."""
+    """Return topk_weights (T, K) for given topk_ids (T, K)."""
     logits = to_fp64(logits)
     rows = [
         weights_of(
@@ -139,7 +140,7 @@ def topk_routing(
     group_score: str = "top2_sum",
     scaling_factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """logits (T, E) -> topk_weights (T, K), topk_ids (T, K)."""
+    """Return topk_weights (T, K) and topk_ids (T, K) of logits (T, E)."""
     logits, selection_bias = to_fp64(logits, selection_bias)
     ids = [
         select_experts(
