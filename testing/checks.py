@@ -18,7 +18,7 @@ from testing.tolerances import DECIDED_GAP, RELATIVE_NORM, ROUNDED_OTHERWISE
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """New memory holds NaN, or the largest integer, until something is written to it."""
+    """Fill new memory with NaN, or with the largest integer, until something is written to it."""
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -30,7 +30,7 @@ def poisoned_memory() -> Iterator[None]:
 
 @contextlib.contextmanager
 def fp8_can_be_compared() -> Iterator[None]:
-    """torch.allclose, with which opcheck looks for arguments that were written to, takes FP8 tensors."""
+    """Let torch.allclose take FP8 tensors. opcheck finds arguments that were written to with it."""
     original = torch.allclose
 
     def allclose(input: Tensor, other: Tensor, *args: Any, **kwargs: Any) -> bool:
@@ -50,10 +50,10 @@ def assert_close(
     scale: Tensor | None = None,
     what: str = "values",
 ) -> None:
-    """||actual - expected|| within the tolerance of `dtype` (by default actual's).
+    """Hold ||actual - expected|| within the tolerance of `dtype`, by default actual's.
 
-    The tolerance is relative to ||expected||, or to ||scale|| where that is larger: the size of
-    the terms of a sum, for sums that may cancel.
+    The tolerance is relative to ||expected||, or to ||scale|| where that is larger. A sum that may
+    cancel has the size of its terms for its scale.
     """
     assert tuple(actual.shape) == tuple(expected.shape), what
     error = (actual.detach().double() - expected.detach().double()).norm().item()
@@ -104,7 +104,7 @@ def as_tuple(outputs: Any) -> tuple[Any, ...]:
 
 
 def assert_matches_oracle(sample: Sample, outputs: Any) -> None:
-    """The outputs of `sample`'s op are what the oracle says."""
+    """Hold the outputs of `sample`'s op against the oracle."""
     name, arguments = sample.schema.name, sample.arguments
     if name == "topk_routing":
         _assert_topk_routing(arguments, *outputs)
@@ -129,7 +129,7 @@ def assert_matches_oracle(sample: Sample, outputs: Any) -> None:
 
 
 def _scale(sample: Sample) -> Any:
-    """The size of the terms that each output is a sum of: the op of absolute values."""
+    """Return the size of the terms that each output is a sum of: the op of absolute values."""
     arguments = sample.arguments
     if sample.schema.name == "topk_routing_backward":
         return arguments["grad_topk_weights"] * arguments["scaling_factor"]
@@ -137,7 +137,7 @@ def _scale(sample: Sample) -> Any:
 
 
 def _sizes(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call whose terms have no signs, and no limits that these would reach."""
+    """Return the arguments of a call whose terms are all positive, without an activation limit."""
     sizes = {
         # FP8 tensors have no abs().
         name: oracle.to_fp64(value).abs()
@@ -149,7 +149,7 @@ def _sizes(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_decided(sample: Sample) -> bool:
-    """Whether rounding cannot move an activation of `sample` over a kink, to another slope."""
+    """Return whether rounding cannot move an activation of `sample` over a kink, to another slope."""
     arguments = sample.arguments
     if "activation_limit" not in arguments or arguments.get("pre_activation") is not None:
         # No kinks, or at values that are given.
@@ -192,7 +192,7 @@ def _assert_topk_routing(arguments: dict[str, Any], topk_weights: Tensor, topk_i
 
 
 def oracle_gradients(sample: Sample, grad_output: Tensor) -> dict[str, Tensor]:
-    """The oracle's gradient of every differentiable argument of `sample`."""
+    """Return the oracle's gradient of every differentiable argument of `sample`."""
     function, arguments = getattr(oracle, sample.schema.name), sample.arguments
     return oracle.gradients(function, arguments, sample.differentiable(), grad_output)
 
@@ -203,8 +203,9 @@ def assert_rejects(
     function: Callable[..., Any],
     arguments: dict[str, Any],
 ) -> str:
-    """`function` raises `error` with every one of `texts`, and the same text in eager, on fake
-    tensors and on meta tensors; returns that text.
+    """Check that `function` raises `error` with every one of `texts`, and return its text.
+
+    The text is the same in eager mode, on fake tensors and on meta tensors.
     """
 
     def moved(convert: Callable[[Tensor], Tensor]) -> dict[str, Any]:
@@ -230,7 +231,7 @@ def assert_rejects(
 
 
 def gradient_scales(sample: Sample, grad_output: Tensor) -> dict[str, Tensor]:
-    """The size of the terms that each gradient is a sum of."""
+    """Return the size of the terms that each gradient is a sum of."""
     if sample.schema.name == "topk_routing":
         return {"logits": grad_output * sample.arguments["scaling_factor"]}
     function, sizes = getattr(oracle, sample.schema.name), _sizes(sample.arguments)

@@ -48,7 +48,7 @@ def qwen3_config(norm_topk_prob: bool = True) -> Qwen3MoeConfig:
 
 
 def qwen3_block(norm_topk_prob: bool = True, dtype: torch.dtype = torch.float32) -> Any:
-    """transformers' block, with weights that leave every stage of size 1."""
+    """Return transformers' block, with weights that leave every stage of size 1."""
     return filled(Qwen3MoeSparseMoeBlock(qwen3_config(norm_topk_prob))).to(dtype)
 
 
@@ -70,7 +70,7 @@ def llama4_config(top_k: int = 1, num_experts: int = 4) -> Llama4TextConfig:
 
 
 def our_llama4_block(other: Any, **options: Any) -> Llama4GroupedGemmTextMoe:
-    """Ours, with the weights of `other`."""
+    """Return our block, with the weights of `other`."""
     block = Llama4GroupedGemmTextMoe(llama4_config(other.top_k, other.num_experts), **options)
     block.copy_weights(other)
     return block
@@ -84,7 +84,7 @@ def filled(block: Any) -> Any:
 
 
 class Qwen3MoeListBlock(nn.Module):
-    """The block as transformers had it before version 5, as far as ours looks at it."""
+    """The block of transformers before version 5, with as much of it as our block reads."""
 
     def __init__(self, config: Qwen3MoeConfig) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Qwen3MoeListBlock(nn.Module):
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """A plain loop over tokens and their experts."""
+        """Loop over tokens and their experts."""
         probabilities = torch.softmax(self.gate(tokens).float(), dim=-1)
         rows = []
         for row, token in zip(probabilities, tokens, strict=True):
@@ -107,14 +107,14 @@ class Qwen3MoeListBlock(nn.Module):
 
 
 def tokens(*shape: int, dtype: torch.dtype = torch.float32, requires_grad: bool = True) -> Tensor:
-    """Hidden states of B batches of S tokens."""
+    """Return hidden states of the given shape of tokens."""
     return torch.randn(*shape, HIDDEN_SIZE).to(dtype).requires_grad_(requires_grad)
 
 
 def gradients(
     outputs: tuple[Tensor, Tensor], inputs: list[Tensor], tangents: tuple[Tensor, Tensor]
 ) -> list[Tensor]:
-    """Of output and router logits together."""
+    """Return the gradients of output and router logits together."""
     flat = [o.reshape(t.shape) for o, t in zip(outputs, tangents, strict=True)]
     return list(torch.autograd.grad(flat, inputs, tangents))
 
@@ -124,7 +124,7 @@ def tangents_of(output: Tensor, router_logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class RecordOps(TorchDispatchMode):
-    """The ops that run: moe ops, and which projection a grouped GEMM is of, and plain products."""
+    """Records which moe ops and plain products run, and the projection of each grouped GEMM."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -35,7 +35,7 @@ class Problem:
     topk: int
 
     def call(self, permute_x: bool, permute_y: bool, weighted: bool) -> dict[str, Any]:
-        """The arguments of grouped_gemm."""
+        """Return the arguments of grouped_gemm."""
         return {
             "X": self.X,
             "W": self.W,
@@ -100,8 +100,9 @@ DIFFERENTIABLE = ("X", "W", "topk_weights")
 def forward_and_backward(
     function: Any, call: dict[str, Any], tangent: Tensor, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """The output of function(**call) and the gradients of the floating tensors in it, these first
-    brought to `dtype` where one is given.
+    """Return the output of function(**call) and the gradients of its floating tensors.
+
+    These are first brought to `dtype` where one is given.
     """
     leaves = {
         # Of the same strides, in the same dtype.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles what the ops would launch on a GPU that is not there.
 
-The launchers run on meta tensors and take them for tensors of the GPU; Triton's own launch
-specialises and compiles for its architecture, and stops there.
+The launchers run on meta tensors and take these for tensors on the GPU. Triton's own launch
+specialises and compiles the kernel for the GPU's architecture, and stops there.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes: bytes of shared memory a block, of stack a thread."""
+    """The resources of one compiled kernel: bytes of shared memory a block, of stack a thread."""
 
     kernel: str
     shared: int
@@ -44,7 +44,7 @@ class Resources:
 
 
 class _Driver:
-    """As much of Triton's driver as compiling needs."""
+    """Stands in for Triton's driver, with as much of it as compiling needs."""
 
     def __init__(self, capability: tuple[int, int]) -> None:
         self.number = 10 * capability[0] + capability[1]
@@ -62,7 +62,7 @@ class _Driver:
 
 @contextlib.contextmanager
 def compiling_for(device: Device) -> Iterator[list[Resources]]:
-    """The list fills with what each launch inside takes; nothing is run."""
+    """Yield a list that fills with the resources of each launch inside. Nothing is run."""
     found: list[Resources] = []
     run = JITFunction.run
 
@@ -79,7 +79,7 @@ def compiling_for(device: Device) -> Iterator[list[Resources]]:
 
 @contextlib.contextmanager
 def taken_for(device: Device) -> Iterator[None]:
-    """The launchers take every torch device for this one."""
+    """Let the launchers take every torch device for this one."""
     with contextlib.ExitStack() as stack:
         for module in (experts, gemm, launch, schedule):
             stack.enter_context(mock.patch.object(module, "device_of", return_value=device))

@@ -34,7 +34,7 @@ ON_HOPPER = ("grouped_gemm", "fused_experts", "fused_experts_forward")
 
 
 def run(name: str) -> int:
-    """Every corruption of a few samples of the op; returns how many calls that were."""
+    """Make every corrupt call of a few samples of the op, and return how many there were."""
     with launches() as launched:
         count = run_samples(name)
     if name in ON_HOPPER and torch.cuda.get_device_capability(DEVICE)[0] == HOPPER:
@@ -59,7 +59,7 @@ def _samples(name: str) -> list[Sample]:
     small = {"T": 3, "D": 17, "N": 8, "H": 17, "E": 4, "num_experts": 4, "top_k": 2}
     # Rows that descriptors can read, and enough of them for the kernels that do.
     large = {"T": 80, "D": 64, "N": 64, "H": 64, "E": 4, "num_experts": 4, "top_k": 2}
-    # Of sizes that the kernels in turns are chosen for.
+    # Sizes for which the warp-specialised kernels are chosen.
     wide = {**large, "T": 320, "D": 256, "N": 256, "H": 256, "I": 256}
     all_given = {a.name: PRESENT for a in schema.tensors if a.is_optional}
     permutations: list[dict[str, Any]] = [{}]

@@ -20,7 +20,7 @@ INDEX_OPS = sorted(name for name, s in SCHEMAS.items() if any(a.values for a in 
 
 
 def opcheck(sample: Sample, tests: str | tuple[str, ...] = "ALL") -> None:
-    """torch.library.opcheck, with grad where the op has one."""
+    """Run torch.library.opcheck, with grad where the op has one."""
     # opcheck copies its inputs with their strides, and miscounts the storage of empty ones.
     arguments = {
         name: torch.empty(value.shape, dtype=value.dtype)
@@ -36,7 +36,7 @@ def opcheck(sample: Sample, tests: str | tuple[str, ...] = "ALL") -> None:
 
 
 def corruptions(sample: Sample) -> Iterator[dict[str, Tensor]]:
-    """The index arguments of a call with values that their contract excludes."""
+    """Yield the index arguments of a call with values that their contract excludes."""
     names = [a.name for a in sample.schema.tensors if a.values]
     given = {n: sample.arguments[n] for n in names if sample.arguments[n] is not None}
     largest = {n: torch.iinfo(t.dtype).max for n, t in given.items()}
@@ -57,8 +57,10 @@ def corruptions(sample: Sample) -> Iterator[dict[str, Tensor]]:
 
 
 def run_corrupt_calls(name: str) -> int:
-    """Every corruption of samples whose neighbouring memory is NaN: nothing raises, and what
-    comes out was neither read from there nor left unwritten.
+    """Call an op with every corruption of samples whose neighbouring memory is NaN.
+
+    Nothing may raise, and no output may be read from there or left unwritten. Return how many calls
+    there were.
     """
     count = 0
     for seed, variant in enumerate(strategies.variants(SCHEMAS[name])):

@@ -37,7 +37,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Problem:
-    """Arguments of one call, what its gradient is taken for, and of which output gradient."""
+    """The arguments of one call, the names of those with a gradient, and the output's gradient."""
 
     arguments: dict[str, Any]
     differentiable: list[str]

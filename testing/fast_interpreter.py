@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's interpreter, with its three slowest steps replaced by quick ones that give the same.
+"""Replaces the three slowest steps of Triton's interpreter by quick ones that give the same.
 
 tl.sort reduces by xor, which the interpreter does element by element in Python. It looks up NumPy's
 dtype in a dict that it builds anew each time. And at each call of a device function it walks over

@@ -51,7 +51,7 @@ FP8_MODES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Problem:
-    """Arguments of one call, what its gradient is taken for, and which rows nothing may read."""
+    """The arguments of one call, the names of those with a gradient, and the output's gradient."""
 
     arguments: dict[str, Any]
     differentiable: list[str]
@@ -139,7 +139,7 @@ def fp8_problem(
     device: torch.device = DEVICE,
     **options: Any,
 ) -> Problem:
-    """The same with an FP8 weight of all finite values, and scales from 2**-9 to 2**-6."""
+    """Return the same with an FP8 weight of all finite values, and scales from 2**-9 to 2**-6."""
     given = problem(shape, dtype, device=device, **options)
     generator = torch.Generator(device).manual_seed(1)
     num_experts, out_features, in_features = given.arguments["weight"].shape
@@ -163,7 +163,7 @@ def fp8_problem(
 
 
 def lay_out(weight: Tensor, layout: str) -> Tensor:
-    """The same weight (E, N, D) stored as (E, D, N), with room between rows, or as (N, D, E)."""
+    """Return the same weight (E, N, D) stored as (E, D, N), with room between rows, or as (N, D, E)."""
     if layout == "transposed":
         return weight.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "padded":
@@ -194,9 +194,9 @@ def check(problem: Problem, dtype: torch.dtype | None = None) -> tuple[Tensor, d
 
 
 def check_every_code(dtype: torch.dtype, device: torch.device) -> None:
-    """All 256 FP8 numbers as weights of one row, and of its gradient: NaN is NaN, the rest is exact.
+    """Check all 256 FP8 numbers as weights of a row and of its gradient: all are exact, NaN is NaN.
 
-    For few rows, and for enough of them that another tile is chosen.
+    This is for few rows, and for so many that another tile is chosen.
     """
     codes = torch.arange(256, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
     expected = codes.to(dtype)

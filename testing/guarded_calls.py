@@ -56,7 +56,7 @@ class Guarded:
         return self.empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
 
     def install(self) -> None:
-        """What launchers allocate is guarded too."""
+        """Guard what launchers allocate too."""
 
         def of_shape(original: Callable[..., Tensor], fill: bool) -> Callable[..., Tensor]:
             def empty(*sizes: Any, dtype: Any = None, device: Any = None) -> Tensor:
@@ -87,7 +87,7 @@ def _store_out_of_bounds_kernel(pointer, offset):
 
 
 def run(name: str, guarded: Guarded) -> int:
-    """Every corruption of a few samples of the op; returns how many calls that were."""
+    """Make every corrupt call of a few samples of the op, and return how many there were."""
     count = 0
     for seed, variant in enumerate(some_variants(name, VARIANTS)):
         sample = seeded_sample(

@@ -25,7 +25,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Those of Qwen3-30B-A3B, but for what is said."""
+    """The sizes of a call. The defaults are those of Qwen3-30B-A3B."""
 
     num_tokens: int = 8192
     top_k: int = 8
@@ -63,7 +63,7 @@ def grouped_gemm(
     transposed: bool = False,
     kernel_config: str | None = None,
 ) -> dict[str, Call]:
-    """The forward and each backward of one call, by name."""
+    """Return the forward and each backward of one call, by name."""
     rows = sizes.num_tokens * sizes.top_k
     shape = (sizes.num_experts, sizes.out_features, sizes.in_features)
     x = _empty(sizes.num_tokens if permute_x else rows, sizes.in_features, dtype=dtype)
@@ -104,7 +104,7 @@ def grouped_gemm_fp8(
     transposed: bool = False,
     kernel_config: str | None = None,
 ) -> dict[str, Call]:
-    """The forward and the backward of one call, by name; there is no bias, whatever `bias` says."""
+    """Return the forward and the backward of one call, by name. `bias` is ignored: there is none."""
     rows = sizes.num_tokens * sizes.top_k
     num_experts, out_features, in_features = (
         sizes.num_experts, sizes.out_features, sizes.in_features
@@ -145,7 +145,7 @@ def experts(
     recompute: str = "none",
     kernel_config: str | None = None,
 ) -> dict[str, Call]:
-    """fused_experts; out_features are those of the up projection, in_features the hidden size."""
+    """Return the calls of fused_experts. The sizes are those of its up projection."""
     num_tokens, top_k, num_experts = sizes.num_tokens, sizes.top_k, sizes.num_experts
     width, hidden = sizes.out_features, sizes.in_features
     inner = width // 2 if gated else width
@@ -182,7 +182,7 @@ def experts(
 
 
 def routing(sizes: Sizes, dtype: torch.dtype) -> Iterator[Call]:
-    """The ops that route and move rows, with each of their flags at least once."""
+    """Yield calls of the ops that route and move rows, with each flag at least once."""
     num_tokens, top_k, num_experts = sizes.num_tokens, sizes.top_k, sizes.num_experts
     ids, rows = _empty(num_tokens, top_k), _empty(num_tokens * top_k)
     tokens = _empty(num_tokens, sizes.in_features, dtype=dtype)

@@ -29,17 +29,17 @@ class Launches:
         self.names: list[str] = []
 
     def specialized(self, product: str) -> int:
-        """How often a warp-specialised kernel computed the product."""
+        """Return how often a warp-specialised kernel computed the product."""
         return sum(name in SPECIALIZED[product] for name in self.names)
 
     def persistent(self, product: str) -> int:
-        """How often the kernel for every GPU computed it."""
+        """Return how often the kernel for every GPU computed it."""
         return self.names.count(PERSISTENT[product])
 
 
 @contextlib.contextmanager
 def launches() -> Iterator[Launches]:
-    """Lists the launches inside."""
+    """Yield the launches inside."""
     found = Launches()
 
     def listed(metadata: Any) -> None:

@@ -61,7 +61,7 @@ def make_config(name: str):
 
 
 def make_block(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The block, its weights wide enough that the selection bias and gpt-oss's clamp are felt."""
+    """Return the block, with weights so wide that selection bias and gpt-oss's clamp are felt."""
     config = make_config(name)
     module = type(config).__module__.replace("configuration_", "modeling_")
     block = getattr(importlib.import_module(module), MODELS[name][1])(config)
@@ -77,7 +77,7 @@ def router_of(block: Any) -> nn.Module:
 
 
 def routing_of(block: nn.Module, tokens: Tensor) -> Tensor:
-    """The router weights of transformers' router, spread over all experts (T, E)."""
+    """Return the router weights of transformers' router, spread over all experts (T, E)."""
     if type(block).__name__ == "Llama4TextMoe":
         return router_of(block)(tokens)[0]
     logits, topk_weights, topk_ids = router_of(block)(tokens)
@@ -85,7 +85,7 @@ def routing_of(block: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def spread(topk_weights: Tensor, topk_ids: Tensor, num_experts: int) -> Tensor:
-    """Each expert's weight (T, E), zero where it was not chosen."""
+    """Return each expert's weight (T, E), with zero where it was not chosen."""
     zeros = topk_weights.new_zeros(topk_weights.shape[0], num_experts)
     return zeros.scatter(1, topk_ids.long(), topk_weights)
 
@@ -104,7 +104,7 @@ def tangent_of(output: Tensor, seed: int) -> Tensor:
 
 
 def run_block(block: nn.Module, hidden_states: Tensor) -> SimpleNamespace:
-    """Output, logits and gradients by name of transformers' block, whatever its forward returns."""
+    """Return output, logits and gradients by name of transformers' block."""
     found: list[Tensor] = []
     is_llama4 = type(block).__name__ == "Llama4TextMoe"
     hook = router_of(block).register_forward_hook(
@@ -117,7 +117,7 @@ def run_block(block: nn.Module, hidden_states: Tensor) -> SimpleNamespace:
 
 
 def run_layer(layer: nn.Module, hidden_states: Tensor, call=None) -> SimpleNamespace:
-    """The same of our layer, called through `call` where that is given (compiled, checkpointed)."""
+    """Return the same of our layer, called by `call` where that is given (compiled, checkpointed)."""
     output, logits = (layer if call is None else call)(hidden_states)
     return _with_gradients(layer, hidden_states, output, logits)
 
@@ -125,7 +125,7 @@ def run_layer(layer: nn.Module, hidden_states: Tensor, call=None) -> SimpleNames
 def _with_gradients(
     module: nn.Module, hidden_states: Tensor, output: Tensor, logits: Tensor
 ) -> SimpleNamespace:
-    """Of one random tangent for the output and another for the logits, as an auxiliary loss has."""
+    """Return them with gradients: output and logits have one random tangent each."""
     wanted = {"hidden_states": hidden_states, **dict(module.named_parameters())}
     gradients = torch.autograd.grad(
         [output, logits],

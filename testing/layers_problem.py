@@ -111,7 +111,7 @@ MODULES: dict[str, Callable[..., nn.Module]] = {
 
 
 def make(name: str, **options: Any) -> nn.Module:
-    """In fp32 on the CPU, of weights that bf16 holds and that leave every stage of size 1."""
+    """Return a module in fp32 on the CPU. bf16 holds its weights, and every stage has size 1."""
     module = MODULES[name](**options)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -121,7 +121,7 @@ def make(name: str, **options: Any) -> nn.Module:
 
 
 def plain(module: nn.Module) -> nn.Module:
-    """What computes the same in torch's own ops, with the same parameters; else the module."""
+    """Return a module that computes the same in torch's own ops, or the module where there is none."""
     if isinstance(module, Qwen3MoeFusedGroupedGEMMBlock):
         weights = module.gate, module.gate_up_proj, module.down_proj
         return Qwen3MoeGroupedGEMMBlock(module.config, *weights)
@@ -138,7 +138,7 @@ def on_device(module: nn.Module, dtype: torch.dtype) -> Any:
 
 
 def make_tokens(module: nn.Module, shape: tuple[int, ...] = SHAPE) -> Tensor:
-    """On the CPU, of bf16's numbers, each with experts that rounding to bf16 does not change."""
+    """Return tokens on the CPU, exact in bf16, whose experts rounding to bf16 does not change."""
     tokens = torch.randn(shape).bfloat16().float()
     rows = tokens.view(-1, HIDDEN)
     for _ in range(100):
@@ -154,7 +154,10 @@ def make_tokens(module: nn.Module, shape: tuple[int, ...] = SHAPE) -> Tensor:
 
 
 def tangents_of(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the output and of the router's logits, as an auxiliary loss has; of bf16's numbers."""
+    """Return gradients of the output and of the router's logits, exact in bf16.
+
+    An auxiliary loss gives the logits a gradient.
+    """
     num_tokens = tokens.numel() // HIDDEN
     drawn = torch.randn(num_tokens, HIDDEN), torch.randn(num_tokens, EXPERTS)
     return drawn[0].bfloat16().float(), drawn[1].bfloat16().float()
@@ -167,7 +170,7 @@ Call = Callable[[Tensor], tuple[Tensor, Tensor]]
 def step(
     module: nn.Module, tokens: Tensor, tangents: tuple[Tensor, Tensor], call: Call | None = None
 ) -> Step:
-    """Output, router logits, and the gradients of the input and of what is trained, by name."""
+    """Return output, router logits, and the gradients of the input and the parameters, by name."""
     leaves = _leaves(module, tokens)
     outputs, grads = run(module if call is None else call, tokens, tangents)
     found = torch.autograd.grad(outputs, list(leaves.values()), grads)
@@ -177,7 +180,7 @@ def step(
 def backward_step(
     module: nn.Module, tokens: Tensor, tangents: tuple[Tensor, Tensor], call: Call
 ) -> Step:
-    """The same through .backward(), which reentrant checkpoints insist on."""
+    """Return the same by .backward(), which reentrant checkpoints insist on."""
     leaves = _leaves(module, tokens)
     for leaf in leaves.values():
         leaf.grad = None

@@ -23,7 +23,7 @@ def make_adapter(
     dtype: torch.dtype = torch.float64,
     scaling: float = 2.0,
 ) -> LoraWeights:
-    """Both factors non-zero, unlike at the start of training, and of about the weight's size."""
+    """Return an adapter of about the weight's size. Neither factor is zero, as after some training."""
     lora_a = randn(num_experts, rank, in_features, dtype=dtype, scale=in_features**-0.5)
     lora_b = randn(num_experts, out_features, rank, dtype=dtype, scale=rank**-0.5)
     return LoraWeights(lora_a.requires_grad_(), lora_b.requires_grad_(), scaling)
@@ -35,7 +35,7 @@ def draw_ids(routing="uniform", num_tokens=NUM_TOKENS):
 
 
 def make_layer(num_tokens=NUM_TOKENS, rank=3, dtype=torch.float64, sizes=(HIDDEN, INTER), **flags):
-    """A module whose adapters are not zero, and a batch for it."""
+    """Return a module whose adapters are not zero, and a batch for it."""
     module = LoraExperts(Experts(NUM_EXPERTS, *sizes, dtype=dtype), rank, **flags)
     randomise(module)
     x = randn(num_tokens, sizes[0], dtype=dtype).requires_grad_()

@@ -57,9 +57,9 @@ def make_tokens(
 
 
 def fused_block(hidden: Tensor, weights: Weights, top_k: int = 2, ops: Any = moe_ops) -> Tensor:
-    """The permutations and the router weights happen inside the two grouped GEMMs.
+    """Compute the block with permutations and router weights inside the two grouped GEMMs.
 
-    `ops` is moe_ops, or the oracle for the reference.
+    `ops` is moe_ops, or the oracle.
     """
     topk_weights, topk_ids = ops.topk_routing(F.linear(hidden, weights.router), top_k)
     counts, gather, _ = ops.routing_indices(topk_ids, weights.router.shape[0])
@@ -79,7 +79,7 @@ def fused_block(hidden: Tensor, weights: Weights, top_k: int = 2, ops: Any = moe
 
 
 def unfused_block(hidden: Tensor, weights: Weights, top_k: int = 2, ops: Any = moe_ops) -> Tensor:
-    """Every op of the package: permute, two plain grouped GEMMs, weighted unpermute."""
+    """Compute the block by every op: permute, two plain grouped GEMMs, weighted unpermute."""
     topk_weights, topk_ids = ops.topk_routing(F.linear(hidden, weights.router), top_k)
     counts, gather, scatter = ops.routing_indices(topk_ids, weights.router.shape[0])
     rows = ops.permute(hidden, gather, top_k, scatter)
@@ -117,7 +117,7 @@ def composed_experts(
 def experts_block(
     hidden: Tensor, weights: Weights, top_k: int = 2, ops: Any = moe_ops, **flags: Any
 ) -> Tensor:
-    """The whole expert MLP as one op."""
+    """Compute the block with the experts as one op."""
     topk_weights, topk_ids = ops.topk_routing(F.linear(hidden, weights.router), top_k)
     output: Tensor = ops.fused_experts(
         hidden, weights.gate_up_proj, weights.down_proj, topk_ids, topk_weights, **flags
@@ -131,7 +131,7 @@ EVERY_BLOCK = {**BLOCKS, "experts": experts_block}
 
 
 def loss_and_gradients(block: Any, hidden: Tensor, weights: Weights) -> list[Tensor]:
-    """The block's output and the gradients of its input and parameters, for a fixed tangent."""
+    """Return the block's output and the gradients of its input and parameters, for a fixed tangent."""
     output = block(hidden, weights)
     tangent = torch.linspace(-1, 1, output.numel(), dtype=torch.float64)
     tangent = tangent.to(output.dtype).view(output.shape)
@@ -143,7 +143,7 @@ def loss_and_gradients(block: Any, hidden: Tensor, weights: Weights) -> list[Ten
 
 
 def compiled_graphs(block: Any) -> dict[str, list[str]]:
-    """The moe ops of the forward and the backward graph, with the shapes of what they return."""
+    """Return the moe ops of the forward and the backward graph, with the shapes of their results."""
     found: dict[str, list[str]] = {}
 
     def record(direction: str) -> Any:

@@ -38,7 +38,7 @@ MEDIUM: Mapping[str, Any] = {
 
 
 def move(tensor: Tensor, device: torch.device | str = DEVICE) -> Tensor:
-    """The same values in the same strides, at the same offset of a copy of the whole storage."""
+    """Return the same values in the same strides, at the same offset of a copy of the storage."""
     tensor = tensor.detach()
     storage = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     storage.set_(tensor.untyped_storage())
@@ -54,7 +54,7 @@ def move_sample(sample: Sample, device: torch.device | str = DEVICE) -> Sample:
 
 
 def mix_dtypes(sample: Sample, seed: int) -> Sample:
-    """Router weights and biases in fp32 or in another dtype than the rows', two times in three."""
+    """Give router weights and biases fp32 or another dtype than the rows', two times in three."""
     dtype = (None, torch.float32, DTYPES[seed % 2])[seed % 3]
     others = [a.name for a in sample.schema.tensors if a.dtype == "floating"][1:]
     arguments = dict(sample.arguments)
@@ -70,20 +70,20 @@ def to_cpu(outputs: Any) -> tuple[Tensor, ...]:
 
 
 def decided_sample(schema: OpSchema, seed: int, **fixed: Any) -> Sample:
-    """The first sample from this seed on of which rounding moves no activation over a kink."""
+    """Return the first sample from this seed on whose activations rounding moves over no kink."""
     samples = (seeded_sample(schema, seed + 1000 * i, **fixed) for i in range(200))
     return next(sample for sample in samples if checks.is_decided(sample))
 
 
 def variant_samples(name: str, **fixed: Any) -> Iterator[Sample]:
-    """One sample on the CPU for every combination of flags; the rest as the seed says."""
+    """Yield a sample on the CPU for every combination of flags. The seed decides the rest."""
     schema = SCHEMAS[name]
     for seed, variant in enumerate(strategies.variants(schema)):
         yield seeded_sample(schema, seed, **{**variant, **fixed})
 
 
 def some_variants(name: str, at_most: int = 24) -> list[dict[str, Any]]:
-    """Combinations of flags, drawn from all of them."""
+    """Draw some of all combinations of flags."""
     found = list(strategies.variants(SCHEMAS[name]))
     return random.Random(name).sample(found, min(at_most, len(found)))
 
@@ -94,7 +94,7 @@ def medium_sample(name: str, seed: int, variant: Mapping[str, Any], **fixed: Any
 
 
 def alike(sample: Sample, name: str, seed: int, variant: Mapping[str, Any], **fixed: Any) -> Sample:
-    """Another medium sample whose tensors have the same shapes, strides and dtypes."""
+    """Return another medium sample whose tensors have the same shapes, strides and dtypes."""
     for other in range(seed + 1, seed + 200):
         candidate = medium_sample(name, other, variant, **fixed)
         if shapes(candidate) == shapes(sample):
@@ -110,7 +110,7 @@ def shapes(sample: Sample) -> list[Any]:
 
 
 def corrupt_indices(sample: Sample) -> Iterator[dict[str, Tensor]]:
-    """Index arguments with values that their contract excludes, the nearest to it included."""
+    """Yield index arguments with values that their contract excludes, also ones just outside it."""
     yield from corruptions(sample)
     for a in sample.schema.tensors:
         given = sample.arguments[a.name]
@@ -133,7 +133,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def tangents(outputs: Any, seed: int = 0, layout: str = "contiguous") -> list[Tensor]:
-    """A fixed random gradient, made on the CPU, for each floating output."""
+    """Return a fixed random gradient, made on the CPU, for each floating output."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for output in checks.as_tuple(outputs):
@@ -158,7 +158,7 @@ LARGE_AT_A_TIME = 4
 
 @contextlib.contextmanager
 def memory_slot(all_of_them: bool = False) -> Iterator[None]:
-    """Waits for one of the slots of tests that need much device memory, or for all of them."""
+    """Wait for one of the slots of tests that need much device memory, or for all of them."""
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", "alone")
     folder = Path(tempfile.gettempdir()) / f"moe_ops_memory_slots_{run}"
     folder.mkdir(exist_ok=True)

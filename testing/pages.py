@@ -9,7 +9,7 @@ _PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def run_python_blocks(page: Path) -> dict[str, object]:
-    """All of them in order, in one namespace, which is returned: as a reader would paste them.
+    """Run them in order in one namespace, as a reader would paste them, and return the namespace.
 
     An error's traceback names the line of the page.
     """
@@ -24,6 +24,6 @@ def run_python_blocks(page: Path) -> dict[str, object]:
 
 
 def has_only_python_blocks(page: Path) -> bool:
-    """Whether every fenced block of the page is one that run_python_blocks runs."""
+    """Return whether run_python_blocks runs every fenced block of the page."""
     text = page.read_text(encoding="utf-8")
     return len(_PYTHON_BLOCK.findall(text)) == text.count("```") // 2

@@ -44,7 +44,7 @@ def assert_same_step(actual, expected, dtype=torch.float32):
 
 
 class MoeCalls(TorchDispatchMode):
-    """The moe ops that run, with their arguments."""
+    """Records the moe ops that run, with their arguments."""
 
     def __init__(self):
         super().__init__()
@@ -63,6 +63,6 @@ class MoeCalls(TorchDispatchMode):
         return [name for name, _ in self.calls]
 
     def is_split(self):
-        """Whether a GEMM has the rank of config() for its width."""
+        """Return whether a GEMM has the rank of config() for its width."""
         gemms = [args for name, args in self.calls if name == "grouped_gemm"]
         return any(args[1].shape[1] == 8 for args in gemms)

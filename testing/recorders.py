@@ -34,12 +34,12 @@ class MoeOps(TorchDispatchMode):
 
     @property
     def names(self) -> list[str]:
-        """The name of each call, in order."""
+        """Return the name of each call, in order."""
         return [name for name, _ in self.calls]
 
     @property
     def counts(self) -> Counter[str]:
-        """How often each op was called."""
+        """Return how often each op was called."""
         return Counter(self.names)
 
 
@@ -82,7 +82,7 @@ class ReturnedShapes(TorchDispatchMode):
 
 
 class CountAten(TorchDispatchMode):
-    """Count the calls of each aten op, and keep the tensors that each was given.
+    """Counts the calls of each aten op, and keeps the tensors that each was given.
 
     An op of another namespace counts as itself alone: call its implementation as a function to see
     what is inside.

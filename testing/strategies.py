@@ -45,7 +45,7 @@ PRESENT = object()
 
 
 class DeadEndError(Exception):
-    """The decisions so far leave no valid value for the next one."""
+    """Says that the decisions so far leave no valid value for the next one."""
 
 
 @dataclass
@@ -65,13 +65,13 @@ class Sample:
         return self.overload(*{**self.arguments, **replaced}.values())
 
     def differentiable(self) -> list[str]:
-        """Arguments with a gradient, among those that are given."""
+        """Return the names of the given arguments that have a gradient."""
         return [
             a.name for a in self.schema.tensors if a.grad and self.arguments[a.name] is not None
         ]
 
     def requiring_grad(self) -> dict[str, Any]:
-        """The arguments with every differentiable one a leaf that requires grad."""
+        """Return the arguments, the differentiable ones as leaves that require grad."""
         names = self.differentiable()
         return {
             name: value.detach().requires_grad_() if name in names else value
@@ -90,7 +90,7 @@ class Sample:
         return f"{self.schema.name}({', '.join(shown)}) routing={self.routing}"
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        """What hypothesis prints; it would otherwise print every field of the schema."""
+        """Print the call for hypothesis, which would otherwise print every field of the schema."""
         printer.text(repr(self))
 
 
@@ -106,7 +106,7 @@ def build(schema: OpSchema, choose: Choose, fixed: Mapping[str, Any] | None = No
 
 @st.composite
 def samples(draw: st.DrawFn, /, schema: OpSchema, **fixed: Any) -> Sample:
-    """A hypothesis strategy of valid calls of the op."""
+    """Draw a valid call of the op: a hypothesis strategy."""
     sample = _first_alive(schema, lambda options: draw(st.sampled_from(options)), fixed, 10)
     hypothesis.assume(sample is not None)
     assert sample is not None
@@ -114,7 +114,7 @@ def samples(draw: st.DrawFn, /, schema: OpSchema, **fixed: Any) -> Sample:
 
 
 def seeded_sample(schema: OpSchema, seed: int, **fixed: Any) -> Sample:
-    """The valid call that belongs to `seed`."""
+    """Return the valid call that belongs to `seed`."""
     generator = random.Random(f"{schema.name} {seed}")
     sample = _first_alive(schema, generator.choice, fixed, 200)
     if sample is None:
@@ -132,7 +132,7 @@ def _first_alive(
 
 
 def all_flags(count: int) -> list[list[bool]]:
-    """Every list of so many flags, all of them set first."""
+    """Return every list of so many flags, with all of them set first."""
     return [list(flags) for flags in itertools.product((True, False), repeat=count)]
 
 
@@ -141,9 +141,9 @@ MANY_VARIANTS = 300
 
 
 def variants(schema: OpSchema) -> Iterator[dict[str, Any]]:
-    """Valid combinations of flags, choices and present optional tensors, as `fixed`.
+    """Yield valid combinations of flags, choices and present optional tensors, as `fixed`.
 
-    All of them, or where they are many, some in which any two options occur together.
+    These are all of them. Where they are many, they are some in which any two options meet.
     """
     options = _options(schema)
     if math.prod(map(len, options.values())) > MANY_VARIANTS:
@@ -156,7 +156,7 @@ def variants(schema: OpSchema) -> Iterator[dict[str, Any]]:
 
 
 def _options(schema: OpSchema) -> dict[str, Sequence[Any]]:
-    """What a variant settles, and to which values."""
+    """Return what a variant settles, and to which values."""
     options: dict[str, Sequence[Any]] = {}
     for argument in schema.arguments:
         if argument.type == "bool":
@@ -174,7 +174,7 @@ def _options(schema: OpSchema) -> dict[str, Sequence[Any]]:
 
 @functools.cache
 def _covering(name: str) -> tuple[dict[str, Any], ...]:
-    """Of random valid variants those that show two options together as none before did."""
+    """Return random valid variants, each with two options that no variant before it has together."""
     schema = SCHEMAS[name]
     options = _options(schema)
     generator = random.Random(name)
@@ -194,7 +194,7 @@ def _covering(name: str) -> tuple[dict[str, Any], ...]:
 
 
 def _single_options(chosen: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """(name, value) of each; the flags of a list one by one."""
+    """Return (name, value) of each option, with the flags of a list one by one."""
     single: list[tuple[str, Any]] = []
     for key, value in chosen.items():
         if isinstance(value, list):
@@ -205,7 +205,7 @@ def _single_options(chosen: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _allowed(schema: OpSchema, known: Mapping[str, Any]) -> bool:
-    """Whether every `where` that can be decided by now holds."""
+    """Return whether every `where` that can be decided by now holds."""
     decidable = (w.expect for w in schema.where if w.expect.names <= set(known))
     return all(expect.evaluate(known) for expect in decidable)
 
@@ -282,7 +282,7 @@ class _Builder:
         return tuple(self.size(expr) for expr in argument.shape)
 
     def top_k(self) -> int:
-        """Slots per token: an argument, or a dimension of that meaning."""
+        """Return the slots of a token, from an argument or from a dimension that means top_k."""
         letters = [d for d, meaning in self.schema.dims.items() if meaning == "top_k"]
         return self.known.get(next(iter(letters), "top_k"), 1)
 
@@ -370,7 +370,7 @@ class _Builder:
 
 
 def lay_out(content: Tensor, layout: str) -> Tensor:
-    """The same values in other strides (`expanded` repeats the first slice of one dimension).
+    """Return the same values in other strides (`expanded` repeats the first slice of one dimension).
 
     What lies between the elements of a sliced tensor is NaN, or an index far out of range.
     """

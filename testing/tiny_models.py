@@ -121,7 +121,7 @@ MODELS = {
 
 
 def make_model(name, dtype=torch.float32):
-    """The model in training mode, its weights wide enough that every expert shows in the output."""
+    """Return the model in training mode, with weights so wide that every expert shows in its output."""
     tiny = MODELS[name]
     options = {**COMMON, "num_hidden_layers": 1, **tiny.options}
     torch.manual_seed(0)
@@ -137,12 +137,12 @@ def make_model(name, dtype=torch.float32):
 
 
 def find_experts(model):
-    """The modules that transformers dispatches through its experts interface."""
+    """Return the modules that transformers dispatches through its experts interface."""
     return [module for module in model.modules() if hasattr(module, "is_transposed")]
 
 
 def routings(model, input_ids):
-    """The experts of each token in each experts module, as sorted ids."""
+    """Return the experts of each token in each experts module, as sorted ids."""
     seen = []
     hooks = [
         module.register_forward_pre_hook(lambda _, args: seen.append(args[1].sort(-1).values))
@@ -156,7 +156,7 @@ def routings(model, input_ids):
 
 
 def draw_batch(model, generator):
-    """Token ids that the model routes alike in its own dtype and in fp32.
+    """Draw token ids that the model routes alike in its own dtype and in fp32.
 
     Where two experts of a token score within a rounding of each other, eager and compiled code may
     pick different ones, and both are right. Such batches are drawn again.
@@ -170,7 +170,7 @@ def draw_batch(model, generator):
 
 
 def run_step(model, input_ids):
-    """Output and gradients by parameter name, for one fixed tangent."""
+    """Return output and gradients by parameter name, for one fixed tangent."""
     model.zero_grad()
     output = model(input_ids=input_ids, use_cache=False)[0]
     tangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))

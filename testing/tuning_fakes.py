@@ -13,7 +13,7 @@ TASKS = tasks_of([LAYER], [12])
 
 
 class Clock:
-    """A timer by which `price(config)` is what a launch takes; counts the problems it timed."""
+    """A timer that says `price(config)` of each launch, and keeps the configurations it timed."""
 
     def __init__(self, price=lambda config: config.BLOCK_M, limit=None):
         self.price, self.limit = price, limit
