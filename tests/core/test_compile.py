@@ -13,6 +13,7 @@ from testing.moe_block import BLOCKS, loss_and_gradients, make_tokens, make_weig
 blocks = pytest.mark.parametrize("name", sorted(BLOCKS))
 
 
+@pytest.mark.slow
 @blocks
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_inductor_equals_eager(name, dtype):
@@ -24,6 +25,7 @@ def test_inductor_equals_eager(name, dtype):
         checks.assert_close(got, want, what=f"output or gradient {position}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_tokens", [0, 1])
 def test_inductor_with_hardly_any_token(num_tokens):
     hidden, weights = make_tokens(num_tokens), make_weights()

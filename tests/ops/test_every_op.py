@@ -131,6 +131,7 @@ def opcheck_samples(name: str) -> list[Sample]:
     return [seeded_sample(schema, seed, **fixed) for seed, fixed in enumerate(chosen + empty)]
 
 
+@pytest.mark.slow
 @schemas
 def test_opcheck(name):
     for sample in opcheck_samples(name):
@@ -178,11 +179,13 @@ def test_results_are_new_memory(name):
             seen.add(storage)
 
 
+@pytest.mark.slow
 @index_schemas
 def test_corrupt_indices_stay_in_bounds(name):
     assert run_corrupt_calls(name) > 0
 
 
+@pytest.mark.slow
 def test_corrupt_indices_do_not_crash_a_process():
     """An access out of bounds may also kill the process: that must fail one test, not the run."""
     script = f"""

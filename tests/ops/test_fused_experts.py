@@ -476,6 +476,7 @@ def test_block_equals_the_unfused_one(block, dtype):
     assert_same(got, loss_and_gradients(unfused_block, hidden, weights))
 
 
+@pytest.mark.slow
 @blocks
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_inductor_equals_eager(block, dtype):

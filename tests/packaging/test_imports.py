@@ -64,6 +64,7 @@ print(json.dumps([out.tolist(), grad.tolist()]))
     assert grad == [[10.0, 10.0], [5.0, 5.0]]
 
 
+@pytest.mark.slow
 def test_import_time() -> None:
     script = """
 import time
