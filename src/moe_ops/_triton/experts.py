@@ -65,18 +65,8 @@ class RoutedRows:
         return gather_rows(x, rows.gather, weights, rows.top_k, rows.top_k)
 
 
-def up_projection(
-    routed: RoutedRows,
-    x: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    bias: torch.Tensor | None,
-    weights: torch.Tensor | None,
-    z: torch.Tensor | None,
-    h: torch.Tensor | None,
-) -> TileSchedule | None:
-    """Write z and h = act(z), and return the tile schedule of the product.
-
-    Rows of no expert are zeros in z, and are not written in h.
+class UpProjection:
+    """The up projection of routed rows, planned when it is made.
 
     Args:
         routed: the rows.
@@ -84,32 +74,52 @@ def up_projection(
         gate_up_proj ((E, U, H)): the up projection.
         bias ((E, U)): its bias.
         weights ((T, K)): router weights that multiply the rows before the product.
-        z ((R, U)): where the pre-activation is stored; None: it is not.
-        h ((R, I)): where the activation's output is stored; None: it is not.
     """
-    rows, divisor = routed.rows, routed.rows.top_k
-    if weights is not None:
-        x, divisor = routed.in_expert_order(x, weights), 0
-    width = gate_up_proj.shape[1] // 2 if routed.gated else gate_up_proj.shape[1]
-    gemm = GroupedGemm(
-        "forward",
-        x,
-        gate_up_proj.transpose(1, 2),
-        rows,
-        x_divisor=divisor,
-        bias=bias,
-        epilogue="gated_activation" if routed.gated else "activation",
-        can_describe_y=can_describe_rows(width, x.dtype),
-        kernel_config=routed.kernel_config,
-    )
-    if rows.is_empty:
-        return None
-    gemm.make_schedule(z)
-    if gemm.plan.kernel == PERSISTENT:
-        _up_persistent(gemm, routed, z, h)
-    else:
-        _up_pingpong(gemm, routed, z, h)
-    return gemm.schedule
+
+    def __init__(
+        self,
+        routed: RoutedRows,
+        x: torch.Tensor,
+        gate_up_proj: torch.Tensor,
+        bias: torch.Tensor | None,
+        weights: torch.Tensor | None,
+    ) -> None:
+        self.routed, self.weights = routed, weights
+        width = gate_up_proj.shape[1] // 2 if routed.gated else gate_up_proj.shape[1]
+        self.gemm = GroupedGemm(
+            "forward",
+            x,
+            gate_up_proj.transpose(1, 2),
+            routed.rows,
+            # Weighted rows are moved into expert order before the product.
+            x_divisor=routed.rows.top_k if weights is None else 0,
+            bias=bias,
+            epilogue="gated_activation" if routed.gated else "activation",
+            can_describe_x=can_describe_rows(x.shape[1], x.dtype),
+            can_describe_y=can_describe_rows(width, x.dtype),
+            kernel_config=routed.kernel_config,
+        )
+
+    def launch(self, z: torch.Tensor | None, h: torch.Tensor | None) -> TileSchedule | None:
+        """Write z and h = act(z), and return the tile schedule of the product.
+
+        Rows of no expert are zeros in z, and are not written in h.
+
+        Args:
+            z ((R, U)): where the pre-activation is stored; None: it is not.
+            h ((R, I)): where the activation's output is stored; None: it is not.
+        """
+        gemm, routed = self.gemm, self.routed
+        if routed.rows.is_empty:
+            return None
+        if self.weights is not None:
+            gemm.x = routed.in_expert_order(gemm.x, self.weights)
+        gemm.make_schedule(z)
+        if gemm.plan.kernel == PERSISTENT:
+            _up_persistent(gemm, routed, z, h)
+        else:
+            _up_pingpong(gemm, routed, z, h)
+        return gemm.schedule
 
 
 def _up_persistent(
@@ -208,13 +218,15 @@ class DownBackward:
             need_dots: whether the router gradient is needed.
         """
         rows, width = self.routed.rows, self.weight.shape[2]
+        need_dz = need_dz and z is not None
+        if not need_dz and not need_dots:
+            h = dy.new_empty(rows.num_rows, width) if need_h else None
+            self._activation_backward(None, z, None, h, None)
+            return None, h, None
+        gemm = self._plan(dy, divisor, z if need_dz else None, need_dots)
+        at_once = gemm.plan.computes_epilogue
         dz = z.new_empty(z.shape) if need_dz and z is not None else None
         h = dy.new_empty(rows.num_rows, width) if need_h else None
-        if not need_dz and not need_dots:
-            self._activation_backward(None, z, dz, h, None)
-            return dz, h, None
-        gemm = self._plan(dy, divisor, z, dz, need_dots)
-        at_once = gemm.plan.computes_epilogue and dz is not None and z is not None
         dots = None
         if need_dots:
             parts = (gemm.tiles_n if at_once else 1) + (self.bias is not None)
@@ -237,14 +249,14 @@ class DownBackward:
         dy: torch.Tensor,
         divisor: int,
         z: torch.Tensor | None,
-        dz: torch.Tensor | None,
         need_dots: bool,
     ) -> GroupedGemm:
+        """Plan the product; z is None if dz is not needed."""
         routed, width = self.routed, self.weight.shape[2]
         can_describe_y = can_describe_rows(width, dy.dtype)
         may_be_at_once = (
             routed.has_halves
-            and dz is not None
+            and z is not None
             and divisor == 0
             and dy.itemsize == 2
             and device_of(dy.device).capability[0] == HOPPER

@@ -43,6 +43,7 @@ class GroupedGemm:
         scatter_y: whether row i of the product is stored at gather[i].
         has_dots: whether the router gradient is summed.
         epilogue: what is computed on top of the product.
+        can_describe_x: whether TMA can describe x; None: x itself decides, or K if it is gathered.
         can_describe_y: whether TMA can describe the output; None: N decides.
         needs_schedule: whether a later step reads the tile schedule.
         kernel_config: the caller's configurations.
@@ -61,6 +62,7 @@ class GroupedGemm:
         scatter_y: bool = False,
         has_dots: bool = False,
         epilogue: Epilogue = "none",
+        can_describe_x: bool | None = None,
         can_describe_y: bool | None = None,
         needs_schedule: bool = False,
         kernel_config: str | None = None,
@@ -76,7 +78,8 @@ class GroupedGemm:
         if can_describe_y is None:
             can_describe_y = can_describe_rows(self.n, x.dtype)
         # A kernel that cannot gather gets a copy of the rows: a new matrix.
-        can_describe_x = can_describe_rows(self.k, x.dtype) if x_divisor else can_describe(x)
+        if can_describe_x is None:
+            can_describe_x = can_describe_rows(self.k, x.dtype) if x_divisor else can_describe(x)
         can_describe_b = can_describe(b, 1 if b_is_nk else 2)
         if epilogue == "gated_activation" and not b_is_nk:
             # b is stored (K, N), so gate and up are the halves of each row.

@@ -206,7 +206,7 @@ def up_projection_on_device(
     input, weight = arguments["input"], arguments["weight"]
     if OPS["fused_experts"].choose(input.device.type).name != "triton":
         return up_projection_in_pytorch(**arguments)
-    from moe_ops._triton.experts import up_projection
+    from moe_ops._triton.experts import UpProjection
 
     gated = arguments["gated"]
     routed = _routed_rows(
@@ -217,7 +217,7 @@ def up_projection_on_device(
     z = input.new_empty(num_rows, weight.shape[1])
     # The kernel leaves the rows of no expert in h unwritten. PyTorch's are zero.
     h = input.new_zeros(num_rows, weight.shape[1] // (2 if gated else 1))
-    up_projection(routed, input, weight, arguments["bias"], None, z, h)
+    UpProjection(routed, input, weight, arguments["bias"], None).launch(z, h)
     return z, h
 
 

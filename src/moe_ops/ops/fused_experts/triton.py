@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 
-from moe_ops._triton.experts import DownBackward, RoutedRows, up_projection
+from moe_ops._triton.experts import DownBackward, RoutedRows, UpProjection
 from moe_ops._triton.gemm import GroupedGemm, grad_bias, grad_weight
 from moe_ops._triton.launch import Activation
 from moe_ops._triton.rows import copy_rows, sum_rows
@@ -49,11 +49,12 @@ def fused_experts(
     )  # fmt: skip
     num_rows, hidden_size = gather.shape[0], hidden_states.shape[1]
     before, after = (topk_weights, None) if weights_before else (None, topk_weights)
+    up = UpProjection(routed, hidden_states, gate_up_proj, gate_up_bias, before)
     z = None
     if for_backward and recompute == "none":
         z = hidden_states.new_empty(num_rows, gate_up_proj.shape[1])
     h = hidden_states.new_empty(num_rows, down_proj.shape[2])
-    schedule = up_projection(routed, hidden_states, gate_up_proj, gate_up_bias, before, z, h)
+    schedule = up.launch(z, h)
     down = GroupedGemm(
         "forward",
         h,
@@ -115,8 +116,9 @@ def fused_experts_backward(
     if need_dz or need_down or need_dots:
         z = pre_activation
         if z is None and hidden_states is not None:
+            up = UpProjection(routed, hidden_states, gate_up_proj, gate_up_bias, before)
             z = grad_output.new_empty(num_rows, gate_up_proj.shape[1])
-            up_projection(routed, hidden_states, gate_up_proj, gate_up_bias, before, z, None)
+            up.launch(z, None)
         dz, h, dots = down(dy, divisor, z, need_dz, need_down, need_dots)
         del z
     if need_down and h is not None:
