@@ -46,5 +46,6 @@ Programs:
     gpu_recorder      the pytest plugin that writes it
     code_digest       digests of code that see no comments, for the report
     import_closure    the modules that a run can load, for the report
+    counts            the pytest plugin that counts what a run tested
     release           keeps the op schemas of each release
 """
