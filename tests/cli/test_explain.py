@@ -39,13 +39,16 @@ def test_a_row_for_each_product_of_a_step(capsys):
     gpu, rows = explained(capsys, "--gpu", "h200")
     assert gpu == "NVIDIA H200"
     assert [(row["projection"], row["kind"]) for row in rows] == [
-        ("up", "forward"), ("down", "forward"), ("down", "backward_dX"), ("up", "backward_dX"),
+        ("up", "forward"), ("down", "forward"), ("down", "backward_dX"), ("down", "backward_dX"),
+        ("up", "backward_dX"),
         ("down", "backward_dW"), ("up", "backward_dW"),
     ]  # fmt: skip
     assert {row["source"] for row in rows} == {"shipped"}
     assert {row["num_tokens"] for row in rows} == {16384}
+    # The down projection's dX with the activation's backward on top, and the bare one of others.
+    assert [row["epilogue"] for row in rows[2:4]] == ["gated_activation_backward", "none"]
+    assert [row["computes_epilogue"] for row in rows[2:4]] == [True, False]
     assert rows[2]["kernel"] == "pingpong"
-    assert rows[2]["computes_epilogue"]
     for row in rows:
         assert row["config"] == PASSES[row["kind"]].from_dict(row["config"]).to_dict()
         assert row["unmet"] == []
@@ -100,6 +103,18 @@ def test_a_transformers_config(capsys, tmp_path):
     rows = json.loads(capsys.readouterr().out)["products"]
     assert len(rows) == 6
     assert all(" E8 " in row["problem"] for row in rows)
+
+
+def test_projections_of_equal_sizes_are_told_apart(capsys):
+    sizes = ["--hidden-size=1024", "--intermediate-size=1024", "--ungated"]
+    _, rows = explained(capsys, *sizes, "--gpu", "H100")
+    assert [row["projection"] for row in rows] == ["up", "down", "down", "up", "down", "up"]
+
+
+def test_what_a_config_says_itself_is_not_given(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        cli.main(["explain", str(tmp_path), "--bias", "--gpu", "H100"])
+    assert "--bias goes with sizes: CONFIG says it itself" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

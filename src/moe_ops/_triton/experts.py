@@ -12,6 +12,7 @@ I intermediate_size (width), U columns of z: 2 * I with a gate, else I.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -24,12 +25,31 @@ from moe_ops._triton.descriptors import (
 from moe_ops._triton.gemm import GroupedGemm
 from moe_ops._triton.hopper import describe_b, describe_parts, kernels
 from moe_ops._triton.kernels.experts import _expert_activation_bwd_kernel, _expert_up_kernel
-from moe_ops._triton.launch import Activation, cdiv, launch, next_power_of_2, strides
+from moe_ops._triton.launch import cdiv, launch, next_power_of_2, strides
 from moe_ops._triton.plan import PERSISTENT
 from moe_ops._triton.rows import copy_rows, gather_rows
 from moe_ops._triton.schedule import Rows, TileSchedule
-from moe_ops.configs.device import HOPPER, device_of
+from moe_ops.configs.device import device_of
 from moe_ops.configs.footprint import epilogue_columns, epilogue_slots
+from moe_ops.configs.specialize import asks_for_backward
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Name an activation and the limit of its input, in the form that kernels take."""
+
+    name: str
+    limit: float | None
+
+    @property
+    def bound(self) -> float:
+        """Return the kernel's argument `limit`, or 0 without a limit: no kernel reads it then."""
+        return 0.0 if self.limit is None else self.limit
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return the kernel's constexpr arguments."""
+        return {"ACTIVATION": self.name, "HAS_LIMIT": self.limit is not None}
 
 
 @dataclass(slots=True)
@@ -258,8 +278,7 @@ class DownBackward:
             routed.has_halves
             and z is not None
             and divisor == 0
-            and dy.itemsize == 2
-            and device_of(dy.device).capability[0] == HOPPER
+            and asks_for_backward(device_of(dy.device), dy.itemsize)
             # The error function of "gelu" takes more registers than the kernel has left.
             and routed.activation.name != "gelu"
         )

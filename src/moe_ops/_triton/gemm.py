@@ -145,7 +145,9 @@ class GroupedGemm:
         self.make_schedule(
             y if zeros_tail else None, self.rows.gather if self.scatter_y else None, shared
         )
-        if self.plan.kernel != PERSISTENT and y is not None and self.schedule is not None:
+        if self.plan.kernel != PERSISTENT:
+            assert y is not None
+            assert self.schedule is not None
             hopper.grouped_gemm(self, y, self.schedule)
             return
         plan, rows, bias = self.plan, self.rows, self.bias
@@ -235,8 +237,9 @@ class GroupedGemm:
 
     def launch_bias_dots(self, bias: torch.Tensor, dots: torch.Tensor) -> None:
         """Write dots[slot] = <x[row], bias[e]>, by the schedule that `launch` made."""
-        if self.rows.is_empty or self.schedule is None:
+        if self.rows.is_empty:
             return
+        assert self.schedule is not None  # the plan was told that it is needed
         rows, schedule = self.rows, self.schedule
         launch(
             grouped_gemm_bwd_bias_dots_kernel, (schedule.max_tiles,),
@@ -270,9 +273,10 @@ def grad_weight(
     planned = plan_once(
         "backward_dW", g.dtype, num_experts, g.shape[1], x.shape[1],
         rows_bucket(num_rows, num_experts),
-        False, False, False, False, False, transposed, False, "none",
-        can_describe(left), can_describe(right), can_describe_rows(sizes[2], g.dtype),
-        device, kernel_config, False,
+        gather=False, scatter=False, scale=False, bias=False, dots=False, transposed=transposed,
+        fp8=False, epilogue="none",
+        x=can_describe(left), b=can_describe(right), y=can_describe_rows(sizes[2], g.dtype),
+        device=device, kernel_config=kernel_config, needs_schedule=False,
     )  # fmt: skip
     block_left, block_right, block_m = planned.tile
     tiles = num_experts * cdiv(sizes[1], block_left) * cdiv(sizes[2], block_right)

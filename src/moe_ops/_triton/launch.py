@@ -5,31 +5,12 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from triton.runtime.errors import OutOfResources
 
 from moe_ops.configs.device import device_of
-
-
-@dataclass(frozen=True)
-class Activation:
-    """Name an activation and the limit of its input, in the form that kernels take."""
-
-    name: str
-    limit: float | None
-
-    @property
-    def bound(self) -> float:
-        """Return the kernel's argument `limit`, or 0 without a limit: no kernel reads it then."""
-        return 0.0 if self.limit is None else self.limit
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Return the kernel's constexpr arguments."""
-        return {"ACTIVATION": self.name, "HAS_LIMIT": self.limit is not None}
 
 
 def cdiv(a: int, b: int) -> int:

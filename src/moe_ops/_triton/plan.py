@@ -284,6 +284,7 @@ def _persistent_options(
         return {
             "BLOCK_N": tile[0], "BLOCK_D": tile[1], "BLOCK_M": tile[2], "GROUP": config.group_m,
             "TMA_G": tma.x, "TMA_X": tma.b, "TMA_DW": tma.y,
+            # Triton flattens this loop only where it can, so it is asked as it stands.
             **common, "FLATTEN": config.flatten,
         }  # fmt: skip
     is_forward = problem.kind == "forward"

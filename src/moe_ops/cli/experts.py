@@ -59,6 +59,9 @@ def check_arguments(options: argparse.Namespace, parser: argparse.ArgumentParser
         parser.error(f"{missing} missing" if given else f"expected CONFIG, or {missing}")
     if options.config is not None and given:
         parser.error("expected CONFIG or explicit sizes, got both")
+    for name in ("bias", "transposed", "ungated"):
+        if options.config is not None and getattr(options, name):
+            parser.error(f"--{name} goes with sizes: CONFIG says it itself")
 
 
 def experts_of(options: argparse.Namespace) -> list[Experts]:

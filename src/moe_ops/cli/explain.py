@@ -45,6 +45,7 @@ class Row:
     Attributes:
         projection: "up" or "down".
         kind: "forward", "backward_dX" or "backward_dW".
+        epilogue: what stands on top of the product.
         num_tokens: tokens of the call.
         problem: the key of the product's configuration.
         kernel: "persistent", "cooperative" or "pingpong".
@@ -57,6 +58,7 @@ class Row:
 
     projection: str
     kind: str
+    epilogue: str
     num_tokens: int
     problem: str
     kernel: str
@@ -108,19 +110,12 @@ def _rows(
 ) -> Iterator[Row]:
     from moe_ops._triton.plan import plan as plan_of
 
-    tasks = tuning.tasks_of([layer], [num_tokens], separate_ops, device)
-    problems = [task.problem for task in tasks]
-    has_epilogue = any(p.epilogue == "gated_activation_backward" for p in problems)
-    for problem in problems:
-        is_down = (problem.out_features, problem.in_features) == layer.down
-        is_bare_dx = problem.kind == "backward_dX" and not problem.flags
-        if is_down and is_bare_dx and has_epilogue:
-            # Of other activations: the row with the activation's backward on top stands for it.
-            continue
+    for projection, problem in tuning.products_of(layer, num_tokens, separate_ops, device):
         plan = plan_of(problem, _operands(problem), device, kernel_config)
         yield Row(
-            projection="down" if is_down else "up",
+            projection=projection,
             kind=problem.kind,
+            epilogue=problem.epilogue,
             num_tokens=num_tokens,
             problem=problem.key,
             kernel=plan.kernel,
@@ -163,7 +158,8 @@ def _lines(device: Device, rows: list[tuple[tuning.Experts, list[Row]]]) -> Iter
             f"{str(layer.dtype).removeprefix('torch.')}"
         )
         for row in of_layer:
-            yield f"  {row.projection:<5} {row.kind:<12} {row.kernel:<12} {row.source}"
+            on_top = "" if row.epilogue == "none" else f", {row.epilogue.replace('_', ' ')}"
+            yield f"  {row.projection:<5} {row.kind:<12} {row.kernel:<12} {row.source}{on_top}"
             yield f"        {tuning.describe(_config_of(row))}"
             yield f"        {row.reason}"
             yield from (f"        not met: {wish}" for wish in row.unmet)

@@ -8,6 +8,7 @@ cooperative: both groups share the tile. Cooperative kernels compute bare produc
 
 from __future__ import annotations
 
+from moe_ops.configs.device import HOPPER, Device
 from moe_ops.configs.kernel_config import PINGPONG_TILE
 from moe_ops.configs.problem import Problem
 
@@ -48,3 +49,12 @@ def why_not_specialized(problem: Problem, tile: tuple[int, int]) -> str | None:
         return None
     kernels = f"warp-specialised kernels with tiles of {tile[0]}x{tile[1]}"
     return f"{kernels} do not take {', '.join(found)}"
+
+
+def asks_for_backward(device: Device, itemsize: int) -> bool:
+    """Return whether a dX may be asked to compute the activation's backward on top.
+
+    A kernel for Hopper does that, for 16 bits. Elsewhere a second kernel does, and the product is a
+    bare one.
+    """
+    return device.capability[0] == HOPPER and itemsize == 2

@@ -26,7 +26,7 @@ from moe_ops.configs import cache
 from moe_ops.configs.device import Device, device_of
 from moe_ops.configs.kernel_config import KernelConfig
 from moe_ops.tuning.bench import Bench, Timer, cuda_milliseconds
-from moe_ops.tuning.problems import NUM_TOKENS, Experts, Task, find_experts, tasks_of
+from moe_ops.tuning.problems import NUM_TOKENS, Experts, Task, find_experts, products_of, tasks_of
 from moe_ops.tuning.ranks import ranks_of
 from moe_ops.tuning.report import Report
 from moe_ops.tuning.space import candidates
@@ -39,6 +39,7 @@ __all__ = [
     "current_device",
     "describe",
     "find_experts",
+    "products_of",
     "tasks_of",
     "tune",
     "tune_tasks",

@@ -13,8 +13,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from moe_ops.configs.device import HOPPER, Device
+from moe_ops.configs.device import Device
 from moe_ops.configs.problem import Problem, rows_bucket
+from moe_ops.configs.specialize import asks_for_backward
 
 # Tokens of a decoding step of one sequence and of 64, of a prompt, and of training steps.
 NUM_TOKENS = (1, 64, 1024, 4096, 16384)
@@ -125,51 +126,57 @@ def tasks_of(
         ValueError: no kernel computes in the dtype, or a size is below 1.
     """
     tasks: dict[str, Task] = {}
-    counts = sorted(set(num_tokens))
     for layer in layers:
-        if layer.dtype not in DTYPES:
-            raise ValueError(
-                f"moe_ops.tune: expected a dtype of bfloat16, float16, float32, got {layer.dtype}"
-            )
-        for size in (layer.num_experts, layer.top_k, *layer.up, *layer.down, *counts):
-            if size < 1:
-                raise ValueError(f"moe_ops.tune: expected sizes of 1 or more, got {size}")
-        for tokens in counts:
-            for problem in _problems(layer, tokens, separate_ops, device):
+        for tokens in sorted(set(num_tokens)):
+            for _, problem in products_of(layer, tokens, separate_ops, device):
                 tasks[problem.key] = Task(problem, tokens * layer.top_k, layer.top_k)
     return list(tasks.values())
 
 
-def _problems(
-    layer: Experts, num_tokens: int, separate_ops: bool, device: Device | None
-) -> Iterator[Problem]:
-    """Yield the problems of one layer at one number of tokens."""
+def products_of(
+    layer: Experts, num_tokens: int, separate_ops: bool = False, device: Device | None = None
+) -> Iterator[tuple[str, Problem]]:
+    """Yield the products of one layer at one number of tokens: the projection, and the problem.
+
+    Raises:
+        ValueError: no kernel computes in the dtype, or a size is below 1.
+    """
+    if layer.dtype not in DTYPES:
+        raise ValueError(
+            f"moe_ops.tune: expected a dtype of bfloat16, float16, float32, got {layer.dtype}"
+        )
+    for size in (layer.num_experts, layer.top_k, *layer.up, *layer.down, num_tokens):
+        if size < 1:
+            raise ValueError(f"moe_ops.tune: expected sizes of 1 or more, got {size}")
     rows = rows_bucket(num_tokens * layer.top_k, layer.num_experts)
     dtype = str(layer.dtype).removeprefix("torch.")
 
-    def problem(kind: str, sizes: tuple[int, int], **flags: Any) -> Problem:
+    def product(projection: str, kind: str, **flags: Any) -> tuple[str, Problem]:
+        sizes = layer.up if projection == "up" else layer.down
         transposed = layer.transposed
-        return Problem(kind, dtype, layer.num_experts, *sizes, rows, transposed=transposed, **flags)
+        problem = Problem(
+            kind, dtype, layer.num_experts, *sizes, rows, transposed=transposed, **flags
+        )
+        return projection, problem
 
     bias = layer.has_bias
     is_gated = layer.up[0] == 2 * layer.down[1]
     activation = "gated_activation" if is_gated else "activation"
     # The up projection gathers its rows and computes the activation too.
-    yield problem("forward", layer.up, gather=True, bias=bias, epilogue=activation)
-    yield problem("forward", layer.down, bias=bias)
-    is_hopper = device is not None and device.capability[0] == HOPPER
-    if is_gated and is_hopper and layer.dtype.itemsize == 2:
-        # fused_experts asks for it where Hopper's kernel has the activation and the halves are not
-        # interleaved. The sizes do not tell these, so the bare product is tuned as well.
-        yield problem("backward_dX", layer.down, epilogue="gated_activation_backward")
-    yield problem("backward_dX", layer.down)
-    yield problem("backward_dX", layer.up)
-    yield problem("backward_dW", layer.down)
-    yield problem("backward_dW", layer.up)
+    yield product("up", "forward", gather=True, bias=bias, epilogue=activation)
+    yield product("down", "forward", bias=bias)
+    if is_gated and device is not None and asks_for_backward(device, layer.dtype.itemsize):
+        # The sizes tell neither the activation nor whether gate and up are interleaved: the bare
+        # product, which those take that the kernel lacks, comes as well.
+        yield product("down", "backward_dX", epilogue="gated_activation_backward")
+    yield product("down", "backward_dX")
+    yield product("up", "backward_dX")
+    yield product("down", "backward_dW")
+    yield product("up", "backward_dW")
     if separate_ops:
         # The permutations happen within the GEMMs. One that gathers its rows in forward scatters
         # them in dX. The rows of dW are moved before it.
-        yield problem("forward", layer.up, gather=True, bias=bias)
-        yield problem("backward_dX", layer.up, scatter=True)
-        yield problem("forward", layer.down, scatter=True, scale=True, bias=bias)
-        yield problem("backward_dX", layer.down, gather=True, scale=True, dots=True)
+        yield product("up", "forward", gather=True, bias=bias)
+        yield product("up", "backward_dX", scatter=True)
+        yield product("down", "forward", scatter=True, scale=True, bias=bias)
+        yield product("down", "backward_dX", gather=True, scale=True, dots=True)

@@ -31,24 +31,24 @@ def _save(ctx: Any, args: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) ->
     hidden_states, gate_up_proj, down_proj, _, topk_weights, gate_up_bias, down_bias, *flags = args
     *activation, weights_before, recompute, config = flags
     _, pre_activation, *routing = outputs
-    x, gate_up, down, _, weights, gate_up_b, down_b, *_ = ctx.needs
+    need_x, need_up, need_down, _, need_weights, need_up_bias, need_down_bias, *_ = ctx.needs
     # Of these gradients only down_bias's does not go through the activation.
-    reads_activation = x or gate_up or down or weights or gate_up_b
+    reads_activation = need_x or need_up or need_down or need_weights or need_up_bias
     recomputes = reads_activation and recompute == "pre_activation"
-    reads_hidden_states = gate_up or (weights and weights_before) or recomputes
+    reads_hidden_states = need_up or (need_weights and weights_before) or recomputes
     # Inputs of the pre-activation that need a gradient are kept, even if the backward does not read
     # them. From them the backward op sees that somebody asks for a second derivative.
     ctx.save_for_backward(
-        hidden_states if reads_hidden_states or x else None,
+        hidden_states if reads_hidden_states or need_x else None,
         gate_up_proj,
         down_proj,
         topk_weights,
-        gate_up_bias if recomputes or gate_up_b else None,
-        down_bias if weights and not weights_before else None,
+        gate_up_bias if recomputes or need_up_bias else None,
+        down_bias if need_weights and not weights_before else None,
         pre_activation if reads_activation and not recomputes else None,
         *routing,
     )
-    needs = [x, gate_up, down, weights, gate_up_b, down_b]
+    needs = [need_x, need_up, need_down, need_weights, need_up_bias, need_down_bias]
     transposed = [_is_transposed(gate_up_proj), _is_transposed(down_proj)]
     ctx.flags = (*activation, weights_before, needs, transposed, config)
 

@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import torch
 
-from moe_ops._triton.experts import DownBackward, RoutedRows, UpProjection
+from moe_ops._triton.experts import Activation, DownBackward, RoutedRows, UpProjection
 from moe_ops._triton.gemm import GroupedGemm, grad_bias, grad_weight
-from moe_ops._triton.launch import Activation
 from moe_ops._triton.rows import copy_rows, sum_rows
 from moe_ops._triton.schedule import Rows, expert_offsets
 
