@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -49,8 +47,13 @@ def launch(
     Raises:
         ValueError: the caller's kernel_config does not fit the GPU.
     """
+    device = on.device
     try:
-        with _current(on.device):
+        # Triton launches on the current device.
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                kernel[grid](*arguments, **options)
+        else:
             kernel[grid](*arguments, **options)
     except OutOfResources as error:
         if kernel_config is None:
@@ -59,13 +62,6 @@ def launch(
             f"moe_ops: kernel_config does not fit this GPU: {error}; use smaller blocks or fewer "
             "stages"
         ) from error
-
-
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Make the device current: Triton launches on the current device."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
 
 
 def refuse_bf16(tensor: torch.Tensor) -> None:
