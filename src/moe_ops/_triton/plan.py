@@ -29,6 +29,7 @@ from moe_ops.configs.footprint import is_flattened
 from moe_ops.configs.kernel_config import (
     KernelConfig,
     KernelConfigBackward_dW,
+    KernelConfigBackward_dX,
     KernelConfigForward,
 )
 from moe_ops.configs.problem import Epilogue, Problem
@@ -207,10 +208,13 @@ def _tile_and_wishes(
         if problem.transposed:
             # dW is stored as (D, N), so its sides change places.
             rows, columns, left, right = columns, rows, right, left
+    elif isinstance(config, KernelConfigForward):
+        left = {"use_tma_load_x": config.use_tma_load_x}
+        right = {"use_tma_load_w": config.use_tma_load_w}
     else:
-        name = "use_tma_load_x" if isinstance(config, KernelConfigForward) else "use_tma_load_dy"
-        left = {name: getattr(config, name)}
-        right = {"use_tma_load_w": getattr(config, "use_tma_load_w")}  # noqa: B009
+        assert isinstance(config, KernelConfigBackward_dX)
+        left = {"use_tma_load_dy": config.use_tma_load_dy}
+        right = {"use_tma_load_w": config.use_tma_load_w}
     return (rows, columns, contracted), {
         **left, **right, "use_tma_store": config.use_tma_store,
     }  # fmt: skip
