@@ -17,7 +17,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -45,18 +45,34 @@ _GLOBALS: dict[str, Any] = {
 }
 
 
+class Replays(Protocol):
+    """The records of calls of an implementation, by what a call depends on beside tensors' values.
+
+    records[key](*addresses) does a call again: it gets the address of each tensor argument, or 0 in
+    place of None, and returns None if it cannot. A recorded call has passed the checks.
+    """
+
+    records: dict[Any, Callable[..., Any]]
+
+    def call(self, key: Any, tensors: tuple[torch.Tensor | None, ...], *args: Any) -> Any:
+        """Call the implementation, and perhaps record the call; the tensors are among args."""
+
+
+Loaded = tuple[Callable[..., Any], Replays | None]
+
+
 @dataclass(frozen=True)
 class Functions:
     """The functions that are generated for one op; `source` is the text of all of them.
 
     kernel_of(load, may_mix) makes a kernel. It checks its arguments, then calls the implementation
-    with all of them, defaults too. load() returns the implementation; it is called once, after the
-    first call whose checks pass. `may_mix` says whether the dispatcher may hand the kernel tensors
-    of several devices.
+    with all of them, defaults too. load() returns the implementation, and its Replays or None; it
+    is called once, after the first call whose checks pass. `may_mix` says whether the dispatcher
+    may hand the kernel tensors of several devices.
     """
 
     source: str
-    kernel_of: Callable[[Callable[[], Callable[..., Any]], bool], Callable[..., Any]]
+    kernel_of: Callable[[Callable[[], Loaded], bool], Callable[..., Any]]
     fake: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
     flops: Callable[..., int] | None
 
@@ -99,15 +115,51 @@ def _by_dtype(argument: Argument) -> dict[str, str]:
 
 def _kernel_of(schema: OpSchema) -> str:
     names = ", ".join(a.name for a in schema.arguments)
+    tensors = ", ".join(a.name for a in schema.tensors)
     body = [
-        "nonlocal _implementation",
+        "nonlocal _implementation, _replays",
+        *_replay(schema),
         *_Body(schema, symbolic=False).checks(),
         "if _implementation is None:",
-        "    _implementation = _load()",
+        "    _implementation, _replays = _load()",
+        "elif _replays is not None:",
+        f"    return _replays.call(_key, ({tensors},), {names})",
         f"return _implementation({names})",
     ]
     kernel = textwrap.indent(_function("kernel", schema, body), "    ")
-    return f"def kernel_of(_load, _may_mix):\n    _implementation = None\n\n{kernel}\n    return kernel\n"
+    return (
+        "def kernel_of(_load, _may_mix):\n"
+        f"    _implementation = _replays = None\n\n{kernel}\n"
+        "    return kernel\n"
+    )
+
+
+def _replay(schema: OpSchema) -> list[str]:
+    """Return the lines that look for a record of the call, and do it again if there is one."""
+    parts = []
+    for argument in schema.arguments:
+        name = argument.name
+        if not argument.is_tensor:
+            parts.append(f"(*{name},)" if argument.num_flags else name)
+            continue
+        # Triton and TMA ask whether an address is a multiple of 16.
+        facts = ("shape", "stride()", "dtype", "get_device()")
+        parts.append(
+            f"None if {name} is None else "
+            f"({', '.join(f'{name}.{fact}' for fact in facts)}, _{name}_at % 16)"
+        )
+    lines = [
+        *(f"_{t.name}_at = 0 if {t.name} is None else {t.name}.data_ptr()" for t in schema.tensors),
+        "_key = (",
+        *(f"    {part}," for part in parts),
+        ")",
+        "_record = _replays.records.get(_key)",
+        "if _record is not None:",
+        f"    _outputs = _record({', '.join(f'_{t.name}_at' for t in schema.tensors)})",
+        "    if _outputs is not None:",
+        "        return _outputs",
+    ]
+    return ["if _replays is not None:", *(f"    {line}" for line in lines)]
 
 
 def _function(name: str, schema: OpSchema, body: list[str], extra: str = "") -> str:

@@ -168,14 +168,19 @@ class Op:
         return None
 
     def _load(self, name: str) -> Callable[..., Tensors]:
-        """Import the implementation `name` where it is a string, and bind its flags."""
-        function, flags = self.implementations[name], self.flags[name]
+        """Return the implementation `name` with its flags bound."""
+        function, flags = self._imported(name), self.flags[name]
+        return functools.partial(function, **flags) if flags else function
+
+    def _imported(self, name: str) -> Callable[..., Tensors]:
+        """Return the implementation `name`; import it where it is a string."""
+        function = self.implementations[name]
         if isinstance(function, str):
             module, _, attribute = function.partition(":")
             function = cast(
                 Callable[..., Tensors], getattr(importlib.import_module(module), attribute)
             )
-        return functools.partial(function, **flags) if flags else function
+        return function
 
     @property
     def defaults(self) -> tuple[Any, ...]:
@@ -192,14 +197,18 @@ class _Autograd:
 def _device_kernel(op: Op, device_type: str) -> Callable[..., Tensors]:
     """Make the kernel of a device: it checks, then calls the implementation chosen at first."""
 
-    def load() -> Callable[..., Tensors]:
+    def load() -> codegen.Loaded:
         choice = op.choose(device_type)
         if choice.name != IMPLEMENTATIONS[device_type][0]:
             logger.warning(
                 "%s::%s on %s: the %s implementation serves it (%s)",
                 NAMESPACE, op.name, device_type, choice.name, choice.reason,
             )  # fmt: skip
-        return op._load(choice.name)
+        implementation = op._load(choice.name)
+        replays = getattr(op._imported(choice.name), "replays", None)
+        if replays is None or device_type == "cpu":
+            return implementation, None
+        return implementation, replays(implementation)
 
     # If one tensor is on another device, the dispatcher calls that device's kernel, not the CPU's.
     return op.generated.kernel_of(load, device_type != "cpu")

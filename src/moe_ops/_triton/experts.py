@@ -247,10 +247,7 @@ class DownBackward:
         at_once = gemm.plan.computes_epilogue
         dz = z.new_empty(z.shape) if need_dz and z is not None else None
         h = dy.new_empty(rows.num_rows, width) if need_h else None
-        dots = None
-        if need_dots:
-            parts = (gemm.tiles_n if at_once else 1) + (self.bias is not None)
-            dots = torch.zeros(parts, rows.num_rows, dtype=torch.float32, device=dy.device)
+        dots = self._new_dots(gemm.tiles_n if at_once else 0) if need_dots else None
         if at_once and not rows.is_empty:
             assert z is not None
             assert dz is not None
@@ -263,6 +260,18 @@ class DownBackward:
         if dots is not None and self.bias is not None:
             gemm.launch_bias_dots(self.bias, dots[-1])
         return dz, h, dots
+
+    def _new_dots(self, tiles: int) -> torch.Tensor:
+        """Return room for the parts of the router gradient: one for each column tile, or for all.
+
+        The last one is the bias's. With 0 tiles the activation's backward makes the only part.
+        """
+        rows, device = self.routed.rows, self.weight.device
+        if not tiles and self.bias is None and self.scale is not None and not rows.is_empty:
+            # That kernel writes every slot, so this is the gradient itself.
+            return torch.empty(1, rows.num_rows, dtype=self.scale.dtype, device=device)
+        parts = max(tiles, 1) + (self.bias is not None)
+        return torch.zeros(parts, rows.num_rows, dtype=torch.float32, device=device)
 
     def _plan(
         self,
@@ -333,7 +342,7 @@ class DownBackward:
         dots: torch.Tensor | None,
     ) -> None:
         """Launch _expert_activation_bwd_kernel; h may be dh itself."""
-        if z is None or z.numel() == 0:
+        if z is None or z.shape[0] == 0:
             return
         routed, rows, scale = self.routed, self.routed.rows, self.scale
         width = self.weight.shape[2]

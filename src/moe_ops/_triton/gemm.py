@@ -23,7 +23,6 @@ from moe_ops._triton.kernels.grouped_gemm_dw import (
 )
 from moe_ops._triton.launch import cdiv, launch, refuse_bf16, strides
 from moe_ops._triton.plan import PERSISTENT, plan_once
-from moe_ops._triton.rows import sum_rows
 from moe_ops._triton.schedule import Rows, TileSchedule
 from moe_ops.configs.device import device_of
 from moe_ops.configs.problem import Epilogue, rows_bucket
@@ -324,12 +323,6 @@ def grad_bias(
             on=g,
         )  # fmt: skip
     return summed
-
-
-def sum_neighbours(rows: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Sum every top_k neighbouring rows: (T * top_k, H) -> (T, H)."""
-    slots = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
-    return sum_rows(rows, slots, None, top_k)
 
 
 def _precision(dtype: torch.dtype) -> str:

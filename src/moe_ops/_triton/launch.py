@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from triton.runtime.errors import OutOfResources
 
+from moe_ops._triton.recorder import recorder
 from moe_ops.configs.device import device_of
 
 
@@ -52,9 +53,9 @@ def launch(
         # Triton launches on the current device.
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                kernel[grid](*arguments, **options)
+                compiled = kernel[grid](*arguments, **options)
         else:
-            kernel[grid](*arguments, **options)
+            compiled = kernel[grid](*arguments, **options)
     except OutOfResources as error:
         if kernel_config is None:
             raise
@@ -62,6 +63,8 @@ def launch(
             f"moe_ops: kernel_config does not fit this GPU: {error}; use smaller blocks or fewer "
             "stages"
         ) from error
+    if (watching := recorder()) is not None:
+        watching.launched(kernel, compiled, grid, arguments)
 
 
 def refuse_bf16(tensor: torch.Tensor) -> None:

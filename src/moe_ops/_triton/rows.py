@@ -12,6 +12,7 @@ from moe_ops._triton.kernels.rows import (
     copy_rows_kernel,
     gather_rows_kernel,
     invert_permutation_kernel,
+    sum_parts_kernel,
     sum_rows_kernel,
 )
 from moe_ops._triton.launch import cdiv, launch, next_power_of_2, strides
@@ -50,14 +51,15 @@ def copy_rows(input: torch.Tensor, rows: torch.Tensor, top_k: int) -> torch.Tens
 
 def sum_rows(
     input: torch.Tensor,
-    rows: torch.Tensor,
+    rows: torch.Tensor | None,
     weights: torch.Tensor | None,
     top_k: int,
     used_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum rows: output[t] = sum_k weights[t, k] * input[rows[t * top_k + k]].
 
-    (T * top_k, H) -> (T, H). If used_rows is given, rows from used_rows[0] on count as zeros.
+    (T * top_k, H) -> (T, H). Without `rows` the rows are in slot order. If used_rows is given, rows
+    from used_rows[0] on count as zeros.
     """
     num_rows, hidden_size = input.shape
     output = input.new_empty(num_rows // top_k, hidden_size)
@@ -66,10 +68,10 @@ def sum_rows(
     block_h = min(1024, next_power_of_2(hidden_size))
     launch(
         sum_rows_kernel, (output.shape[0], cdiv(hidden_size, block_h)),
-        input, rows.contiguous(), weights, used_rows, output,
+        input, None if rows is None else rows.contiguous(), weights, used_rows, output,
         *input.stride(), *strides(weights),
         num_rows, hidden_size,
-        TOP_K=top_k, BLOCK_H=block_h, HAS_WEIGHTS=weights is not None,
+        TOP_K=top_k, BLOCK_H=block_h, HAS_ROWS=rows is not None, HAS_WEIGHTS=weights is not None,
         HAS_USED=used_rows is not None,
         on=input,
     )  # fmt: skip
@@ -103,4 +105,23 @@ def gather_rows(
         HAS_WEIGHTS=weights is not None, BLOCK_H=block_h,
         on=input,
     )  # fmt: skip
+    return output
+
+
+def sum_parts(parts: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Sum the rows of a matrix (P, R); the result has the shape and dtype of `like`.
+
+    The parts are fp32; a single one that has the dtype already is the sum.
+    """
+    num_parts, width = parts.shape
+    if num_parts == 1 and parts.dtype == like.dtype:
+        return parts.view(like.shape)
+    output = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    if width > 0:
+        block = 256
+        launch(
+            sum_parts_kernel, (cdiv(width, block),),
+            parts, output, num_parts, width, BLOCK=block,
+            on=parts,
+        )  # fmt: skip
     return output

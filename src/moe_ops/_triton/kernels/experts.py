@@ -237,4 +237,4 @@ def _expert_activation_bwd_kernel(
                 dz = (dh * d_z).to(dz_ptr.dtype.element_ty)
                 tl.store(dz_ptr + z_rows + i[None, :], dz, mask=mask)
     if STORE_DOTS:
-        tl.store(dots_ptr + slots, dots, mask=in_slots)
+        tl.store(dots_ptr + slots, dots.to(dots_ptr.dtype.element_ty), mask=in_slots)

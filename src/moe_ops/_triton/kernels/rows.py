@@ -46,14 +46,14 @@ def copy_rows_kernel(
 def sum_rows_kernel(
     input_ptr, rows_ptr, weights_ptr, used_ptr, output_ptr,
     stride_r, stride_h, stride_wt, stride_wk, num_rows, hidden_size,
-    TOP_K: tl.constexpr, BLOCK_H: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
-    HAS_USED: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK_H: tl.constexpr, HAS_ROWS: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, HAS_USED: tl.constexpr,
 ):  # fmt: skip
     """Sum each token's rows: output[t] = sum_k weights[t, k] * input[rows[t * TOP_K + k]].
 
-    Grid (num_tokens, cdiv(hidden_size, BLOCK_H)): one program owns BLOCK_H columns of a token. It
-    sums in fp32, in the order of k. With HAS_USED it does not read the rows from used_ptr[0] on:
-    they count as zeros.
+    Without HAS_ROWS the rows are in slot order: rows[i] is i. Grid (num_tokens, cdiv(hidden_size,
+    BLOCK_H)): one program owns BLOCK_H columns of a token. It sums in fp32, in the order of k. With
+    HAS_USED it does not read the rows from used_ptr[0] on: they count as zeros.
     """
     if HAS_USED:
         num_rows = tl.minimum(num_rows, tl.load(used_ptr))
@@ -62,7 +62,9 @@ def sum_rows_kernel(
     mask = h < hidden_size
     total = tl.zeros((BLOCK_H,), tl.float32)
     for k in tl.static_range(TOP_K):
-        row = tl.load(rows_ptr + token * TOP_K + k).to(tl.int64)
+        row = token * TOP_K + k
+        if HAS_ROWS:
+            row = tl.load(rows_ptr + row).to(tl.int64)
         width = tl.where((row >= 0) & (row < num_rows), hidden_size, 0)
         x = tl.load(
             input_ptr + row * stride_r + h.to(tl.int64) * stride_h, mask=h < width, other=0
@@ -102,3 +104,18 @@ def gather_rows_kernel(
         weight = tl.load(weights_ptr + (slot // top_k) * stride_wt + (slot % top_k) * stride_wk)
         x = (x.to(tl.float32) * weight.to(tl.float32)).to(output_ptr.dtype.element_ty)
     tl.store(output_ptr + i * hidden_size + h, x, mask=h < hidden_size)
+
+
+@triton.jit(do_not_specialize=["num_parts", "width"])
+def sum_parts_kernel(parts_ptr, output_ptr, num_parts, width, BLOCK: tl.constexpr):
+    """Sum the rows of a contiguous matrix of fp32 in order: output[j] = sum_i parts[i, j].
+
+    Grid (cdiv(width, BLOCK),): one program owns BLOCK columns.
+    """
+    j = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    mask = j < width
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(num_parts):
+        total += tl.load(parts_ptr + j, mask=mask, other=0)
+        parts_ptr += width
+    tl.store(output_ptr + j, total.to(output_ptr.dtype.element_ty), mask=mask)

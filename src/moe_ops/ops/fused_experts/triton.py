@@ -19,10 +19,13 @@ import torch
 
 from moe_ops._triton.experts import Activation, DownBackward, RoutedRows, UpProjection
 from moe_ops._triton.gemm import GroupedGemm, grad_bias, grad_weight
-from moe_ops._triton.rows import copy_rows, sum_rows
+from moe_ops._triton.replay import replayed
+from moe_ops._triton.rows import copy_rows, sum_parts, sum_rows
 from moe_ops._triton.schedule import Rows, expert_offsets
+from moe_ops.ops.routing_indices.triton import routing_indices
 
 
+@replayed
 def fused_experts(
     hidden_states: torch.Tensor,
     gate_up_proj: torch.Tensor,
@@ -41,7 +44,7 @@ def fused_experts(
     *,
     for_backward: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    token_counts, gather, scatter = torch.ops.moe.routing_indices(topk_ids, gate_up_proj.shape[0])
+    token_counts, gather, scatter = routing_indices(topk_ids, gate_up_proj.shape[0])
     routed = RoutedRows(
         Rows.of(token_counts, gather.shape[0], gather, topk_ids.shape[1]), scatter,
         Activation(activation, activation_limit), gated, interleaved, kernel_config,
@@ -71,6 +74,7 @@ def fused_experts(
     return output, hidden_states.new_empty(0) if z is None else z, token_counts, gather, scatter
 
 
+@replayed
 def fused_experts_backward(
     grad_output: torch.Tensor,
     hidden_states: torch.Tensor | None,
@@ -136,7 +140,7 @@ def fused_experts_backward(
         if need_up_bias:
             grads[4] = grad_bias(dz, offsets)
     if dots is not None:
-        grads[3] = dots.sum(0).view(topk_weights.shape).to(topk_weights.dtype)
+        grads[3] = sum_parts(dots, topk_weights)
     return tuple(grads)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import torch
 
-from moe_ops._triton.gemm import GroupedGemm, grad_bias, grad_weight, sum_neighbours
-from moe_ops._triton.rows import gather_rows
+from moe_ops._triton.gemm import GroupedGemm, grad_bias, grad_weight
+from moe_ops._triton.replay import replayed
+from moe_ops._triton.rows import gather_rows, sum_parts, sum_rows
 from moe_ops._triton.schedule import Rows, expert_offsets
 
 
+@replayed
 def grouped_gemm(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -39,6 +41,7 @@ def grouped_gemm(
     return output
 
 
+@replayed
 def grouped_gemm_dx(
     grad_output: torch.Tensor,
     weight: torch.Tensor,
@@ -74,14 +77,15 @@ def grouped_gemm_dx(
     gemm.launch(grad_rows, other=other, gather_other=permute_x, dots=dots)
     if grad_rows is not None:
         # In slot order the rows of a token are neighbours.
-        grad_input = sum_neighbours(grad_rows, top_k) if permute_x else grad_rows
+        grad_input = sum_rows(grad_rows, None, None, top_k) if permute_x else grad_rows
     if dots is not None and topk_weights is not None:
         if bias is not None:
             gemm.launch_bias_dots(bias, dots[-1])
-        grad_topk_weights = dots.sum(0).view(topk_weights.shape).to(topk_weights.dtype)
+        grad_topk_weights = sum_parts(dots, topk_weights)
     return grad_input, grad_topk_weights
 
 
+@replayed
 def grouped_gemm_dw(
     grad_output: torch.Tensor,
     input: torch.Tensor,

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import torch
 
-from moe_ops._triton.gemm import GroupedGemm, sum_neighbours
+from moe_ops._triton.gemm import GroupedGemm
 from moe_ops._triton.launch import launch, strides
+from moe_ops._triton.replay import replayed
+from moe_ops._triton.rows import sum_parts, sum_rows
 from moe_ops._triton.schedule import Rows
 from moe_ops.fp8 import BLOCK
 from moe_ops.ops.grouped_gemm_fp8.kernels import grouped_gemm_fp8_kernel
 
 
+@replayed
 def grouped_gemm_fp8(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -41,6 +44,7 @@ def grouped_gemm_fp8(
     return output
 
 
+@replayed
 def grouped_gemm_fp8_dx(
     grad_output: torch.Tensor,
     weight: torch.Tensor,
@@ -77,9 +81,9 @@ def grouped_gemm_fp8_dx(
     _launch(gemm, weight_scale, grad_rows, other, permute_x, dots)
     if grad_rows is not None:
         # In slot order the rows of a token are neighbours.
-        grad_input = sum_neighbours(grad_rows, top_k) if permute_x else grad_rows
+        grad_input = sum_rows(grad_rows, None, None, top_k) if permute_x else grad_rows
     if dots is not None and topk_weights is not None:
-        grad_topk_weights = dots.sum(0).view(topk_weights.shape).to(topk_weights.dtype)
+        grad_topk_weights = sum_parts(dots, topk_weights)
     return grad_input, grad_topk_weights
 
 

@@ -42,24 +42,31 @@ def _routing_indices_count_kernel(
 def _routing_indices_place_kernel(
     ids_ptr, counts_ptr, token_counts_ptr, gather_ptr, scatter_ptr,
     stride_t, stride_k, num_slots, top_k, num_experts, num_blocks, num_chunks,
-    BLOCK: tl.constexpr, EXPERTS: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr, EXPERTS: tl.constexpr, CHUNKS: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     """Place the slots of one chunk in gather_ptr and scatter_ptr; chunk 0 writes token_counts.
 
-    Grid (num_chunks,): one program owns a chunk. Needs all of counts_ptr from the first pass.
+    Grid (num_chunks,): one program owns a chunk. Needs all of counts_ptr from the first pass. With
+    COUNTS the only chunk has one block, whose slots it counts itself: there is no first pass.
     """
     chunk = tl.program_id(0)
     experts = tl.arange(0, EXPERTS)
     before = tl.zeros((EXPERTS,), tl.int32)
     total = tl.zeros((EXPERTS,), tl.int32)
-    for first in range(0, num_chunks, CHUNKS):
-        chunks = first + tl.arange(0, CHUNKS)
-        counts = tl.load(
-            counts_ptr + chunks[:, None] * EXPERTS + experts[None, :],
-            mask=(chunks < num_chunks)[:, None], other=0,
-        )  # fmt: skip
-        before += tl.sum(tl.where((chunks < chunk)[:, None], counts, 0), 0)
-        total += tl.sum(counts, 0)
+    if COUNTS:
+        of_slot = _load_experts(
+            ids_ptr, stride_t, stride_k, tl.arange(0, BLOCK), num_slots, top_k, num_experts
+        )
+        total += tl.histogram(of_slot, EXPERTS, mask=of_slot < num_experts)
+    else:
+        for first in range(0, num_chunks, CHUNKS):
+            chunks = first + tl.arange(0, CHUNKS)
+            counts = tl.load(
+                counts_ptr + chunks[:, None] * EXPERTS + experts[None, :],
+                mask=(chunks < num_chunks)[:, None], other=0,
+            )  # fmt: skip
+            before += tl.sum(tl.where((chunks < chunk)[:, None], counts, 0), 0)
+            total += tl.sum(counts, 0)
     if chunk == 0:
         tl.store(token_counts_ptr + experts, total, mask=experts < num_experts)
     next_row = tl.cumsum(total, 0) - total + before

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run routing_indices in Triton: allocate, and launch the two passes of the sort."""
+"""Run routing_indices in Triton: allocate, and launch the passes of the sort."""
 
 from __future__ import annotations
 
 import torch
 
 from moe_ops._triton.launch import cdiv, launch, next_power_of_2
+from moe_ops._triton.replay import replayed
 from moe_ops.ops.routing_indices.kernels import (
     _routing_indices_count_kernel,
     _routing_indices_place_kernel,
@@ -19,6 +20,7 @@ _MAX_CHUNKS = 256
 _COUNTS = 16384
 
 
+@replayed
 def routing_indices(
     topk_ids: torch.Tensor, num_experts: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -32,17 +34,20 @@ def routing_indices(
     experts = max(2, next_power_of_2(num_experts))
     num_blocks = cdiv(num_slots, _BLOCK * _MAX_CHUNKS)
     num_chunks = cdiv(num_slots, _BLOCK * num_blocks)
-    counts = torch.empty(num_chunks, experts, dtype=torch.int32, device=topk_ids.device)
     sizes = (*topk_ids.stride(), num_slots, top_k, num_experts, num_blocks)
-    launch(
-        _routing_indices_count_kernel, (num_chunks,),
-        topk_ids, counts, *sizes, BLOCK=_BLOCK, EXPERTS=experts,
-        on=topk_ids,
-    )  # fmt: skip
+    counts = None
+    if num_chunks > 1:
+        counts = torch.empty(num_chunks, experts, dtype=torch.int32, device=topk_ids.device)
+        launch(
+            _routing_indices_count_kernel, (num_chunks,),
+            topk_ids, counts, *sizes, BLOCK=_BLOCK, EXPERTS=experts,
+            on=topk_ids,
+        )  # fmt: skip
     launch(
         _routing_indices_place_kernel, (num_chunks,),
         topk_ids, counts, token_counts, gather_indices, scatter_indices, *sizes, num_chunks,
         BLOCK=_BLOCK, EXPERTS=experts, CHUNKS=max(1, _COUNTS // experts),
+        COUNTS=counts is None,
         on=topk_ids,
     )  # fmt: skip
     return token_counts, gather_indices, scatter_indices

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Record what an implementation allocates and launches, and do the same again without its Python.
+
+An implementation in Triton allocates tensors and launches kernels. It never reads a value of a
+tensor. So all that it does follows from its arguments' sizes, strides, dtypes and alignment, and
+from the arguments that are no tensors. The second call with the same ones is recorded. Later ones
+replay the record: they allocate, put the new addresses into the packed launches (direct.py), and
+launch.
+
+    key of the arguments -> record -> steps: allocate, launch, free
+
+A record holds no tensor. It frees a temporary tensor behind the last launch that uses it. Small
+temporary tensors share one allocation; outputs never do.
+
+Whatever cannot be recorded is called as before, each time: if Triton has launch hooks, if the
+implementation calls an op of torch that computes, or if a kernel cannot be launched directly.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from triton import knobs
+
+from moe_ops._triton.direct import Cuda
+from moe_ops._triton.recorder import (
+    Buffer,
+    Driver,
+    Launch,
+    Recorder,
+    Tensors,
+    UnrecordableError,
+    recorder,
+)
+from moe_ops.configs import cache
+
+logger = logging.getLogger("moe_ops")
+
+Implementation = TypeVar("Implementation", bound=Callable[..., Tensors])
+
+# Temporary tensors of at most this many bytes share an allocation.
+_SMALL = 256 * 1024
+# Addresses in it are multiples of this, as the caching allocator's are.
+_ALIGNMENT = 512
+
+
+class Output(NamedTuple):
+    """A tensor that a call returns; `view` is its size, stride and offset if it is no whole one."""
+
+    slot: int
+    view: tuple[tuple[int, ...], tuple[int, ...], int] | None
+
+
+class _Step(NamedTuple):
+    allocate: tuple[tuple[int, Buffer], ...]
+    launch: Launch
+    free: tuple[int, ...]
+
+
+class Record:
+    """What one call allocates, launches and returns, without its tensors.
+
+    Args:
+        watched: what watched the call.
+        result: what the call returned.
+        first: its first argument.
+
+    Raises:
+        UnrecordableError: it cannot be done again from the record alone.
+    """
+
+    def __init__(self, watched: Recorder, result: Tensors, first: torch.Tensor) -> None:
+        if watched.obstacle is not None:
+            raise UnrecordableError(watched.obstacle)
+        self._driver = watched.driver
+        self._device, self._index = first.device, first.get_device()
+        self._precision = _fp32_precision() if first.dtype == torch.float32 else None
+        self._is_tuple = isinstance(result, tuple)
+        buffers = dict(enumerate(watched.buffers, watched.num_inputs))
+        self._later_slots = [0] * len(buffers)
+        returned = result if isinstance(result, tuple) else (result,)
+        self._outputs = [_output(watched, buffers, t) for t in returned]
+        kept = [output.slot for output in self._outputs]
+        if len(set(kept)) != len(kept):
+            raise UnrecordableError("two outputs share memory")
+        self._small, self._small_bytes = _share(buffers, kept)
+        self._steps = _steps(watched.launches, buffers, kept, self._small)
+        used = {slot for step in self._steps for slot, _ in step.allocate}
+        # Outputs that no launch writes have no elements.
+        self._untouched = [(slot, buffers[slot]) for slot in kept if slot not in used]
+        # Two threads must not fill the same launches at a time.
+        self._lock = threading.Lock()
+
+    def __call__(self, *addresses: int) -> Tensors | None:
+        """Do the call again with other tensors; None if it must be done in Python this time."""
+        if _has_hooks() or self._precision not in (None, _fp32_precision()):
+            return None
+        if not self._lock.acquire(blocking=False):
+            return None
+        try:
+            if self._driver.is_current(self._index):
+                return self._replay([*addresses, *self._later_slots])
+            with torch.cuda.device(self._index):
+                return self._replay([*addresses, *self._later_slots])
+        finally:
+            self._lock.release()
+
+    def _replay(self, addresses: list[int]) -> Tensors:
+        device, empty = self._device, torch.empty_strided
+        tensors: dict[int, torch.Tensor] = {}
+        if self._small:
+            shared = torch.empty(self._small_bytes, dtype=torch.uint8, device=device)
+            begin = shared.data_ptr()
+            for slot, offset in self._small:
+                addresses[slot] = begin + offset
+        stream = self._driver.stream(self._index)
+        for allocate, launch, free in self._steps:
+            for slot, (size, stride, dtype, _) in allocate:
+                tensors[slot] = made = empty(size, stride, dtype=dtype, device=device)
+                addresses[slot] = made.data_ptr()
+            launch(addresses, stream)
+            for slot in free:
+                del tensors[slot]
+        for slot, (size, stride, dtype, _) in self._untouched:
+            tensors[slot] = empty(size, stride, dtype=dtype, device=device)
+        outputs = tuple(
+            tensors[slot] if view is None else tensors[slot].as_strided(*view)
+            for slot, view in self._outputs
+        )
+        return outputs if self._is_tuple else outputs[0]
+
+
+def _fp32_precision() -> str:
+    """Return how products of fp32 are computed: launches follow torch's own setting."""
+    return torch.backends.cuda.matmul.fp32_precision
+
+
+def _output(watched: Recorder, buffers: dict[int, Buffer], tensor: torch.Tensor) -> Output:
+    """Return how to make an output; its buffer takes the output's order if it is all of it."""
+    pointer = watched.pointer(tensor)
+    if pointer is None:
+        # It has no memory, so any buffer that has none will do, but each output needs its own.
+        slot = len(buffers) + watched.num_inputs
+        buffers[slot] = Buffer(tuple(tensor.shape), tensor.stride(), tensor.dtype, 0)
+        return Output(slot, None)
+    buffer = buffers.get(pointer.slot)
+    if buffer is None:
+        raise UnrecordableError("it returns an argument")
+    if tensor.dtype != buffer.dtype:
+        raise UnrecordableError("it returns a view of another dtype")
+    size, stride = tuple(tensor.shape), tensor.stride()
+    if pointer.offset == 0 and tensor.numel() * tensor.itemsize == buffer.num_bytes:
+        buffers[pointer.slot] = buffer._replace(size=size, stride=stride)
+        return Output(pointer.slot, None)
+    return Output(pointer.slot, (size, stride, pointer.offset // tensor.itemsize))
+
+
+def _share(buffers: dict[int, Buffer], kept: list[int]) -> tuple[list[tuple[int, int]], int]:
+    """Give the small temporary buffers places in one allocation; return them and its bytes."""
+    places, end = [], 0
+    for slot, buffer in buffers.items():
+        if slot not in kept and buffer.num_bytes <= _SMALL:
+            places.append((slot, end))
+            end += -(-buffer.num_bytes // _ALIGNMENT) * _ALIGNMENT
+    return places, end
+
+
+def _steps(
+    launches: list[Launch],
+    buffers: dict[int, Buffer],
+    kept: list[int],
+    small: list[tuple[int, int]],
+) -> list[_Step]:
+    """Allocate each buffer before its first launch; free it, if it is temporary, after its last."""
+    alone = set(buffers) - {slot for slot, _ in small}
+    last = {slot: i for i, launch in enumerate(launches) for slot in launch.slots}
+    steps: list[_Step] = []
+    made: set[int] = set()
+    for i, launch in enumerate(launches):
+        new = sorted(launch.slots & alone - made)
+        made |= set(new)
+        done = [slot for slot in launch.slots & alone if last[slot] == i and slot not in kept]
+        steps.append(_Step(tuple((s, buffers[s]) for s in new), launch, tuple(sorted(done))))
+    return steps
+
+
+class Replays:
+    """The records of an implementation's calls; the op's kernel asks them first (_core/codegen.py).
+
+    Args:
+        implementation: what is called, with all arguments of the op.
+        driver: what makes launches.
+
+    Attributes:
+        records: by what a call depends on beside its tensors' values.
+    """
+
+    # Keys that are remembered. A model has tens of them for each number of tokens.
+    _MOST_KEPT = 512
+
+    def __init__(
+        self, implementation: Callable[..., Tensors], driver: Driver | None = None
+    ) -> None:
+        self.records: dict[Any, Record] = {}
+        self._implementation, self._driver = implementation, driver or Cuda()
+        self._seen: set[Any] = set()
+        self._tried: set[Any] = set()
+        _all_replays.append(self)
+
+    def forget(self) -> None:
+        """Forget all records."""
+        for kept in (self.records, self._seen, self._tried):
+            kept.clear()
+
+    def call(self, key: Any, tensors: tuple[torch.Tensor | None, ...], *args: Any) -> Tensors:
+        """Call the implementation; the second call with a key is recorded.
+
+        Args:
+            key: what the call depends on.
+            tensors: those of the arguments that are tensors, in their order.
+            args: all arguments.
+        """
+        if key in self._tried or recorder() is not None or _has_hooks():
+            return self._implementation(*args)
+        if key in self._seen:
+            self._tried.add(key)
+            return self._record(key, tensors, args)
+        if len(self._seen) >= self._MOST_KEPT:
+            self.forget()
+        self._seen.add(key)
+        return self._implementation(*args)
+
+    def _record(
+        self, key: Any, tensors: tuple[torch.Tensor | None, ...], args: tuple[Any, ...]
+    ) -> Tensors:
+        watching = Recorder(tensors, self._driver)
+        with watching:
+            result = self._implementation(*args)
+        try:
+            self.records[key] = Record(watching, result, args[0])
+        except UnrecordableError as reason:
+            name = getattr(self._implementation, "__name__", "an implementation")
+            logger.debug("moe_ops: a call of %s is not replayed: %s", name, reason)
+        return result
+
+
+_all_replays: list[Replays] = []
+
+
+def forget() -> None:
+    """Forget all records: a configuration may have changed."""
+    for replays in _all_replays:
+        replays.forget()
+
+
+cache.on_change.append(forget)
+
+
+def replayed(implementation: Implementation) -> Implementation:
+    """Let the op's kernel replay calls of an implementation that allocates and launches only."""
+    implementation.replays = Replays  # type: ignore[attr-defined]
+    return implementation
+
+
+def _has_hooks() -> bool:
+    """Return whether Triton's launches are watched."""
+    runtime = knobs.runtime
+    return bool(
+        getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)
+        or getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook)
+    )
