@@ -20,7 +20,12 @@ ROUTINGS = ("uniform", "zipf", "hot_and_empty")
 
 @dataclass(frozen=True)
 class Shape:
-    """The experts of a model at a number of tokens."""
+    """The experts of a model at a number of tokens.
+
+    Attributes:
+        is_gpt_oss: with gpt-oss's biases, clamp and interleaved gate, in its weights' layout; else
+            gated with silu.
+    """
 
     name: str
     num_tokens: int
@@ -28,10 +33,16 @@ class Shape:
     intermediate_size: int
     num_experts: int
     top_k: int
+    is_gpt_oss: bool = False
 
     @property
     def num_rows(self) -> int:
         return self.num_tokens * self.top_k
+
+    @property
+    def num_weights(self) -> int:
+        """Elements of both projections."""
+        return 3 * self.num_experts * self.hidden_size * self.intermediate_size
 
     def features(self, projection: str) -> tuple[int, int]:
         """N and D: up makes gate and up of hidden states, down hidden states of the activation."""
@@ -48,6 +59,23 @@ SUITE = (
     Shape("gptoss20b", 16384, 2880, 2880, 32, 4),
     Shape("fine-grained", 24576, 1536, 256, 128, 8),
     Shape("large", 32768, 4096, 1024, 128, 8),
+)
+# Measured by `python -m benchmarks.cuda.sweep --named`: models that no table was tuned for.
+NAMED = (
+    Shape("gpt-oss-120b", 16384, 2880, 2880, 128, 4),
+    Shape("gpt-oss-120b biases", 16384, 2880, 2880, 128, 4, is_gpt_oss=True),
+    Shape("llama4-scout", 8192, 5120, 8192, 16, 1),
+    Shape("deepseek-v2-lite", 16384, 2048, 1408, 64, 6),
+    Shape("glm-4.5-air", 16384, 4096, 1408, 128, 8),
+    Shape("qwen3-next", 16384, 2048, 512, 512, 10),
+    Shape("kimi-k2", 8192, 7168, 2048, 384, 8),
+    Shape("granite", 32768, 1536, 512, 40, 8),
+    Shape("odd", 10007, 1000, 344, 24, 3),
+)
+# What a call costs the host: a shape whose kernels are done at once, and a step of fine-tuning.
+HOST = (
+    Shape("small", 64, 256, 128, 8, 2),
+    Shape("qwen3-30b T=2048", 2048, 2048, 768, 128, 8),
 )
 # Measured with every routing: one of many experts, one of few.
 EVERY_ROUTING = ("qwen3-30b", "mixtral")
