@@ -4,9 +4,12 @@
     python -m benchmarks.cuda [--only gemm,rows] [--shapes qwen3-30b,olmoe] [--seconds 460]
 
 Each part writes benchmarks/results/<gpu>_<part>.json, from which `python -m benchmarks.report` makes
-tables and plots. What does not fit into the seconds is left out, and the file says so. Run from the
-root of the repository. `TRITON_INTERPRET=1 MOE_OPS_IMPLEMENTATION=triton python -m benchmarks.cuda
---device cpu --tiny --results DIR` runs all of it without a GPU, measuring nothing.
+tables and plots. What does not fit into the seconds is left out, and the file says so. The part
+host runs where --only names it.
+
+Run from the root of the repository. `TRITON_INTERPRET=1 MOE_OPS_IMPLEMENTATION=triton python -m
+benchmarks.cuda --device cpu --tiny --results DIR` runs all usual parts without a GPU, measuring
+nothing.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from benchmarks.cuda import (
     experts,
     first_call,
     gemm,
+    host,
     lora,
     peers,
     routing,
@@ -53,13 +57,14 @@ from benchmarks.timing import write
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 logger = logging.getLogger("moe_ops.benchmarks")
 
-PEERS, BLOCKS = "experts-peers", "blocks"
+PEERS, BLOCKS, HOST = "experts-peers", "blocks", "host"
 PARTS: dict[str, Callable[[Bench, list[Shape]], Iterator[Case]]] = {
     "gemm": gemm.cases,
     "rows": rows.cases,
     "routing": routing.cases,
     "decode": decode.cases,
     "dispatch": dispatch.cases,
+    HOST: host.cases,
     "first-call": first_call.cases,
     "experts": experts.cases,
     "experts-kernels": experts.kernels_cases,
@@ -69,15 +74,19 @@ PARTS: dict[str, Callable[[Bench, list[Shape]], Iterator[Case]]] = {
     # Last, since it takes what time there is.
     PEERS: functools.partial(peers.cases, until=math.inf),
 }
+# Measured only where --only names them: a run of all parts would not fit into its time.
+BY_NAME = (HOST,)
 # What is compiled before anything is measured, by several processes.
 AHEAD: dict[str, Callable[[Bench, list[Shape]], dict[str, Callable[[], None]]]] = {
     "experts": experts.jobs_ahead,
     "lora": lora.jobs_ahead,
+    HOST: host.jobs_ahead,
     BLOCKS: blocks.jobs_ahead,
 }
 # What a part's results say of the part.
 FACTS: dict[str, Callable[[], Mapping[str, object]]] = {
     "experts": experts.grouped_mm_facts,
+    HOST: experts.grouped_mm_facts,
     PEERS: peers.facts,
     BLOCKS: blocks.facts,
 }
@@ -105,8 +114,8 @@ def run_part(cases: Iterable[Case], until: float) -> tuple[list[Record], dict[st
 
 
 _TOLD = (
-    "op", "routing", "pass", "kernel", "share", "triton_cache", "tbs", "of_floor", "of_bare_op",
-    "seconds", "mib",
+    "what", "op", "routing", "pass", "implementation", "kernel", "share", "triton_cache", "tbs",
+    "of_floor", "of_bare_op", "launches", "allocations", "seconds", "mib",
 )  # fmt: skip
 
 
@@ -116,7 +125,9 @@ def _shown(record: Record) -> Iterator[object]:
             yield record[key]
     if OURS in record.get("tflops", {}):
         yield f"{record['tflops'][OURS]:.0f} TF/s"
-    yield {name: median for name, (_, median, _) in record.get("ratio", {}).items()}
+    for quartiles in ("ratio", "host_us", "host_ratio"):
+        if quartiles in record:
+            yield {name: median for name, (_, median, _) in record[quartiles].items()}
     if "wrong" in record:
         yield f"WRONG: {record['wrong']}: {record['errors']} {record.get('failed', '')}"
 
@@ -128,7 +139,8 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.cuda", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--only", type=names, default=list(PARTS), help=",".join(PARTS))
+    usual = [part for part in PARTS if part not in BY_NAME]
+    parser.add_argument("--only", type=names, default=usual, help=f"of {','.join(PARTS)}")
     parser.add_argument("--shapes", type=names, help="of the suite; default: all")
     parser.add_argument("--seconds", type=float, default=460, help="of the whole run")
     parser.add_argument("--case-seconds", type=float, default=0.8, help="of one comparison")

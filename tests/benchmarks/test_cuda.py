@@ -20,7 +20,14 @@ pytest.importorskip("triton")
 import moe_ops
 from benchmarks import suite
 from benchmarks.cuda import experts, lora
-from benchmarks.cuda.__main__ import BLOCKS, PARTS, PEERS, run_part
+from benchmarks.cuda.__main__ import (
+    BLOCKS,
+    BY_NAME,
+    HOST,
+    PARTS,
+    PEERS,
+    run_part,
+)
 from benchmarks.cuda.experts import EAGER, RECOMPUTE
 from benchmarks.cuda.gemm import OURS_PERMUTED, PASSES, Gemm, few_experts
 from benchmarks.cuda.timing import (
@@ -103,7 +110,7 @@ def test_turns_are_whole_rounds(turns, whole):
 
 @pytest.mark.slow
 def test_whole_flow(tmp_path):
-    parts = [part for part in PARTS if part not in [*EXPERTS, *LAYERS]]
+    parts = [part for part in PARTS if part not in [*EXPERTS, *LAYERS, *BY_NAME]]
     done = run_tiny(tmp_path, "--only", ",".join(parts))
     assert done.returncode == 0, done.stdout + done.stderr
     cases = {part: result["cases"] for part, result in read_results(tmp_path, parts).items()}
@@ -157,6 +164,16 @@ def test_flow_of_the_layers(tmp_path):
     whose = found[BLOCKS]["environment"]
     assert "grouped_mm" in whose
     assert ("unsloth" in whose["absent"]) is not ("unsloth" in whose["present"])
+
+
+@pytest.mark.slow
+def test_flow_of_the_parts_that_run_by_name(tmp_path):
+    done = run_tiny(tmp_path, "--only", ",".join(BY_NAME), environ={"TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = read_results(tmp_path, BY_NAME)
+    cases = {part: result["cases"] for part, result in found.items()}
+    assert {case["what"] for case in cases[HOST]} == {"experts", "lora", "grouped_gemm", "op"}
+    assert "grouped_mm" in found[HOST]["environment"]
 
 
 @pytest.mark.slow
