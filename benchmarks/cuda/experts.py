@@ -86,6 +86,15 @@ class Block:
     def leaves(self) -> tuple[Tensor, ...]:
         return self.hidden_states, self.gate_up_proj, self.down_proj, self.topk_weights
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What fused_experts is given beside tensors."""
+        return {}
+
+    def parameters(self, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The weights among the leaves, or among their gradients, as fused_experts takes them."""
+        return {"gate_up_proj": leaves[1], "down_proj": leaves[2]}
+
     def flops(self, name: str) -> int:
         """Of the products of a pass."""
         return flops(self.shape, name)

@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole expert block on shapes drawn from a seed, against compiled grouped_mm.
+
+    python -m benchmarks.cuda.sweep [--seed 0] [--shapes 48] [--limit-gb 60] [--deadline 480]
+    python -m benchmarks.cuda.sweep --named
+
+It writes benchmarks/results/<gpu>_sweep.json (or _named.json) after each shape. A shape that stands
+there is not measured again, so a run that was cut short goes on. Each batch of shapes is compiled
+by several processes before it is measured. A shape that has begun is finished after the deadline:
+leave it half a minute.
+
+Without a GPU, `--device cpu --tiny --results DIR` runs its flow and measures nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import suite
+from benchmarks.cuda import experts, gpt_oss
+from benchmarks.cuda.ahead import compile_within
+from benchmarks.cuda.experts import BOTH, COMPILED, EAGER, PASSES, Block, Implementation
+from benchmarks.cuda.gpt_oss import GptOssBlock
+from benchmarks.cuda.sampled import SampledComparison
+from benchmarks.cuda.timing import (
+    OURS,
+    Bench,
+    Record,
+    ceilings,
+    device_name,
+    environment,
+    free,
+)
+from benchmarks.draws import GB, Draw, draw_shapes, num_bytes, sizes
+from benchmarks.suite import Shape
+from benchmarks.timing import write
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+logger = logging.getLogger("moe_ops.benchmarks")
+
+# Of a comparison: the least turns, and seconds of device time in which there may be more.
+TURNS, CASE_SECONDS = 12, 0.3
+# Of what a shape needs, for what it takes at most while it is compiled.
+MARGIN = 1.5
+# Records of one file agree in these facts.
+SAME = ("gpu", "dtype", "torch", "triton", "kernel_sha256", "limit_gb")
+
+
+# One shape
+
+
+def make_block(bench: Bench, shape: Shape) -> Block:
+    return GptOssBlock(bench, shape) if shape.is_gpt_oss else Block(bench, shape)
+
+
+def implementations_of(block: Block, backend: str | None) -> dict[str, Implementation]:
+    """Ours, and transformers' grouped_mm, compiled for these sizes where there is a backend."""
+    if isinstance(block, GptOssBlock):
+        module = gpt_oss.grouped_mm_module(block)
+    else:
+        module = experts.grouped_mm_module(block)
+    found = {OURS: gpt_oss.ours(block)}
+    if backend is None:
+        found[EAGER] = experts.grouped_mm(block, module)
+    else:
+        compiled = experts.compiled(module, dynamic=False, backend=backend)
+        found[COMPILED] = experts.grouped_mm(block, compiled)
+    return found
+
+
+def backend_of(bench: Bench) -> str | None:
+    """On the CPU it would compile C++ for nothing."""
+    return "inductor" if bench.device.type == "cuda" else None
+
+
+def run_shape(
+    bench: Bench, draw: Draw, backend: str | None = None, gpu: str | None = None
+) -> list[Record]:
+    """The records of both passes.
+
+    Args:
+        bench: where and how long.
+        draw: the shape and its routing.
+        backend: compiles grouped_mm; by default Inductor on a GPU.
+        gpu: whose configurations are told, by a name that `explain` knows; this GPU's if None.
+    """
+    # Without it Dynamo goes over to dynamic sizes after the first shape.
+    torch._dynamo.reset()
+    shape = draw.shape
+    block = make_block(bench, shape)
+    found = implementations_of(block, backend or backend_of(bench))
+    (peer,) = set(found) - {OURS}
+    comparison = SampledComparison(block, block.route(draw.routing), found)
+    told = configurations(shape, gpu) if gpu or bench.device.type == "cuda" else {}
+    records = []
+    for name in PASSES:
+        record = comparison.measure(name, {peer: (peer, OURS)})
+        of_shape = {
+            "shape": shape.name,
+            "routing": draw.routing,
+            "T": shape.num_tokens,
+            "H": shape.hidden_size,
+            "I": shape.intermediate_size,
+            "E": shape.num_experts,
+            "K": shape.top_k,
+            "pass": name,
+        }
+        records.append({**of_shape, **record, **({"configs": told} if name == BOTH else {})})
+    return records
+
+
+def configurations(shape: Shape, gpu: str | None = None) -> dict[str, str]:
+    """By product, where its configuration comes from and which kernel computes it.
+
+    Empty where `explain` cannot say it.
+    """
+    from moe_ops.cli import explain
+
+    parser = argparse.ArgumentParser("explain")
+    explain.add_arguments(parser)
+    given = {
+        "hidden-size": shape.hidden_size,
+        "intermediate-size": shape.intermediate_size,
+        "num-experts": shape.num_experts,
+        "top-k": shape.top_k,
+        "num-tokens": shape.num_tokens,
+        **({"gpu": gpu} if gpu else {}),
+    }
+    arguments = [f"--{name}={value}" for name, value in given.items()]
+    if shape.is_gpt_oss:
+        arguments += ["--bias", "--transposed"]
+    try:
+        (text,) = explain.explain(parser.parse_args([*arguments, "--json"]), parser)
+    except SystemExit as error:
+        logger.warning("%s is not explained: %s", shape.name, error)
+        return {}
+    return {
+        f"{row['projection']} {row['kind']}": f"{row['source']}, {row['kernel']}"
+        for row in json.loads(text)["products"]
+    }
+
+
+def compile_shape(bench: Bench, draw: Draw) -> None:
+    """Leaves in the caches on disk what Triton and Inductor compile for a shape."""
+    block = make_block(bench, draw.shape)
+    found = implementations_of(block, backend_of(bench))
+    experts.run_once(block, block.route(draw.routing), found.values())
+    del block, found
+    free()
+
+
+# All shapes
+
+
+class Results:
+    """The file of a sweep: what is in it, and what is added."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
+        """Read the file; ValueError where it was measured otherwise."""
+        self.path, self.facts = path, facts
+        self.records: list[Record] = []
+        self.failed: dict[str, str] = {}
+        if not path.exists():
+            return
+        found = json.loads(path.read_text(encoding="utf-8"))
+        before = found["environment"]
+        if differing := [key for key in SAME if before.get(key) != facts.get(key)]:
+            told = ", ".join(f"{key} {before.get(key)}, now {facts.get(key)}" for key in differing)
+            raise ValueError(f"{path} is of {told}: remove it, or use --results")
+        self.records = found["cases"]
+        # What an earlier seed drew twice.
+        earlier = [line for line in before.get("repeated", []) if line not in facts["repeated"]]
+        facts["repeated"] = [*earlier, *facts["repeated"]]
+
+    def has(self, draw: Draw) -> bool:
+        """Whether both passes of a shape were measured, right or wrong."""
+        of_shape = [record for record in self.records if _is_of(record, draw)]
+        return {record["pass"] for record in of_shape} >= set(PASSES)
+
+    def add(self, draw: Draw, records: Sequence[Record]) -> None:
+        """Add the records of a shape, in place of what there is of it."""
+        others = [record for record in self.records if not _is_of(record, draw)]
+        self.records = [*others, *records]
+        self.write()
+
+    def fail(self, draw: Draw, error: Exception) -> None:
+        self.failed[draw.shape.name] = experts.first_line(error)
+        self.write()
+
+    def write(self) -> None:
+        told = {"failed": self.failed} if self.failed else {}
+        write(self.path, {**self.facts, **told}, self.records)
+
+
+def _is_of(record: Record, draw: Draw) -> bool:
+    return (record["shape"], record["routing"]) == (draw.shape.name, draw.routing)
+
+
+def run(
+    bench: Bench,
+    draws: Sequence[Draw],
+    results: Results,
+    until: float,
+    compilers: int,
+    compile_batch: Callable[..., None] = compile_within,
+) -> list[str]:
+    """Measure what the results have not, until `until` (time.monotonic); the names of the rest."""
+    waiting = [draw for draw in draws if not results.has(draw)]
+    batch = max(1, 2 * compilers)
+    for start in range(0, len(waiting), batch):
+        of_batch = waiting[start : start + batch]
+        if compilers and bench.device.type == "cuda" and time.monotonic() < until:
+            jobs = {
+                draw.shape.name: (
+                    functools.partial(compile_shape, bench, draw),
+                    MARGIN * num_bytes(draw.shape),
+                )
+                for draw in of_batch
+            }
+            free_bytes, _ = torch.cuda.mem_get_info(bench.device)
+            begin = time.monotonic()
+            compile_batch(jobs, compilers, free_bytes, until)
+            print(f"compiled {len(jobs)} shapes: {time.monotonic() - begin:.0f} s", flush=True)
+        for i, draw in enumerate(of_batch):
+            if time.monotonic() > until:
+                return [each.shape.name for each in waiting[start + i :]]
+            begin = time.monotonic()
+            try:
+                records = run_shape(bench, draw)
+            except Exception as error:
+                # What it cost to come here is worth the rest of the numbers.
+                logger.exception("%s failed", draw.shape.name)
+                results.fail(draw, error)
+            else:
+                results.add(draw, records)
+                print(*_line(records), f"{time.monotonic() - begin:.0f} s", flush=True)
+            free()
+    return []
+
+
+def _line(records: Sequence[Record]) -> Iterator[str]:
+    """One shape, for the eye: its sizes, and by pass ours, the ratio and the peak memories."""
+    first = records[0]
+    shape = Shape(first["shape"], *(first[key] for key in "THIEK"))
+    yield f"{shape.name} {first['routing']} {sizes(shape)}:"
+    for record in records:
+        ours = record["milliseconds"].get(OURS, [math.nan] * 3)[1]
+        ratio = [f"{middle:.2f}x" for _, middle, _ in record["ratio"].values()]
+        wrong = f"WRONG {record['wrong']} {record['errors']}" if "wrong" in record else ""
+        yield " ".join([record["pass"], f"{ours:.3f} ms", *ratio, wrong]).strip() + ","
+        peaks = {who: mib["peak"] for who, mib in record.get("mib", {}).items() if mib}
+        if peaks:
+            yield f"peak {peaks} MiB,"
+
+
+def summary(records: Sequence[Record]) -> Iterator[str]:
+    """By pass: how many shapes, the geometric mean of the ratios, and the least of them."""
+    for name in PASSES:
+        ratios = {
+            record["shape"]: next(iter(record["ratio"].values()))[1]
+            for record in records
+            if record["pass"] == name and record["ratio"]
+        }
+        if ratios:
+            least = ", ".join(
+                f"{shape} {ratio:.2f}"
+                for shape, ratio in sorted(ratios.items(), key=lambda item: item[1])[:8]
+            )
+            mean = statistics.geometric_mean(ratios.values())
+            yield f"{name}: {len(ratios)} shapes, geometric mean {mean:.3f}, least: {least}"
+
+
+# The command
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cuda.sweep", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shapes", type=int, default=48, help="how many are drawn")
+    parser.add_argument("--limit-gb", type=float, default=60, help="what exceeds it is drawn again")
+    parser.add_argument("--named", action="store_true", help="named models in place of draws")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="of these, by name")
+    parser.add_argument("--deadline", type=float, default=480, help="seconds")
+    parser.add_argument("--turns", type=int, default=TURNS, help="of each comparison, at least")
+    parser.add_argument("--compilers", type=int, default=8, help="processes; 0: none")
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--tiny", action="store_true", help="sizes for Triton's interpreter")
+    parser.add_argument("--results", type=Path, help="default: benchmarks/results")
+    args = parser.parse_args()
+    if torch.device(args.device).type != "cuda" and args.results is None:
+        parser.error("without a GPU nothing is measured: --results says where to put that")
+    args.draws, args.repeated = _draws(args)
+    known = [draw.shape.name for draw in args.draws]
+    if unknown := set(args.only or ()) - set(known):
+        parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
+    if args.only:
+        args.draws = [draw for draw in args.draws if draw.shape.name in args.only]
+    return args
+
+
+def _draws(args: argparse.Namespace) -> tuple[list[Draw], list[str]]:
+    if args.named or args.tiny:
+        shapes = suite.TINY_SUITE if args.tiny else suite.NAMED
+        return [Draw(shape, "uniform") for shape in shapes], []
+    return draw_shapes(args.seed, args.shapes, args.limit_gb * GB)
+
+
+def main() -> int | str:
+    until = time.monotonic()
+    args = _parse()
+    until += args.deadline
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    on_gpu = device.type == "cuda"
+    bench = Bench(device, args.tiny, CASE_SECONDS if on_gpu else 0.0, args.turns)
+    part = "named" if args.named else "sweep"
+    facts = {**environment(bench), "part": part, "repeated": args.repeated}
+    facts |= experts.grouped_mm_facts()
+    if not args.named:
+        facts["limit_gb"] = args.limit_gb
+    path = (args.results or RESULTS) / f"{device_name(device)}_{part}.json"
+    try:
+        results = Results(path, facts)
+    except ValueError as error:
+        return f"{error}"
+    if on_gpu:
+        torch.cuda.set_device(device)
+        bench.warm_up(2.0)
+    facts["ceilings"] = bench.ceilings = ceilings(bench)
+    free()
+    print(json.dumps(facts), flush=True)
+    left = run(bench, args.draws, results, until, args.compilers)
+    print(*summary(results.records), sep="\n")
+    if left:
+        print(f"left, no time: {', '.join(left)}")
+    wrong = [record["shape"] for record in results.records if "wrong" in record]
+    for what, names in (("failed", results.failed), ("wrong", wrong)):
+        if names:
+            print(f"{what}: {names}")
+    return 1 if left or wrong or results.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

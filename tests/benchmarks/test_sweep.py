@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sweep over drawn shapes: its flow on a CPU, what the sample finds, and how a run goes on."""
+
+import functools
+import json
+import math
+import os
+import subprocess
+import sys
+import types
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from benchmarks import suite
+from benchmarks.cuda import ahead, gpt_oss, sampled, sweep
+from benchmarks.cuda.experts import BOTH, COMPILED, EAGER, FORWARD, PASSES, ROOT, Implementation
+from benchmarks.cuda.timing import OURS, Bench
+from benchmarks.draws import Draw
+from testing import reference
+
+TINY = suite.TINY_SUITE[0]
+GPT_OSS = replace(TINY, name="gpt-oss", is_gpt_oss=True)
+CEILINGS = {"dense_tflops": 790.0, "copy_tbs": 4.3, "read_tbs": 4.4}
+FACTS = {
+    "gpu": "NVIDIA H200",
+    "dtype": "bfloat16",
+    "torch": "2.11.0",
+    "triton": "3.6.0",
+    "kernel_sha256": "a" * 64,
+    "limit_gb": 60.0,
+    "part": "sweep",
+}
+
+
+class Bf16Bench(Bench):
+    """torch compiles grouped_mm in bf16 alone."""
+
+    dtype = torch.bfloat16
+
+
+def bench(kind=Bench):
+    return kind(torch.device("cpu"), tiny=True, seconds=0.0, least_turns=2, ceilings=CEILINGS)
+
+
+def facts(**more):
+    return {**FACTS, "repeated": [], **more}
+
+
+# The sample
+
+
+@pytest.mark.parametrize("shape", [TINY, GPT_OSS], ids=lambda shape: shape.name)
+@pytest.mark.parametrize("routing", ["uniform", "zipf", "hot_and_empty"])
+def test_the_sample_is_the_whole_reference(monkeypatch, shape, routing):
+    """Taken in pieces of a few tokens, against autograd on the whole block."""
+    monkeypatch.setattr(sampled, "_CHUNK", 5 * shape.hidden_size)
+    torch.manual_seed(0)
+    block = sweep.make_block(bench(), shape)
+    topk_ids = block.route(routing)
+    sample = sampled.Sample(block, topk_ids)
+    leaves = [leaf.detach().double().requires_grad_() for leaf in block.leaves]
+    arguments: dict[str, Any] = {
+        **block.parameters(leaves),
+        **block.options,
+        "rounds_to": block.bench.dtype if shape.is_gpt_oss else torch.float64,
+    }
+    output = reference.fused_experts(
+        leaves[0], topk_ids=topk_ids, topk_weights=leaves[3], **arguments
+    )
+    expected = (output, *torch.autograd.grad(output, leaves, block.grad_output.double()))
+    assert sample.error(expected) < 1e-6
+    assert sample.error(expected[:1]) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [TINY, GPT_OSS], ids=lambda shape: shape.name)
+@pytest.mark.parametrize("which", range(5))
+def test_the_sample_finds_a_wrong_result(shape, which):
+    torch.manual_seed(0)
+    block = sweep.make_block(bench(), shape)
+    topk_ids = block.route("uniform")
+    results = list(gpt_oss.ours(block).call(BOTH, topk_ids, block.grad_output)())
+    sample = sampled.Sample(block, topk_ids)
+    assert sample.error(results) <= block.bench.tolerance
+    for spoiled in (1.1, math.nan):
+        wrong = [result * spoiled if i == which else result for i, result in enumerate(results)]
+        assert not sample.error(wrong) <= block.bench.tolerance
+
+
+@pytest.mark.parametrize("which", range(7))
+def test_gpt_oss_biases_and_all_are_judged(which):
+    torch.manual_seed(0)
+    block = sweep.make_block(bench(), GPT_OSS)
+    topk_ids = block.route("uniform")
+    results = list(gpt_oss.ours(block).call(BOTH, topk_ids, block.grad_output)())
+    assert len(results) == 7
+    results[which] = results[which] * 1.1
+    assert sampled.Sample(block, topk_ids).error(results) > block.bench.tolerance
+
+
+def test_what_the_sample_leaves_out_is_compared_with_the_peer(monkeypatch):
+    """One element of the gradients of the weights, outside of the sampled columns."""
+    monkeypatch.setattr(sampled, "NUM_COLUMNS", 2)
+    monkeypatch.setattr(sampled, "NUM_TOKENS", 2)
+    torch.manual_seed(0)
+    block = sweep.make_block(bench(), TINY)
+    topk_ids = block.route("uniform")
+    columns = sampled.Sample(block, topk_ids).columns.tolist()
+    outside = next(i for i in range(TINY.intermediate_size) if i not in columns)
+    right = sweep.implementations_of(block, None)
+
+    class Spoil(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            grad = grad.clone()
+            grad[0, outside] += 10
+            return grad
+
+    def forward(ids):
+        parameters = (Spoil.apply(block.gate_up_proj), block.down_proj)
+        return reference.fused_experts(
+            block.hidden_states, *parameters, ids, block.topk_weights
+        ).to(block.bench.dtype)
+
+    found = {**right, OURS: Implementation(forward, block.leaves)}
+    comparison = sampled.SampledComparison(block, topk_ids, found)
+    assert not comparison.failed
+    assert comparison.is_right(OURS, FORWARD)
+    assert not comparison.is_right(OURS, BOTH)
+    assert comparison.is_right(EAGER, BOTH)
+
+
+def test_a_failure_is_told_and_the_other_is_measured():
+    block = sweep.make_block(bench(), TINY)
+
+    def fail(topk_ids):
+        raise RuntimeError("out of memory\nand more")
+
+    right = sweep.implementations_of(block, None)
+    found = {**right, EAGER: Implementation(fail, block.leaves)}
+    comparison = sampled.SampledComparison(block, block.route("uniform"), found)
+    record = comparison.measure(BOTH, {EAGER: (EAGER, OURS)})
+    json.dumps(record, allow_nan=False)
+    assert record["failed"] == {EAGER: "RuntimeError: out of memory"}
+    assert record["wrong"] == [EAGER]
+    assert set(record["milliseconds"]) == {OURS}
+    assert record["ratio"] == {}
+
+
+def test_a_sketch_is_of_every_element():
+    result = torch.randn(3, 4, 5)
+    (before,) = sampled.sketch([result])
+    assert before.shape == (12,)
+    for i in range(60):
+        changed = result.flatten().clone()
+        changed[i] += 1
+        (after,) = sampled.sketch([changed.view(3, 4, 5)])
+        assert (after != before).nonzero().flatten().tolist() == [i // 5]
+
+
+# One shape
+
+
+@pytest.mark.parametrize("shape", [TINY, GPT_OSS], ids=lambda shape: shape.name)
+@pytest.mark.parametrize("routing", ["uniform", "zipf"])
+def test_a_shape_has_a_record_of_each_pass(shape, routing):
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    records = sweep.run_shape(bench(), Draw(shape, routing), gpu="H100")
+    json.dumps(records, allow_nan=False)
+    assert [record["pass"] for record in records] == list(PASSES)
+    for record in records:
+        assert "wrong" not in record, record
+        assert set(record["errors"]) == set(record["milliseconds"]) == {OURS, EAGER}
+        assert [record[key] for key in "THIEK"] == [12, 32, 16, 4, 2]
+        assert (record["shape"], record["routing"]) == (shape.name, routing)
+    assert "configs" not in records[0]
+    told = records[1]["configs"]
+    assert set(told) == {
+        f"{projection} {kind}"
+        for projection in ("up", "down")
+        for kind in ("forward", "backward_dX", "backward_dW")
+    }
+    assert all(text.split(", ")[0] in {"computed", "shipped", "tuned"} for text in told.values())
+
+
+@pytest.mark.parametrize("shape", [TINY, GPT_OSS], ids=lambda shape: shape.name)
+def test_compiled_grouped_mm_is_right(shape):
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    for record in sweep.run_shape(bench(Bf16Bench), Draw(shape, "zipf"), "aot_eager"):
+        assert "wrong" not in record, record
+        assert set(record["ratio"]) == {COMPILED}
+
+
+# A run
+
+
+def record(name, shape="0/00", routing="uniform", ratio=1.5, **more):
+    sizes = dict(zip("THIEK", (12, 32, 16, 4, 2), strict=True))
+    of_pass = {"pass": name, "milliseconds": {OURS: [1.0] * 3}, "ratio": {EAGER: [ratio] * 3}}
+    return {"shape": shape, "routing": routing, **sizes, **of_pass, **more}
+
+
+def both(draw, **more):
+    return [record(name, draw.shape.name, draw.routing, **more) for name in PASSES]
+
+
+DRAWS = [Draw(replace(TINY, name=f"0/{i:02}"), "uniform") for i in range(5)]
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Names of the shapes that were measured, by a function in place of the measuring."""
+    names = []
+
+    def run_shape(bench, draw):
+        names.append(draw.shape.name)
+        return both(draw)
+
+    monkeypatch.setattr(sweep, "run_shape", run_shape)
+    return names
+
+
+def test_a_run_goes_on_where_the_last_one_ended(tmp_path, measured):
+    path = tmp_path / "h200_sweep.json"
+    results = sweep.Results(path, facts())
+    results.add(DRAWS[1], both(DRAWS[1]))
+    # Cut short between the passes.
+    results.add(DRAWS[2], both(DRAWS[2])[:1])
+    again = sweep.Results(path, facts())
+    assert sweep.run(bench(), DRAWS, again, math.inf, 0) == []
+    assert measured == ["0/00", "0/02", "0/03", "0/04"]
+    found = json.loads(path.read_text())
+    assert found["environment"] == facts()
+    assert {case["shape"] for case in found["cases"]} == {draw.shape.name for draw in DRAWS}
+    assert len(found["cases"]) == 10
+    sweep.run(bench(), DRAWS, sweep.Results(path, facts()), math.inf, 0)
+    assert len(measured) == 4
+
+
+def test_a_run_stops_at_its_deadline(tmp_path, measured, monkeypatch):
+    now = iter(range(100))
+    monkeypatch.setattr(sweep, "time", types.SimpleNamespace(monotonic=lambda: next(now)))
+    results = sweep.Results(tmp_path / "h200_sweep.json", facts())
+    left = sweep.run(bench(), DRAWS, results, 4, 0)
+    assert measured == ["0/00", "0/01"]
+    assert left == ["0/02", "0/03", "0/04"]
+
+
+def test_a_shape_that_fails_is_told_and_tried_again(tmp_path, measured, monkeypatch):
+    path = tmp_path / "h200_sweep.json"
+    right = sweep.run_shape
+
+    def fail(bench, draw):
+        if draw.shape.name == "0/01":
+            raise RuntimeError("out of memory\nand more")
+        return right(bench, draw)
+
+    monkeypatch.setattr(sweep, "run_shape", fail)
+    sweep.run(bench(), DRAWS[:3], sweep.Results(path, facts()), math.inf, 0)
+    environment = json.loads(path.read_text())["environment"]
+    assert environment["failed"] == {"0/01": "RuntimeError: out of memory"}
+    assert measured == ["0/00", "0/02"]
+    monkeypatch.setattr(sweep, "run_shape", right)
+    sweep.run(bench(), DRAWS[:3], sweep.Results(path, facts()), math.inf, 0)
+    assert measured == ["0/00", "0/02", "0/01"]
+    assert "failed" not in json.loads(path.read_text())["environment"]
+
+
+@pytest.mark.parametrize("key", sweep.SAME)
+def test_results_of_another_kind_are_not_mixed(tmp_path, key):
+    path = tmp_path / "h200_sweep.json"
+    sweep.Results(path, facts()).add(DRAWS[0], both(DRAWS[0]))
+    with pytest.raises(ValueError, match=f"is of {key} "):
+        sweep.Results(path, facts(**{key: "another"}))
+
+
+def test_repeated_draws_of_every_seed_are_listed(tmp_path):
+    path = tmp_path / "h200_sweep.json"
+    sweep.Results(path, facts(repeated=["0/03 T 1: 70 GB"])).add(DRAWS[0], both(DRAWS[0]))
+    for _ in range(2):
+        results = sweep.Results(path, facts(repeated=["1/07 T 2: 80 GB"]))
+        results.write()
+    found = json.loads(path.read_text())["environment"]["repeated"]
+    assert found == ["0/03 T 1: 70 GB", "1/07 T 2: 80 GB"]
+
+
+def test_the_summary_has_the_mean_and_the_least():
+    records = [
+        record(name, shape, ratio=ratio)
+        for shape, ratio in (("a", 2.0), ("b", 0.5), ("c", 1.0))
+        for name in PASSES
+    ]
+    records.append(record(BOTH, "d", wrong=[OURS]) | {"ratio": {}})
+    assert list(sweep.summary(records)) == [
+        f"{name}: 3 shapes, geometric mean 1.000, least: b 0.50, c 1.00, a 2.00" for name in PASSES
+    ]
+
+
+def test_a_line_of_a_shape():
+    records = both(DRAWS[0], mib={OURS: {"peak": 10.0}, EAGER: {"peak": 20.0}})
+    line = " ".join(sweep._line(records))
+    assert line.startswith("0/00 uniform T 12 H 32 I 16 E 4 K 2: forward 1.000 ms 1.50x,")
+    assert "peak {'moe_ops': 10.0, 'eager': 20.0} MiB" in line
+
+
+def run_command(*options):
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.cuda.sweep", "--device", "cpu", *options],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path):
+    """The interpreter is for the kernel that measures a ceiling."""
+    for _ in range(2):
+        done = run_command("--tiny", "--results", str(tmp_path))
+        assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "interpreter_sweep.json").read_text())
+    assert [case["pass"] for case in found["cases"]] == list(PASSES)
+    assert found["environment"]["part"] == "sweep"
+    assert found["environment"]["repeated"] == []
+    assert "geometric mean" in done.stdout
+    unknown = run_command("--tiny", "--results", str(tmp_path), "--only", "0/77")
+    assert unknown.returncode == 2
+    assert "unknown: 0/77; known: tiny" in unknown.stderr
+
+
+# Compiling ahead
+
+
+def jobs(*sizes):
+    return {f"job {i}": (print, float(size)) for i, size in enumerate(sizes)}
+
+
+def test_jobs_start_while_there_is_memory_and_a_process():
+    waiting = jobs(4, 3, 5, 1, 1)
+    assert ahead.next_jobs(waiting, [], 8, 9) == ["job 0", "job 1", "job 3", "job 4"]
+    assert ahead.next_jobs(waiting, [], 2, 9) == ["job 0", "job 1"]
+    assert ahead.next_jobs(waiting, [7.0], 8, 9) == ["job 3", "job 4"]
+    assert ahead.next_jobs(waiting, [9.0], 8, 9) == []
+
+
+def test_a_job_that_exceeds_the_memory_runs_alone():
+    waiting = jobs(20, 1)
+    assert ahead.next_jobs(waiting, [], 8, 9) == ["job 0"]
+    assert ahead.next_jobs(waiting, [1.0], 8, 9) == ["job 1"]
+
+
+def note(path, text):
+    with path.open("a") as file:
+        file.write(text)
+
+
+def fail():
+    raise RuntimeError("no such kernel\nand more")
+
+
+@pytest.mark.slow
+def test_all_jobs_run_and_a_failure_is_told(tmp_path, capsys):
+    path = tmp_path / "done"
+    several: dict[str, ahead.Job] = {
+        name: (functools.partial(note, path, name), 1.0) for name in "abc"
+    }
+    several["bad"] = (fail, 1.0)
+    ahead.compile_within(several, 2, 10 * ahead.CONTEXT_BYTES, math.inf)
+    assert sorted(path.read_text()) == ["a", "b", "c"]
+    assert capsys.readouterr().out == "compiling bad ahead: RuntimeError: no such kernel\n"
+
+
+def test_nothing_starts_after_the_deadline(tmp_path):
+    path = tmp_path / "done"
+    ahead.compile_within({"a": (lambda: note(path, "a"), 1.0)}, 1, math.inf, -math.inf)
+    assert not path.exists()
