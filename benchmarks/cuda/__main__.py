@@ -4,8 +4,9 @@
     python -m benchmarks.cuda [--only gemm,rows] [--shapes qwen3-30b,olmoe] [--seconds 460]
 
 Each part writes benchmarks/results/<gpu>_<part>.json, from which `python -m benchmarks.report` makes
-tables and plots. What does not fit into the seconds is left out, and the file says so. The part
-host runs where --only names it.
+tables and plots. What does not fit into the seconds is left out, and the file says so. The parts
+host and model run where --only names them. The sweep over drawn shapes has a command
+of its own, `python -m benchmarks.cuda.sweep`.
 
 Run from the root of the repository. `TRITON_INTERPRET=1 MOE_OPS_IMPLEMENTATION=triton python -m
 benchmarks.cuda --device cpu --tiny --results DIR` runs all usual parts without a GPU, measuring
@@ -37,6 +38,7 @@ from benchmarks.cuda import (
     gemm,
     host,
     lora,
+    model,
     peers,
     routing,
     rows,
@@ -57,7 +59,7 @@ from benchmarks.timing import write
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 logger = logging.getLogger("moe_ops.benchmarks")
 
-PEERS, BLOCKS, HOST = "experts-peers", "blocks", "host"
+PEERS, BLOCKS, HOST, MODEL = "experts-peers", "blocks", "host", "model"
 PARTS: dict[str, Callable[[Bench, list[Shape]], Iterator[Case]]] = {
     "gemm": gemm.cases,
     "rows": rows.cases,
@@ -71,11 +73,12 @@ PARTS: dict[str, Callable[[Bench, list[Shape]], Iterator[Case]]] = {
     "experts-first-call": first_call.experts_cases,
     "lora": lora.cases,
     BLOCKS: functools.partial(blocks.cases, until=math.inf),
+    MODEL: model.cases,
     # Last, since it takes what time there is.
     PEERS: functools.partial(peers.cases, until=math.inf),
 }
 # Measured only where --only names them: a run of all parts would not fit into its time.
-BY_NAME = (HOST,)
+BY_NAME = (HOST, MODEL)
 # What is compiled before anything is measured, by several processes.
 AHEAD: dict[str, Callable[[Bench, list[Shape]], dict[str, Callable[[], None]]]] = {
     "experts": experts.jobs_ahead,
@@ -87,6 +90,7 @@ AHEAD: dict[str, Callable[[Bench, list[Shape]], dict[str, Callable[[], None]]]] 
 FACTS: dict[str, Callable[[], Mapping[str, object]]] = {
     "experts": experts.grouped_mm_facts,
     HOST: experts.grouped_mm_facts,
+    MODEL: model.facts,
     PEERS: peers.facts,
     BLOCKS: blocks.facts,
 }
@@ -115,7 +119,8 @@ def run_part(cases: Iterable[Case], until: float) -> tuple[list[Record], dict[st
 
 _TOLD = (
     "what", "op", "routing", "pass", "implementation", "kernel", "share", "triton_cache", "tbs",
-    "of_floor", "of_bare_op", "launches", "allocations", "seconds", "mib",
+    "of_floor", "of_bare_op", "launches", "allocations", "seconds", "mib", "tokens",
+    "checkpoints", "tokens_per_second", "peak_mib", "first_step_seconds",
 )  # fmt: skip
 
 

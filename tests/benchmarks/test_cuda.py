@@ -24,6 +24,7 @@ from benchmarks.cuda.__main__ import (
     BLOCKS,
     BY_NAME,
     HOST,
+    MODEL,
     PARTS,
     PEERS,
     run_part,
@@ -168,12 +169,15 @@ def test_flow_of_the_layers(tmp_path):
 
 @pytest.mark.slow
 def test_flow_of_the_parts_that_run_by_name(tmp_path):
+    pytest.importorskip("transformers")
     done = run_tiny(tmp_path, "--only", ",".join(BY_NAME), environ={"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     found = read_results(tmp_path, BY_NAME)
     cases = {part: result["cases"] for part, result in found.items()}
     assert {case["what"] for case in cases[HOST]} == {"experts", "lora", "grouped_gemm", "op"}
+    assert [case["checkpoints"] for case in cases[MODEL]] == [False, True]
     assert "grouped_mm" in found[HOST]["environment"]
+    assert "Qwen3MoeForCausalLM" in found[MODEL]["environment"]["model"]
 
 
 @pytest.mark.slow
