@@ -5,7 +5,7 @@
 
 Each part writes benchmarks/results/<gpu>_<part>.json, from which `python -m benchmarks.report` makes
 tables and plots. What does not fit into the seconds is left out, and the file says so. The parts
-host and model run where --only names them. The sweep over drawn shapes has a command
+decode-block, host and model run where --only names them. The sweep over drawn shapes has a command
 of its own, `python -m benchmarks.cuda.sweep`.
 
 Run from the root of the repository. `TRITON_INTERPRET=1 MOE_OPS_IMPLEMENTATION=triton python -m
@@ -32,6 +32,7 @@ from benchmarks import suite
 from benchmarks.cuda import (
     blocks,
     decode,
+    decode_block,
     dispatch,
     experts,
     first_call,
@@ -60,11 +61,13 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 logger = logging.getLogger("moe_ops.benchmarks")
 
 PEERS, BLOCKS, HOST, MODEL = "experts-peers", "blocks", "host", "model"
+DECODE_BLOCK = "decode-block"
 PARTS: dict[str, Callable[[Bench, list[Shape]], Iterator[Case]]] = {
     "gemm": gemm.cases,
     "rows": rows.cases,
     "routing": routing.cases,
     "decode": decode.cases,
+    DECODE_BLOCK: decode_block.cases,
     "dispatch": dispatch.cases,
     HOST: host.cases,
     "first-call": first_call.cases,
@@ -78,7 +81,7 @@ PARTS: dict[str, Callable[[Bench, list[Shape]], Iterator[Case]]] = {
     PEERS: functools.partial(peers.cases, until=math.inf),
 }
 # Measured only where --only names them: a run of all parts would not fit into its time.
-BY_NAME = (HOST, MODEL)
+BY_NAME = (DECODE_BLOCK, HOST, MODEL)
 # What is compiled before anything is measured, by several processes.
 AHEAD: dict[str, Callable[[Bench, list[Shape]], dict[str, Callable[[], None]]]] = {
     "experts": experts.jobs_ahead,
@@ -89,6 +92,7 @@ AHEAD: dict[str, Callable[[Bench, list[Shape]], dict[str, Callable[[], None]]]] 
 # What a part's results say of the part.
 FACTS: dict[str, Callable[[], Mapping[str, object]]] = {
     "experts": experts.grouped_mm_facts,
+    DECODE_BLOCK: experts.grouped_mm_facts,
     HOST: experts.grouped_mm_facts,
     MODEL: model.facts,
     PEERS: peers.facts,

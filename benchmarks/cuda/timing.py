@@ -91,7 +91,13 @@ class Bench:
             self.synchronize()
 
     def timed(self, call: Call) -> Callable[[], float]:
-        """Runs the call. What is returned tells its milliseconds, when the device is done."""
+        """Runs the call. What is returned tells its milliseconds, when the device is done.
+
+        A call that has an attribute `prepare` is prepared by it, before the clock starts.
+        """
+        prepare: Call | None = getattr(call, "prepare", None)
+        if prepare is not None:
+            prepare()
         if self.device.type != "cuda":
             begin = time.perf_counter()
             call()

@@ -23,6 +23,7 @@ from benchmarks.cuda import experts, lora
 from benchmarks.cuda.__main__ import (
     BLOCKS,
     BY_NAME,
+    DECODE_BLOCK,
     HOST,
     MODEL,
     PARTS,
@@ -176,6 +177,7 @@ def test_flow_of_the_parts_that_run_by_name(tmp_path):
     cases = {part: result["cases"] for part, result in found.items()}
     assert {case["what"] for case in cases[HOST]} == {"experts", "lora", "grouped_gemm", "op"}
     assert [case["checkpoints"] for case in cases[MODEL]] == [False, True]
+    assert [case["T"] for case in cases[DECODE_BLOCK]] == list(suite.TINY_DECODE_TOKENS)
     assert "grouped_mm" in found[HOST]["environment"]
     assert "Qwen3MoeForCausalLM" in found[MODEL]["environment"]["model"]
 
