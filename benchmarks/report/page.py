@@ -17,7 +17,10 @@ from benchmarks.report.tables import CPU, TABLES
 CPU_MARKERS = ("<!-- tables: begin -->", "<!-- tables: end -->")
 CUDA_MARKERS = ("<!-- cuda tables: begin -->", "<!-- cuda tables: end -->")
 # These facts of a result's environment are about its part. The others are about the whole run.
-PART_FACTS = ("part", "grouped_mm", "present", "absent")
+PART_FACTS = (
+    "part", "grouped_mm", "model", "present", "absent", "limit_gb", "repeated", "failed",
+    "left out, no time",
+)  # fmt: skip
 
 Result = dict[str, Any]
 

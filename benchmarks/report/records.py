@@ -23,6 +23,11 @@ def where(**values: object) -> Callable[[Cases], Cases]:
     ]
 
 
+def among(key: str, *values: object) -> Callable[[Cases], Cases]:
+    """Keep the cases that have one of these values."""
+    return lambda cases: [case for case in cases if case[key] in values]
+
+
 def own(cases: Cases) -> Cases:
     """Keep the cases that name no peer: they are run in one process with torch's ways."""
     return [case for case in cases if "peer" not in case]
@@ -47,6 +52,25 @@ def by_pass(cases: Cases) -> Iterator[Record]:
     """Group the cases by pass."""
     for name in PASSES:
         yield {"pass": name, "group": [case for case in cases if case["pass"] == name]}
+
+
+def by_value(key: str) -> Callable[[Cases], Iterator[Record]]:
+    """Group the cases by the value of a key, in the order of the cases."""
+
+    def grouped(cases: Cases) -> Iterator[Record]:
+        for value in dict.fromkeys(case[key] for case in cases):
+            yield {key: value, "group": [case for case in cases if case[key] == value]}
+
+    return grouped
+
+
+def by_shape(cases: Cases) -> Iterator[Record]:
+    """Make a record of each shape and routing, which has the case of every pass."""
+    of_shape: dict[tuple[str, str], dict[str, Record]] = defaultdict(dict)
+    for case in cases:
+        of_shape[case["shape"], case["routing"]][case["pass"]] = case
+    for of_pass in of_shape.values():
+        yield {**next(iter(of_pass.values())), "of_pass": of_pass}
 
 
 def over_group(reduce: Callable[[list[float]], float], take: Take) -> Take:

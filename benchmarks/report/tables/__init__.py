@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from benchmarks.report.columns import Table
-from benchmarks.report.tables import experts, ops
+from benchmarks.report.tables import experts, host, model, ops, sweep
 
 CPU = ops.CPU
 # By part of a GPU run, in the order of the page.
@@ -14,7 +14,9 @@ TABLES: dict[str, tuple[Table, ...]] = {
     "rows": (ops.ROWS,),
     "routing": (ops.ROUTING_INDICES, ops.TOPK_ROUTING),
     "decode": (ops.DECODE,),
+    "decode-block": (model.DECODE_BLOCK,),
     "dispatch": (ops.DISPATCH,),
+    "host": (host.BLOCKS, host.GEMM, host.OPS, host.LAUNCHES),
     "first-call": (ops.first_call("grouped_gemm"),),
     "experts": (experts.EXPERTS, experts.EXPERTS_MEMORY),
     "experts-kernels": (experts.EXPERTS_KERNELS,),
@@ -22,4 +24,7 @@ TABLES: dict[str, tuple[Table, ...]] = {
     "experts-peers": (experts.EXPERTS_PEERS,),
     "lora": (experts.LORA, experts.LORA_MEMORY),
     "blocks": (experts.BLOCKS, experts.BLOCKS_STEPS, experts.BLOCKS_PEERS),
+    "sweep": (sweep.MEANS, sweep.SHAPES),
+    "named": (sweep.MEANS, sweep.SHAPES),
+    "model": (model.MODEL,),
 }
