@@ -20,7 +20,7 @@ from benchmarks import suite
 from benchmarks.cuda import ahead, gpt_oss, sampled, sweep
 from benchmarks.cuda.experts import BOTH, COMPILED, EAGER, FORWARD, PASSES, ROOT, Implementation
 from benchmarks.cuda.timing import OURS, Bench
-from benchmarks.draws import Draw
+from benchmarks.draws import Draw, num_bytes
 from testing import reference
 
 TINY = suite.TINY_SUITE[0]
@@ -254,6 +254,24 @@ def test_a_run_stops_at_its_deadline(tmp_path, measured, monkeypatch):
     left = sweep.run(bench(), DRAWS, results, 4, 0)
     assert measured == ["0/00", "0/01"]
     assert left == ["0/02", "0/03", "0/04"]
+
+
+def test_each_batch_is_compiled_before_it_is_measured(tmp_path, measured, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80e9, 85e9))
+    asked = []
+
+    def compile_batch(jobs, processes, free_bytes, until):
+        asked.append((list(jobs), processes, free_bytes, len(measured)))
+        run, job_bytes = jobs["0/00"] if "0/00" in jobs else jobs["0/04"]
+        assert run.func is sweep.compile_shape
+        assert job_bytes == sweep.MARGIN * num_bytes(TINY)
+
+    on_gpu = replace(bench(), device=torch.device("cuda"))
+    results = sweep.Results(tmp_path / "h200_sweep.json", facts())
+    assert sweep.run(on_gpu, DRAWS, results, math.inf, 2, compile_batch) == []
+    names = [draw.shape.name for draw in DRAWS]
+    assert asked == [(names[:4], 2, 80e9, 0), (names[4:], 2, 80e9, 4)]
+    assert measured == names
 
 
 def test_a_shape_that_fails_is_told_and_tried_again(tmp_path, measured, monkeypatch):
