@@ -295,7 +295,7 @@ def test_sums_and_experts_of_rows(dtype):
     products = products_of(counts, num_rows)
     rows = randn(num_rows, N, dtype=dtype)
     rows[sum(counts) :] = float("nan")
-    sums = products.sum_rows(rows, dtype)
+    sums = products.sum_by_expert(rows, dtype)
     assert sums.dtype == dtype
     expected = torch.stack([rows[own].double().sum(0) for _, own in experts_rows(counts)])
     checks.assert_close(sums, expected)

@@ -94,7 +94,7 @@ class Products:
             output[e] = _product(left[own].t(), right[own], None, dtype)
         return output
 
-    def sum_rows(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    def sum_by_expert(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the sum of the rows of each expert, (E, N), summed in fp32 (fp64 for fp64)."""
         output = rows.new_zeros(len(self.ends), rows.shape[1], dtype=dtype)
         for e, own in self.experts():

@@ -92,7 +92,7 @@ def fused_experts_backward(
     after = None if weights_before else weights_of_rows(routing.weights, gather_indices)  # (R, 1)
     dy = grad_output.index_select(0, routing.tokens)  # (R, H), without the weights
     if need_down_bias:
-        grads[5] = products.sum_rows(dy if after is None else dy * after, dy.dtype)
+        grads[5] = products.sum_by_expert(dy if after is None else dy * after, dy.dtype)
     if not any(needs[:5]):
         return tuple(grads)
 
@@ -110,7 +110,7 @@ def fused_experts_backward(
         grads[2] = _grad_weight(products, dy, h, transposed[1])
     del dy, h
     if need_gate_up_bias:
-        grads[4] = products.sum_rows(dz, dz.dtype)
+        grads[4] = products.sum_by_expert(dz, dz.dtype)
     if need_gate_up:
         assert hidden_states is not None
         x = routing.rows_of(hidden_states, weights_before)

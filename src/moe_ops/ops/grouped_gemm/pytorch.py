@@ -130,7 +130,7 @@ def grouped_gemm_dw(
         dy = dy * weights_of_rows(topk_weights, gather_indices)
 
     if need_bias:
-        grad_bias = products.sum_rows(dy, dtype)
+        grad_bias = products.sum_by_expert(dy, dtype)
     if need_weight:
         if gather_indices is not None and permute_x:
             x = x.index_select(0, tokens_of_rows(gather_indices, top_k))  # (R, D)
