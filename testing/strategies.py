@@ -228,7 +228,8 @@ class _Builder:
                 self.decide(argument.name, (None, PRESENT))
         for letter, meaning in self.schema.dims.items():
             self.decide(letter, SIZES[meaning])
-        waiting = list(self.schema.scalars)
+        # The more bounds a scalar has, the later: else it would narrow down what bounds it.
+        waiting = sorted(self.schema.scalars, key=lambda a: len(self.bounds(a)))
         while waiting:
             argument = next(a for a in waiting if self.bounds(a) <= set(self.known))
             waiting.remove(argument)

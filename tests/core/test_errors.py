@@ -99,7 +99,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("permute", {"scatter_indices": torch.zeros(6, dtype=I32)}, ValueError,
      "scatter_indices.shape[0] == num_tokens * top_k (12), got 6"),
     ("topk_routing", {"selection_bias": torch.randn(3)}, ValueError,
-     "selection_bias.shape[0] == "),
+     "selection_bias.shape[0] == logits.shape[1] (4), got 3"),
     # row counts that top_k does not divide
     ("grouped_gemm", {"input": torch.randn(13, 8)}, ValueError,
      "input.shape[0] to be a multiple of top_k (2), got 13"),
@@ -160,9 +160,12 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("topk_routing", {"top_k": 0}, ValueError, "top_k >= 1, got 0"),
     ("topk_routing", {"top_k": -1}, ValueError, "top_k >= 1, got -1"),
     ("topk_routing", {"top_k": 5}, ValueError,
-     "top_k <= experts_per_group * top_groups (4), got 5"),
+     "top_k <= logits.shape[1] (4), got 5"),
+    ("topk_routing", {"top_k": 9, "num_groups": 2}, ValueError,
+     "top_k <= logits.shape[1] (4), got 9"),
     ("topk_routing", {"top_k": 3, "num_groups": 2}, ValueError,
-     "top_k <= experts_per_group * top_groups (2), got 3"),
+     ("top_k <= experts_per_group * top_groups (a token chooses from the experts of its top_groups "
+      "groups), got top_k=3, top_groups=1, experts_per_group=2")),
     ("topk_routing", {"num_groups": 0}, ValueError, "num_groups >= 1, got 0"),
     ("topk_routing", {"num_groups": 2, "top_groups": 3}, ValueError,
      "top_groups <= num_groups (2), got 3"),
@@ -403,7 +406,7 @@ def sizes_agree(sample: Sample, arguments: dict[str, Any]) -> bool:
             if arguments[a.name] is not None
         ):
             bounds = [(a.name, a.minimum, a.maximum) for a in schema.scalars]
-            return all(
+            return all(rule.expect.evaluate(names) for rule in schema.where) and all(
                 (low is None or scalars[name] >= low.evaluate(names))
                 and (high is None or scalars[name] <= high.evaluate(names))
                 for name, low, high in bounds

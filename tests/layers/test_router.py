@@ -126,8 +126,12 @@ def test_initialisation(name):
 
 def test_wrong_options_are_the_ops_errors():
     hidden_states = torch.randn(2, HIDDEN_SIZE)
-    with pytest.raises(ValueError, match=r"moe::topk_routing: expected .*top_k"):
-        Router(HIDDEN_SIZE, 4, 5)(hidden_states)
+    # Who gave no groups reads nothing about groups.
+    text = r"^moe::topk_routing: expected top_k <= logits.shape\[1\] \(4\), got 9$"
+    with pytest.raises(ValueError, match=text):
+        Router(HIDDEN_SIZE, 4, 9)(hidden_states)
+    with pytest.raises(ValueError, match=r"moe::topk_routing: expected top_k <= .*top_groups"):
+        Router(HIDDEN_SIZE, 4, 3, num_groups=2)(hidden_states)
     with pytest.raises(ValueError, match=r"moe::topk_routing: expected score_function"):
         Router(HIDDEN_SIZE, 4, 2, score_function="tanh")(hidden_states)
 

@@ -177,12 +177,8 @@ class _Body:
         self.schema = schema
         self.symbolic = symbolic
         self.first = schema.arguments[0]
-        # Errors name the axis that a letter, or a choice between sizes, was bound by.
-        self.axis_of = {
-            s.expr.source: _named(s)
-            for s in schema.sizes
-            if s.letter and isinstance(s.expr.node, (ast.Name, ast.IfExp))
-        }
+        # Errors name the axis that bound a letter: it stands for the whole expression of its size.
+        self.axis_of = {s.expr.source: _named(s) for s in schema.sizes if s.letter}
 
     def checks(self) -> list[str]:
         lines: list[str] = []
