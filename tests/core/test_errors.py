@@ -241,6 +241,19 @@ def test_rejects_under_compile(name, replaced, error, text):
     assert f"moe::{name}: expected {text}" in str(caught.value)
 
 
+@bad
+def test_rejects_the_same_where_a_gradient_is_recorded(name, replaced, error, text):
+    """fused_experts too, in whose place fused_experts_forward then runs."""
+    arguments = {
+        key: value.detach().requires_grad_()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+        else value
+        for key, value in {**valid(name), **replaced}.items()
+    }
+    op = getattr(torch.ops.moe, name)
+    checks.assert_rejects(error, (f"moe::{name}: expected {text}",), op, arguments)
+
+
 def test_rejects_with_grad_and_under_autocast():
     arguments = valid("grouped_gemm")
     arguments["weight"] = torch.randn(4, 10, 7, requires_grad=True)
@@ -303,7 +316,7 @@ REQUIRED = [
 def test_rejects_none_for_a_tensor(name, argument):
     """Where another tensor is given; without any, torch finds no kernel to call."""
     sample = seeded_sample(SCHEMAS[name], 0)
-    text = f"moe::{name}: expected {argument} to be a tensor, got None"
+    text = f"moe::{SCHEMAS[name].called}: expected {argument} to be a tensor, got None"
     with pytest.raises(TypeError, match=re.escape(text)):
         sample(**{argument: None})
 
@@ -323,8 +336,7 @@ def test_the_kernel_of_the_cpu_never_gets_a_tensor_of_another_device(name, grad)
     sample = seeded_sample(SCHEMAS[name], 0)
     first = sample.schema.tensors[0].name
     given = [a.name for a in sample.schema.tensors if sample.arguments[a.name] is not None]
-    # Where a gradient is recorded, an op of its own makes what the backward needs.
-    op, device = rf"moe::{name}(_forward)?", "(cpu|meta)"
+    op, device = f"moe::{SCHEMAS[name].called}", "(cpu|meta)"
     text = rf"^{op}: expected \w+\.device == {first}\.device \({device}\), got {device}$"
     for argument, others in itertools.product(given if len(given) > 1 else (), (False, True)):
         moved = {
@@ -384,7 +396,8 @@ def test_rejects_every_wrong_rank_dtype_and_range(name, data):
     else:
         beyond = [-1, 0] if wrong.minimum else []
         arguments[wrong.name] = data.draw(st.sampled_from([*beyond, *[99] * bool(wrong.maximum)]))
-    text = checks.assert_rejects(error, (f"moe::{name}: expected ",), sample.overload, arguments)
+    start = f"moe::{sample.schema.called}: expected "
+    text = checks.assert_rejects(error, (start,), sample.overload, arguments)
     # A scalar may also be refused for what a tensor's shape then is not a multiple of.
     assert wrong.name in text
 
@@ -434,9 +447,8 @@ def test_rejects_exactly_the_sizes_that_disagree(name, data):
         }
         sample.overload(**on_meta)
     else:
-        checks.assert_rejects(
-            ValueError, (f"moe::{name}: expected ", ", got "), sample.overload, arguments
-        )
+        start = f"moe::{sample.schema.called}: expected "
+        checks.assert_rejects(ValueError, (start, ", got "), sample.overload, arguments)
 
 
 def test_no_check_reads_device_values():

@@ -298,6 +298,34 @@ def test_load_all_names_the_file_of_a_missing_backward_op(tmp_path):
         load_all(tmp_path)
 
 
+def test_an_op_that_runs_for_another_is_called_by_that_name(tmp_path):
+    assert read(document()).called == "scale"
+    for mapping in (document(), changed(op="scale_forward", runs_for="scale")):
+        text = yaml.safe_dump(mapping, sort_keys=False)
+        (tmp_path / f"{mapping['op']}.yaml").write_text(text)
+    schemas = load_all(tmp_path)
+    assert {name: op.called for name, op in schemas.items()} == dict.fromkeys(schemas, "scale")
+
+
+@pytest.mark.parametrize(
+    ("runs_for", "reason"),
+    [
+        ("scala", "there is no op named 'scala'"),
+        ("other", "expected the arguments of other, (Tensor input, "),
+    ],
+)
+def test_an_op_that_cannot_run_for_another(tmp_path, runs_for, reason):
+    fewer = document()["schema"].replace(", bool flip=False", "")
+    other = changed(op="other", schema=fewer, arguments__flip=..., where=...)
+    for mapping in (other, changed(runs_for=runs_for)):
+        text = yaml.safe_dump(mapping, sort_keys=False)
+        (tmp_path / f"{mapping['op']}.yaml").write_text(text)
+    with pytest.raises(SchemaError) as caught:
+        load_all(tmp_path)
+    assert str(caught.value).startswith("scale.yaml: runs_for: ")
+    assert reason in str(caught.value)
+
+
 ADVICE = {"int8": "dequantise it", "any": "give another"}
 # An op that is like scale, whose backward it is.
 SCALE_BACKWARD = """

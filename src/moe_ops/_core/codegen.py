@@ -211,7 +211,7 @@ class _Body:
 
     def message(self, expected: str, got: str, advice: str = "") -> str:
         """Return the source of an f-string. What stands in braces in the parts is evaluated there."""
-        return f'f"moe::{self.schema.name}: expected {expected}, got {got}{advice}"'
+        return f'f"moe::{self.schema.called}: expected {expected}, got {got}{advice}"'
 
     def advice(self, argument: Argument, *, of_dtype: bool = False) -> str:
         """Return the advice with which an error about the argument ends."""

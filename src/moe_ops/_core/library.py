@@ -149,13 +149,13 @@ class Op:
             if obstacle is None:
                 return Choice(forced, f"forced by {ENVIRONMENT_VARIABLE}")
             raise RuntimeError(
-                f"{NAMESPACE}::{self.name}: {ENVIRONMENT_VARIABLE}={forced}: {obstacle}"
+                f"{NAMESPACE}::{self.schema.called}: {ENVIRONMENT_VARIABLE}={forced}: {obstacle}"
             )
         best = candidates[0]
         for name, obstacle in obstacles.items():
             if obstacle is None:
                 return Choice(name, "the default" if name == best else f"{obstacles[best]}")
-        raise RuntimeError(f"{NAMESPACE}::{self.name}: {obstacles[best]}")
+        raise RuntimeError(f"{NAMESPACE}::{self.schema.called}: {obstacles[best]}")
 
     def _obstacle(self, name: str, device_type: str) -> str | None:
         """Return why the implementation cannot serve the device, or None if it can."""

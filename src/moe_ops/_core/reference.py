@@ -23,7 +23,7 @@ _RULES = (
 )
 
 _ERRORS = (
-    "Each error names op, argument, expectation and what was given, and is the same in eager, fake "
+    "Each error names {op}, argument, expectation and what was given, and is the same in eager, fake "
     "and meta mode."
 )
 
@@ -61,7 +61,7 @@ def page(schema: OpSchema) -> str:
         _table(("name", "what", "meaning"), _outputs(schema)),
         "## Errors",
         _table(("error", "meaning"), ((kind, text) for kind, _, text in _errors(schema))),
-        _ERRORS,
+        _ERRORS.format(op=f"the op {schema.runs_for}" if schema.runs_for else "op"),
         "## Gradient",
         f"{_differentiable(schema)} {_backward(schema)}".strip(),
         "## Rules",

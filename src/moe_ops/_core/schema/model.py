@@ -119,9 +119,15 @@ class OpSchema:
     equation: str = ""
     notes: str = ""
     source: str = ""
+    runs_for: str = ""
     backward: tuple[str, ...] = ()
     flops: Expr | None = None
     sizes: tuple[Size, ...] = field(default=(), repr=False)
+
+    @property
+    def called(self) -> str:
+        """Return the op that the caller called, which errors name."""
+        return self.runs_for or self.name
 
     @property
     def tensors(self) -> tuple[Argument, ...]:

@@ -44,7 +44,20 @@ def load_all(directory: Path | Any) -> dict[str, OpSchema]:
         for name in schema.backward:
             if name not in schemas:
                 raise SchemaError(schema.file, "backward", f"there is no op named {name!r}")
+        if schema.runs_for:
+            _check_runs_for(schema, schemas)
     return schemas
+
+
+def _check_runs_for(schema: OpSchema, schemas: dict[str, OpSchema]) -> None:
+    """Refuse an op that does not take the arguments of the op in whose place it runs."""
+    called = schemas.get(schema.runs_for)
+    if called is None:
+        raise SchemaError(schema.file, "runs_for", f"there is no op named {schema.runs_for!r}")
+    theirs, own = (s.schema.partition(" -> ")[0] for s in (called, schema))
+    if theirs != own:
+        reason = f"expected the arguments of {called.name}, {theirs}, got {own}"
+        raise SchemaError(schema.file, "runs_for", reason)
 
 
 def load(text: str, file: str) -> OpSchema:
@@ -77,7 +90,7 @@ class _Reader:
 
     KEYS = {
         "op", "since", "summary", "equation", "schema", "dims", "let", "arguments", "where",
-        "outputs", "backward", "flops", "notes", "source",
+        "outputs", "runs_for", "backward", "flops", "notes", "source",
     }  # fmt: skip
     TENSOR_KEYS = {"shape", "dtype", "values", "grad", "autocast", "advice", "doc"}
     SCALAR_KEYS = {"min", "max", "choices", "format", "doc"}
@@ -152,6 +165,7 @@ class _Reader:
             equation=str(self.document.get("equation", "")).rstrip(),
             notes=self.optional_text("notes"),
             source=self.text("source", self.required("source")),
+            runs_for=self.optional_text("runs_for"),
             backward=tuple(self.names("backward", self.document.get("backward", []))),
             flops=self.expr("flops", self.document["flops"]) if "flops" in self.document else None,
             sizes=sizes,
