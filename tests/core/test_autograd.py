@@ -2,6 +2,7 @@
 """The one Autograd kernel: what it computes, what it refuses, what it does not compute."""
 
 import itertools
+import re
 from typing import Any
 
 import pytest
@@ -260,6 +261,47 @@ def test_integer_outputs_have_no_gradient():
     topk_weights, topk_ids = moe.topk_routing(logits, 2)
     assert topk_weights.requires_grad
     assert not topk_ids.requires_grad
+
+
+WITHOUT_GRADIENT = [(name, a) for name, s in SCHEMAS.items() for a in s.without_gradient]
+
+
+def test_the_arguments_without_a_gradient():
+    """Of the ops that are differentiable; each either refuses to require grad or ignores it."""
+    found = {(name, a.name): a.ignores_grad for name, a in WITHOUT_GRADIENT}
+    assert found == {
+        ("grouped_gemm_fp8", "weight"): False,
+        ("grouped_gemm_fp8", "weight_scale"): False,
+        ("topk_routing", "selection_bias"): True,
+    }
+
+
+@pytest.mark.parametrize(("name", "argument"), WITHOUT_GRADIENT, ids=str)
+def test_an_argument_without_a_gradient_is_refused_or_ignored(name, argument):
+    """It alone requires grad, and then the others do too."""
+    sample = every_argument(name)
+    value = sample.arguments[argument.name].detach().requires_grad_()
+    for others in (sample.arguments, sample.requiring_grad()):
+        arguments = {**others, argument.name: value}
+        if argument.ignores_grad:
+            output = floating(sample(**arguments))
+            output.sum().backward()
+            assert value.grad is None
+            assert all(arguments[n].grad is not None for n in sample.differentiable()) == (
+                others is not sample.arguments
+            )
+            continue
+        text = (
+            f"moe::{name}: expected {argument.name}.requires_grad == False ({argument.name} has no "
+            f"gradient), got True; call {argument.name}.requires_grad_(False) or pass "
+            f"{argument.name}.detach()"
+        )
+        assert checks.assert_rejects(ValueError, (text,), sample.overload, arguments) == text
+        compiled = torch.compile(lambda a=arguments: sample(**a), backend="eager", fullgraph=True)
+        with pytest.raises(Exception, match=re.escape(text)):
+            compiled()
+        with torch.no_grad():
+            assert torch.equal(sample(**arguments), sample())
 
 
 def test_unused_output_gives_no_gradient():

@@ -212,7 +212,7 @@ MISTAKES = {
     ),
     "misspelt tensor key": (changed(arguments__input__type="x"), "arguments.input.type", "unknown"),
     "tensor key of a scalar": (changed(arguments__flip__grad=True), "arguments.flip.grad", "unknown"),
-    "grad no flag": (changed(arguments__input__grad="yes!"), "arguments.input.grad", "true or false"),
+    "grad no flag": (changed(arguments__input__grad="yes!"), "arguments.input.grad", "true, false or ignored"),
     "advice that is text": (
         changed(arguments__input__advice="convert it"), "arguments.input.advice", "mapping",
     ),

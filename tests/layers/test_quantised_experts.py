@@ -65,6 +65,17 @@ def test_computes_what_its_weights_are_worth(name):
     assert all(p.grad is None and not p.requires_grad for p in experts.parameters())
 
 
+def test_weights_that_require_grad_are_refused():
+    """As after requires_grad_() of a whole model; they would get no gradient."""
+    experts, _ = make_experts()
+    experts.requires_grad_()
+    text = r"^moe::grouped_gemm_fp8: expected weight.requires_grad == False .*, got True; call"
+    with pytest.raises(ValueError, match=text):
+        experts(*make_inputs())
+    with torch.no_grad():
+        assert experts(*make_inputs()).norm() > 0
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1])
 def test_few_tokens(num_tokens):
     experts, worth = make_experts()

@@ -99,6 +99,20 @@ def test_selection_bias_selects_alone(name):
     )
 
 
+def test_a_selection_bias_that_is_a_parameter():
+    """As DeepSeek-V3's own code has it: the router trains, and the bias gets nothing."""
+    router, hidden_states = make_router("deepseek_v3"), make_tokens()
+    bias = torch.nn.Parameter(router.e_score_correction_bias.clone())
+    _, expected, _ = router(hidden_states)
+    del router.e_score_correction_bias
+    router.e_score_correction_bias = bias
+    _, weights, _ = router(hidden_states)
+    assert torch.equal(weights, expected)
+    weights.square().sum().backward()
+    assert router.weight.grad.norm() > 0
+    assert bias.grad is None
+
+
 def test_bf16_keeps_weights_in_fp32():
     router = make_router("deepseek_v3", torch.bfloat16)
     assert router.e_score_correction_bias.dtype == torch.float32

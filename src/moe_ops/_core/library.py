@@ -22,7 +22,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch.autograd import forward_ad
@@ -245,6 +245,8 @@ def _autograd_kernel(op: Op) -> Callable[..., Tensors]:
     instead of an error. It costs twice as much per call.
     """
     defaults, num_outputs = op.defaults, len(op.schema.outputs)
+    without_gradient = [a for a in op.schema.without_gradient if not a.ignores_grad]
+    refused = [(op.schema.arguments.index(a), a.name) for a in without_gradient]
     is_grad_enabled, redispatch = torch.is_grad_enabled, op.overload.redispatch
 
     def forward(ctx: Any, keyset: torch.DispatchKeySet, *args: Any) -> Tensors:
@@ -253,6 +255,10 @@ def _autograd_kernel(op: Op) -> Callable[..., Tensors]:
             outputs = called.overload.redispatch(keyset & AFTER_AUTOGRAD, *args)
         ctx.set_materialize_grads(False)
         ctx.needs = ctx.needs_input_grad[1:]
+        # This comes after the op's own checks: a weight of another dtype gets its own error.
+        for index, argument in refused:
+            if ctx.needs[index]:
+                _refuse_grad(op, argument)
         several = outputs if isinstance(outputs, tuple) else (outputs,)
         own = several[:num_outputs]
         ctx.mark_non_differentiable(*(o for o in own if not o.is_floating_point()))
@@ -292,6 +298,13 @@ def _autograd_kernel(op: Op) -> Callable[..., Tensors]:
             return redispatch(keyset & AFTER_AUTOGRAD, *args)
 
     return kernel
+
+
+def _refuse_grad(op: Op, argument: str) -> NoReturn:
+    raise ValueError(
+        f"{NAMESPACE}::{op.schema.called}: expected {argument}.requires_grad == False ({argument} has "
+        f"no gradient), got True; call {argument}.requires_grad_(False) or pass {argument}.detach()"
+    )
 
 
 def _refuse_tangents(op: Op, args: tuple[Any, ...]) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moe_ops._core.schema import (
@@ -187,6 +187,8 @@ def _errors(schema: OpSchema) -> Iterator[tuple[str, str, str]]:
     yield "ValueError", "", "A rank or a size that disagrees with the shapes above; mixed devices."
     for argument in schema.tensors:
         yield from _advice(argument)
+    if refused := [a.name for a in schema.without_gradient if not a.ignores_grad]:
+        yield "ValueError", "", f"{_list(refused, 'or')} requires grad, and a gradient is recorded."
     limited = [a.name for a in schema.scalars if a.minimum or a.maximum or a.choices or a.format]
     if limited:
         yield "ValueError", "", f"A value out of range or unknown: {', '.join(limited)}."
@@ -212,8 +214,17 @@ def _differentiable(schema: OpSchema) -> str:
     names = [a.name for a in schema.arguments if a.grad]
     if not names:
         return "Not differentiable."
+    said = [f"Differentiable in {_list(names)}."]
+    for ignored, rule in ((False, "must not require grad"), (True, "may require grad")):
+        if without := [a.name for a in schema.without_gradient if a.ignores_grad == ignored]:
+            verb = "has" if len(without) == 1 else "have"
+            said.append(f"{_list(without)} {verb} no gradient and {rule}.")
+    return " ".join(said)
+
+
+def _list(names: Sequence[str], word: str = "and") -> str:
     *others, last = names
-    return f"Differentiable in {' and '.join(filter(None, (', '.join(others), last)))}."
+    return f" {word} ".join(filter(None, (", ".join(others), last)))
 
 
 def _backward(schema: OpSchema) -> str:

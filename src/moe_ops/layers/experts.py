@@ -132,7 +132,8 @@ class Experts(nn.Module):
 
         Raises:
             ValueError, TypeError: from moe::fused_experts, for an option or a dtype it does not take.
-            ValueError: the same of an option, where the layer is quantised.
+            ValueError: the same of an option, where the layer is quantised; an FP8 parameter that
+                requires grad, where a gradient is recorded.
 
         Differentiable in hidden_states, topk_weights and the parameters that are not FP8.
         """

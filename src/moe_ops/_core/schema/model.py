@@ -51,6 +51,8 @@ class Argument:
     dtype: str = ""
     values: str = ""
     grad: bool = False
+    # It has no gradient, and may require one all the same.
+    ignores_grad: bool = False
     autocast: bool = False
     minimum: Expr | None = None
     maximum: Expr | None = None
@@ -139,6 +141,18 @@ class OpSchema:
 
     def argument(self, name: str) -> Argument:
         return next(a for a in self.arguments if a.name == name)
+
+    @property
+    def without_gradient(self) -> tuple[Argument, ...]:
+        """Return the floating arguments that get no gradient where others of the op get one."""
+        if not any(a.grad for a in self.tensors):
+            return ()
+        return tuple(a for a in self.tensors if not a.grad and self._is_floating(a))
+
+    def _is_floating(self, argument: Argument) -> bool:
+        if argument.dtype not in DTYPES:
+            return self._is_floating(self.argument(argument.dtype))
+        return argument.dtype not in ("index", "int32")
 
     def spell(self, expr: Expr) -> str:
         """Return `expr` with its letters replaced by the names of the dimensions."""

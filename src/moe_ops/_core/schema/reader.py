@@ -202,6 +202,11 @@ class _Reader:
             self.fail(key, f"expected true or false, got {value!r}")
         return value
 
+    def grad(self, key: str, value: Any) -> bool:
+        if value != "ignored" and not isinstance(value, bool):
+            self.fail(key, f"expected true, false or ignored, got {value!r}")
+        return value is True
+
     def dtype(self, key: str, value: Any, tensors: Iterable[str], groups: Iterable[str]) -> str:
         text = self.text(key, value)
         if text not in tensors and text not in groups:
@@ -241,7 +246,8 @@ class _Reader:
                 shape=self.exprs(f"{key}.shape", entry["shape"]),
                 dtype=self.dtype(f"{key}.dtype", entry["dtype"], tensors, DTYPES),
                 values=self.values(f"{key}.values", entry.get("values"), names),
-                grad=self.flag(f"{key}.grad", entry.get("grad", False)),
+                grad=self.grad(f"{key}.grad", entry.get("grad", False)),
+                ignores_grad=entry.get("grad") == "ignored",
                 advice=self.advice(f"{key}.advice", entry.get("advice", {})),
                 autocast=self.flag(f"{key}.autocast", entry.get("autocast", False)),
             )
