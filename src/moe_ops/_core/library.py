@@ -131,7 +131,8 @@ class Op:
                 is needed.
             backward: called with (ctx, *grad_outputs). A gradient may be None, but not all of them
                 are. It returns a gradient or None for each argument, in the order of the schema.
-                Trailing Nones may be left out.
+                Trailing Nones may be left out. What it returns for an argument that needs no
+                gradient is dropped.
             forward: the op that runs in place of this one where a gradient is recorded. It takes
                 the same arguments. Its first outputs are this op's; `save` gets all of them.
         """
@@ -276,7 +277,8 @@ def _autograd_kernel(op: Op) -> Callable[..., Tensors]:
         if all(grad is None for grad in grads):
             return (None,) * (1 + needed)
         given = op._autograd.backward(ctx, *grads)
-        return (None, *given, *[None] * (needed - len(given)))
+        wanted = [g if need else None for g, need in zip(given, ctx.needs, strict=False)]
+        return (None, *wanted, *[None] * (needed - len(wanted)))
 
     name = "".join(word.capitalize() for word in op.name.split("_"))
     function: Any = type(

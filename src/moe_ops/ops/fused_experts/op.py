@@ -62,12 +62,9 @@ def _is_transposed(weight: torch.Tensor) -> bool:
 
 
 def _backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    found = _backward_op.overload(grad_output, *ctx.saved_tensors, *ctx.flags)
-    needs = ctx.flags[-3]
-    x, gate_up, down, weights, gate_up_b, down_b = (
-        grad if need else None for grad, need in zip(found, needs, strict=True)
-    )
-    return x, gate_up, down, None, weights, gate_up_b, down_b
+    grads = _backward_op.overload(grad_output, *ctx.saved_tensors, *ctx.flags)
+    x, gate_up, down, weights, gate_up_bias, down_bias = grads
+    return x, gate_up, down, None, weights, gate_up_bias, down_bias
 
 
 _op.differentiate(_save, _backward, forward=_forward_op)

@@ -58,14 +58,7 @@ def _backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None,
         grad_weight, grad_bias = _dw_op.overload(
             grad_output, input, *routing, *ctx.flags, needs, ctx.transposed, ctx.config
         )
-    return (
-        grad_input if need_input else None,
-        grad_weight if need_weight else None,
-        None,
-        None,
-        grad_topk_weights if need_topk_weights else None,
-        grad_bias if need_bias else None,
-    )
+    return grad_input, grad_weight, None, None, grad_topk_weights, grad_bias
 
 
 _op.differentiate(_save, _backward)

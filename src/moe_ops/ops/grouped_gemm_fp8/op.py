@@ -21,9 +21,9 @@ _dx_op.implement("triton", "moe_ops.ops.grouped_gemm_fp8.triton:grouped_gemm_fp8
 
 def _save(ctx: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
     input, weight, weight_scale, token_counts, gather_indices, topk_weights, *flags, config = args
-    ctx.need_topk_weights = ctx.needs[5]
+    need_topk_weights = ctx.needs[5]
     ctx.save_for_backward(
-        input if ctx.need_topk_weights else None,
+        input if need_topk_weights else None,
         weight,
         weight_scale,
         token_counts,
@@ -36,19 +36,12 @@ def _save(ctx: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
 
 def _backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     input, weight, weight_scale, token_counts, gather_indices, topk_weights = ctx.saved_tensors
-    needs = [ctx.needs[0], ctx.need_topk_weights]
+    needs = [ctx.needs[0], ctx.needs[5]]
     grad_input, grad_topk_weights = _dx_op.overload(
         grad_output, weight, weight_scale, token_counts, gather_indices, topk_weights, input,
         *ctx.flags, needs, ctx.config,
     )  # fmt: skip
-    return (
-        grad_input if needs[0] else None,
-        None,
-        None,
-        None,
-        None,
-        grad_topk_weights if needs[1] else None,
-    )
+    return grad_input, None, None, None, None, grad_topk_weights
 
 
 _op.differentiate(_save, _backward)

@@ -35,7 +35,7 @@ def _backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None,
     grad_input, grad_topk_weights = _backward_op.overload(
         grad_output, input, gather_indices, topk_weights, ctx.top_k, scatter_indices, needs
     )
-    return grad_input if needs[0] else None, None, grad_topk_weights if needs[1] else None
+    return grad_input, None, grad_topk_weights
 
 
 _op.differentiate(_save, _backward)
