@@ -318,6 +318,14 @@ def _refuse_tangents(op: Op, args: tuple[Any, ...]) -> None:
             )
 
 
+def is_transposed(weight: torch.Tensor) -> bool:
+    """Return whether the matrices of a weight (E, N, D) are transposed views.
+
+    Its gradient is then made in the same order, because autograd would copy any other.
+    """
+    return weight.stride(1) == 1 and weight.stride(2) != 1
+
+
 def documented(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give the public function of an op the docstring that its schema makes."""
     function.__doc__ = reference.docstring(SCHEMAS[function.__name__])

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from moe_ops._core.library import Op, documented
+from moe_ops._core.library import Op, documented, is_transposed
 from moe_ops.ops.fused_experts import pytorch
 
 _op = Op("fused_experts")
@@ -49,16 +49,8 @@ def _save(ctx: Any, args: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) ->
         *routing,
     )
     needs = [need_x, need_up, need_down, need_weights, need_up_bias, need_down_bias]
-    transposed = [_is_transposed(gate_up_proj), _is_transposed(down_proj)]
+    transposed = [is_transposed(gate_up_proj), is_transposed(down_proj)]
     ctx.flags = (*activation, weights_before, needs, transposed, config)
-
-
-def _is_transposed(weight: torch.Tensor) -> bool:
-    """Return whether a weight is a transposed view.
-
-    Its gradient is then made in the same order, since autograd would copy any other.
-    """
-    return weight.stride(1) == 1 and weight.stride(2) != 1
 
 
 def _backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

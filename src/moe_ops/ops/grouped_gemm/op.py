@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moe_ops._core.library import Op, documented
+from moe_ops._core.library import Op, documented, is_transposed
 from moe_ops.ops.grouped_gemm import pytorch
 
 _op = Op("grouped_gemm")
@@ -37,8 +37,7 @@ def _save(ctx: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
     )
     ctx.flags = flags
     ctx.config = config
-    # For a transposed view the gradient is made in its order: autograd would copy any other.
-    ctx.transposed = weight.stride(1) == 1 and weight.stride(2) != 1
+    ctx.transposed = is_transposed(weight)
 
 
 def _backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
