@@ -245,10 +245,29 @@ def _autograd_kernel(op: Op) -> Callable[..., Tensors]:
     trailing defaults, which the dispatcher dropped. It gives zero tangents in forward-mode AD
     instead of an error. It costs twice as much per call.
     """
-    defaults, num_outputs = op.defaults, len(op.schema.outputs)
+    function, defaults = _autograd_function(op), op.defaults
+    is_grad_enabled, redispatch = torch.is_grad_enabled, op.overload.redispatch
+
+    def kernel(keyset: torch.DispatchKeySet, *args: Any) -> Tensors:
+        if forward_ad_is_on():
+            _refuse_tangents(op, args)
+        if not is_grad_enabled():
+            # Nothing below can record a gradient, so the guard, 0.8 us of a call, is left out.
+            return redispatch(keyset & AFTER_AUTOGRAD, *args)
+        if any_requires_grad(*args):
+            # The dispatcher drops trailing arguments that equal their defaults.
+            return function.apply(keyset, *args, *defaults[len(args) :])
+        with below_autograd():
+            return redispatch(keyset & AFTER_AUTOGRAD, *args)
+
+    return kernel
+
+
+def _autograd_function(op: Op) -> Any:
+    """Make the autograd.Function that records a call of the op."""
+    num_arguments, num_outputs = len(op.schema.arguments), len(op.schema.outputs)
     without_gradient = [a for a in op.schema.without_gradient if not a.ignores_grad]
     refused = [(op.schema.arguments.index(a), a.name) for a in without_gradient]
-    is_grad_enabled, redispatch = torch.is_grad_enabled, op.overload.redispatch
 
     def forward(ctx: Any, keyset: torch.DispatchKeySet, *args: Any) -> Tensors:
         called = op if op._autograd is None else op._autograd.forward
@@ -273,33 +292,18 @@ def _autograd_kernel(op: Op) -> Callable[..., Tensors]:
                 f"{NAMESPACE}::{op.name}: has no gradient of its own, so double backward through "
                 f"it is not supported"
             )
-        needed = len(defaults)
         if all(grad is None for grad in grads):
-            return (None,) * (1 + needed)
+            return (None,) * (1 + num_arguments)
         given = op._autograd.backward(ctx, *grads)
         wanted = [g if need else None for g, need in zip(given, ctx.needs, strict=False)]
-        return (None, *wanted, *[None] * (needed - len(wanted)))
+        return (None, *wanted, *[None] * (num_arguments - len(wanted)))
 
     name = "".join(word.capitalize() for word in op.name.split("_"))
-    function: Any = type(
+    return type(
         f"Moe{name}",
         (torch.autograd.Function,),
         {"forward": staticmethod(forward), "backward": staticmethod(backward)},
     )
-
-    def kernel(keyset: torch.DispatchKeySet, *args: Any) -> Tensors:
-        if forward_ad_is_on():
-            _refuse_tangents(op, args)
-        if not is_grad_enabled():
-            # Nothing below can record a gradient, so the guard, 0.8 us of a call, is left out.
-            return redispatch(keyset & AFTER_AUTOGRAD, *args)
-        if any_requires_grad(*args):
-            # The dispatcher drops trailing arguments that equal their defaults.
-            return function.apply(keyset, *args, *defaults[len(args) :])
-        with below_autograd():
-            return redispatch(keyset & AFTER_AUTOGRAD, *args)
-
-    return kernel
 
 
 def _refuse_grad(op: Op, argument: str) -> NoReturn:
