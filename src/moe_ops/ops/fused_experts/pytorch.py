@@ -80,15 +80,15 @@ def fused_experts_backward(
     kernel_config: str | None = None,
 ) -> tuple[Tensor, ...]:
     need_x, need_gate_up, need_down, need_weights, need_gate_up_bias, need_down_bias = needs
-    need_dx = need_x or (need_weights and weights_before)
-    need_dz = need_dx or need_gate_up or need_gate_up_bias
-    need_dots = need_weights and not weights_before
+    need_dx_dots = need_weights and weights_before
+    need_dh_dots = need_weights and not weights_before
+    need_dz = need_x or need_gate_up or need_gate_up_bias or need_dx_dots
     grads = [grad_output.new_empty(0) for _ in needs]
     if not any(needs):
         return tuple(grads)
 
     routing = _Routing(token_counts, gather_indices, scatter_indices, topk_weights)
-    products, top_k = routing.products, routing.top_k
+    products = routing.products
     after = None if weights_before else weights_of_rows(routing.weights, gather_indices)  # (R, 1)
     dy = grad_output.index_select(0, routing.tokens)  # (R, H), without the weights
     if need_down_bias:
@@ -101,31 +101,23 @@ def fused_experts_backward(
     if z is None:
         assert hidden_states is not None  # the schema's `where` says so
         z = _up_projection(hidden_states, gate_up_proj, gate_up_bias, routing, weights_before)
-    dh = products.multiply(dy, down_proj) if need_dz or need_dots else None
+    dh = products.multiply(dy, down_proj) if need_dz or need_dh_dots else None
     h, dz, dots = _activated_backward(
-        z, dh, after, act, products.tail, need_down, need_dz, need_dots
+        z, dh, after, act, products.tail, need_down, need_dz, need_dh_dots
     )
     del z, dh
     if need_down:
         grads[2] = _grad_weight(products, dy, h, transposed[1])
     del dy, h
-    if need_gate_up_bias:
-        grads[4] = products.sum_by_expert(dz, dz.dtype)
-    if need_gate_up:
-        assert hidden_states is not None
-        x = routing.rows_of(hidden_states, weights_before)
-        grads[1] = _grad_weight(products, dz, x, transposed[0])
-    if need_dx:
-        dx = products.multiply(dz, gate_up_proj)  # (R, H)
-        if need_x:
-            before = routing.weights if weights_before else None
-            grads[0] = sum_slots(dx, routing.rows, before, top_k)
-        if weights_before and need_weights:
-            assert hidden_states is not None
-            dots = routing.dots_with_tokens(dx, hidden_states)
+    if need_dz:
+        of_up = [need_x, need_gate_up, need_gate_up_bias, need_dx_dots]
+        grads[0], grads[1], grads[4], dx_dots = _up_projection_backward(
+            dz, hidden_states, gate_up_proj, routing, weights_before, of_up, transposed[0]
+        )
+        dots = dx_dots if need_dx_dots else dots
     if need_weights:
-        by_slot = dots.index_select(0, routing.rows).view(-1, top_k)
-        if need_dots and down_bias is not None:
+        by_slot = dots.index_select(0, routing.rows).view(-1, routing.top_k)
+        if need_dh_dots and down_bias is not None:
             by_slot += routing.bias_dots(grad_output, down_bias)
         grads[3] = by_slot.masked_fill(routing.dropped, 0.0).to(topk_weights.dtype)
     return tuple(grads)
@@ -193,6 +185,38 @@ def _up_projection(
     if weights_before:
         return products.multiply(routing.rows_of(hidden_states, weighted=True), matrices, bias)
     return products.multiply(hidden_states, matrices, bias, sources=routing.tokens)
+
+
+def _up_projection_backward(
+    dz: Tensor,
+    hidden_states: Tensor | None,
+    gate_up_proj: Tensor,
+    routing: _Routing,
+    weights_before: bool,
+    needs: list[bool],
+    transposed: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of hidden_states, gate_up_proj and the bias, and <dx[i], x[t]> (R,).
+
+    Those that are not needed are empty.
+    """
+    need_x, need_gate_up, need_bias, need_dots = needs
+    grad_x, grad_gate_up, grad_bias, dots = (dz.new_empty(0) for _ in needs)
+    if need_bias:
+        grad_bias = routing.products.sum_by_expert(dz, dz.dtype)
+    if need_gate_up:
+        assert hidden_states is not None  # the schema's `where` says so
+        x = routing.rows_of(hidden_states, weights_before)
+        grad_gate_up = _grad_weight(routing.products, dz, x, transposed)
+    if need_x or need_dots:
+        dx = routing.products.multiply(dz, gate_up_proj)  # (R, H)
+        if need_x:
+            before = routing.weights if weights_before else None
+            grad_x = sum_slots(dx, routing.rows, before, routing.top_k)
+        if need_dots:
+            assert hidden_states is not None
+            dots = routing.dots_with_tokens(dx, hidden_states)
+    return grad_x, grad_gate_up, grad_bias, dots
 
 
 def _activated(z: Tensor, act: Activation, tail: int) -> Tensor:
