@@ -124,27 +124,40 @@ def composed_experts(
             f"{tuple(topk_ids.shape)}, got {tuple(topk_weights.shape)}"
         )
     top_k = topk_ids.shape[-1]
-    counts_E, gather_R, scatter_R = routing_indices(topk_ids, num_experts)
+    routing = counts_E, gather_R, scatter_R = routing_indices(topk_ids, num_experts)
     is_dropped_TK = (topk_ids < 0) | (topk_ids >= num_experts)
     weights_TK = topk_weights.masked_fill(is_dropped_TK, 0.0)
-    if weights_before:
-        rows_RH = permute(hidden_states, gather_R, top_k, scatter_R)
-        weights_R1 = permute(weights_TK.reshape(-1, 1), gather_R, 1, scatter_R)
-        z_RU = up((rows_RH * weights_R1).to(rows_RH.dtype), token_counts=counts_E)
-    else:
-        z_RU = up(
-            hidden_states,
-            token_counts=counts_E,
-            gather_indices=gather_R,
-            top_k=top_k,
-            permute_x=True,
-        )
+    z_RU = _up_projection(
+        up, hidden_states, routing, top_k, weights_TK if weights_before else None
+    )
     y_RH = down(activation(z_RU), token_counts=counts_E)
     if norm is not None:
         # A norm may turn the zero rows of dropped slots into anything: a bias, or NaN without eps.
         is_dropped_R = torch.arange(topk_ids.numel(), device=topk_ids.device) >= counts_E.sum()
         y_RH = norm(y_RH).masked_fill(is_dropped_R[:, None], 0.0)
     return unpermute(y_RH, gather_R, None if weights_before else weights_TK, top_k, scatter_R)
+
+
+def _up_projection(
+    up: Projection,
+    hidden_states: Tensor,
+    routing: tuple[Tensor, Tensor, Tensor],
+    top_k: int,
+    weights_TK: Tensor | None,
+) -> Tensor:
+    """Return z (R, U). Weights that are given multiply its input."""
+    counts_E, gather_R, scatter_R = routing
+    if weights_TK is None:
+        return up(
+            hidden_states,
+            token_counts=counts_E,
+            gather_indices=gather_R,
+            top_k=top_k,
+            permute_x=True,
+        )
+    rows_RH = permute(hidden_states, gather_R, top_k, scatter_R)
+    weights_R1 = permute(weights_TK.reshape(-1, 1), gather_R, 1, scatter_R)
+    return up((rows_RH * weights_R1).to(rows_RH.dtype), token_counts=counts_E)
 
 
 def named_activation(
