@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from moe_ops.layers.configs import BLOCKS, CLASSES
+from moe_ops.layers.configs import BLOCKS, CLASSES, Block
 from moe_ops.layers.experts import Experts, GatedMLP
 from moe_ops.layers.lora import LoraExperts
 from moe_ops.layers.router import Router
@@ -95,33 +95,8 @@ class MoE(nn.Module):
                 does not support.
             TypeError: a subclass whose constructor does not take the arguments of this one.
         """
-        model_type = getattr(config, "model_type", None)
-        if model_type not in BLOCKS:
-            raise ValueError(
-                "moe_ops.layers.MoE.from_config: expected config.model_type to be one of "
-                f"{', '.join(BLOCKS)}, got {model_type!r}"
-            )
-        block = BLOCKS[model_type](config)
-        is_layer = layer_idx is None or 0 <= layer_idx < config.num_hidden_layers
-        if layer_idx is not None and not (is_layer and block.has_experts(layer_idx)):
-            raise ValueError(
-                "moe_ops.layers.MoE.from_config: expected layer_idx of a layer with experts in "
-                f"this {model_type} config, got {layer_idx}; pass None to make the layer anyway"
-            )
-        hidden_size = config.hidden_size
-        place: Any = {"device": device, "dtype": dtype}
-        router = Router(hidden_size, top_k=config.num_experts_per_tok, **block.router, **place)
-        num_experts = block.router["num_experts"]
-        experts = Experts(num_experts, hidden_size, **block.experts, **place)
-        shared_expert = shared_expert_gate = None
-        if block.shared_intermediate_size is not None:
-            activation = block.experts["activation"]
-            shared_expert = GatedMLP(
-                hidden_size, block.shared_intermediate_size, activation, **place
-            )
-        if block.shared_expert_gate:
-            shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, **place)
-        parts = (router, experts, shared_expert, shared_expert_gate)
+        block = _block_of(config, layer_idx)
+        parts = _make_parts(config, block, device=device, dtype=dtype)
         try:
             inspect.signature(cls).bind(*parts)
         except TypeError as error:
@@ -130,7 +105,7 @@ class MoE(nn.Module):
                 f"router, experts, shared_expert and shared_expert_gate: {error}"
             ) from None
         layer = cls(*parts)
-        layer._model_type = model_type
+        layer._model_type = config.model_type
         layer._transposed = block.transposed
         return layer
 
@@ -207,6 +182,40 @@ class MoE(nn.Module):
                 shared = torch.sigmoid(self.shared_expert_gate(tokens)) * shared
             output = output + shared
         return output.reshape(hidden_states.shape), router_logits
+
+
+def _block_of(config: Any, layer_idx: int | None) -> Block:
+    """Return what the config says about its MoE blocks. Refuse a layer that has none."""
+    model_type = getattr(config, "model_type", None)
+    if model_type not in BLOCKS:
+        raise ValueError(
+            "moe_ops.layers.MoE.from_config: expected config.model_type to be one of "
+            f"{', '.join(BLOCKS)}, got {model_type!r}"
+        )
+    block = BLOCKS[model_type](config)
+    is_layer = layer_idx is None or 0 <= layer_idx < config.num_hidden_layers
+    if layer_idx is not None and not (is_layer and block.has_experts(layer_idx)):
+        raise ValueError(
+            "moe_ops.layers.MoE.from_config: expected layer_idx of a layer with experts in "
+            f"this {model_type} config, got {layer_idx}; pass None to make the layer anyway"
+        )
+    return block
+
+
+def _make_parts(
+    config: Any, block: Block, **place: Any
+) -> tuple[Router, Experts, nn.Module | None, nn.Module | None]:
+    """Make router, experts, shared_expert and shared_expert_gate."""
+    hidden_size = config.hidden_size
+    router = Router(hidden_size, top_k=config.num_experts_per_tok, **block.router, **place)
+    experts = Experts(block.router["num_experts"], hidden_size, **block.experts, **place)
+    shared_expert = shared_expert_gate = None
+    if block.shared_intermediate_size is not None:
+        activation = block.experts["activation"]
+        shared_expert = GatedMLP(hidden_size, block.shared_intermediate_size, activation, **place)
+    if block.shared_expert_gate:
+        shared_expert_gate = nn.Linear(hidden_size, 1, bias=False, **place)
+    return router, experts, shared_expert, shared_expert_gate
 
 
 # What transformers calls the parts of its blocks, where it is not what MoE calls them.
