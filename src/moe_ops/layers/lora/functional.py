@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -99,35 +99,25 @@ def lora_grouped_gemm(
     for adapter in adapters:
         _check(adapter, weight)
     base = projection(weight, bias, weight_scale)
+    routing: dict[str, Any] = {
+        "token_counts": token_counts,
+        "gather_indices": gather_indices,
+        "top_k": top_k,
+    }
     output = base(
-        input,
-        token_counts=token_counts,
-        gather_indices=gather_indices,
-        topk_weights=topk_weights,
-        top_k=top_k,
-        permute_x=permute_x,
-        permute_y=permute_y,
+        input, **routing, topk_weights=topk_weights, permute_x=permute_x, permute_y=permute_y
     )
     dtype = weight.dtype if weight_scale is None else input.dtype
     for adapter in adapters:
         x = F.dropout(input, dropout_p) if dropout_p else input
-        low_rank = grouped_gemm(
-            x,
-            adapter.lora_A.to(dtype),
-            token_counts,
-            gather_indices,
-            top_k=top_k,
-            permute_x=permute_x,
-        )
+        low_rank = grouped_gemm(x, adapter.lora_A.to(dtype), **routing, permute_x=permute_x)
         # The scale goes to the narrow tensor, whose gradient is as narrow. PEFT's lora_B has the experts
         # fastest: copied, it is read by descriptors.
         delta = grouped_gemm(
             low_rank * adapter.scaling,
             adapter.lora_B.to(dtype).contiguous(),
-            token_counts,
-            gather_indices,
-            topk_weights,
-            top_k=top_k,
+            **routing,
+            topk_weights=topk_weights,
             permute_y=permute_y,
         )
         output = output + delta
