@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Autocast: GEMM operands go to the autocast dtype, everything else keeps its own."""
+"""Autocast casts the operands of GEMMs and leaves everything else as it is."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_grouped_gemm_casts_input_weight_and_bias_alone(dtype):
     assert output.dtype == dtype
     assert torch.equal(output, expected)
     assert torch.equal(by_keyword, expected)
-    # The example tells a cast of topk_weights from none.
+    # On these values a cast of topk_weights would show.
     assert not torch.equal(rounded, expected)
 
 
@@ -97,7 +97,7 @@ def test_fused_experts_casts_rows_weights_and_biases_alone(dtype):
     "name", [n for n in sorted(SCHEMAS) if not any(a.autocast for a in SCHEMAS[n].arguments)]
 )
 def test_nothing_within_an_op_is_autocast(name):
-    """A backward may run under autocast, and an implementation call torch.mm: it stays fp32."""
+    """A backward may run under autocast, and an implementation may call torch.mm. It stays fp32."""
     for seed, variant in enumerate(variants(SCHEMAS[name])):
         sample = seeded_sample(SCHEMAS[name], seed, **variant, T=5, dtype=torch.float32)
         expected = checks.as_tuple(sample())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one Autograd kernel: what it computes, what it refuses, what it does not compute."""
+"""The Autograd kernel computes the gradients that are needed, and refuses what it cannot do."""
 
 import itertools
 import re
@@ -22,7 +22,7 @@ differentiable_schemas = pytest.mark.parametrize("name", DIFFERENTIABLE)
 blocks = pytest.mark.parametrize("name", sorted(BLOCKS))
 
 
-# What fused_experts is differentiable in.
+# The arguments that fused_experts is differentiable in.
 EXPERTS = [
     "hidden_states", "gate_up_proj", "down_proj", "topk_weights", "gate_up_bias", "down_bias",
 ]  # fmt: skip
@@ -33,7 +33,7 @@ def floating(output):
 
 
 def every_argument(name: str, seed: int = 0) -> Sample:
-    """A fp64 sample of several rows with every optional tensor given."""
+    """Return a sample of several rows in fp64, with every optional tensor given."""
     optional = {a.name: PRESENT for a in SCHEMAS[name].tensors if a.is_optional}
     sizes = {"T": 5, "H": 3, "I": 4, "D": 3, "N": 8, "G": 4}
     fixed: dict[str, Any] = {k: v for k, v in sizes.items() if k in SCHEMAS[name].dims}
@@ -42,7 +42,7 @@ def every_argument(name: str, seed: int = 0) -> Sample:
 
 
 def selects_firmly(sample: Sample) -> bool:
-    """Whether topk_routing's choice survives the steps of finite differences."""
+    """Return whether topk_routing chooses the same after a step of finite differences."""
     logits = sample.arguments.get("logits")
     if logits is None:
         return True
@@ -52,7 +52,7 @@ def selects_firmly(sample: Sample) -> bool:
 
 @differentiable_schemas
 def test_gradcheck(name):
-    """fp64 finite differences along random directions, for every combination of flags."""
+    """Gradients equal finite differences in fp64, for every combination of flags."""
     checked = 0
     for variant in variants(SCHEMAS[name]):
         for seed in range(20):
@@ -85,7 +85,7 @@ def test_forward_ad_is_refused(name):
             dual = forward_ad.make_dual(value, torch.ones_like(value))
             with pytest.raises(NotImplementedError, match=f"moe::{name}: forward-mode AD"):
                 sample(**{differentiable: dual})
-            # A dual level alone, with no tangent, is no reason to refuse.
+            # Inside a dual level, but without a tangent, the op runs.
             sample()
         with pytest.raises(NotImplementedError, match=f"moe::{name}: forward-mode AD"):
             torch.func.jvp(
@@ -96,7 +96,7 @@ def test_forward_ad_is_refused(name):
 
 
 def first_and_second_gradients(function, arguments, names):
-    """What maps (index of a first gradient, leaf) to the second gradient, and the leaves."""
+    """Return a function from (index of a first gradient, leaf) to the second, and the leaves."""
     leaves = {n: arguments[n].detach().requires_grad_() for n in names}
     output = floating(function(**{**arguments, **leaves}))
     leaves["grad_output"] = torch.ones_like(output).requires_grad_()
@@ -134,7 +134,7 @@ def test_double_backward_is_refused_where_the_backward_is_opaque(name):
 @pytest.mark.parametrize("recompute", ["none", "pre_activation"])
 @pytest.mark.parametrize("name", ["hidden_states", "gate_up_bias"])
 def test_double_backward_of_frozen_experts_is_refused(name, recompute):
-    """Where no weight requires a gradient, and none comes with the gradient of the output."""
+    """No weight requires grad here, and the gradient of the output does not either."""
     arguments = {
         "hidden_states": torch.randn(5, 8),
         "gate_up_proj": torch.randn(4, 12, 8),
@@ -173,7 +173,7 @@ def test_second_backward_through_a_retained_graph(name):
 
 @differentiable_schemas
 def test_gradients_not_needed_are_none(name):
-    """Of each differentiable argument alone: the others get no gradient."""
+    """One argument requires grad at a time. The others get no gradient."""
     sample = every_argument(name)
     for wanted in sample.differentiable():
         arguments = sample.requiring_grad()
@@ -242,7 +242,7 @@ def test_saves_nothing_that_the_needed_gradients_do_not_read():
 
 
 def test_another_op_may_run_where_a_gradient_is_recorded():
-    """fused_experts_forward in place of fused_experts, which alone runs without a gradient."""
+    """fused_experts_forward runs in place of fused_experts. Without a gradient it does not."""
     sample = every_argument("fused_experts")
     with MoeOps() as without:
         expected = sample()
@@ -267,7 +267,7 @@ WITHOUT_GRADIENT = [(name, a) for name, s in SCHEMAS.items() for a in s.without_
 
 
 def test_the_arguments_without_a_gradient():
-    """Of the ops that are differentiable; each either refuses to require grad or ignores it."""
+    """A differentiable op refuses that they require grad, or it ignores it."""
     found = {(name, a.name): a.ignores_grad for name, a in WITHOUT_GRADIENT}
     assert found == {
         ("grouped_gemm_fp8", "weight"): False,
@@ -278,7 +278,7 @@ def test_the_arguments_without_a_gradient():
 
 @pytest.mark.parametrize(("name", "argument"), WITHOUT_GRADIENT, ids=str)
 def test_an_argument_without_a_gradient_is_refused_or_ignored(name, argument):
-    """It alone requires grad, and then the others do too."""
+    """First it alone requires grad, then the others do too."""
     sample = every_argument(name)
     value = sample.arguments[argument.name].detach().requires_grad_()
     for others in (sample.arguments, sample.requiring_grad()):
@@ -312,7 +312,7 @@ def test_unused_output_gives_no_gradient():
 
 
 def test_trailing_defaults_left_out():
-    """The dispatcher drops them; every gradient arrives all the same, also by keyword."""
+    """The dispatcher drops them. Every gradient arrives all the same, by keyword too."""
     sample = every_argument("grouped_gemm")
     rows, weight, counts = (sample.arguments[n] for n in ("input", "weight", "token_counts"))
     rows = torch.randn(int(counts.sum()), weight.shape[2], dtype=torch.float64)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activation checkpointing of a block, eager and compiled, and policies that name an op."""
+"""A block works under activation checkpointing, eager and compiled. Policies can name its ops."""
 
 import functools
 
@@ -24,8 +24,8 @@ from testing.recorders import MoeOps
 
 blocks = pytest.mark.parametrize("name", sorted(BLOCKS))
 GEMMS_IN_A_BLOCK = 2
-# The unfused block's unpermute reads the second GEMM's output in its backward, the fused block
-# saves no output of its second GEMM.
+# The unfused block's unpermute reads the output of the second GEMM in its backward. The fused block
+# does not save that output.
 RECOMPUTED = {"fused": 1, "unfused": 2}
 
 
@@ -37,7 +37,7 @@ def save_gemms(ctx, func, *args, **kwargs):
 
 def checkpointed(name: str, **options):
     def block(hidden, weights):
-        # Reentrant checkpointing wants tensors as arguments, not a dataclass of them.
+        # Reentrant checkpointing takes tensors as arguments, not a dataclass of them.
         def on_tensors(hidden, *tensors):
             return BLOCKS[name](hidden, Weights(*tensors))
 
@@ -60,7 +60,7 @@ def assert_same_as_plain(name: str, block) -> None:
 
 
 def calls_of(block) -> dict[str, int]:
-    """How often each op runs in a forward and a backward."""
+    """Count how often each op runs in a forward and a backward."""
     with MoeOps() as counted:
         loss_and_gradients(block, make_tokens(7), make_weights())
     return dict(counted.counts)
@@ -76,7 +76,7 @@ def test_non_reentrant(name):
 
 @blocks
 def test_reentrant(name):
-    # Reentrant checkpointing works with .backward() alone.
+    # Reentrant checkpointing works only with .backward().
     hidden, weights = make_tokens(7), make_weights()
     expected = loss_and_gradients(BLOCKS[name], hidden, weights)
     output = checkpointed(name, use_reentrant=True)(hidden, weights)
@@ -95,7 +95,7 @@ def test_selective_policy_saves_the_gemms(name):
 
 
 def gemms_in_graphs(block) -> dict[str, int]:
-    """How many forward GEMMs each compiled graph holds: those in the backward are recomputed."""
+    """Count the forward GEMMs of each compiled graph. Those in the backward are recomputed."""
     return {
         direction: sum(op.startswith("moe.grouped_gemm.default") for op in ops)
         for direction, ops in compiled_graphs(block).items()

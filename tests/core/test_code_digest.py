@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The digest of code: what changes it, what does not, and that every Python finds the same."""
+"""A change of code changes the digest, a comment does not, and every Python finds the same."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from testing.gpu_report import module_digests
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Code whose syntax trees differ from version to version, as far as ast.dump shows them.
+# For this code ast.dump shows another syntax tree on each version of Python.
 SOURCE = '''
 from __future__ import annotations
 import a.b as c
@@ -58,7 +58,7 @@ def test_digest_is_that_of_other_versions():
 
 
 def other_pythons() -> list[Path]:
-    """Interpreters of other versions that are installed beside this one."""
+    """Return the interpreters of other versions that are installed beside this one."""
     here = Path(sys.base_prefix)
     found = [folder / "bin" / "python3" for folder in sorted(here.parent.glob("3.*"))]
     old = re.compile(r"3\.[0-9]\.")
@@ -68,7 +68,7 @@ def other_pythons() -> list[Path]:
 
 
 def test_every_python_here_finds_the_same():
-    """Each runs without torch, and without PyYAML."""
+    """They have neither torch nor PyYAML."""
     script = """
 import json, sys
 from testing.code_digest import code_sha256

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A released op's schema may only gain defaults, and defaulted arguments at its end.
 
-While nothing is released, the tests work on a copy of the schemas that they release themselves.
+Nothing is released yet, so the tests release a copy of the schemas themselves.
 """
 
 import os
@@ -40,7 +40,7 @@ def test_current_schemas_keep_what_was_released():
 
 @pytest.fixture
 def tree(tmp_path):
-    """A copy of the op schemas, of which nothing is released."""
+    """Copy the op schemas to a tree in which nothing is released."""
     (tmp_path / "src" / "moe_ops").mkdir(parents=True)
     shutil.copy(ROOT / "src" / "moe_ops" / "_version.py", tmp_path / "src" / "moe_ops")
     ignored = shutil.ignore_patterns("released", "__pycache__")
@@ -89,7 +89,7 @@ def test_an_op_of_a_later_version_need_not_be_in_the_release(tree):
 def test_renaming_an_argument_of_any_op_is_found(tree, op):
     release(PENDING, tree)
     first = SCHEMAS[op].arguments[0].name
-    # In every file: another op may take the argument over by its name (`like`).
+    # The change is made in every file, because another op may name the argument in a `like`.
     for file in (tree / "op_schemas").glob("*.yaml"):
         file.write_text(re.sub(rf"\b{first}\b", f"{first}_renamed", file.read_text()))
     found = [p for p in problems_of(tree) if p.startswith(f"{PENDING}: {op}: ")]
@@ -164,7 +164,7 @@ def test_nothing_is_released_twice(tree, capsys):
 
 
 def test_make_release_checks_before_it_writes():
-    """What the target would run, and in which order."""
+    """`make -n` says what the target would run, and in which order."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
     done = subprocess.run(
         ["make", "-n", "release", "VERSION=1.2.3", f"PYTHON={sys.executable}"],
@@ -202,7 +202,7 @@ def changed(name: str, old: str, new: str) -> dict[str, str]:
 def test_a_breaking_change_is_found(name, old, new):
     after = changed(name, old, new)
     if new == "SymInt top_k":
-        # An argument without a default cannot follow one with: the parser itself refuses.
+        # The parser itself refuses an argument without a default behind one that has a default.
         after[name] = after[name].replace("=None", "")
     assert broken(CURRENT, after) == [f"{name}: {CURRENT[name]} became {after[name]}"]
 

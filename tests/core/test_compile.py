@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.compile(fullgraph=True): values, recompilations, and what the graphs hold."""
+"""torch.compile(fullgraph=True) gives the same values and recompiles no more than it must."""
 
 import functools
 
@@ -83,7 +83,7 @@ def test_token_count_is_symbolic_from_the_start_with_dynamic():
 
 
 def test_unbacked_token_count():
-    """A size that the compiler knows by name alone: no check may ask for its value."""
+    """The compiler knows this size only by name, so no check may ask for its value."""
     weights = make_weights()
 
     def chosen_tokens(hidden, wanted):

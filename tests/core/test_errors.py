@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bad input: one text, naming op, argument, expectation and actual, wherever it is given."""
+"""Bad input gets one error text in every mode. It names op, argument, expectation and value."""
 
 import itertools
 import re
@@ -21,8 +21,7 @@ FP8 = torch.float8_e4m3fn
 
 
 def valid(name: str) -> dict[str, Any]:
-    """A valid call: T = 6 tokens, K = 2, E = 4 experts, D = 8 in and N = 10 out features; H = 8,
-    I = 5."""
+    """Return a valid call with T = 6, K = 2, E = 4, D = 8, N = 10, H = 8 and I = 5."""
     token_counts = torch.tensor([5, 0, 4, 3], dtype=I32)
     permutation = torch.randperm(12, generator=torch.Generator().manual_seed(0)).int()
     calls: dict[str, dict[str, Any]] = {
@@ -100,7 +99,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
      "scatter_indices.shape[0] == num_tokens * top_k (12), got 6"),
     ("topk_routing", {"selection_bias": torch.randn(3)}, ValueError,
      "selection_bias.shape[0] == logits.shape[1] (4), got 3"),
-    # row counts that top_k does not divide
+    # sizes that are no multiple of what divides them
     ("grouped_gemm", {"input": torch.randn(13, 8)}, ValueError,
      "input.shape[0] to be a multiple of top_k (2), got 13"),
     ("unpermute", {"input": torch.randn(13, 8)}, ValueError,
@@ -135,7 +134,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
      "topk_ids.dtype in (int32, int64), got float32"),
     ("routing_indices", {"topk_ids": torch.zeros(6, 2, dtype=torch.int16)}, TypeError,
      "topk_ids.dtype in (int32, int64), got int16"),
-    # quantised weights, with what to do
+    # quantised weights: the text says what to do
     ("grouped_gemm", {"weight": torch.randn(4, 10, 8).to(FP8)}, TypeError,
      ("weight.dtype == input.dtype (float32), got float8_e4m3fn; grouped_gemm_fp8 takes it, with its "
       "scales")),
@@ -243,7 +242,7 @@ def test_rejects_under_compile(name, replaced, error, text):
 
 @bad
 def test_rejects_the_same_where_a_gradient_is_recorded(name, replaced, error, text):
-    """fused_experts too, in whose place fused_experts_forward then runs."""
+    """The text names fused_experts, though fused_experts_forward then runs in its place."""
     arguments = {
         key: value.detach().requires_grad_()
         if isinstance(value, torch.Tensor) and value.is_floating_point()
@@ -265,7 +264,7 @@ def test_rejects_with_grad_and_under_autocast():
 
 
 def test_rejects_a_list_of_too_few_flags():
-    """The dispatcher takes lists of any length where the schema says bool[N]."""
+    """For a bool[N] the dispatcher takes a list of any length."""
     sample = seeded_sample(SCHEMAS["fused_experts_backward"], 0, T=3)
     checks.assert_rejects(
         ValueError, ("moe::fused_experts_backward: expected len(needs) == 6, got 2",),
@@ -314,7 +313,7 @@ REQUIRED = [
 
 @pytest.mark.parametrize(("name", "argument"), REQUIRED)
 def test_rejects_none_for_a_tensor(name, argument):
-    """Where another tensor is given; without any, torch finds no kernel to call."""
+    """Another tensor must be given, or torch finds no kernel to call."""
     sample = seeded_sample(SCHEMAS[name], 0)
     text = f"moe::{SCHEMAS[name].called}: expected {argument} to be a tensor, got None"
     with pytest.raises(TypeError, match=re.escape(text)):
@@ -332,7 +331,7 @@ def test_rejects_mixed_devices():
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("name", sorted(SCHEMAS))
 def test_the_kernel_of_the_cpu_never_gets_a_tensor_of_another_device(name, grad):
-    """It does not ask: the dispatcher goes by the other device, wherever its tensor stands."""
+    """If one argument is on another device, the dispatcher calls that device's kernel."""
     sample = seeded_sample(SCHEMAS[name], 0)
     first = sample.schema.tensors[0].name
     given = [a.name for a in sample.schema.tensors if sample.arguments[a.name] is not None]
@@ -357,7 +356,7 @@ def test_the_kernel_of_cuda_compares_devices():
 
 
 def test_fake_cuda_tensors():
-    """Devices that this machine lacks: mixed ones and fp64 are refused all the same."""
+    """Mixed devices and fp64 are refused on a device that this machine lacks."""
     with FakeTensorMode():
         rows = torch.empty(6, 8, device="cuda")
         indices = torch.empty(12, dtype=I32, device="cuda")
@@ -372,7 +371,7 @@ def test_fake_cuda_tensors():
 @hypothesis.given(data=st.data())
 @hypothesis.settings(max_examples=30)
 def test_rejects_every_wrong_rank_dtype_and_range(name, data):
-    """One argument of a valid call made wrong, whichever it is: the text names it."""
+    """If one argument of a valid call is wrong, the text names it."""
     sample = data.draw(samples(SCHEMAS[name]))
     arguments = dict(sample.arguments)
     given_tensors = [a for a in sample.schema.tensors if arguments[a.name] is not None]
@@ -398,12 +397,12 @@ def test_rejects_every_wrong_rank_dtype_and_range(name, data):
         arguments[wrong.name] = data.draw(st.sampled_from([*beyond, *[99] * bool(wrong.maximum)]))
     start = f"moe::{sample.schema.called}: expected "
     text = checks.assert_rejects(error, (start,), sample.overload, arguments)
-    # A scalar may also be refused for what a tensor's shape then is not a multiple of.
+    # For a wrong num_groups the text says that logits.shape[1] is no multiple of it.
     assert wrong.name in text
 
 
 def sizes_agree(sample: Sample, arguments: dict[str, Any]) -> bool:
-    """Whether any assignment of sizes to the dimension letters fits every shape: by trying all."""
+    """Try all sizes for the dimension letters, and return whether some fit every shape and rule."""
     schema = sample.schema
     scalars = {a.name: arguments[a.name] for a in schema.arguments}
     found = {size for a in schema.tensors if a.name and arguments[a.name] is not None
@@ -431,7 +430,7 @@ def sizes_agree(sample: Sample, arguments: dict[str, Any]) -> bool:
 @hypothesis.given(data=st.data())
 @hypothesis.settings(max_examples=50)
 def test_rejects_exactly_the_sizes_that_disagree(name, data):
-    """One axis of a valid call resized: refused if, and only if, no sizes fit all shapes."""
+    """One axis of a valid call is resized. It is refused if and only if no sizes fit all shapes."""
     sample = data.draw(samples(SCHEMAS[name]))
     arguments = dict(sample.arguments)
     given_tensors = [a.name for a in sample.schema.tensors if arguments[a.name] is not None]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.export of a block: the ops stay in the program, the token count stays free."""
+"""torch.export keeps the ops of a block in the program, and leaves the token count free."""
 
 import io
 

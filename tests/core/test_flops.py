@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FLOP formulas under torch.utils.flop_counter, which is imported lazily."""
+"""torch.utils.flop_counter counts the ops by their formulas. It is imported lazily."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ def test_forward_and_backward_of_grouped_gemm(permute_x, grads):
     for name in grads:
         leaves[name].requires_grad_()
     gather_indices = torch.randperm(num_rows).int()
-    # One row is dropped; the formula counts it, for it may not read the counts.
+    # One row is dropped. The formula counts it, because it may not read the counts.
     counts = torch.tensor([4, 0, 7])
     found = count(
         lambda: (
@@ -68,7 +68,7 @@ def test_fp8_weights_count_as_others_do():
 
 
 EXPERTS_GRADS = {
-    # In units of the GEMM R x H x I; gate and up are two of them.
+    # The unit is a GEMM of R x H x I. Gate and up are two of them.
     ("hidden_states",): 1 + 2,
     ("gate_up_proj",): 1 + 2,
     ("down_proj",): 1,
@@ -105,7 +105,7 @@ def test_fused_experts(grads, gated, recompute):
     found = count(lambda: moe_ops.fused_experts(**tensors, **call).sum().backward())
     backward = EXPERTS_GRADS[grads]
     if not gated and backward > 1:
-        # One GEMM less for the gradient of hidden_states, one for that of gate_up_proj.
+        # z is half as wide: the gradients of hidden_states and gate_up_proj take one GEMM less each.
         backward -= sum(name in grads for name in ("hidden_states", "gate_up_proj"))
     if recompute == "pre_activation" and backward:
         backward += up

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Python functions of the package against the schemas of the ops beneath them."""
+"""The Python functions of the package have the signatures and texts of their ops' schemas."""
 
 import inspect
 import re
@@ -15,7 +15,7 @@ from moe_ops._core.schema import DTYPES, FLOAT64_DEVICES
 from testing import checks
 from testing.strategies import seeded_sample
 
-# What autograd calls, not users.
+# Autograd calls these, users do not.
 INNER_OPS = {
     "topk_routing_backward", "unpermute_backward", "grouped_gemm_dx", "grouped_gemm_dw",
     "grouped_gemm_fp8_dx", "fused_experts_forward", "fused_experts_backward",

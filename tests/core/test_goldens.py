@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts that must not change unnoticed: the schemas, the ops of compiled graphs.
+"""The schemas and the ops in compiled graphs do not change unnoticed.
 
 EXPECTTEST_ACCEPT=1 rewrites them.
 """

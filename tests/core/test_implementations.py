@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which implementation serves an op, how one is forced, and what `python -m moe_ops env` says."""
+"""The table chooses the implementation of an op, a variable forces one, and `env` tells which."""
 
 import ast
 import contextlib
@@ -25,7 +25,7 @@ from moe_ops.configs.kernel_config import KernelConfigForward
 
 @pytest.fixture
 def scratch_op(monkeypatch):
-    """An Op whose implementations a test may choose; it is not registered with torch."""
+    """Return an Op that is not registered with torch. A test may choose its implementations."""
     op = object.__new__(library.Op)
     op.name = "scratch"
     op.implementations, op.flags = {}, {}
@@ -74,7 +74,7 @@ def test_without_triton(scratch_op, monkeypatch):
 
 
 def check_parameters(op, implementation):
-    """A default may be left out, but not be another. Read from the source: Triton may be missing."""
+    """Compare by the source, as Triton may be missing. A default may be left out, but not changed."""
     function = op.implementations[implementation]
     if not isinstance(function, str):
         function = f"{function.__module__}:{function.__name__}"
@@ -91,7 +91,7 @@ def check_parameters(op, implementation):
     assert [parameter.arg for parameter in parameters.args] == [a.name for a in arguments]
     given = [ast.literal_eval(default) for default in parameters.defaults]
     assert given == [a.default for a in arguments[len(arguments) - len(given) :]]
-    # Neither a flag that nothing takes, nor a keyword that nothing sets: its default would do.
+    # Each flag is taken, and each keyword is set: else its default would do.
     assert {parameter.arg for parameter in parameters.kwonlyargs} == set(op.flags[implementation])
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The closure of imports, on small trees: no way to load a module is missed."""
+"""The closure of imports misses no way to load a module. The trees here are small."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from testing.import_closure import closure, module_name, source_file
 
 
 def write(root, files):
-    """Writes modules of the package `package`."""
+    """Write modules of the package `package`."""
     for name, source in files.items():
         file = root / "src" / "package" / f"{name}.py"
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The oracle itself, held against numbers worked out by hand and against autograd's checker."""
+"""The oracle gives the numbers worked out by hand, and its gradients pass gradcheck."""
 
 import ast
 import math
@@ -70,7 +70,7 @@ def test_topk_routing_by_hand():
 def test_topk_routing_ties_go_to_the_lower_id():
     _, ids = oracle.topk_routing(torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0]]), 4)
     assert ids.tolist() == [[1, 2, 4, 0]]
-    # Two groups of equal score: the lower one.
+    # Two groups have equal scores: the lower one is chosen.
     _, ids = oracle.topk_routing(
         torch.tensor([[0.0, 3.0, 3.0, 0.0]]), 1, num_groups=2, top_groups=1, group_score="max"
     )
@@ -111,7 +111,7 @@ def test_permute_and_unpermute_by_hand():
 
 
 def test_grouped_gemm_by_hand():
-    # One number a row: expert 0 doubles, expert 1 is empty, expert 2 triples; one row dropped.
+    # A row is one number. Expert 0 doubles it, expert 1 has none, expert 2 triples it. One is dropped.
     weight = torch.tensor([2.0, 5.0, 3.0]).reshape(3, 1, 1)
     counts = torch.tensor([2, 0, 1])
     rows = torch.tensor([[1.0], [10.0], [100.0], [float("nan")]])
@@ -137,7 +137,7 @@ def test_grouped_gemm_by_hand():
 
 
 def test_grouped_gemm_fp8_by_hand():
-    # One row, which the second expert has; its weights are all 2, in four blocks.
+    # The second expert has the only row. Its weights are all 2, in four blocks.
     weight = torch.full((2, 130, 130), 2.0).to(torch.float8_e4m3fn)
     scale = torch.tensor([[[9.0, 9.0], [9.0, 9.0]], [[0.5, 3.0], [10.0, 100.0]]])
     counts = torch.tensor([0, 1])
@@ -182,11 +182,11 @@ def test_grouped_gemm_gradients_against_differences(permute_x):
 
 
 def test_fused_experts_by_hand():
-    """One token of width 2 on experts 1 and 0, the second slot of the other dropped."""
+    """One token of width 2 goes to experts 1 and 0. The other token's second slot is dropped."""
     hidden = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
     ids = torch.tensor([[1, 0], [0, 7]])
     weights = torch.tensor([[2.0, 10.0], [1.0, 100.0]])
-    # Gate and up of one hidden unit: expert 0 sums and takes the first, expert 1 the other way.
+    # In expert 0 gate is the sum of x and up is x[0], in expert 1 the other way round.
     up = torch.tensor([[[1.0, 1.0], [1.0, 0.0]], [[1.0, 0.0], [1.0, 1.0]]])
     down = torch.tensor([[[1.0], [0.0]], [[0.0], [1.0]]])
     call: dict[str, Any] = {"topk_ids": ids, "topk_weights": weights, "activation": "relu"}
@@ -204,7 +204,7 @@ def test_fused_experts_by_hand():
     assert biased.tolist() == [[10 * (6 + 5) + 2 * 5, 10 * 5 + 2 * 0], [8 + 5, 5]]
     limited = oracle.fused_experts(**call, activation_limit=2.0)
     assert limited.tolist() == [[10 * 2, 2 * 2], [2 * 2, 0]]
-    # Twice, and ten times, gate and up alike: four and a hundred times their product.
+    # With inputs 2 and 10 times as large, gate times up is 4 and 100 times as large.
     before = oracle.fused_experts(**call, weights_before=True)
     assert before.tolist() == [[100 * 3, 4 * 3], [6, 0]]
     ungated = oracle.fused_experts(
@@ -238,7 +238,7 @@ def test_activations(activation, reference):
 
 @pytest.mark.parametrize("weights_before", [False, True])
 def test_fused_experts_gradients(weights_before):
-    """By differences; and the backward op is the gradient of the forward, z given or not."""
+    """They pass gradcheck. The backward op equals them, with z given and without."""
     generator = torch.Generator().manual_seed(1)
     ids = oracle.random_topk_ids("dropped", 3, 3, 2, generator)
 
@@ -280,14 +280,14 @@ def test_selection_gap_by_hand():
     def gap(keys, top_k, *groups):
         return oracle.selection_gap(keys, top_k, *groups)
 
-    # Ordered 8, 5, 5, 1: the choice of two rests on 8 - 5, the order of the fives on nothing.
+    # In order 8, 5, 5, 1: the choice of two rests on 8 - 5, the order of the fives on nothing.
     assert gap([5.0, 8.0, 1.0, 5.0], 1, 1, 1, "max") == 3.0
     assert gap([5.0, 8.0, 1.0, 5.0], 2, 1, 1, "max") == 3.0
     assert gap([5.0, 5.0], 1, 1, 1, "max") == math.inf
     # Groups (8, 1) and (6, 2): 9 - 8 by their sums, 8 - 6 by their best.
     assert gap([8.0, 1.0, 2.0, 6.0], 1, 2, 1, "top2_sum") == 1.0
     assert gap([8.0, 1.0, 2.0, 6.0], 1, 2, 1, "max") == 2.0
-    # Equal sums: decided by id if of the same keys, by rounding if not.
+    # Equal sums of the same keys are decided by the id, of other keys by rounding.
     assert gap([8.0, 1.0, 1.0, 8.0], 1, 2, 1, "top2_sum") == 7.0
     assert gap([8.0, 1.0, 2.0, 7.0], 1, 2, 1, "top2_sum") == 0.0
     # All groups are chosen: nothing rests on their scores.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A kernel that somebody else registers over ours is called, and ours again once it is gone."""
+"""A kernel that somebody else registers over ours is called. When it is gone, ours is."""
 
 import ast
 import contextlib
@@ -15,7 +15,7 @@ import moe_ops
 from moe_ops._core.library import SCHEMAS
 from testing.strategies import seeded_sample
 
-# The op, and the argument whose gradient the tests take.
+# For each op, the argument whose gradient the tests take.
 DIFFERENTIABLE = {
     "permute": "input", "unpermute": "input", "grouped_gemm": "input", "topk_routing": "logits",
     "grouped_gemm_fp8": "input",
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operat
 
 @contextlib.contextmanager
 def registered_over(name: str, key: str = "CPU") -> Iterator[list[str]]:
-    """Register a kernel that gives what ours gives plus one; yields the names of its calls."""
+    """Register a kernel that gives what ours gives plus one, and yield the names of its calls."""
     calls: list[str] = []
     ours = torch.library.get_kernel(f"moe::{name}", key)
     keyset = torch.DispatchKeySet(getattr(torch.DispatchKey, key))
@@ -75,7 +75,7 @@ def test_is_called_without_a_gradient(name, mode, way):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_is_called_with_a_gradient(name, way):
-    """The formula of the gradient stays ours."""
+    """The gradient is still computed by our formula."""
     call, arguments = WAYS[way](name), sample_of(name)
     leaf = arguments[DIFFERENTIABLE[name]].detach().requires_grad_()
     arguments[DIFFERENTIABLE[name]] = leaf
@@ -94,7 +94,7 @@ def test_is_called_with_a_gradient(name, way):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_fused_experts_forward_runs_where_a_gradient_is_recorded(way):
-    """So it is the op to register over: one output does not hold what the backward needs."""
+    """So register over it too: fused_experts has no output for what the backward needs."""
     call, arguments = WAYS[way]("fused_experts"), sample_of("fused_experts")
     without = call(*arguments.values())
     arguments["hidden_states"].requires_grad_()
@@ -129,7 +129,7 @@ def test_a_backward_op_is_called_in_the_backward():
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("grad_mode", [False, True])
 def test_it_runs_below_autograd(grad_mode, requires_grad):
-    """As any kernel of a device: what it computes with tensors of its own records nothing."""
+    """As with any device's kernel, what it computes with tensors of its own records nothing."""
     x, gather, top_k, *_ = sample_of("permute").values()
     x = x.detach().requires_grad_(requires_grad)
     scale = torch.ones((), requires_grad=True)

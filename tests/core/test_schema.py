@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading op_schemas: what a file means, and that every mistake is told with file, key, reason."""
+"""A schema file is read as it says. A mistake in it is told with file, key and reason."""
 
 import subprocess
 import sys
@@ -97,7 +97,7 @@ def test_the_named_dtypes_are_torchs():
 
 
 def test_sizes_rounded_up():
-    """As a scale for every block of four columns has them."""
+    """Scales have such sizes, one for each block of four columns."""
     blocks = ["T", "(H + 3) // 4"]
     arguments = {**document()["arguments"]}
     arguments["row_ids"] = {"shape": blocks, "dtype": "float8_e4m3fn", "doc": "Blocks."}
@@ -108,7 +108,7 @@ def test_sizes_rounded_up():
 
 
 def changed(**paths):
-    """GOOD with the value at each path replaced, or taken out where it is ... ."""
+    """Return GOOD with the value at each path replaced, or taken out if the new value is `...`."""
     return changed_in(document(), **paths)
 
 
@@ -127,7 +127,7 @@ def changed_in(mapping, **paths):
 
 SIGNATURE = document()["schema"]
 INPUT = document()["arguments"]["input"]
-# What is wrong, and the key and a piece of the reason that the error must say.
+# Each mistake, with the key that the error must name and a piece of the reason that it must give.
 MISTAKES = {
     "no op": (changed(op=...), "op", "missing"),
     "another op's file": (changed(op="other"), "op", "other.yaml"),
@@ -327,7 +327,7 @@ def test_an_op_that_cannot_run_for_another(tmp_path, runs_for, reason):
 
 
 ADVICE = {"int8": "dequantise it", "any": "give another"}
-# An op that is like scale, whose backward it is.
+# The backward of scale, whose arguments are like those of scale.
 SCALE_BACKWARD = """
 op: scale_backward
 since: "0.1"
@@ -345,12 +345,12 @@ outputs:
 source: made up for this test
 """
 ROW_IDS_GIVEN = {"expect": "top_k == 1 or row_ids is not None", "because": "slots need an order"}
-# As scale, without a rule of its own; its argument mode has no choices.
+# This op is scale without a rule, and its argument mode has no choices.
 OTHER = changed(op="other", where=..., arguments__mode__choices=...)
 
 
 def read_both(folder, inner=None, **paths):
-    """Read scale, changed as `paths` say, and what is like it."""
+    """Read scale, changed as `paths` say, and the op that is like it."""
     scale = changed(**{"arguments__input__advice": ADVICE, "backward": ["scale_backward"], **paths})
     inner = yaml.safe_load(SCALE_BACKWARD) if inner is None else inner
     for mapping in (scale, inner, OTHER):
@@ -373,7 +373,7 @@ def test_like_takes_over_what_is_left_out(tmp_path):
     assert (row_ids.dtype, row_ids.values) == ("int32", "permutation")
     assert [bound.text for bound in (top_k.minimum, top_k.maximum)] == ["1", "H"]
     assert (mode.choices, mode.default) == (("max",), "max")
-    # How autograd and autocast take an argument is each op's own.
+    # `grad` and `autocast` are each op's own.
     assert scale.argument("input").grad
     assert scale.argument("input").autocast
     assert not grad.grad
@@ -497,7 +497,7 @@ def test_mistake_in_like_is_told_with_file_key_and_reason(mistake, tmp_path):
 
 
 def test_needs_neither_torch_nor_the_package():
-    """setup.py loads the folder by its path, where only PyYAML is."""
+    """setup.py loads the folder by its path, where only PyYAML is installed."""
     code = textwrap.dedent(f"""
         import importlib.util, sys
         sys.modules["torch"] = None

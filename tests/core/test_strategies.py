@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The generator of the tests' arguments: that it draws what the other tests rely on."""
+"""The generator draws the arguments that the other tests rely on."""
 
 import itertools
 from collections import Counter
@@ -77,14 +77,15 @@ def test_variants_are_drawn_as_asked(name):
 
 
 def test_variants_of_grouped_gemm():
-    """Both permutations never; either only with gather_indices."""
+    """No variant has both permutations, and none has one without gather_indices."""
     found = list(variants(SCHEMAS["grouped_gemm"]))
-    # Without gather_indices 2 * 2 optional tensors; with them times 3 pairs of flags.
+    # Two optional tensors give 2 * 2 variants without gather_indices. With them 3 pairs of flags
+    # multiply that.
     assert len(found) == 4 + 4 * 3
 
 
 def test_where_variants_are_many_any_two_options_occur_together():
-    """Each valid pair; the pairs that `where` forbids never."""
+    """Each valid pair occurs, and no pair that `where` forbids."""
     found = list(variants(SCHEMAS["fused_experts_backward"]))
     assert len(found) < 100
     for i, j in itertools.combinations(range(6), 2):

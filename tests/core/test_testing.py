@@ -8,7 +8,7 @@ import testing
 
 
 def test_the_index_names_every_module():
-    """A new module wants a line there, and one that goes takes its line along."""
+    """A new module gets a line there, and a module that goes takes its line along."""
     assert testing.__doc__ is not None
     listed = re.findall(r"^    (\w+) +\S", testing.__doc__, re.MULTILINE)
     assert sorted(listed) == sorted(m.name for m in pkgutil.iter_modules(testing.__path__))
