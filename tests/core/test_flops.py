@@ -105,7 +105,7 @@ def test_fused_experts(grads, gated, recompute):
     found = count(lambda: moe_ops.fused_experts(**tensors, **call).sum().backward())
     backward = EXPERTS_GRADS[grads]
     if not gated and backward > 1:
-        # z is half as wide: the gradients of hidden_states and gate_up_proj take one GEMM less each.
+        # z is half as wide: grad_hidden_states and grad_gate_up_proj take one GEMM less each.
         backward -= sum(name in grads for name in ("hidden_states", "gate_up_proj"))
     if recompute == "pre_activation" and backward:
         backward += up

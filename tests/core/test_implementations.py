@@ -74,7 +74,7 @@ def test_without_triton(scratch_op, monkeypatch):
 
 
 def check_parameters(op, implementation):
-    """Compare by the source, as Triton may be missing. A default may be left out, but not changed."""
+    """Compare by the source: Triton may be missing. A default may be left out, but not changed."""
     function = op.implementations[implementation]
     if not isinstance(function, str):
         function = f"{function.__module__}:{function.__name__}"

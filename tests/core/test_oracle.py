@@ -111,7 +111,8 @@ def test_permute_and_unpermute_by_hand():
 
 
 def test_grouped_gemm_by_hand():
-    # A row is one number. Expert 0 doubles it, expert 1 has none, expert 2 triples it. One is dropped.
+    # A row is one number. Expert 0 doubles it, expert 1 has no row, expert 2 triples it. One row is
+    # dropped.
     weight = torch.tensor([2.0, 5.0, 3.0]).reshape(3, 1, 1)
     counts = torch.tensor([2, 0, 1])
     rows = torch.tensor([[1.0], [10.0], [100.0], [float("nan")]])

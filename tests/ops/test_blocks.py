@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops together: the blocks of moe_block.py, and what a dropped id does to a whole layer."""
+"""The ops work together: in the blocks of moe_block.py, and in a layer with dropped ids."""
 
 import functools
 
@@ -20,7 +20,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def test_block_equals_the_oracle(name, num_tokens, dtype):
     hidden, weights = make_tokens(num_tokens, dtype), make_weights(dtype)
     got = loss_and_gradients(EVERY_BLOCK[name], hidden, weights)
-    # One selection for both: in bf16 the router's logits are rounded before it.
+    # Both choose the same experts: in bf16 the router's logits are rounded before the selection.
     topk_ids = moe_ops.topk_routing(F.linear(hidden, weights.router), 2)[1]
     reference = functools.partial(EVERY_BLOCK[name], ops=OracleWithIds(topk_ids))
     want = loss_and_gradients(
@@ -33,7 +33,7 @@ def test_block_equals_the_oracle(name, num_tokens, dtype):
 
 
 class OracleWithIds:
-    """The oracle, with the experts already chosen."""
+    """Stands for the oracle, with the experts already chosen."""
 
     def __init__(self, topk_ids: torch.Tensor) -> None:
         self.topk_ids = topk_ids
@@ -49,7 +49,7 @@ class OracleWithIds:
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dropped_ids_are_exactly_zero_everywhere(fused, dtype):
-    """Expert parallelism's sentinels, E and beyond or -1: output, dX and router gradient."""
+    """Ids are dropped at E and above or at -1. Output, dX and router gradient are zero."""
     num_experts, top_k = 4, 2
     topk_ids = torch.tensor([[0, 3], [-1, 2], [4, -1], [9, 1], [1, 1], [-7, 400]])
     dropped = oracle.dropped_slots(topk_ids, num_experts)

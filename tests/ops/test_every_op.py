@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for every op, on arguments drawn from its schema: a new YAML file is covered here
-without a line of test code, but for its oracle."""
+"""Every op does this, on arguments drawn from its schema.
+
+A new YAML file needs an oracle and no line of test code here.
+"""
 
 import itertools
 import os
@@ -59,7 +61,7 @@ def test_matches_reference_at_a_larger_size(name, dtype):
         checks.assert_matches_oracle(sample, outputs)
 
 
-# Calls that failed once, whatever hypothesis draws today.
+# These calls failed once. They run whatever hypothesis draws.
 FOUND: dict[str, tuple[str, dict[str, Any], dict[str, torch.dtype]]] = {
     "two outputs that share one empty tensor": ("grouped_gemm_dx", {"needs": [False, False]}, {}),
     "fp64 weights on fp32 rows": (
@@ -115,7 +117,7 @@ def test_gradients_match_reference(name, data):
 
 
 def opcheck_samples(name: str) -> list[Sample]:
-    """Every combination of flags, the dtypes and layouts in turn; then each dtype at T = 0."""
+    """Yield all combinations of flags, dtypes and layouts in turn, then each dtype at T = 0."""
     schema = SCHEMAS[name]
     cycle = itertools.cycle(itertools.product(FLOATING, strategies.LAYOUTS, INDEX))
     chosen = [
@@ -168,7 +170,7 @@ def assert_same_bits(got, want):
 
 @schemas
 def test_results_are_new_memory(name):
-    """No output shares memory with an argument or another output: what callers may write to."""
+    """No output shares memory with an argument or another output, so callers may write to it."""
     for seed, variant in enumerate(strategies.variants(SCHEMAS[name])):
         sample = seeded_sample(SCHEMAS[name], seed, T=3, **variant)
         tensors = [v for v in sample.arguments.values() if isinstance(v, Tensor)]
@@ -187,7 +189,7 @@ def test_corrupt_indices_stay_in_bounds(name):
 
 @pytest.mark.slow
 def test_corrupt_indices_do_not_crash_a_process():
-    """An access out of bounds may also kill the process: that must fail one test, not the run."""
+    """An access out of bounds may kill the process. That must fail one test, not the run."""
     script = f"""
 from testing import every_op
 for name in {INDEX_OPS!r}:
@@ -195,7 +197,7 @@ for name in {INDEX_OPS!r}:
 print("done")
 """
     root = Path(__file__).parents[2]
-    # glibc then fills freed memory, so that what is read there after all is garbage.
+    # glibc then fills freed memory with garbage, which shows if it is read.
     environment = {**os.environ, "MALLOC_PERTURB_": "165", "PYTHONPATH": str(root)}
     done = subprocess.run(
         [sys.executable, "-c", script],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is particular to fused_experts; what every op must do is in test_every_op.py.
+"""These tests are fused_experts's own. test_every_op.py holds what every op must do.
 
 T tokens, H hidden size, I intermediate size, U = 2 * I where gated, else I, E experts, K top_k,
 R = T * K rows.
@@ -77,7 +77,7 @@ def output_and_gradients(sample: Sample, tangent: Tensor | None = None) -> dict[
 
 
 def assert_right(sample: Sample) -> None:
-    """Output and gradients are the oracle's, and nothing unwritten is among them."""
+    """Check that output and gradients are the oracle's, and that everything was written."""
     tangent = torch.randn(sample.arguments["hidden_states"].shape).to(
         sample.arguments["hidden_states"].dtype
     )
@@ -127,7 +127,7 @@ def test_every_dtype_and_routing(dtype, routing, recompute, weights_before):
 @both_orders
 @dtypes
 def test_more_rows_than_are_worked_on_at_a_time(dtype, weights_before):
-    """The PyTorch implementation takes rows of 2**19 elements at a time, of z and of hidden states."""
+    """The PyTorch implementation takes z and the hidden states in parts of 2**19 elements."""
     num_tokens, top_k = 40, 2
     sizes = {"H": 8191} if weights_before else {"I": 4099}
     sample = experts(
@@ -135,7 +135,7 @@ def test_more_rows_than_are_worked_on_at_a_time(dtype, weights_before):
     )
     width = 8191 if weights_before else sample.arguments["gate_up_proj"].shape[1]
     assert num_tokens * top_k * width > 2**19
-    # fp16 holds no sum of so many terms as large as these.
+    # In fp16 a sum of so many large terms overflows.
     for name in ("gate_up_proj", "down_proj"):
         sample.arguments[name].mul_(2**-6)
     assert_right(sample)
@@ -238,11 +238,11 @@ def test_recomputing_changes_no_bit(recompute):
         assert torch.equal(found[name], want), name
 
 
-# What is saved.
+# The tests of what is saved.
 
 
 def saved_by(sample: Sample, wanted: list[str]) -> tuple[list[Tensor], dict[str, Any]]:
-    """What autograd keeps where the gradients of `wanted` are needed, and the call's arguments."""
+    """Return what autograd keeps for the gradients of `wanted`, and the call's arguments."""
     arguments = sample.requiring_grad()
     for name in sample.differentiable():
         arguments[name].requires_grad_(name in wanted)
@@ -258,8 +258,8 @@ def saved_by(sample: Sample, wanted: list[str]) -> tuple[list[Tensor], dict[str,
 
 
 SAVED_ALWAYS = ["gate_up_proj", "down_proj", "topk_weights"]
-# For which gradients, with weights_before or not, which arguments and whether z. What z depends on
-# and what needs a gradient is kept to see second derivatives.
+# By gradients and weights_before: the arguments that are kept, and whether z is. What z depends on
+# and needs a gradient is kept too, so that a second derivative is seen.
 SAVED = [
     (["hidden_states"], False, ["hidden_states"], True),
     (["hidden_states"], True, ["hidden_states"], True),
@@ -313,8 +313,8 @@ def test_frozen_arguments_cost_nothing():
                 assert grad.shape == leaf.shape
 
 
-# For each gradient alone, with weights_before or not: how many products of all rows with all experts
-# it takes, whether it goes through the derivative of the activation, whether rows are summed by token.
+# By single gradient and weights_before: how many products of all rows with all experts it takes,
+# whether it needs the derivative of the activation, and whether rows are summed by token.
 PRODUCTS = [
     ("hidden_states", False, 2, True, True),
     ("hidden_states", True, 2, True, True),
@@ -335,7 +335,7 @@ PRODUCTS = [
 def test_each_gradient_takes_its_own_products_alone(
     name, weights_before, products, derives, sums, recompute
 ):
-    """Seen in the aten ops that the PyTorch implementation calls; each product is one of them."""
+    """The PyTorch implementation calls one aten op for each product, and these are counted."""
     sample = experts(H=8, I=8, weights_before=weights_before, recompute=recompute, biased=False)
     output, z, *routing = moe.fused_experts_forward(*sample.arguments.values())
     leaves = [sample.arguments[n] for n in GRADS]
@@ -354,7 +354,7 @@ def test_each_gradient_takes_its_own_products_alone(
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 def test_inference_keeps_no_pre_activation(recompute):
-    """It is freed before the down projection; where a gradient is recorded it is not."""
+    """Inference frees it before the down projection. With a gradient it stays."""
     sample = experts(H=8, I=8, recompute=recompute)
     width = 2 * 8
     arguments = list(sample.arguments.values())
@@ -363,7 +363,7 @@ def test_inference_keeps_no_pre_activation(recompute):
         made: list[weakref.ref[Tensor]] = []
 
         class Watch(TorchDispatchMode):
-            """How many tensors of z's shape are alive as the slots are summed."""
+            """Counts the tensors of z's shape that are alive when the slots are summed."""
 
             def __torch_dispatch__(self, func, types, args=(), kwargs=None):
                 if "embedding_bag" in func.name():
@@ -391,7 +391,7 @@ def test_inference_equals_the_forward_that_a_gradient_is_recorded_of(dtype, reco
 
 @both_orders
 def test_frozen_arguments_are_not_read(weights_before):
-    """Of each gradient alone: NaN in what it is not taken from does not show."""
+    """NaN in what a gradient is not taken from does not show, for each gradient alone."""
     sample = experts(weights_before=weights_before)
     output, z, *routing = moe.fused_experts_forward(*sample.arguments.values())
     flags = ("silu", True, False, None, weights_before)
@@ -426,7 +426,7 @@ def test_frozen_arguments_are_not_read(weights_before):
 
 @pytest.mark.parametrize("stored", [(False, False), (True, False), (False, True), (True, True)])
 def test_weight_gradients_have_the_strides_of_the_weights(stored):
-    """Otherwise AccumulateGrad copies them once more."""
+    """With others AccumulateGrad would copy them."""
     sample = experts()
     weights: dict[str, Tensor] = {}
     parameters: dict[str, Tensor] = {}
@@ -455,7 +455,7 @@ def test_bitwise_repeatable_at_a_size_that_uses_threads():
             assert torch.equal(got, first[name]), name
 
 
-# A block around the op, compiled, checkpointed and exported.
+# The tests of a block around the op: compiled, checkpointed and exported.
 
 
 recomputing_block = functools.partial(experts_block, recompute="pre_activation")
@@ -517,7 +517,7 @@ def test_unbacked_token_count():
 
 
 def test_graphs():
-    """Forward and backward are one node each; what is recomputed is no tensor between them."""
+    """Forward and backward are one node each. No tensor that is recomputed goes between them."""
     routing = ["moe.topk_routing.default: float32[3, 2], int32[3, 2]"]
     grads = "float32[3, 8], float32[4, 12, 8], float32[4, 8, 6], float32[3, 2]"
     backward = [
@@ -533,7 +533,7 @@ def test_graphs():
 
 
 def test_transposed_weights_under_compile():
-    """The order of the gradient is known when it is traced."""
+    """The strides of the gradient are known when it is traced."""
     weights = make_weights()
     stored = [weights.gate_up_proj.detach().mT.contiguous(), weights.down_proj.detach().mT.clone()]
     leaves = [tensor.requires_grad_() for tensor in stored]

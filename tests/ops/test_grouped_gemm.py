@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is particular to grouped_gemm; what every op must do is in test_every_op.py.
+"""These tests are grouped_gemm's own. test_every_op.py holds what every op must do.
 
 M rows, D in_features, N out_features, E experts, T tokens, K top_k.
 """
@@ -47,7 +47,7 @@ def gemm(
 
 
 def tail_rows(sample: Sample) -> torch.Tensor:
-    """Which rows in expert order belong to no expert."""
+    """Return which rows in expert order belong to no expert."""
     arguments = sample.arguments
     num_rows = sample().shape[0]
     return torch.arange(num_rows) >= arguments["token_counts"].sum()
@@ -91,7 +91,7 @@ def test_dropped_rows_are_exactly_zero_and_never_read(permute_x, permute_y):
     poisoned["topk_weights"] = arguments["topk_weights"].masked_fill(
         dropped_slots.view_as(arguments["topk_weights"]), float("nan")
     )
-    # With permute_x a token is not read where all its slots are dropped.
+    # With permute_x a token whose slots are all dropped is not read.
     tokens_without_rows = dropped_slots.view(-1, arguments["top_k"]).all(1)
     unread = tokens_without_rows if permute_x else tail
     poisoned["input"] = arguments["input"].masked_fill(unread[:, None], float("nan"))
@@ -118,7 +118,7 @@ def test_dropped_rows_are_exactly_zero_and_never_read(permute_x, permute_y):
 @pytest.mark.parametrize("tail", boundaries.TAILS)
 @dtypes
 def test_tails_of_no_row_of_one_and_of_many(dtype, tail, mode):
-    """For a product of each expert, and for those that are made of torch's grouped product."""
+    """Both in a loop over the experts and in torch's grouped product."""
     for widths in boundaries.TAIL_WIDTHS:
         for counts in ((2, 2, 2, 2), (8, 0, 0, 0), (0, 0, 0, 8)):
             given = boundaries.tail_problem(
@@ -156,8 +156,10 @@ def test_no_tokens(permute_x, permute_y, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("permute_x", "permute_y", "weighted", "biased"), FLAGS)
 def test_rounds_once(dtype, permute_x, permute_y, weighted, biased):
-    """Products, bias and weight in fp32, then one rounding: rounding in between would move about
-    every fourth element by one unit in the last place."""
+    """Products, bias and weight are computed in fp32 and rounded once.
+
+    One more rounding would move about every fourth element by one unit in the last place.
+    """
     sample = gemm("uniform", dtype, permute_x, permute_y, weighted, biased, T=60, D=40, N=40)
     if weighted:
         topk_weights = torch.rand(60, 2) + 0.1
@@ -170,8 +172,10 @@ def test_rounds_once(dtype, permute_x, permute_y, weighted, biased):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("permute_y", [False, True])
 def test_weighted_gradients_round_once(dtype, permute_y):
-    """The router weight is multiplied in fp32 on the way back, too. (The gradient of the weight
-    may round that product, which is an operand of its GEMM.)"""
+    """The router weight is multiplied in fp32 on the way back too.
+
+    For the gradient of the weight that product is an operand of a GEMM, and may be rounded.
+    """
     sample = gemm("uniform", dtype, False, permute_y, T=60, D=40, N=40)
     sample.arguments["topk_weights"] = torch.rand(60, 2) + 0.1
     arguments = sample.requiring_grad()
@@ -183,7 +187,7 @@ def test_weighted_gradients_round_once(dtype, permute_y):
     for name, grad in zip(names[:2], found[:2], strict=True):
         differs = grad != expected[name].to(dtype)
         assert differs.double().mean() < 0.02, name
-    # Not rounded to the dtype of the rows at all.
+    # It is not rounded to the dtype of the rows.
     assert found[2].dtype == torch.float32
     checks.assert_close(found[2], expected["topk_weights"])
 
@@ -213,7 +217,7 @@ def test_without_gather_indices_a_row_is_its_own_slot():
 
 @pytest.mark.parametrize("stored", ["(E, N, D)", "(E, D, N)"])
 def test_weight_gradient_has_the_strides_of_the_weight(stored):
-    """Otherwise AccumulateGrad copies it once more."""
+    """With others AccumulateGrad would copy it."""
     counts = torch.tensor([3, 0, 4])
     shape = (3, 5, 6) if stored == "(E, N, D)" else (3, 6, 5)
     parameter = torch.randn(shape, requires_grad=True)
@@ -297,7 +301,7 @@ QUANTISED = {
 
 
 def test_counts_are_read_at_every_call():
-    """Also from the same tensor, and after they were seen in inference mode."""
+    """They are, if the tensor is the same, and if they were seen in inference mode before."""
     x, weight = torch.randn(12, 8), torch.randn(3, 16, 8)
     x.requires_grad_(), weight.requires_grad_()
     counts = torch.zeros(3, dtype=torch.int32)
@@ -316,7 +320,7 @@ def test_counts_are_read_at_every_call():
 @pytest.mark.parametrize("dtype", QUANTISED, ids=str)
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_rejects_a_quantised_weight(dtype, requires_grad):
-    """And says what to do."""
+    """The error says what to do."""
     arguments = {
         "input": torch.randn(4, 8, requires_grad=requires_grad),
         "weight": torch.ones(2, 4, 8).to(dtype),

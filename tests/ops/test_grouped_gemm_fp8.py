@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is particular to grouped_gemm_fp8; what every op must do is in test_every_op.py.
+"""These tests are grouped_gemm_fp8's own. test_every_op.py holds what every op must do.
 
 M rows, D in_features, N out_features, E experts, T tokens, K top_k.
 """
@@ -20,7 +20,7 @@ moe = torch.ops.moe
 FP8 = torch.float8_e4m3fn
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 dtypes = pytest.mark.parametrize("dtype", FLOATING, ids=str)
-# permute_x, permute_y, weighted: all but both permutations.
+# permute_x, permute_y, weighted, without the two permutations together.
 FLAGS = [(x, y, w) for x, y, w in itertools.product((False, True), repeat=3) if not (x and y)]
 flags = pytest.mark.parametrize(("permute_x", "permute_y", "weighted"), FLAGS)
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def call(
     sizes: tuple[int, int] = (200, 300),
     num_tokens: int = NUM_TOKENS,
 ) -> dict[str, Any]:
-    """Arguments of a call whose weights have several scales, the last ones of parts of a block."""
+    """Return a call whose weights have several scales, the last ones for parts of a block."""
     generator = torch.Generator().manual_seed(0)
     ids = oracle.random_topk_ids(routing, num_tokens, NUM_EXPERTS, TOP_K, generator)
     counts, gather, _ = oracle.routing_indices(ids, NUM_EXPERTS)
@@ -68,7 +68,7 @@ def with_leaves(arguments: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor]
 @dtypes
 @flags
 def test_matches_reference(dtype, permute_x, permute_y, weighted):
-    """Values and gradients, with scales that differ within a row and within a column."""
+    """The scales differ within a row and within a column."""
     arguments, leaves = with_leaves(call("dropped", dtype, permute_x, permute_y, weighted))
     with checks.poisoned_memory():
         output = moe.grouped_gemm_fp8(**arguments)
@@ -95,13 +95,15 @@ def test_is_grouped_gemm_of_the_dequantised_weight(permute_x, permute_y, weighte
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @flags
 def test_rounds_once(dtype, permute_x, permute_y, weighted):
-    """A weight rounded to the rows' dtype, or a product before its weight, would move about every
-    fourth element by one unit in the last place."""
+    """Neither a weight is rounded to the rows' dtype, nor a product before its router weight.
+
+    Either would move about every fourth element by one unit in the last place.
+    """
     arguments, leaves = with_leaves(call("uniform", dtype, permute_x, permute_y, weighted))
     output = moe.grouped_gemm_fp8(**arguments)
     assert (output != oracle.grouped_gemm_fp8(**arguments).to(dtype)).double().mean() < 0.02
     if permute_x:
-        # There the rows of a token's slots are rounded before they are summed.
+        # With permute_x the rows of a token's slots are rounded before they are summed.
         return
     tangent = torch.randn_like(output)
     (found, *_) = torch.autograd.grad(output, leaves, tangent)
@@ -130,7 +132,7 @@ def test_routings(routing):
 @pytest.mark.parametrize("mode", FP8_MODES)
 @pytest.mark.parametrize("routing", ["dropped", "all_dropped"])
 def test_dropped_rows_are_zero_and_never_read(mode, routing):
-    """They hold NaN, and so do their router weights and gradients."""
+    """They hold NaN here, and so do their router weights and gradients."""
     flags = FP8_MODES[mode]
     check(fp8_problem((9, 2, 3, 136, 140), torch.float32, routing=routing, device=CPU, **flags))
 
@@ -141,7 +143,7 @@ def test_every_code(dtype):
 
 
 def test_the_weight_has_no_gradient_and_nothing_of_its_size_is_kept():
-    """Of the rows only what the router gradient needs, of the weight what was given."""
+    """What is kept are given tensors, and the rows only for the router gradient."""
     arguments, _ = with_leaves(call(weighted=False))
     kept: list[Tensor] = []
 
@@ -160,7 +162,7 @@ def test_the_weight_has_no_gradient_and_nothing_of_its_size_is_kept():
 
 
 def test_one_expert_is_dequantised_at_a_time(monkeypatch):
-    """And those without rows not at all."""
+    """An expert without rows is not dequantised at all."""
     made: list[tuple[int, ...]] = []
 
     def dequantized(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -202,7 +204,7 @@ def test_opcheck(permute):
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile(backend):
-    """Forward and backward in one graph each, for several token counts."""
+    """Forward and backward are one graph each, for several token counts."""
 
     def step(arguments: dict[str, Any]) -> Tensor:
         return moe_ops.grouped_gemm_fp8(**arguments).square().sum()
@@ -254,7 +256,7 @@ def test_rejects_a_weight_of_another_format(dtype, requires_grad):
 
 
 def test_rejects_a_weight_that_does_not_fit():
-    """Without advice on formats: either of the two may be the wrong one."""
+    """The error gives no advice on formats, because either of the two may be the wrong one."""
     arguments = call()
     arguments["weight"] = torch.zeros(NUM_EXPERTS, 200, 150, dtype=FP8)
     got = checks.assert_rejects(ValueError, (), moe.grouped_gemm_fp8, arguments)
@@ -305,7 +307,7 @@ def test_double_backward_and_forward_mode_are_refused():
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("shape", [(128, 128), (3, 200, 300), (2, 3, 1, 129), (2, 0, 5)], ids=str)
 def test_quantise_and_back(shape, dtype):
-    """Off by a sixteenth of a weight at most, or by a half of the smallest step."""
+    """A weight is off by at most a sixteenth of it, or by half of the smallest step."""
     weight = torch.randn(shape).to(dtype)
     quantised, scale = moe_ops.quantize_fp8(weight)
     assert (quantised.dtype, quantised.shape) == (FP8, weight.shape)
@@ -317,14 +319,14 @@ def test_quantise_and_back(shape, dtype):
     spread = spread[..., :rows, :columns]
     limit = torch.maximum(weight.double().abs() / 16, spread * 2**-10) * (1 + 1e-6)
     assert ((back - weight.double()).abs() <= limit).all()
-    # The largest of each block is the largest FP8 number, so that no range is wasted.
+    # The largest weight of each block becomes the largest FP8 number, so no range is wasted.
     for block, of_block in zip(blocks_of(quantised), scale.flatten(), strict=True):
         assert block.double().abs().max() == 448
         assert of_block > 0
 
 
 def blocks_of(matrices: Tensor) -> list[Tensor]:
-    """The blocks of 128 x 128 of all matrices, in the order of their scales."""
+    """Yield the blocks of 128 x 128 of all matrices, in the order of their scales."""
     rows, columns = (range(0, size, 128) for size in matrices.shape[-2:])
     flat = matrices.reshape(max(matrices.shape[:-2].numel(), 1), *matrices.shape[-2:])
     if matrices.numel() == 0:
@@ -333,12 +335,12 @@ def blocks_of(matrices: Tensor) -> list[Tensor]:
 
 
 def test_quantise_by_hand():
-    """Two blocks: the largest is 448 / 2 in the first, so its scale is a half."""
+    """The largest weight of the first block is 448 / 2, so its scale is a half."""
     weight = torch.zeros(1, 1, 130)
     weight[0, 0, :4] = torch.tensor([224.0, -1.0, 0.53125, 2**-11])
     quantised, scale = moe_ops.quantize_fp8(weight)
     assert scale.tolist() == [[[0.5, 1.0]]]
-    # 1.0625 lies between 1 and 1.125, and goes to the even one; 2**-10 goes to zero.
+    # 1.0625 lies between 1 and 1.125 and goes to the even one. 2**-10 goes to zero.
     assert quantised[0, 0, :4].float().tolist() == [448, -2, 1, 0]
     assert not quantised[0, 0, 4:].float().any()
     back = moe_ops.dequantize_fp8(quantised, scale, torch.float32)
@@ -360,7 +362,7 @@ def test_quantise_what_is_not_finite_and_what_is_tiny():
 
 
 def test_quantise_takes_what_fp32_does_not_hold():
-    """Of fp64: its scale does fit."""
+    """An fp64 weight may be too large for fp32 as long as its scale fits."""
     quantised, scale = moe_ops.quantize_fp8(torch.full((1, 1), 1e39, dtype=torch.float64))
     back = moe_ops.dequantize_fp8(quantised, scale, torch.float64)
     torch.testing.assert_close(back, torch.full_like(back, 1e39), rtol=1e-6, atol=0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is particular to permute; what every op must do is in test_every_op.py."""
+"""These tests are permute's own. test_every_op.py holds what every op must do."""
 
 import pytest
 import torch

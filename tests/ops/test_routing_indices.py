@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is particular to routing_indices; what every op must do is in test_every_op.py."""
+"""These tests are routing_indices's own. test_every_op.py holds what every op must do."""
 
 import contextlib
 import re
@@ -49,7 +49,7 @@ def test_many_experts_and_one():
 
 @pytest.mark.parametrize("num_experts", [2**31, 2**63 - 1])
 def test_more_experts_than_int32_numbers(num_experts):
-    """Refused before anything of that size is made, and with the same text everywhere."""
+    """It is refused before anything of that size is made, with the same text everywhere."""
     expected = (
         "moe::routing_indices: expected num_experts <= 2147483647 (experts are numbered in int32), "
         f"got num_experts={num_experts}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is particular to topk_routing; what every op must do is in test_every_op.py."""
+"""These tests are topk_routing's own. test_every_op.py holds what every op must do."""
 
 import itertools
 
@@ -38,13 +38,13 @@ def test_computed_in_fp32_or_fp64(score_function, score_before_topk, dtype):
 @dtypes
 @pytest.mark.parametrize("num_experts", [1, 2, 7, 8, 31, 33, 160])
 def test_ties_go_to_the_lower_id(score_function, score_before_topk, dtype, num_experts):
-    """Also where equal logits lie in different vector lanes of a kernel."""
+    """They do where equal logits lie in different vector lanes of a kernel, too."""
     top_k = min(num_experts, 8)
     logits = torch.full((5, num_experts), 0.3).to(dtype)
     _, ids = moe.topk_routing(logits, top_k, None, score_function, score_before_topk)
     assert ids.tolist() == [list(range(top_k))] * 5
 
-    # Two levels in turn: the higher one's ids first, each in order.
+    # Two values take turns. The ids of the higher come first, and each kind is in order.
     logits[:, 1::2] = 1.7
     _, ids = moe.topk_routing(logits, top_k, None, score_function, score_before_topk)
     order = [*range(1, num_experts, 2), *range(0, num_experts, 2)]
@@ -53,7 +53,7 @@ def test_ties_go_to_the_lower_id(score_function, score_before_topk, dtype, num_e
 
 @pytest.mark.parametrize("group_score", ["top2_sum", "max"])
 def test_tied_groups_go_to_the_lower_one(group_score):
-    # Groups of three: equal best and equal best pairs, in another order.
+    # In groups of three the best are equal, and so are the best pairs, in another order.
     logits = torch.tensor([[0.0, 2.0, 1.0, 1.0, 0.5, 2.0, 2.0, 1.0, -1.0]])
     _, ids = moe.topk_routing(logits, 2, None, "sigmoid", True, False, 3, 1, group_score, 1.0)
     assert ids.tolist() == [[1, 2]]
@@ -76,7 +76,7 @@ def test_large_logits_stay_finite(score_function, score_before_topk):
 
 
 def test_renormalizing_nothing_is_zero_and_finite():
-    """All chosen scores are zero in fp32: 0 / (0 + 1e-20), and no NaN."""
+    """All chosen scores are zero in fp32. 0 / (0 + 1e-20) is zero and not NaN."""
     logits = torch.full((2, 4), -200.0, requires_grad=True)
     topk_weights, _ = moe.topk_routing(logits, 2, None, "sigmoid", True, True)
     assert topk_weights.tolist() == [[0.0, 0.0]] * 2
@@ -85,7 +85,7 @@ def test_renormalizing_nothing_is_zero_and_finite():
 
 
 def test_groups_not_chosen_are_excluded_even_under_negative_choices():
-    """Excluded means -inf, not zero: biased scores may be negative."""
+    """An excluded expert has the choice -inf, not zero, because biased scores may be negative."""
     logits = torch.randn(9, 8)
     bias = torch.full((8,), -5.0)
     _, ids = moe.topk_routing(logits, 4, bias, "sigmoid", True, False, 4, 2)
@@ -129,7 +129,7 @@ def test_bias_in_another_dtype():
 
 
 def test_deepseek_v3_router_of_transformers():
-    """Group-limited, biased, renormalised and scaled, as the model itself computes it."""
+    """It limits groups, adds a bias, renormalises and scales, as the model itself does."""
     modeling = pytest.importorskip(
         "transformers.models.glm4_moe.modeling_glm4_moe", reason="compares with transformers"
     )
@@ -147,7 +147,7 @@ def test_deepseek_v3_router_of_transformers():
     topk_weights, topk_ids = moe.topk_routing(
         logits, 4, router.e_score_correction_bias, "sigmoid", True, True, 4, 2, "top2_sum", 2.5
     )
-    # transformers asks topk for no order.
+    # transformers' topk does not sort.
     order, expected_order = topk_ids.sort(1), expected_ids.sort(1)
     assert torch.equal(order.values, expected_order.values.int())
     torch.testing.assert_close(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is particular to unpermute; what every op must do is in test_every_op.py."""
+"""These tests are unpermute's own. test_every_op.py holds what every op must do."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ moe = torch.ops.moe
 def test_sums_in_fp32_and_rounds_once(top_k, dtype, weighted):
     rows = torch.randn(200 * top_k, 40).to(dtype)
     gather = torch.randperm(200 * top_k)
-    # Weights in fp32 that bf16 and fp16 cannot hold.
+    # These fp32 weights are no bf16 or fp16 numbers.
     topk_weights = torch.rand(200, top_k) + 0.1 if weighted else None
     expected = oracle.unpermute(rows, gather, topk_weights, top_k)
     output = moe.unpermute(rows, gather, topk_weights, top_k)
