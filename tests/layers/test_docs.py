@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/layers.md: its code runs, and its table of models is the code's."""
+"""The code of docs/layers.md runs, and its table of models is the code's."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ PAGE = DOCS / "layers.md"
 
 def test_every_code_block_runs(monkeypatch):
     pytest.importorskip("transformers", reason="the transformers extra is not installed")
-    # tests/layers/test_moe.py compiles with Inductor; the page need not do so again.
+    # tests/layers/test_moe.py compiles with Inductor. The page need not do so again.
     compile_ = torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda module, **options: compile_(module, backend="aot_eager", **options)

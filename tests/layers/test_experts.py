@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts against loops over tokens and experts; GatedMLP against the formula."""
+"""Experts equals loops over tokens and experts, and GatedMLP equals its formula."""
 
 from typing import Any
 
@@ -62,7 +62,7 @@ def expected_output(experts, hidden_states, topk_ids, topk_weights):
 
 @over_variants
 def test_matches_reference(name):
-    """Output, and the gradient of the input, the router weights and every parameter."""
+    """The output does, and the gradients of the input, the router weights and every parameter."""
     experts, inputs = make_experts(name), make_inputs()
     hidden_states, _, topk_weights = inputs
     expected, output = expected_output(experts, *inputs), experts(*inputs)
@@ -77,7 +77,7 @@ def test_matches_reference(name):
 
 @over_variants
 def test_parameters(name):
-    """Names and shapes as Hugging Face has them; initialised as nn.Linear is."""
+    """Names and shapes are Hugging Face's. Each begins as that of an nn.Linear does."""
     options = VARIANTS[name]
     experts = Experts(4, 64, 48, **options)
     up_name, factor = ("gate_up_proj", 2) if options.get("gated", True) else ("up_proj", 1)
@@ -109,7 +109,7 @@ def test_recompute_saves_no_activation():
 
 
 def test_dropped_slots():
-    """Ids outside the experts add nothing, as if their weight were zero."""
+    """An id outside the experts adds nothing, as if its weight were zero."""
     experts, (hidden_states, topk_ids, topk_weights) = make_experts("bias"), make_inputs()
     is_dropped = torch.zeros_like(topk_ids, dtype=torch.bool)
     is_dropped[::3, 1] = True
@@ -136,7 +136,7 @@ def test_wrong_options_are_the_ops_errors():
     ],
 )
 def test_gated_mlp(name, function):
-    """The formula, and one expert of Experts with the same weights."""
+    """It equals the formula, and one expert of Experts with the same weights."""
     mlp = GatedMLP(HIDDEN_SIZE, INTERMEDIATE_SIZE, name, dtype=torch.float64)
     hidden_states, *_ = make_inputs()
     gate, up = hidden_states @ mlp.gate_proj.weight.T, hidden_states @ mlp.up_proj.weight.T

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The composed experts against loops over tokens and experts, and dropped slots for each user."""
+"""Composed experts equal loops over tokens and experts. No user of them reads dropped slots."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ NUM_EXPERTS, HIDDEN, INTER, NUM_TOKENS, TOP_K = 5, 12, 8, 17, 2
 
 
 def softcapped(z):
-    """Apply a gate that moe::fused_experts does not have."""
+    """Apply an activation that moe::fused_experts does not have."""
     gate, up = z.chunk(2, dim=-1)
     return F.silu(torch.tanh(gate)) * up
 
@@ -72,7 +72,7 @@ def expected_output(
 
 @over_options
 def test_matches_reference(options):
-    """Output, and the gradient of the input, the router weights and every parameter."""
+    """The output does, and the gradients of the input, the router weights and every parameter."""
     generator = torch.Generator().manual_seed(3)
     ids = oracle.random_topk_ids("uniform", NUM_TOKENS, NUM_EXPERTS, TOP_K, generator)
     ids[3, 0] = ids[7] = NUM_EXPERTS
@@ -90,7 +90,7 @@ def test_matches_reference(options):
 
 @over_options
 def test_dropped_slots_are_not_read(options):
-    # With weights_before and a bias, a weight of zero is not a slot that is dropped.
+    # With weights_before and a bias a slot of weight zero adds something, a dropped slot does not.
     weights = make_weights()[: 2 if "weights_before" in options else 4]
     dropped_slots.assert_not_read(
         make_layer(weights, **options), randn(NUM_TOKENS, HIDDEN), NUM_EXPERTS, weights
@@ -114,7 +114,7 @@ def test_dropped_slots_are_not_read_by_lora_experts():
 @pytest.mark.parametrize("weights_before", [False, True])
 @pytest.mark.parametrize("quantises", [False, True])
 def test_dropped_slots_are_not_read_by_experts(quantises, weights_before):
-    """The fused layer, and the composed one that it is once quantised."""
+    """The fused layer does not read them, nor the composed one that it is once quantised."""
     experts = Experts(NUM_EXPERTS, HIDDEN, INTER, weights_before=weights_before)
     trained = list(experts.parameters())
     if quantises:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA's functions: the sums, the gradients, and what they refuse."""
+"""LoRA's functions compute the right sums and gradients, and refuse what does not fit."""
 
 import functools
 from typing import Any
@@ -30,7 +30,7 @@ make_adapter = functools.partial(lora_problem.make_adapter, NUM_EXPERTS)
 
 
 def assert_same_gradients(actual, expected, inputs, dtype=torch.float64):
-    """Of two outputs, for one random tangent; every gradient is one that could be wrong."""
+    """Compare the gradients of two outputs for one random tangent. None of them may be zero."""
     tangent = randn(*expected.shape)
     assert relative_error(actual, expected) <= RELATIVE_NORM[dtype]
     found = torch.autograd.grad(actual, inputs, tangent.to(actual.dtype))
@@ -43,7 +43,7 @@ def assert_same_gradients(actual, expected, inputs, dtype=torch.float64):
 @pytest.mark.parametrize("mode", ["plain", "permute_x", "permute_y"])
 @pytest.mark.parametrize("rank", RANKS)
 def test_matches_merged_weight(mode, rank):
-    """Row order, router weights and every gradient, against loops over the merged weight."""
+    """Row order, router weights and every gradient equal those of loops over the merged weight."""
     counts, gather, _ = oracle.routing_indices(draw_ids("dropped"), NUM_EXPERTS)
     num_rows = NUM_TOKENS if mode == "permute_x" else NUM_TOKENS * TOP_K
     x = randn(num_rows, HIDDEN).requires_grad_()
@@ -61,7 +61,7 @@ def test_matches_merged_weight(mode, rank):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adapters_of_another_dtype(dtype):
-    """As PEFT keeps them: fp32 adapters beside the base's dtype, with fp32 gradients."""
+    """PEFT keeps adapters in fp32 beside a base in another dtype. Their gradients are fp32."""
     counts, _, _ = oracle.routing_indices(draw_ids(), NUM_EXPERTS)
     x = randn(NUM_TOKENS * TOP_K, HIDDEN, dtype=dtype)
     weight = randn(NUM_EXPERTS, INTER, HIDDEN, dtype=dtype)
@@ -73,7 +73,7 @@ def test_adapters_of_another_dtype(dtype):
 
 
 def quantised(weight, dtype=torch.float64):
-    """FP8 weights, their scales, and what they are worth."""
+    """Return FP8 weights, their scales, and the product of both."""
     codes, scale = moe_ops.quantize_fp8(weight)
     return codes, scale, moe_ops.dequantize_fp8(codes, scale, dtype)
 
@@ -81,7 +81,7 @@ def quantised(weight, dtype=torch.float64):
 @pytest.mark.parametrize("mode", ["plain", "permute_x", "permute_y"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_fp8_base_matches_merged_weight(mode, dtype):
-    """Of widths with several scales: rows, router weights and every gradient."""
+    """Rows, router weights and every gradient do, at widths with several scales."""
     counts, gather, _ = oracle.routing_indices(draw_ids("dropped"), NUM_EXPERTS)
     num_rows = NUM_TOKENS if mode == "permute_x" else NUM_TOKENS * TOP_K
     x = randn(num_rows, 150, dtype=dtype).requires_grad_()
@@ -139,7 +139,7 @@ def test_every_activation_of_the_op_is_here():
 
 
 def test_dropout():
-    """On the adapters' input alone, scaled, with the same zeros for every slot of a token."""
+    """It acts on the adapters' input alone, and gives all slots of a token the same zeros."""
     counts, gather, _ = oracle.routing_indices(draw_ids(), NUM_EXPERTS)
     x, weight = randn(NUM_TOKENS, HIDDEN), randn(NUM_EXPERTS, INTER, HIDDEN)
     adapter = make_adapter(INTER, HIDDEN, 3)

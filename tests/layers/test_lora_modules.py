@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA's modules: what a step with a frozen base does not do, merging, compiling, checkpoints."""
+"""LoRA's modules do no work for a frozen base. They merge, compile and work in checkpoints."""
 
 import pytest
 import torch
@@ -37,8 +37,8 @@ def test_few_tokens(num_tokens):
 
 
 def test_frozen_base_costs_no_gradient():
-    """The backward has dW of the adapters alone, and no op makes anything of a weight's size."""
-    sizes, rank = (40, 48), 3  # the weights are larger than all rows together
+    """The backward computes dW of the adapters only. No op makes anything of a weight's size."""
+    sizes, rank = (40, 48), 3  # The weights are larger than all rows together.
     module, x, ids, weights = make_layer(sizes=sizes, rank=rank)
     with ReturnedShapes() as calls:
         module(x, ids, weights).sum().backward()
@@ -63,7 +63,7 @@ def test_frozen_base_costs_no_gradient():
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_quantised_experts(gated):
-    """The module on FP8 weights is the one on what these are worth, and its base gets no gradient."""
+    """On FP8 weights it equals the module on the dequantised ones. Its base gets no gradient."""
     experts = Experts(NUM_EXPERTS, 150, 130, gated=gated)
     worth = Experts(NUM_EXPERTS, 150, 130, gated=gated)
     assert experts.quantize_fp8_() is experts
@@ -150,7 +150,7 @@ def test_stands_in_a_layer_that_is_made_of_parts():
 
 
 def test_input_gradient_only_where_needed():
-    """The first layer of a frozen model: no dX of the up projection."""
+    """The first layer of a frozen model computes no dX of the up projection."""
     module, x, ids, weights = make_layer(targets=["gate_up_proj"])
     with ReturnedShapes() as calls:
         module(x.detach(), ids, weights).sum().backward()
@@ -206,7 +206,7 @@ def trainable(module):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_checkpoint(use_reentrant, compiled):
-    """Recomputed in the backward: the same bits."""
+    """The backward computes the layer again and gets the same bits."""
     module, x, ids, weights = make_layer()
 
     def layer(hidden):
@@ -220,7 +220,7 @@ def test_checkpoint(use_reentrant, compiled):
 
 
 def gradients_of_leaves(function, module, x):
-    """As gradients_of, through .backward(), which a reentrant checkpoint insists on."""
+    """Do as gradients_of, but through .backward(), which a reentrant checkpoint needs."""
     module.zero_grad()
     x.grad = None
     output = function(x)
@@ -229,7 +229,7 @@ def gradients_of_leaves(function, module, x):
 
 
 def test_compile():
-    """Five token counts, two graphs, and eager's numbers."""
+    """Five token counts take two graphs and give eager's numbers."""
     module, *_ = make_layer()
     torch._dynamo.utils.counters.clear()
     layer = torch.compile(module, fullgraph=True, backend="aot_eager")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""load_balancing_loss against transformers' and against loops over tokens."""
+"""load_balancing_loss equals transformers' own and loops over tokens."""
 
 import importlib.util
 
@@ -19,7 +19,7 @@ over_masks = pytest.mark.parametrize("mask", [None, "long", "bool"])
 
 
 def make_logits(num_layers, dtype=torch.float32):
-    """With a slope over the experts, so that their loads differ."""
+    """Return logits with a slope over the experts, so that their loads differ."""
     slope = torch.linspace(-1, 1, NUM_EXPERTS)
     return tuple(
         (torch.randn(NUM_TOKENS, NUM_EXPERTS) + slope).to(dtype).requires_grad_()
@@ -36,7 +36,7 @@ def make_mask(mask):
 
 
 def loss_by_loops(layers, top_k, mask):
-    """The definition, one token at a time."""
+    """Compute the loss by its definition, one token at a time."""
     counted = [True] * NUM_TOKENS if mask is None else mask.flatten().bool().tolist()
     slots, probability, num_tokens = [0.0] * NUM_EXPERTS, 0.0, 0
     for logits in layers:
@@ -90,7 +90,7 @@ def test_tensor_is_one_layer(mask):
 
 
 def test_bf16_logits_lose_nothing():
-    """Computed in fp32 from the logits as they are."""
+    """The loss is computed in fp32 from the logits as they are."""
     (logits,) = make_logits(1, torch.bfloat16)
     loss = load_balancing_loss(logits, NUM_EXPERTS, TOP_K)
     assert loss.dtype == torch.float32
@@ -99,7 +99,7 @@ def test_bf16_logits_lose_nothing():
 
 
 def test_even_and_collapsed_use():
-    """top_k where every expert is as likely as the next, num_experts for collapse on one."""
+    """It is top_k if all experts are equally likely, and num_experts if one gets everything."""
     even = torch.eye(NUM_EXPERTS).repeat(4, 1) * 1e-3
     torch.testing.assert_close(load_balancing_loss(even, NUM_EXPERTS, 1), torch.tensor(1.0))
     collapsed = torch.zeros(10, NUM_EXPERTS)

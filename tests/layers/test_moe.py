@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MoE against transformers' own blocks, and what a module has to survive."""
+"""MoE equals transformers' own blocks, and survives what a module has to survive."""
 
 import collections
 import copy
@@ -31,11 +31,11 @@ from testing.layer_models import (
 )
 from testing.tolerances import MODULE_NORM, relative_error
 
-# One that has a shared expert with a gate, one with biases, a clamp and transposed weights.
+# One has a shared expert with a gate, the other biases, a clamp and transposed weights.
 VARIED = ["qwen2_moe", "gpt_oss"]
 over_models = pytest.mark.parametrize("name", list(MODELS))
 over_varied = pytest.mark.parametrize("name", VARIED)
-# transformers scores in fp32 whatever the model's dtype is, all but gpt-oss.
+# In transformers all models but gpt-oss score in fp32, whatever their dtype is.
 TOLERANCE = {torch.float32: MODULE_NORM[torch.float32], torch.float64: 5e-7}
 EXACT_FP64 = 1e-14
 
@@ -45,7 +45,7 @@ def make_layer(name: str, dtype: torch.dtype = torch.float32) -> MoE:
 
 
 def in_our_terms(gradients, name: str):
-    """Gradients of transformers' block under our names and in our layout."""
+    """Return gradients of transformers' block under our names and in our layout."""
     found = {}
     for their_name, gradient in gradients.items():
         our_name = re.sub(r"^gate\.", "router.", their_name)
@@ -75,7 +75,7 @@ def assert_same_step(actual: SimpleNamespace, expected: SimpleNamespace, toleran
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp64"])
 @over_models
 def test_equals_transformers(name, dtype):
-    """Output, logits, and the gradient of the input and of every parameter."""
+    """Output, logits, and the gradients of the input and every parameter are equal."""
     block, layer = make_block(name, dtype), make_layer(name, dtype)
     hidden_states = make_hidden_states(dtype)
     expected = run_block(block, hidden_states)
@@ -87,7 +87,7 @@ def test_equals_transformers(name, dtype):
 
 @over_models
 def test_load_from_copies(name):
-    """The layer's weights are its own, in its own dtype."""
+    """The layer gets weights of its own, in its own dtype."""
     block = make_block(name)
     layer = MoE.from_config(make_config(name), dtype=torch.bfloat16)
     assert layer.load_from(block) is layer
@@ -137,7 +137,7 @@ def test_compiles(name, backend):
 
 
 def test_token_counts_share_a_graph():
-    """Five lengths, two compilations: the first length's and one for any other."""
+    """Five lengths take two compilations, one for the first length and one for any other."""
     layer = make_layer("qwen2_moe")
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
@@ -159,7 +159,7 @@ def test_checkpointing(name, use_reentrant):
     def call(hidden_states):
         return checkpoint(layer, hidden_states, use_reentrant=use_reentrant)
 
-    # Reentrant checkpointing works with backward() alone.
+    # Reentrant checkpointing works only with backward().
     output, logits = call(hidden_states)
     torch.autograd.backward([output, logits], [tangent_of(output, 2), tangent_of(logits, 3)])
     named = {"hidden_states": hidden_states, **dict(layer.named_parameters())}
@@ -170,7 +170,7 @@ def test_checkpointing(name, use_reentrant):
 
 @over_varied
 def test_autocast(name):
-    """The products are bf16's; what comes back to the parameters is fp32."""
+    """The products are computed in bf16, and the parameters' gradients are fp32."""
     layer = make_layer(name)
 
     def call(hidden_states):
@@ -180,7 +180,7 @@ def test_autocast(name):
     tokens = make_hidden_states(shape=(40,)).detach()
     with torch.autocast("cpu", torch.bfloat16):
         rounded = layer.router(tokens)[2].sort(1).values
-    # Where two experts are within a rounding of each other, either choice is right.
+    # Where the scores of two experts differ by a rounding, either choice is right.
     is_decided = (rounded == layer.router(tokens)[2].sort(1).values).all(1)
     assert is_decided.sum() > 30
     hidden_states = tokens[is_decided].requires_grad_()
@@ -229,7 +229,7 @@ def test_state_dict_round_trip(name):
 
 
 def test_of_parts():
-    """Made by hand, without a config: the sum of what its parts compute."""
+    """A layer made by hand, without a config, is the sum of what its parts compute."""
     router = Router(16, 4, 2, bias=True)
     experts = Experts(4, 16, 8, activation="relu_squared", gated=False)
     shared_expert, shared_expert_gate = GatedMLP(16, 8, "gelu"), nn.Linear(16, 1)
@@ -322,7 +322,7 @@ def as_a_class_of_ones_own(block):
 
 
 def test_load_from_takes_a_class_of_ones_own():
-    """By names and shapes, of whichever model; and a subclass of the model's own block."""
+    """A class is taken by its names and shapes, and a subclass of the model's own block too."""
     hidden_states = make_hidden_states()
     expected = make_layer("qwen3_moe")(hidden_states)[0]
     block = make_block("qwen3_moe")

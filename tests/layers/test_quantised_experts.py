@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts after quantize_fp8_(): what they compute, and what becomes of their states."""
+"""Experts after quantize_fp8_() compute, convert, save and load."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from moe_ops.layers.experts import Experts
 from testing.lora_problem import NUM_EXPERTS, draw_ids, randn
 from testing.tolerances import RELATIVE_NORM, relative_error
 
-# Several scales a weight, the last ones of narrower blocks.
+# A weight has several scales, the last ones for narrower blocks.
 HIDDEN, INTER, NUM_TOKENS, TOP_K = 150, 130, 12, 2
 VARIANTS: dict[str, dict[str, Any]] = {
     "silu": {},
@@ -27,7 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def make_experts(name="silu"):
-    """Quantised experts, and plain ones whose weights are what the FP8 codes are worth."""
+    """Return quantised experts, and plain ones with the dequantised weights."""
     experts, worth = (Experts(NUM_EXPERTS, HIDDEN, INTER, **VARIANTS[name]) for _ in range(2))
     assert experts.quantize_fp8_() is experts
     for parameter_name, parameter in worth.named_parameters():
@@ -45,7 +45,7 @@ def make_inputs(num_tokens=NUM_TOKENS):
 
 
 def step(layer, hidden_states, topk_ids, topk_weights):
-    """The output, and the gradients of the input and of the router weights."""
+    """Return the output, and the gradients of the input and of the router weights."""
     output = layer(hidden_states, topk_ids, topk_weights)
     tangent = torch.linspace(-1, 1, output.numel()).view_as(output)
     return [output, *torch.autograd.grad(output, [hidden_states, topk_weights], tangent)]
@@ -66,7 +66,7 @@ def test_computes_what_its_weights_are_worth(name):
 
 
 def test_weights_that_require_grad_are_refused():
-    """As after requires_grad_() of a whole model; they would get no gradient."""
+    """requires_grad_() of a whole model leaves them so. They would get no gradient."""
     experts, _ = make_experts()
     experts.requires_grad_()
     text = r"^moe::grouped_gemm_fp8: expected weight.requires_grad == False .*, got True; call"

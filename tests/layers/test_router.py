@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Router: its variants against plain loops, its choices against those of transformers' routers."""
+"""Router equals plain loops in all variants, and chooses as transformers' routers do."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from testing import checks, oracle
 
 HIDDEN_SIZE, NUM_EXPERTS, NUM_TOKENS = 16, 12, 40
 
-# One for each option of moe::topk_routing, and the combinations that models have.
+# One variant for each option of moe::topk_routing, and the combinations that models have.
 VARIANTS: dict[str, dict[str, Any]] = {
     "softmax": {},
     "renormalised": {"renormalize": True},
@@ -34,7 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "logits_dtype": torch.float32,
     },
 }
-# Arguments of Router that moe::topk_routing has not got.
+# Arguments of Router that moe::topk_routing does not have.
 OF_ROUTER = ("bias", "selection_bias", "logits_dtype")
 over_variants = pytest.mark.parametrize("name", list(VARIANTS))
 
@@ -42,7 +42,7 @@ over_variants = pytest.mark.parametrize("name", list(VARIANTS))
 def make_router(name, dtype=torch.float64):
     router = Router(HIDDEN_SIZE, NUM_EXPERTS, 3, **VARIANTS[name], dtype=dtype)
     if router.e_score_correction_bias is not None:
-        # As much as the scores differ by.
+        # The bias is as large as the scores' differences.
         router.e_score_correction_bias.normal_(std=0.1)
     return router
 
@@ -52,7 +52,7 @@ def make_tokens(dtype=torch.float64):
 
 
 def expected_routing(router, name, hidden_states):
-    """Logits by one sum for each token and expert, and the oracle's routing of them."""
+    """Return logits by one sum for each token and expert, and the oracle's routing of them."""
     options = {key: value for key, value in VARIANTS[name].items() if key not in OF_ROUTER}
     dtype = router.logits_dtype or hidden_states.dtype
     tokens, weight = hidden_states.to(dtype), router.weight.to(dtype)
@@ -66,7 +66,7 @@ def expected_routing(router, name, hidden_states):
 
 @over_variants
 def test_matches_reference(name):
-    """Values, choices, and the gradient of the input and the parameters through both outputs."""
+    """Values, choices, and gradients of input and parameters through both outputs are equal."""
     router, hidden_states = make_router(name), make_tokens()
     *expected, expected_ids = expected_routing(router, name, hidden_states)
     *outputs, topk_ids = router(hidden_states)
@@ -83,7 +83,7 @@ def test_matches_reference(name):
 
 @pytest.mark.parametrize("name", ["selection_bias", "deepseek_v3"])
 def test_selection_bias_selects_alone(name):
-    """Another bias chooses others; equal choices have equal weights; the bias has no gradient."""
+    """Another bias chooses other experts. Equal choices have equal weights."""
     router, hidden_states = make_router(name), make_tokens()
     _, weights, ids = router(hidden_states)
     assert "e_score_correction_bias" in dict(router.named_buffers())
@@ -100,7 +100,7 @@ def test_selection_bias_selects_alone(name):
 
 
 def test_a_selection_bias_that_is_a_parameter():
-    """As DeepSeek-V3's own code has it: the router trains, and the bias gets nothing."""
+    """DeepSeek-V3's own code has one. The router trains, and the bias gets nothing."""
     router, hidden_states = make_router("deepseek_v3"), make_tokens()
     bias = torch.nn.Parameter(router.e_score_correction_bias.clone())
     _, expected, _ = router(hidden_states)
@@ -127,7 +127,7 @@ def test_bf16_keeps_weights_in_fp32():
 
 @over_variants
 def test_initialisation(name):
-    """As nn.Linear has it, the selection bias at zero."""
+    """Weight and bias begin as in nn.Linear, and the selection bias at zero."""
     torch.manual_seed(0)
     router = Router(64, 128, 3, **{**VARIANTS[name], "num_groups": 1, "top_groups": 1})
     bound = 64**-0.5
@@ -140,7 +140,7 @@ def test_initialisation(name):
 
 def test_wrong_options_are_the_ops_errors():
     hidden_states = torch.randn(2, HIDDEN_SIZE)
-    # Who gave no groups reads nothing about groups.
+    # The user gave no groups and reads nothing about groups.
     text = r"^moe::topk_routing: expected top_k <= logits.shape\[1\] \(4\), got 9$"
     with pytest.raises(ValueError, match=text):
         Router(HIDDEN_SIZE, 4, 9)(hidden_states)
@@ -160,7 +160,7 @@ def transformers_models():
 
 @pytest.mark.parametrize("name", transformers_models())
 def test_chooses_as_transformers_does(name):
-    """The same experts with the same weights, for many tokens."""
+    """It chooses the same experts with the same weights, for many tokens."""
     from testing import layer_models
 
     block = layer_models.make_block(name)
