@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""moe_ops.compat.grouped_gemm against the reference in fp64.
+"""moe_ops.compat.grouped_gemm equals the reference in fp64.
 
 T tokens, E experts, K top_k, M = T * K rows, D in_features, N out_features.
 """
@@ -27,7 +27,7 @@ integer_dtypes = pytest.mark.parametrize("dtype", INTEGER, ids=str)
 
 
 def assert_equals_reference(call, tangent=None):
-    """Output and gradients are those of the reference in fp64, in the dtypes of the arguments."""
+    """Check that output and gradients equal the reference's and have the arguments' dtypes."""
     if tangent is None:
         num_rows = call["gather_indices"].shape[0]
         tangent = torch.randn(num_rows, call["W"].shape[-2]).to(call["X"].dtype)
@@ -35,7 +35,7 @@ def assert_equals_reference(call, tangent=None):
     expected = forward_and_backward(expected_output, call, tangent, torch.float64)
     assert found.keys() == expected.keys()
     for name, value in found.items():
-        # The gradient of fp32 topk_weights is made of products of X, W and dY in their dtype.
+        # The gradient of fp32 topk_weights comes from products of X, W and dY in their dtype.
         dtype = checks.coarser(value.dtype, call["X"].dtype)
         checks.assert_close(value, expected[name], dtype=dtype, what=name)
         wanted = call["X"].dtype if name == "output" else call[name].dtype
@@ -49,7 +49,7 @@ def test_equals_the_reference(permute_x, permute_y, weighted, dtype):
     call = problem(permute_x, dtype).call(permute_x, permute_y, weighted)
     with checks.poisoned_memory():
         found = assert_equals_reference(call)
-    # permute_x: the gradient comes back in token order, summed over the slots.
+    # With permute_x the gradient comes back in token order, summed over the slots.
     assert found["X"].shape == call["X"].shape
     assert (found["W"][EMPTY_EXPERT] == 0).all()
     assert (found["W"].flatten(1).norm(dim=1) > 0).sum() == 4
@@ -74,7 +74,7 @@ def test_weight_of_two_dimensions(permute_x, permute_y, weighted):
     assert torch.equal(flat.pop("W"), stacked.pop("W").flatten(0, 1))
     for name, value in flat.items():
         assert torch.equal(value, stacked[name]), name
-    # Accumulated in a parameter, too.
+    # The gradient of a parameter is accumulated too.
     parameter = call["W"].clone().requires_grad_()
     grouped_gemm(**{**call, "W": parameter}).sum().backward()
     assert parameter.grad is not None
@@ -83,7 +83,7 @@ def test_weight_of_two_dimensions(permute_x, permute_y, weighted):
 
 
 def scattered(tensor: Tensor) -> Tensor:
-    """The same values with other values between them, in both dimensions."""
+    """Return the same values with other values between them, in both dimensions."""
     wide = torch.full([2 * size for size in tensor.shape], 1e6, dtype=tensor.dtype)
     view = wide[(slice(None, None, 2),) * tensor.dim()]
     return view.copy_(tensor)
@@ -94,7 +94,7 @@ def transposed(tensor: Tensor) -> Tensor:
 
 
 def broadcast(tensor: Tensor) -> Tensor:
-    """Of stride 0; every row is the first one."""
+    """Return the first row with stride 0, so that it is every row."""
     return tensor[..., :1, :].expand_as(tensor)
 
 
@@ -129,7 +129,7 @@ def test_counts_of_every_integer_dtype(dtype):
 
 
 def test_counts_over_a_signed_byte():
-    """Cast, not viewed: 200 is no negative int8."""
+    """Counts are cast and not viewed, so 200 is no negative int8."""
     m_sizes = torch.tensor([200, 3], dtype=torch.uint8)
     X, W = torch.randn(203, 4), torch.randn(2, 5, 4)
     expected = torch.cat([X[:200] @ W[0].T, X[200:] @ W[1].T])
@@ -162,7 +162,7 @@ def test_rows_of_no_expert_are_zero():
 @pytest.mark.parametrize("permute_y", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_router_weights_are_multiplied_before_the_rounding(dtype, permute_y):
-    """One rounding. Another one before it would move about every fourth element by one unit."""
+    """There is one rounding. Another one would move about every fourth element by one unit."""
     given = problem(dtype=dtype, num_tokens=60, in_features=40, out_features=40)
     call = given.call(False, permute_y, weighted=True)
     exact = expected_output(**{**call, "X": given.X.double(), "W": given.W.double()})
@@ -192,10 +192,10 @@ def test_router_weights_are_not_used_without_fuse_mul_post():
 
 @pytest.mark.parametrize("topk", [1, 2])
 def test_input_that_was_multiplied_before(topk):
-    """Llama 4: the router's weight goes into the input, and its gradient comes back through it."""
+    """As in Llama 4, the router weight multiplies the input and gets its gradient through it."""
     given = problem(permute_x=True, topk=topk)
     slots = given.gather_indices
-    # One token row for each slot, so that each has its own weight: topk is 1 for the GEMM.
+    # Each slot has a token row with its own weight, so topk is 1 for the GEMM.
     tokens = given.X.repeat_interleave(topk, 0)
     tangent = torch.randn(13 * topk, 7)
 

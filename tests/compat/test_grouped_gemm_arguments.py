@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""moe_ops.compat.grouped_gemm's signature, its flags without effect, and what it rejects."""
+"""moe_ops.compat.grouped_gemm keeps its signature, ignores some flags, and rejects bad input."""
 
 import inspect
 from typing import Any
@@ -15,7 +15,7 @@ from testing.recorders import MoeOps
 
 
 def test_signature():
-    """Names, order and defaults: what code written for it relies on."""
+    """Code written for it relies on names, order and defaults."""
     expected = (
         "X W m_sizes topk gather_indices=None permute_x=False permute_y=False topk_weights=None "
         "fuse_mul_post=False kernel_config_fwd=None kernel_config_bwd_dX=None "
@@ -110,7 +110,7 @@ CONFIGS = [{}, {"kernel_config_fwd": FORWARD}, {"autotune": True}]
 @pytest.mark.parametrize("tuned", CONFIGS, ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_rejects_both_permutations(tuned, weighted):
-    """The op's one error, whatever else is given, in eager, on fake tensors and on meta tensors."""
+    """The error is the op's own in eager code, on fake tensors and on meta tensors."""
     call = problem(permute_x=True).call(True, permute_y=True, weighted=weighted)
     found = checks.assert_rejects(ValueError, (), grouped_gemm, {**call, **tuned})
     assert found.startswith("moe::grouped_gemm: expected not (permute_x and permute_y)")

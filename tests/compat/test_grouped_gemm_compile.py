@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""moe_ops.compat under torch.compile(fullgraph=True): the values and gradients of eager."""
+"""moe_ops.compat gives the same values and gradients under torch.compile(fullgraph=True)."""
 
 from typing import Any
 
@@ -43,10 +43,10 @@ def test_one_gradient_alone(only):
 
 
 def layer(hidden, router, up, down, topk=3):
-    """A MoE layer of every function that has a place in one; up is (E * N, K)."""
+    """Compute an MoE layer with every function that has a place in one. up is (E * N, K)."""
     topk_weights, topk_ids = calculate_topk(hidden @ router.T, topk, True, renormalize=True)
     counts, gather = get_routing_indices(topk_ids, len(router))
-    # Few enough rows for a byte: a cast in the graph.
+    # The counts fit in a byte, so the graph has a cast.
     counts = counts.to(torch.uint8)
     routing: dict[str, Any] = {"m_sizes": counts, "gather_indices": gather, "topk": topk}
     rows = grouped_gemm(hidden, up, permute_x=True, **routing)
@@ -72,7 +72,7 @@ def output_and_gradients(function, tensors):
 
 @pytest.mark.slow
 def test_inductor_equals_eager():
-    """Of two GEMMs with hardly anything around them, since each C++ kernel takes seconds."""
+    """Two GEMMs have hardly anything around them, because each C++ kernel takes seconds."""
 
     topk_ids = torch.rand(20, 6).topk(3).indices.to(torch.uint8)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""moe_ops.compat computes the gradients that are wanted, no others, and never waits for a GPU."""
+"""moe_ops.compat computes only the gradients that are wanted, and never waits for a GPU."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ from testing import checks
 from testing.compat_problem import forward_and_backward, problem
 from testing.recorders import Allocations, MoeOps
 
-# Which gradients are wanted, and the ops of the backward that compute them.
+# The gradients that are wanted, and the ops of the backward that compute them.
 LAUNCHES = [
     ({}, "X W topk_weights", ["grouped_gemm_dx", "grouped_gemm_dw"]),
     ({}, "X", ["grouped_gemm_dx"]),
@@ -71,7 +71,7 @@ def test_nothing_is_allocated_for_the_other_gradient(only):
 
 
 def test_of_a_block_only_the_gradient_of_its_input_is_dropped():
-    """dW_only at the first GEMM: the gradients of both weights are those of the full backward."""
+    """With dW_only at the first GEMM both weights' gradients are those of the full backward."""
     first = problem(permute_x=True)
     routing: dict[str, Any] = {
         "m_sizes": first.m_sizes, "topk": first.topk, "gather_indices": first.gather_indices,
@@ -96,8 +96,10 @@ def test_of_a_block_only_the_gradient_of_its_input_is_dropped():
 
 
 def test_nothing_is_read_on_the_host():
-    """A fake tensor has no values: to read one raises, as in the reference loop. (Of the ops
-    themselves, tests/gpu says that they never wait for the GPU.)"""
+    """A fake tensor has no values, so reading one raises, as it does in the reference loop.
+
+    tests/gpu holds that the ops themselves never wait for the GPU.
+    """
     call = problem(permute_x=True).call(True, permute_y=False, weighted=True)
     call["W"] = call["W"].flatten(0, 1).requires_grad_()
     call["topk_weights"] = call["topk_weights"].flatten()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Llama 4 block: transformers' numbers, and a plain loop's, with any number of experts."""
+"""The Llama 4 block equals transformers' and a plain loop, with any number of experts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ top_ks = pytest.mark.parametrize("top_k", [1, 2, 4])
 
 
 def plain_loop(block: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The layer token by token, expert by expert."""
+    """Compute the layer token by token and expert by expert."""
     router_logits = block.router.weight @ hidden_states.reshape(-1, HIDDEN_SIZE).mT
     rows = []
     for token, logits in zip(hidden_states.reshape(-1, HIDDEN_SIZE), router_logits.mT, strict=True):
@@ -55,7 +55,7 @@ def plain_loop(block: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def assert_same(got_block: Any, want_block: Any, got, want, x, dtype=None) -> None:
-    """Outputs, and the gradients of input and every parameter, for random tangents."""
+    """Compare outputs, and the gradients of input and every parameter for random tangents."""
     tangents = tangents_of(*want)
     inputs = [[x, *block.parameters()] for block in (got_block, want_block)]
     names = ["input", *(name for name, _ in want_block.named_parameters())]
@@ -110,7 +110,7 @@ def test_compiled_equals_eager(top_k):
     assert_same(block, block, compiled(x), block(x), x)
 
 
-# What each leaves without a gradient.
+# By option, what it leaves without a gradient.
 PARTIAL = {"dW_only": {"input"}, "dX_only": {n for n, _ in llama4_block().named_parameters()}}
 
 
@@ -148,7 +148,7 @@ def test_backward_does_only_what_is_asked_for():
 
     dX = ["grouped_gemm_dx down", "grouped_gemm_dx up"]
     dW = ["grouped_gemm_dw down", "grouped_gemm_dw up"]
-    # The router and the three projections of the shared expert: two products each.
+    # The router and the three projections of the shared expert take two products each.
     assert ops() == sorted([*dX, *dW, *["mm"] * 8])
     assert ops(dX_only=True) == sorted([*dX, *["mm"] * 4])
     # The router's weight is in the rows of the first GEMM, so its dX is needed. The router and the
@@ -179,7 +179,7 @@ def test_checkpointed(use_reentrant):
     tangents: Any = tangents_of(*block(x))
     leaves: list[Any] = [x, *block.parameters()]
     want = gradients(block(x), leaves, tangents)
-    # Reentrant checkpointing works with .backward() alone.
+    # Reentrant checkpointing works only with .backward().
     torch.autograd.backward(checkpoint(block, x, use_reentrant=use_reentrant), tangents)
     for leaf, expected in zip(leaves, want, strict=True):
         assert_close(leaf.grad, expected)
@@ -250,7 +250,7 @@ def test_copy_weights_rejects_others_and_copies_nothing():
 
 
 class FakeStream:
-    """Writes down who waits for whom."""
+    """Stands for a stream, and writes down who waits for whom."""
 
     def __init__(self, name: str, log: list[str]) -> None:
         self.name, self.log = name, log
@@ -260,7 +260,7 @@ class FakeStream:
 
 
 def test_side_stream_waits_and_is_waited_for(monkeypatch):
-    # Without a GPU: the order of the steps, and that they compute the same.
+    # There is no GPU here: the steps come in the right order and compute the same.
     hf, x = llama4_block(2), tokens(2, 7)
     block, log = our_llama4_block(hf), list[str]()
     streams = {name: FakeStream(name, log) for name in ("caller", "side")}

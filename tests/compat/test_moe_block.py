@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Qwen3-MoE blocks: their numbers are transformers', their weights come from there."""
+"""The Qwen3-MoE blocks take their weights from transformers' block and give its numbers."""
 
 import copy
 import sys
@@ -71,7 +71,7 @@ def test_equals_transformers(name, norm_topk_prob):
 def test_equals_transformers_in_bf16(name):
     hf = qwen3_block(dtype=torch.bfloat16)
     with torch.no_grad():
-        # They tie: the expert is the one that transformers chooses, all the same.
+        # Experts 1 and 2 tie. The block must choose the one that transformers chooses.
         hf.gate.weight[2] = hf.gate.weight[1]
     x = tokens(2, 40, dtype=torch.bfloat16)
     found = make(name, hf)(x, return_intermediates=True)
@@ -133,7 +133,7 @@ def test_intermediates(name):
     assert_close(found.unpermuted, unpermuted, what="unpermuted")
     assert_close(found.output, hf(x), what="output")
     assert torch.equal(found.output, block(x)[0])
-    # Not detached: an auxiliary loss may use any of them.
+    # They are not detached: an auxiliary loss may use any of them.
     assert found.activation.grad_fn is not None
 
 
@@ -271,7 +271,7 @@ def test_rejects_the_configuration_of_another_gemm():
 
 @pytest.mark.parametrize("hidden_act", ["silu", "gelu"])
 def test_config_without_transformers(monkeypatch, hidden_act):
-    """Any object with the config's attributes; only other activations are transformers' own."""
+    """Any object with the config's attributes will do. Only silu needs no transformers."""
     hf, x = qwen3_block(), tokens(2, 7)
     names = (
         "num_experts", "num_experts_per_tok", "norm_topk_prob", "hidden_size",

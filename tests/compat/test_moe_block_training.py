@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training of the fused Qwen3-MoE block: partial gradients, compiled, cast, checkpointed, sharded."""
+"""The fused Qwen3-MoE block trains: partly frozen, compiled, cast, checkpointed and sharded."""
 
 import functools
 from typing import Any
@@ -42,7 +42,7 @@ FUSED: dict[str, Any] = {name: flags for name, (_, flags) in BLOCKS.items() if n
 fused = pytest.mark.parametrize("name", FUSED)
 UP = (NUM_EXPERTS, 2 * INTERMEDIATE_SIZE, HIDDEN_SIZE)
 DOWN = (NUM_EXPERTS, HIDDEN_SIZE, INTERMEDIATE_SIZE)
-# Names of the gradients that each leaves out.
+# By option, the gradients that it leaves out.
 PARTIAL = {"dW_only": ("input",), "dX_only": WEIGHTS}
 CONFIGS: dict[str, Any] = {
     "kernel_config_fwd": KernelConfigForward(BLOCK_M=64, BLOCK_N=32, BLOCK_K=16),
@@ -56,7 +56,7 @@ def fused_block(hf: Any, name: str = "permute_x and permute_y", **options: Any) 
 
 
 def run(block, x, tangents, call=None) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    """Output and router logits, and the gradients of input and weights, by name."""
+    """Return output and router logits, and the gradients of input and weights by name."""
     x = x.detach().requires_grad_()
     block.zero_grad()
     outputs = (block if call is None else call)(x)
@@ -91,7 +91,7 @@ def test_partial_gradients_equal_the_full_ones(name, option):
 
 
 def backward_ops(hf, x, tangents, **options) -> list[str]:
-    """In the order of their names."""
+    """Return the ops of the backward, sorted by name."""
     outputs = fused_block(hf, **options)(x.detach().requires_grad_())
     with RecordOps() as recorded:
         torch.autograd.backward(outputs, tangents)
@@ -103,12 +103,12 @@ def test_backward_does_only_what_is_asked_for(name):
     hf, x, tangents = problem()
     dX = ["grouped_gemm_dx down", "grouped_gemm_dx up"]
     dW = ["grouped_gemm_dw down", "grouped_gemm_dw up"]
-    # The gradients of permute and of unpermute.
+    # These are the gradients of permute and unpermute.
     moved = ["permute", "unpermute"] if name == "neither" else []
     ops = functools.partial(backward_ops, hf, x, tangents, name=name)
-    # A product is the router's: one for its weight, one for its input.
+    # Each mm is the router's, one for its weight and one for its input.
     assert ops() == sorted([*dX, *dW, "mm", "mm", *moved])
-    # The second weight's input gradient is needed for the first weight's gradient.
+    # The gradient of the first weight needs the input gradient of the second GEMM.
     assert ops(dW_only=True) == sorted([dX[0], *dW, "mm", *moved[:1]])
     assert ops(dX_only=True) == sorted([*dX, "mm", *moved])
 

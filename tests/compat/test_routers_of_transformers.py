@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The routers of transformers against calculate_topk, or topk_routing where that says no more.
+"""calculate_topk routes as the routers of transformers, and topk_routing where it cannot.
 
 T tokens, E experts, K top_k, H hidden_size.
 """
@@ -20,7 +20,7 @@ NUM_EXPERTS, TOP_K, HIDDEN_SIZE = 12, 3, 16
 
 
 def router_of(model: str, name: str, **more):
-    """A router of random weights. Its config is read for nothing but these sizes and flags."""
+    """Return a router with random weights. It reads only these sizes and flags of its config."""
     module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
     config = SimpleNamespace(
         hidden_size=HIDDEN_SIZE,
@@ -36,11 +36,11 @@ def router_of(model: str, name: str, **more):
 
 
 def compare(hidden, router, found, expected):
-    """(weights, ids) of two kinds: the same experts with the same weights, and the same gradients.
+    """Compare two pairs of (weights, ids): experts, weights and gradients are equal.
 
     transformers gives a token's experts in any order.
     """
-    # A tangent for each expert, so that the order is no part of it.
+    # Each expert has its tangent, so the order does not matter.
     tangents = torch.randn(len(hidden), NUM_EXPERTS)
     inputs = [hidden, *router.parameters()]
     results = []
@@ -61,7 +61,7 @@ def hidden_states():
 
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_qwen3_moe(renormalize):
-    """Softmax, then the selection."""
+    """It takes the softmax, then selects."""
     hidden = hidden_states()
     router = router_of("qwen3_moe", "Qwen3MoeTopKRouter", norm_topk_prob=renormalize)
     logits, weights, ids = router(hidden)
@@ -70,7 +70,7 @@ def test_qwen3_moe(renormalize):
 
 
 def test_gpt_oss():
-    """The selection, then softmax of the selected."""
+    """It selects, then takes the softmax of the selected."""
     hidden, router = hidden_states(), router_of("gpt_oss", "GptOssTopKRouter")
     logits, weights, ids = router(hidden)
     act = {"pre_act": False, "post_act": True}
@@ -79,7 +79,7 @@ def test_gpt_oss():
 
 
 def test_llama4():
-    """The selection, then sigmoid of the selected. The model keeps a row of all experts."""
+    """It selects, then takes the sigmoid of the selected. The model keeps a row of all experts."""
     hidden, router = hidden_states(), router_of("llama4", "Llama4Router")
     scores, logits = router(hidden)
     ids = scores.topk(TOP_K, dim=1).indices
@@ -94,7 +94,7 @@ def test_llama4():
     [("deepseek_v3", "DeepseekV3TopkRouter"), ("glm4_moe", "Glm4MoeTopkRouter")],
 )
 def test_groups_bias_and_scale(model, name, renormalize):
-    """Of four groups, the two whose two best biased scores are highest."""
+    """It takes those two of four groups whose two best biased scores are highest."""
     groups = {"n_group": 4, "topk_group": 2}
     scaling = {"norm_topk_prob": renormalize, "routed_scaling_factor": 2.5}
     hidden, router = hidden_states(), router_of(model, name, **groups, **scaling)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The routing functions of moe_ops.compat against torch's own, and against plain loops.
+"""The routing functions of moe_ops.compat equal torch's own functions and plain loops.
 
-T tokens, E experts, K top_k, M = T * K rows, H hidden_size. That the selection of DeepSeek-V3 and
-GLM-4 equals transformers' is tested of the op, in tests/ops/test_topk_routing.py.
+T tokens, E experts, K top_k, M = T * K rows, H hidden_size. tests/ops/test_topk_routing.py
+holds that the op selects as transformers does for DeepSeek-V3 and GLM-4.
 """
 
 import pytest
@@ -87,7 +87,7 @@ def test_unpermute(dtype):
 
 @floating_dtypes
 def test_unpermute_undoes_permute(dtype):
-    """To the bit: rows are moved, not computed with. Slot s holds the row of token s // topk."""
+    """It does so to the bit. Slot s holds the row of token s // topk."""
     X, gather = rows_and_indices(11, dtype, 33)
     restored = unpermute(permute(X, gather, 3), gather)
     assert restored.dtype == dtype
@@ -103,7 +103,7 @@ def test_moving_rows_rejects_indices_of_no_integer_dtype(function, more):
 
 
 def plain_topk(gating_output, top_k, use_sigmoid, renormalize, pre_act):
-    """As a model writes it, in torch's own ops."""
+    """Compute it as a model does, with torch's own ops."""
 
     def score(logits):
         return logits.sigmoid() if use_sigmoid else logits.softmax(dim=-1)
@@ -119,7 +119,7 @@ def plain_topk(gating_output, top_k, use_sigmoid, renormalize, pre_act):
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize("use_sigmoid", [True, False])
 def test_calculate_topk(use_sigmoid, renormalize, pre_act, dtype):
-    # Distinct in every dtype: torch.topk says nothing about ties.
+    # The logits are distinct in every dtype, because torch.topk promises nothing about ties.
     logits = torch.stack([torch.randperm(12) for _ in range(40)]).sub(6).div(4)
     logits = logits.to(dtype).requires_grad_()
     weights, ids = calculate_topk(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configurations with Unsloth's names and fields, and their way into the ops."""
+"""Configurations with Unsloth's names and fields reach the ops."""
 
 import copy
 import dataclasses
@@ -24,7 +24,7 @@ CONFIGS: dict[str, Any] = {
     "kernel_config_bwd_dX": KernelConfigBackward_dX(
         BLOCK_SIZE_N=32, flatten=False, tail_tiles=True, permute_y=True, fuse_mul_post=True
     ),
-    # One of moe_ops itself among Unsloth's.
+    # This class is moe_ops' own. The others have Unsloth's names.
     "kernel_config_bwd_dW": moe_ops.KernelConfigBackward_dW(
         BLOCK_K=16, group_m=3, use_tma_load_x=True
     ),
@@ -45,7 +45,7 @@ def expected_string(given: dict[str, Any]) -> str | None:
 
 
 def string_of(args) -> str | None:
-    """An op's last argument; where it has its default, None, the dispatcher leaves it out."""
+    """Return an op's last argument. The dispatcher leaves it out where it is None, its default."""
     return args[-1] if isinstance(args[-1], str) else None
 
 
@@ -97,7 +97,7 @@ def test_aliases_of_the_constructor(name):
         assert twin == config
     smaller = dataclasses.replace(config, BLOCK_M=16)
     assert (smaller.BLOCK_SIZE_M, config.BLOCK_SIZE_M) == (16, 32)
-    # Whatever the values are: BLOCK_M's own default is one that can be given.
+    # It does not matter which values: BLOCK_M's default counts as given too.
     for args, other in (((), {"BLOCK_M": 128}), ((32,), {}), ((), {"BLOCK_M": 32})):
         expected = rf"^{kind.__name__}: BLOCK_M is given twice, once as BLOCK_SIZE_M$"
         with pytest.raises(ValueError, match=expected):
@@ -144,13 +144,13 @@ def test_the_string_is_made_once(monkeypatch):
     kernel_string._cached_string.cache_clear()
     call = leaves()
     for _ in range(3):
-        # Equal, and another object each time.
+        # It is equal, and another object each time.
         grouped_gemm(**call, kernel_config_fwd=KernelConfigForward(BLOCK_M=32))
     assert made == [(moe_ops.KernelConfigForward(BLOCK_M=32), None, None)]
 
 
 class Graphs:
-    """A backend that keeps the kernel_config of each moe op in the graphs it is given."""
+    """Compiles nothing, and keeps the kernel_config of each moe op in the graphs it gets."""
 
     def __init__(self) -> None:
         self.found: list[dict[str, str | None]] = []
@@ -182,10 +182,10 @@ def test_they_compile_and_reach_every_op_of_the_graphs(given):
 
 
 def test_compiled_code_follows_the_configuration():
-    """Another value compiles again, with that value; an equal configuration does not."""
+    """Another value compiles again, with that value. An equal configuration does not."""
     graphs, call = Graphs(), problem().call(False, permute_y=False, weighted=False)
     compiled = torch.compile(grouped_gemm, fullgraph=True, backend=graphs.backend)
-    # The same integers in turn: Dynamo must not take one that changes for a symbol.
+    # Integers change and come back: Dynamo must not make a symbol of one that changes.
     for block in (64, 64, 32, 16, 128, 16):
         compiled(**call, kernel_config_fwd=KernelConfigForward(BLOCK_M=block))
     texts = [

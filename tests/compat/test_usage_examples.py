@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The usage examples of the block that ours stands in for, one test each.
+"""Each test runs a usage example of the block that ours stands in for.
 
 They differ from the page in their import paths, in what it leaves out (ellipses, a config, a loss
-function), and in device, dtype and sizes, so that they run on a CPU. What follows the example in a
-test checks what it gives.
+function), and in device, dtype and sizes, so that they run on a CPU. Each test then checks what its
+example gives.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ config = qwen3_config()
 def hf_moe():
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-    # transformers leaves the weights to the model.
+    # In transformers the model initialises the weights, not the block.
     return filled(Qwen3MoeSparseMoeBlock(config))
 
 
