@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-# Every model here is made from a config; a test that asks a hub for one must fail, not download.
+# Every model here is made from a config. A test that asks a hub for one must fail, not download.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT's LoRA on experts through split LoRA: PEFT's numbers, without PEFT's merged weights."""
+"""Split LoRA gives the numbers of PEFT's LoRA on experts, and makes no merged weights."""
 
 import copy
 import dataclasses
@@ -47,7 +47,7 @@ def input_ids():
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("targets", [BOTH, BOTH[:1], BOTH[1:]], ids=["both", "up", "down"])
 def test_equals_peft(name, targets, input_ids):
-    """Outputs and gradients are those of PEFT's merged weights; frozen parameters have none."""
+    """Outputs and gradients equal those of PEFT's merged weights. Frozen parameters get none."""
     model = wrapped_model(name, targets=targets)
     expected = run_step(model, input_ids)
     assert moe_ops_peft.enable(model) == [PREFIX]
@@ -71,14 +71,14 @@ def test_ranks(rank, input_ids):
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_packing_gives_peft_delta_weight(name):
-    """lora_A has experts slowest, lora_B fastest; gpt-oss stores its weights transposed."""
+    """lora_A has experts slowest, lora_B fastest. gpt-oss stores its weights transposed."""
     model = wrapped_model(name)
     for wrapper in wrappers(model):
         lora_a, lora_b, scaling = moe_ops_peft.adapter_weights(wrapper, "default")
         assert lora_a.shape[:2] == (NUM_EXPERTS, 8)
         assert lora_b.shape[::2] == (NUM_EXPERTS, 8)
         assert scaling == 2
-        # Neither packing is the other: taking one for the other must show.
+        # The two packings differ, so taking one for the other shows.
         assert not torch.equal(lora_b, lora_b.reshape(NUM_EXPERTS, 8, -1).mT)
         delta = scaling * (lora_b @ lora_a)
         expected = wrapper.get_delta_weight("default")
@@ -96,7 +96,7 @@ def wrappers(model):
 
 
 def test_no_merged_weight_and_no_base_gradient(input_ids):
-    """Of the GEMMs that contract over rows, there are the adapters' alone."""
+    """Only the adapters' gradients take GEMMs that contract over rows."""
     model = split_model()
     with MoeCalls() as calls:
         run_step(model, input_ids[:1, :4])
@@ -113,7 +113,7 @@ def test_no_merged_weight_and_no_base_gradient(input_ids):
 
 
 def test_bf16_model(input_ids):
-    """PEFT keeps adapters of a bf16 model in fp32; gradients are fp32 too."""
+    """PEFT keeps adapters of a bf16 model in fp32. Their gradients are fp32 too."""
     model = wrapped_model(dtype=torch.bfloat16)
     reference = copy.deepcopy(model).float()
     expected, peft_own = run_step(reference, input_ids), run_step(model, input_ids)
@@ -123,7 +123,7 @@ def test_bf16_model(input_ids):
     for name, gradient in expected[1].items():
         if gradient is not None:
             assert actual[1][name].dtype == torch.float32
-            # Two roundings on the way, to PEFT's one of the merged weight.
+            # We round twice on the way. PEFT rounds the merged weight once.
             allowed = (
                 1.5 * relative_error(peft_own[1][name], gradient) + MODULE_NORM[torch.bfloat16]
             )
@@ -132,7 +132,7 @@ def test_bf16_model(input_ids):
 
 @pytest.mark.parametrize(("name", "which"), [("qwen3_moe", "peft"), ("gpt_oss", "inner")])
 def test_compiled_step(name, which, input_ids):
-    """One graph, of the PeftModel or of the model in it; PEFT's own forward does not compile so."""
+    """PeftModel and the model in it compile to one graph. PEFT's own forward does not."""
     model = split_model(name)
     model = model if which == "peft" else model.get_base_model()
     expected = run_step(model, input_ids)
@@ -144,7 +144,7 @@ def test_compiled_step(name, which, input_ids):
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_dropped_slots_are_not_read(name):
-    """Slots of other ranks' experts add nothing, whatever their weight is."""
+    """A slot of another rank's expert adds nothing, whatever its weight is."""
     wrapper = split_model(name).get_submodule(PREFIX)
     trained = [parameter for key, parameter in wrapper.named_parameters() if "lora_" in key]
     assert len(trained) == 4
@@ -171,7 +171,7 @@ def fresh_base():
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_merge_and_unload(name, input_ids):
-    """PEFT's own; before, merged in place, unmerged again, and unloaded, the numbers are the same."""
+    """PEFT's own merging works: merged, unmerged and unloaded, the numbers stay the same."""
     model = split_model(name)
     expected = run_step(model, input_ids)[0]
     model.merge_adapter()
@@ -198,7 +198,7 @@ def test_disabled_adapters_give_the_base(input_ids):
 
 
 def test_several_adapters(input_ids):
-    """One added after enable(), each alone, and both at once."""
+    """An adapter is added after enable(). Each works alone, and both work together."""
     model = split_model()
     model.add_adapter("second", config(r=3, lora_alpha=9))
     split = moe_ops_peft.enable(model)
@@ -236,7 +236,7 @@ def test_a_copy_is_split_and_its_own(copied, input_ids):
 
 
 def test_other_modules_keep_their_adapters(input_ids, caplog):
-    """Linear layers and parameters that are no experts are PEFT's, and nothing is said of them."""
+    """Linear layers and other parameters stay PEFT's, and the log says nothing about them."""
     targets = [*BOTH, "self_attn.q_proj.weight"]
     model = wrapped_model(targets=targets, target_modules=["v_proj"])
     expected = run_step(model, input_ids)

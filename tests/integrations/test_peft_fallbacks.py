@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters that split LoRA does not compute: PEFT's own path, with the reason in the log."""
+"""What split LoRA does not compute takes PEFT's own path, and the log says why."""
 
 import logging
 
@@ -55,7 +55,7 @@ def experts_with_a_norm(model):
 
 
 class Packed(torch.nn.Parameter):
-    """As quantisers make them."""
+    """Stands for the parameters that quantisers make."""
 
 
 def packed_weight(model):
@@ -74,7 +74,7 @@ FALLBACKS = {
 
 @pytest.mark.parametrize("case", FALLBACKS)
 def test_falls_back_with_a_reason(case, input_ids, caplog):
-    """After enable(): PEFT's own path and numbers, and one line that says why."""
+    """A change after enable() leads to PEFT's path, with its numbers and one line that says why."""
     change, reason = FALLBACKS[case]
     model = split_model()
     unchanged = run_step(model, input_ids)[0]
@@ -93,7 +93,7 @@ def test_falls_back_with_a_reason(case, input_ids, caplog):
 
 
 def test_other_arguments_fall_back(input_ids, caplog):
-    """By keyword: PEFT's path, which takes them, and its numbers."""
+    """Arguments by keyword take PEFT's path, which knows them, with its numbers."""
     wrapper = split_model().get_submodule(PREFIX)
     x, ids, weights = torch.randn(5, 32), torch.randint(NUM_EXPERTS, (5, 2)), torch.rand(5, 2)
     expected = wrapper(x, ids, weights)
@@ -122,13 +122,13 @@ def test_targeted_biases_fall_back(name, targets, reason, input_ids, caplog):
 
 @pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"use_dora": True}])
 def test_peft_refuses(options):
-    """What split LoRA has no answer to never reaches it."""
+    """PEFT itself refuses what split LoRA does not compute."""
     with pytest.raises(ValueError, match="ParamWrapper does not work"):
         wrapped_model(**options)
 
 
 class OtherExperts(torch.nn.Module):
-    """Stacked weights outside of transformers' experts interface, as Llama 4 has them."""
+    """Has stacked weights outside of transformers' experts interface, as Llama 4 does."""
 
     def __init__(self):
         super().__init__()
@@ -150,7 +150,7 @@ def test_experts_outside_of_the_interface_fall_back(caplog):
 
 
 def test_forward_of_another_library_stays(input_ids, caplog):
-    """As accelerate puts one on a module that it moves between devices."""
+    """accelerate puts such a forward on a module that it moves between devices."""
     model = wrapped_model()
     wrapper = model.get_submodule(PREFIX)
     wrapper.forward = lambda *args: type(wrapper).forward(wrapper, *args) * 0

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every class of transformers that goes through its experts interface, against its own eager forward.
+"""Every class in transformers' experts interface gives the numbers of its own eager forward.
 
-The classes are found in the installed transformers, so a new release brings its new ones. Each is
-built alone at a tiny size and given a routing, so no tie can hide or fake a difference.
+The classes are found in the installed transformers, so a new release brings its own. Each is built
+alone at a tiny size and is given a routing, so no tie can hide or fake a difference.
 """
 
 import functools
@@ -34,7 +34,7 @@ def find_experts_classes():
 
 
 EXPERTS_CLASSES = find_experts_classes()
-# One for each way in which a class can differ from the plain gated one.
+# One class for each way in which a class can differ from the plain gated one.
 VARIANTS = [
     ("transformers.models.qwen3_moe.modeling_qwen3_moe", "Qwen3MoeExperts"),
     ("transformers.models.gpt_oss.modeling_gpt_oss", "GptOssExperts"),
@@ -49,9 +49,9 @@ over_variants = pytest.mark.parametrize(
 
 
 def tiny_config():
-    """Every name under which an experts class looks up a size, an activation or a limit.
+    """Return a config with every name under which a class looks up a size, activation or limit.
 
-    A class that reads another one fails with an AttributeError that names it. The limits are low
+    A class that reads another name fails with an AttributeError that says it. The limits are low
     enough to clamp some of the values here.
     """
     return SimpleNamespace(
@@ -88,7 +88,7 @@ def make_experts(module_name, class_name, dtype=torch.float32, limit=1.0):
 
 
 def make_inputs(dtype=torch.float32):
-    """Hidden states, ids and weights, expert 2 without tokens and expert 4 in every token."""
+    """Return hidden states, ids and weights. Expert 2 has no token, and expert 4 has them all."""
     generator = torch.Generator().manual_seed(1)
     hidden_states = torch.randn(NUM_TOKENS, 16, generator=generator)
     affinity = torch.rand(NUM_TOKENS, NUM_EXPERTS, generator=generator)
@@ -99,7 +99,7 @@ def make_inputs(dtype=torch.float32):
 
 
 def run(experts, implementation, hidden_states, top_k_index, top_k_weights, autocast=False):
-    """The output and the gradient of everything differentiable, by name, for one tangent."""
+    """Return by name the output, and the gradients of all differentiable inputs for one tangent."""
     experts.config._experts_implementation = implementation
     hidden_states = hidden_states.detach().requires_grad_()
     top_k_weights = top_k_weights.detach().requires_grad_()
@@ -124,7 +124,7 @@ def assert_close(actual, expected, tolerance=MODULE_NORM[torch.float32]):
 
 
 def test_finds_the_classes():
-    """The search above found what the interface has: one plain class and each variant."""
+    """The search above finds the plain class and each variant."""
     assert len(EXPERTS_CLASSES) >= 55
     assert set(VARIANTS) <= set(EXPERTS_CLASSES)
     experts = [make_experts(*names) for names in EXPERTS_CLASSES]
@@ -141,10 +141,10 @@ def test_matches_eager(module_name, class_name):
 
 @over_classes
 def test_dropped_slots(module_name, class_name):
-    """Ids of other ranks' experts: one past the end (the sentinel), beyond it, and -1.
+    """Experts of other ranks have the ids E (the sentinel), more than E, or -1.
 
-    The reference gives these slots to expert 0 with weight 0. Ours gets them with a weight, a
-    number or NaN, which must not matter.
+    The reference gives these slots to expert 0 with weight 0. Ours gets them with a number or NaN for
+    a weight, which must not matter.
     """
     experts = make_experts(module_name, class_name)
     hidden_states, top_k_index, top_k_weights = make_inputs()
@@ -174,9 +174,9 @@ def test_dropped_slots(module_name, class_name):
 
 @over_classes
 def test_bfloat16_is_as_accurate_as_batched_mm(module_name, class_name):
-    """Distances to fp64 on the same bf16 values.
+    """Both are compared with fp64 on the same bf16 values.
 
-    batched_mm is the peer: it rounds where we do, while some eager loops compute in fp32 throughout.
+    batched_mm is the peer because it rounds where we do. Some eager loops compute in fp32.
     """
     experts = make_experts(module_name, class_name, torch.bfloat16)
     hidden_states, top_k_index, top_k_weights = make_inputs(torch.bfloat16)
@@ -193,7 +193,7 @@ def test_bfloat16_is_as_accurate_as_batched_mm(module_name, class_name):
 
 @over_variants
 def test_expert_parallel_ranks_add_up(module_name, class_name):
-    """Two ranks with half of the experts each: outputs and input gradients add to the whole's."""
+    """Two ranks have half of the experts each. Outputs and input gradients add to the whole's."""
     whole = make_experts(module_name, class_name)
     hidden_states, top_k_index, top_k_weights = make_inputs()
     expected = run(whole, "moe_ops", hidden_states, top_k_index, top_k_weights)
@@ -226,7 +226,7 @@ def test_expert_parallel_ranks_add_up(module_name, class_name):
 
 @over_variants
 def test_no_slot_stays(module_name, class_name):
-    """A rank that owns no expert of any token."""
+    """A rank that owns no expert of any token gives zeros."""
     experts = make_experts(module_name, class_name)
     hidden_states, top_k_index, top_k_weights = make_inputs()
     results = run(
@@ -258,7 +258,7 @@ def test_int32_ids(module_name, class_name):
 
 @over_variants
 def test_batched_hidden_states(module_name, class_name):
-    """(batch, sequence, hidden): the same numbers in the same shape."""
+    """Inputs of (batch, sequence, hidden) give the same numbers in that shape."""
     experts = make_experts(module_name, class_name)
     inputs = make_inputs()
     batched = [tensor.reshape(4, NUM_TOKENS // 4, -1) for tensor in inputs]
@@ -270,7 +270,7 @@ def test_batched_hidden_states(module_name, class_name):
 
 @over_variants
 def test_experts_in_bfloat16_under_float32_hidden_states(module_name, class_name):
-    """The experts compute in their own dtype; output and gradients keep those of their tensors."""
+    """Experts compute in their own dtype. Output and gradients have the dtypes of their tensors."""
     # No value is clamped: one that bf16 rounds across a limit would lose its whole gradient.
     experts = make_experts(module_name, class_name, torch.bfloat16, limit=100.0)
     inputs = make_inputs()
@@ -284,7 +284,7 @@ def test_experts_in_bfloat16_under_float32_hidden_states(module_name, class_name
 
 @over_variants
 def test_autocast(module_name, class_name):
-    """fp32 experts under bf16 autocast: GEMMs in bf16, everything that comes out in fp32."""
+    """fp32 experts under bf16 autocast multiply in bf16 and give everything in fp32."""
     experts = make_experts(module_name, class_name, limit=100.0)
     hidden_states, top_k_index, top_k_weights = make_inputs()
     actual = run(experts, "moe_ops", hidden_states, top_k_index, top_k_weights, autocast=True)
@@ -314,7 +314,7 @@ def test_compiled_under_autocast(module_name, class_name):
 
 
 def test_biases_in_another_dtype():
-    """Weights cast to bf16 beside biases left in fp32."""
+    """The weights are cast to bf16 and the biases left in fp32."""
     experts = make_experts(*VARIANTS[1], limit=100.0)
     inputs = make_inputs()
     expected = run(experts, "eager", *inputs)
@@ -327,7 +327,7 @@ def test_biases_in_another_dtype():
 
 
 def test_frozen_experts_and_router():
-    """Only what asks for a gradient gets one, and it is the same."""
+    """Only what requires grad gets a gradient, and it is the same."""
     experts, inputs = make_experts(*VARIANTS[1]), make_inputs()
     expected = run(experts, "moe_ops", *inputs)["hidden_states"]
     experts.requires_grad_(False)
@@ -365,7 +365,7 @@ def test_another_activation_reads_no_dropped_slot(module_name, class_name):
 
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
 def test_post_expert_norm(eps):
-    """transformers 5.23 has the attribute: each expert's output is normed before its weight."""
+    """In transformers 5.23 each expert's output may be normed before it is weighted."""
     experts = make_experts(*VARIANTS[0])
     hidden_states, top_k_index, top_k_weights = make_inputs()
     top_k_index[5, 0] = top_k_index[11] = NUM_EXPERTS

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole models of transformers, eager and compiled, through experts_implementation="moe_ops"."""
+"""Whole models of transformers run eager and compiled with experts_implementation="moe_ops"."""
 
 import copy
 import os
@@ -22,9 +22,9 @@ from testing.tiny_models import (
 from testing.tolerances import MODULE_NORM, relative_error
 
 DTYPES = [torch.float32, torch.bfloat16]
-# Inductor spends about 20 s on one of these models, nearly all of it in the C++ compiler. Every
-# model is compiled as far as AOTAutograd, these go all the way, and so does docs/transformers.md
-# with Qwen3-MoE in fp32. The variable asks for all of them.
+# Inductor spends about 20 s on one of these models, nearly all of it in the C++ compiler. So every
+# model is compiled as far as AOTAutograd, and only these go all the way, with the Qwen3-MoE in fp32
+# of docs/transformers.md. The variable asks for all of them.
 WITH_INDUCTOR = {("qwen3_moe", torch.bfloat16), ("gpt_oss", torch.float32)}
 ALL_WITH_INDUCTOR = os.environ.get("MOE_OPS_TEST_INDUCTOR") == "all"
 over_models = pytest.mark.parametrize("name", list(MODELS))
@@ -38,7 +38,7 @@ COMPILED = [
 
 
 def record_moe_ops(seen):
-    """A backend that runs AOTAutograd's graphs as they are, noting their moe ops."""
+    """Return a backend that runs AOTAutograd's graphs as they are and notes their moe ops."""
 
     def note(graph_module, _):
         targets = [str(node.target) for node in graph_module.graph.nodes]
@@ -49,7 +49,7 @@ def record_moe_ops(seen):
 
 
 def errors(actual, expected):
-    """Relative errors of a step's output and gradients, by name."""
+    """Return the relative errors of a step's output and gradients by name."""
     output, gradients = actual
     expected_output, expected_gradients = expected
     found = {"output": relative_error(output, expected_output)}
@@ -67,10 +67,10 @@ def assert_matches(actual, expected):
 
 
 def assert_as_close(actual, eager, expected):
-    """Hardly further from the fp32 model than eager is.
+    """Check that the errors to the fp32 model are hardly larger than eager's.
 
-    Half is allowed for luck in rounding, and to the gradients where eager was lucky, some of which
-    have four elements, what the middle one of all tensors is allowed.
+    An error may be half as large again, by luck in rounding. Some gradients have four elements, and
+    eager may be lucky in all of them. So each tensor may have the error that the median one may.
     """
     eager_errors = errors(eager, expected)
     middle = statistics.median(eager_errors.values())
@@ -98,7 +98,7 @@ def test_matches_eager(name):
 
 @pytest.mark.parametrize(("name", "dtype", "backend"), COMPILED)
 def test_compiled_training(name, dtype, backend):
-    """Two steps in one fullgraph: outputs and gradients equal those of transformers' eager."""
+    """Two steps with fullgraph=True give the outputs and gradients of transformers' eager."""
     torch._dynamo.reset()
     generator = torch.Generator().manual_seed(0)
     model = make_model(name, dtype)

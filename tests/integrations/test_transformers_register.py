@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""register(), the ways to choose the implementation, and what a model that cannot use it says."""
+"""register() makes the implementation known. A model chooses it, or says why it cannot."""
 
 import copy
 import subprocess
@@ -56,7 +56,7 @@ def test_transformers_missing(monkeypatch):
 
 @pytest.fixture
 def installed_version(monkeypatch, version):
-    # Not the name imported above: transformers exchanges its own module for another while it loads.
+    # transformers replaces its own module while it loads, so the name imported above is another one.
     monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
     return version
 
@@ -91,7 +91,7 @@ def test_without_the_fp8_interface(monkeypatch):
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "nemotron_h"])
 def test_from_pretrained(name, tmp_path):
-    """The choice at loading; it is not written into the checkpoint."""
+    """The implementation is chosen at loading. The checkpoint does not keep it."""
     model = make_model(name)
     input_ids = draw_batch(model, torch.Generator().manual_seed(0))
     model.save_pretrained(tmp_path)
@@ -116,7 +116,7 @@ def test_from_config():
 
 
 def test_sub_config_of_a_composite_model():
-    """The text part of a vision-language model, chosen through the whole model."""
+    """It is chosen for the text part of a vision-language model through the whole model."""
     text = make_model("qwen3_vl_moe_text").config.to_dict()
     config = transformers.Qwen3VLMoeConfig(
         text_config=text,
@@ -178,7 +178,7 @@ def test_fp8_experts_are_refused():
 
 
 def test_model_outside_the_interface_is_left_alone():
-    """Llama 4 has experts of its own kind: transformers takes the name and changes nothing."""
+    """Llama 4 has experts of its own kind. transformers takes the name and changes nothing."""
     config = transformers.Llama4TextConfig(
         vocab_size=48,
         hidden_size=32,
