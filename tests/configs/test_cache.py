@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The disk cache of tuned configurations: found by later processes, safe for many at once."""
+"""Later processes find tuned configurations on disk, and many may write at once."""
 
 import json
 import logging
@@ -86,7 +86,7 @@ def test_order_of_choice(monkeypatch):
     monkeypatch.setattr(choose, "shipped", lambda name: {PROBLEM.key: shipped})
     choose.forget()
     assert choose.choose(PROBLEM, DEVICE, None).config == shipped
-    # No forget(): what is stored holds from the next launch on.
+    # Without forget(), what is stored holds from the next launch on.
     cache.store(GPU, {PROBLEM.key: CONFIG})
     assert choose.choose(PROBLEM, DEVICE, None).config == CONFIG
     assert choose.choose(PROBLEM, DEVICE, text).config == given
@@ -143,7 +143,7 @@ def test_many_writers_and_a_reader(folder):
     path, reads = cache.path_of(GPU), 0
     while any(process.poll() is None for process in processes):
         if path.exists():
-            # At any time it is a whole table.
+            # It is a whole table at any time.
             cache.parse_table(path.read_text())
             reads += 1
     for process in processes:
@@ -210,7 +210,7 @@ def test_unwritable_folder(tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, "moe_ops"):
         cache.store(GPU, {PROBLEM.key: CONFIG})
         cache.store(GPU, {DW_KEY: DW_CONFIG})
-    # Kept in memory, said once.
+    # They are kept in memory, and the log says so once.
     assert cache.lookup(GPU, PROBLEM.key) == CONFIG
     assert len([r for r in caplog.records if "cannot keep" in r.message]) == 1
 

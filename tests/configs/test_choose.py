@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which configuration a launch gets, and that the computed ones fit every GPU."""
+"""A launch gets a given, tuned, shipped or computed configuration. Computed ones fit every GPU."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ DEVICES = {
     "164 KiB, sm_80": Device("c", (8, 0), 164 * KIB, 108),
     "227 KiB, sm_90": Device("d", (9, 0), 227 * KIB, 132),
     "227 KiB, sm_100": Device("e", (10, 0), 227 * KIB, 148),
-    # No such GPU: whatever is chosen for an architecture has to shrink with the memory.
+    # There are no such GPUs. What is chosen for an architecture has to shrink with the memory.
     "64 KiB, sm_90": Device("f", (9, 0), 64 * KIB, 132),
     "48 KiB, sm_80": Device("g", (8, 0), 48 * KIB, 20),
 }
@@ -58,7 +58,7 @@ def test_given_before_shipped_before_computed(monkeypatch):
     assert (
         choose.choose(PROBLEM, HOPPER, kernel_config(forward=given_config)).config == given_config
     )
-    # A string for another pass says nothing of this one.
+    # A string for another pass says nothing about this one.
     other = kernel_config(backward_dX=KernelConfigBackward_dX())
     assert choose.choose(PROBLEM, HOPPER, other).config == table
     assert choose.choose(PROBLEM, HOPPER, kernel_config()).config == table
@@ -178,7 +178,7 @@ def test_warps_are_specialized_on_hopper_where_no_row_is_gathered(kind):
 
 
 def test_two_programs_share_an_sm_where_rows_are_gathered():
-    """On Hopper, but for experts of few rows, which are bound by their weights."""
+    """They do on Hopper, but not for experts of few rows, which are bound by their weights."""
     gathered = make_problem("forward", "bfloat16", 128, 1536, 2048, 1024, ("gather",))
     for rows, programs in ((64, 1), (256, 1), (512, 2), (2048, 2)):
         assert heuristic(replace(gathered, rows=rows), HOPPER).programs_per_sm == programs

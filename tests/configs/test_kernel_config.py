@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configurations, their form as one string, and the way of that string into the ops."""
+"""Configurations are checked, written as one string, and read from it by the ops."""
 
 import dataclasses
 import json
@@ -82,7 +82,7 @@ RETIRED = dict.fromkeys(("permute_x", "permute_y", "fuse_mul_post"), True)
 
 @passes
 def test_a_string_may_hold_retired_flags(name):
-    """Exported programs keep strings of the time when configurations had them."""
+    """Old exported programs have strings from when configurations had these flags."""
     values = {"num_stages": 2, **RETIRED}
     assert parse(json.dumps({name: values})) == {name: PASSES[name](num_stages=2)}
     assert RETIRED.keys().isdisjoint(PASSES[name]().to_dict())
@@ -93,7 +93,7 @@ def test_a_string_may_hold_retired_flags(name):
 @passes
 @pytest.mark.parametrize("field", ["BLOCK_SIZE_M", *RETIRED])
 def test_has_no_field_of_unsloth(name, field):
-    """Those are in moe_ops.compat.kernels.tuning."""
+    """Unsloth's fields are in moe_ops.compat.kernels.tuning."""
     kind: Any = PASSES[name]
     with pytest.raises(TypeError, match=field):
         kind(**{field: True})
@@ -148,7 +148,7 @@ TAIL_TILES = [
 
 
 def test_is_pingpong():
-    """Of the output's tile, which dX and dW have in other fields; only where it is asked for."""
+    """The output's tile tells, which dX and dW have in other fields. It must be asked for."""
     turns, dw = KernelConfigForward(**SPECIALIZED), KernelConfigBackward_dW
     assert turns.is_pingpong
     assert not dataclasses.replace(turns, warp_specialize=False).is_pingpong
@@ -214,7 +214,7 @@ WRONG = {
     '{"forward": {"BLOCK_M": 32, "BLOCK_M": 64}}': "the key 'BLOCK_M' stands twice",
     '{"forward": {"BLOCK_SIZE_M": 32}}': "unknown field 'BLOCK_SIZE_M'",
     '{"forward": {"group_m": 1%s}}' % ("0" * 5000): "at most 19 digits, got one of 5001",
-    # Where Python's own limit is met depends on who calls.
+    # How deep Python itself can go depends on who calls.
     "[" * 100_000: "expected JSON nested at most 8 deep, got more",
     '{"forward": ' * 900: "expected JSON nested at most 8 deep, got more",
     '{"forward": {"BLOCK_M": 24}}': "KernelConfigForward: expected BLOCK_M to be a power of two",
@@ -232,7 +232,7 @@ def test_refuses_a_string_with_the_reason(text, reason):
 
 
 def test_brackets_in_a_string_do_not_nest():
-    """Escaped quotes do not end a string; a string that nothing ends is not JSON."""
+    """An escaped quote does not end a string. A string without an end is not JSON."""
     name = "[" * 20 + '"' + "{" * 20
     with pytest.raises(ValueError, match="unknown field"):
         parse(json.dumps({"forward": {name: 1}}))
@@ -248,7 +248,7 @@ def test_from_dict_refuses_what_is_no_dict(values):
 
 
 def call(requires_grad: bool = False) -> dict[str, Any]:
-    """T = 6 tokens, K = 2, E = 4 experts, D = 8 in and N = 10 out features; one row is dropped."""
+    """Return a call with T = 6, K = 2, E = 4, D = 8 and N = 10. One row is dropped."""
     generator = torch.Generator().manual_seed(0)
     return {
         "input": torch.randn(6, 8, generator=generator).requires_grad_(requires_grad),

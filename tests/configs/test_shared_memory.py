@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The estimate of shared memory, by which configurations are made to fit, against compiled kernels.
+"""The estimate of shared memory, by which configurations fit, is that of compiled kernels.
 
-Without a GPU. What Triton does with shared memory is Triton's own, so a new release may fail this.
+No GPU is needed. How Triton uses shared memory is its own affair, so a new release may fail this.
 """
 
 import os
@@ -49,7 +49,7 @@ TMA: dict[str, bool] = {"use_tma_load_x": True, "use_tma_load_w": True}
 TMA_DX = {"use_tma_load_dy": True, "use_tma_load_w": True}
 TMA_DW = {"use_tma_load_dy": True, "use_tma_load_x": True}
 STORE = {"use_tma_store": True}
-# Each has a term of the estimate that no other has, or is the widest of its kind.
+# Each case has a term of the estimate that no other has, or is the widest of its kind.
 CASES: dict[str, tuple[KernelConfig, dict[str, bool], tuple[str, ...]]] = {
     "specialized": (
         forward(128, 256, 64, 8, 3, warp_specialize=True, **TMA, **STORE),
@@ -107,7 +107,7 @@ CASES: dict[str, tuple[KernelConfig, dict[str, bool], tuple[str, ...]]] = {
 def taken(
     config: KernelConfig, dtype: str, gpu: str, dots: bool = False, **mode: bool
 ) -> tuple[str, int]:
-    """The pass, and the bytes that its GEMM takes: it takes the most of what is launched."""
+    """Return the pass, and the bytes of its GEMM, which takes the most of all kernels launched."""
     kind = next(kind for kind, made in PASSES.items() if isinstance(config, made))
     text = kernel_config(**cast(dict[str, Any], {kind: config}))
     made = calls.grouped_gemm(
@@ -132,7 +132,7 @@ def test_is_what_triton_takes_on_hopper(config, mode, flags):
 @pytest.mark.parametrize("subtile", [1, 2])
 @pytest.mark.parametrize("keeps", [False, True])
 def test_is_what_an_activation_takes(subtile, keeps):
-    """An upper bound: what keeps no pre-activation takes less."""
+    """The estimate is an upper bound. A kernel that keeps no pre-activation takes less."""
     config = KernelConfigForward(
         128, 256, 64, 8, 3, epilogue_subtile=subtile,
         use_tma_load_x=True, use_tma_load_w=True, use_tma_store=True,
@@ -150,7 +150,7 @@ def test_is_what_an_activation_takes(subtile, keeps):
 
 @pytest.mark.parametrize(("num_stages", "subtile"), [(4, 1), (5, 2), (6, 2)])
 def test_is_what_an_activation_takes_in_turns(num_stages, subtile):
-    """After the up projection, and in the backward of the down projection."""
+    """It follows the up projection, and the backward of the down projection."""
     fields = {"epilogue_subtile": subtile, "warp_specialize": True, **STORE}
     up = KernelConfigForward(128, 128, 64, 8, num_stages, **TMA, **fields)
     down = KernelConfigBackward_dX(128, 64, 128, 8, num_stages, **TMA_DX, **fields)
@@ -170,7 +170,7 @@ def test_is_what_an_activation_takes_in_turns(num_stages, subtile):
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
 @pytest.mark.parametrize("tma", [False, True])
 def test_is_no_less_for_fp8_weights(num_stages, tma):
-    """They count as what they are decoded to, which has one buffer beside those of each stage."""
+    """They count as decoded. What they are decoded to has a buffer beside those of each stage."""
     config = KernelConfigForward(
         128, 128, 128, 8, num_stages, flatten=False,
         use_tma_load_x=tma, use_tma_load_w=tma, use_tma_store=tma,
@@ -187,7 +187,7 @@ def test_is_no_less_for_fp8_weights(num_stages, tma):
 
 @pytest.fixture
 def tf32() -> Iterator[None]:
-    """Products of fp32 are taken as tf32, which takes more memory than fp32 does."""
+    """Multiply fp32 as tf32, which takes more memory than fp32."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "tf32"

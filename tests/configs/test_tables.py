@@ -10,8 +10,8 @@ import pytest
 
 from moe_ops.configs import cache
 
-# For each table: how many keys each pass has, and the SHA-256 of its keys and their fields. These
-# change with what is measured, and with nothing else. Who tunes a table anew writes down the new ones.
+# For each table: how many keys each pass has, and the SHA-256 of its keys and their fields. Only a
+# new measurement changes these. If you tune a table anew, write the new ones down here.
 SHIPPED = {
     "nvidia_h200": (
         {"forward": 48, "backward_dX": 30, "backward_dW": 14},
@@ -56,17 +56,17 @@ def test_every_field_is_read(name):
 
 @tables
 def test_the_format_is_that_of_write_table(name, tmp_path):
-    """One configuration a line, sorted: the difference of two tables can be read."""
+    """Each line has one configuration, and they are sorted, so a diff of two tables can be read."""
     device, written = json.loads(text_of(name))["device"], tmp_path / f"{name}.json"
     cache.write_table(written, device, cache.parse_table(text_of(name)))
     lines, expected = (text.splitlines() for text in (text_of(name), written.read_text("utf-8")))
-    # The second line has the versions: in the table those that measured, here those that run.
+    # The second line has the versions: in the table those of the measurement, here those that run.
     assert [lines[0], *lines[2:]] == [expected[0], *expected[2:]]
 
 
 @tables
 def test_a_table_may_hold_retired_flags(name):
-    """A file of the time when configurations had them is read as one without them."""
+    """An old file with such flags is read as one without them."""
     content = json.loads(text_of(name))
     expected = cache.parse_table(text_of(name))
     for values in content["configs"].values():
