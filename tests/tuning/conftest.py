@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every test here has a cache of its own, and a GPU if it wants one."""
+"""Give every test here a cache of its own, and a fake GPU if it asks for one."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def cache_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fake_gpu(monkeypatch):
-    """The CPU as a Hopper GPU; gives the clock."""
+    """Make the CPU pass for a Hopper GPU, and return the clock."""
     clock = Clock()
     monkeypatch.setattr(tuning, "current_device", lambda: CPU)
     for module in (tuning, tune_command):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One problem on a device: its inputs, the comparison with PyTorch, the timing."""
+"""A bench makes the inputs of one problem, compares with PyTorch, and times."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ def test_inputs_take_turns():
 
 
 def test_the_comparison_sees_one_row():
-    """It does not drown among the others."""
+    """One wrong row does not drown among the others."""
     expected = torch.randn(1000, 64)
     actual = expected.clone()
     actual[7] *= 1.1
@@ -57,7 +57,7 @@ def test_the_string_of_the_op_holds_the_configuration():
 
 
 def test_medians_of_turns(monkeypatch):
-    """On a GPU whose clock only launches move: medians, the first turn not counted."""
+    """Times are medians without the first turn. Here only launches move the GPU's clock."""
     now = [0.0]
 
     class Event:
@@ -80,14 +80,14 @@ def test_medians_of_turns(monkeypatch):
         def launch(turn):
             turns[config].append(turn)
             first = len(turns[config]) == 1
-            # Every fourth is disturbed.
+            # Every fourth time is disturbed.
             now[0] += 1000 if first or turn % 4 == 0 else milliseconds
 
         return launch
 
     found = bench.cuda_milliseconds({fast: launch_of(fast, 2.0), slow: launch_of(slow, 3.0)})
     assert found == {fast: pytest.approx(2.0), slow: pytest.approx(3.0)}
-    # The same number of turns, never the same one at the same time.
+    # Both have the same number of turns, and never the same turn.
     assert len(turns[fast]) == len(turns[slow]) >= 6
     assert all(a != b for a, b in zip(turns[fast], turns[slow], strict=True))
 
@@ -131,7 +131,7 @@ assert seen == [(task.problem, found[task.problem.key])]
 
 @pytest.mark.slow
 def test_in_the_interpreter():
-    """The kernels themselves: what is launched is the problem in the configuration, and right."""
+    """The kernels themselves compute the problem, in the configuration, and right."""
     pytest.importorskip("triton")
     env = {**os.environ, "TRITON_INTERPRET": "1", "MOE_OPS_IMPLEMENTATION": "triton"}
     done = subprocess.run(

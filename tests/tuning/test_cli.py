@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m moe_ops tune`, what `show` prints, and `env` of what was tuned."""
+"""`python -m moe_ops tune` tunes, `show` prints the code of an op, and `env` what was tuned."""
 
 import json
 import sys
@@ -32,7 +32,7 @@ def qwen3(folder, **fields):
 
 
 def failure(capsys, *arguments, status=1):
-    """The one line that a failing command says."""
+    """Return the one line that a failing command says."""
     with pytest.raises(SystemExit) as raised:
         cli.main(["tune", *map(str, arguments)])
     if status == 1:
@@ -54,7 +54,7 @@ def test_sizes(fake_gpu, capsys, tmp_path):
     layer = Experts(3, 2, (48, 16), (16, 24), torch.float32)
     keys = {task.problem.key for task in tuning.tasks_of([layer], [6])}
     assert content["configs"].keys() == keys
-    # It is what the package ships, and what the disk cache has.
+    # The table has the package's format, and the disk cache has the same.
     for key, config in cache.parse_table(table.read_text()).items():
         assert cache.lookup("NVIDIA H100", key) == config
 
@@ -69,7 +69,7 @@ def test_output_is_added_to(fake_gpu, tmp_path):
 
 @pytest.fixture
 def layers(fake_gpu, monkeypatch):
-    """What would be tuned."""
+    """Return the list of layers that would be tuned."""
     found: list[Experts] = []
 
     def tasks_of(layers, *_):

@@ -11,7 +11,7 @@ PAGE = DOCS / "tuning.md"
 
 @pytest.mark.slow
 def test_every_code_block_runs(capsys, monkeypatch):
-    """As on a machine without a GPU."""
+    """They run as on a machine without a GPU."""
     pytest.importorskip("transformers")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     run_python_blocks(PAGE)

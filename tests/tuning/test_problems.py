@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which experts are found in a model, and which problems their GEMMs are."""
+"""The experts of a model are found, and so are the problems of their GEMMs."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ from testing.tuning_fakes import HOPPER
 
 
 class Layer(nn.Module):
-    """Experts as transformers has them, beside their router."""
+    """Has experts as transformers does, beside their router."""
 
     def __init__(self, up, down, up_name="gate_up_proj", top_k=None, dtype=torch.bfloat16, **says):
         super().__init__()
@@ -50,7 +50,7 @@ def test_transposed(says):
 
 
 def test_what_it_says_is_believed():
-    """Of a square weight the shape does not tell."""
+    """The shape of a square weight does not tell whether it is transposed."""
     square = (4, 16, 16)
     for transposed in (True, False):
         (layer,) = find_experts(Layer(square, square, top_k=2, is_transposed=transposed))
@@ -102,7 +102,7 @@ def test_problems():
         ("backward_dX", (16, 24), ()), ("backward_dX", (48, 16), ()),
         ("backward_dW", (16, 24), ()), ("backward_dW", (48, 16), ()),
     ]  # fmt: skip
-    # 80 rows of 4 experts: 20 each, which is up to 32.
+    # 4 experts have 80 rows, 20 each, which counts as 32.
     assert set(found) == {
         make_problem(kind, "bfloat16", 4, *sizes, 32, flags) for kind, sizes, flags in expected
     }
@@ -110,7 +110,7 @@ def test_problems():
 
 
 def test_problems_of_hopper_alone():
-    """Its kernel that does the activation's backward after dX; it is of gated blocks in 16 bits."""
+    """Its kernel does the activation's backward after dX, for gated experts in 16 bits."""
     plain = {task.problem for task in tasks_of([EXPERTS], [40])}
     more = {task.problem for task in tasks_of([EXPERTS], [40], device=HOPPER)} - plain
     assert more == {make_problem("backward_dX", "bfloat16", 4, 16, 24, 32, ("gated",))}
@@ -128,7 +128,7 @@ def test_a_bucket_once():
     assert {task.num_rows for task in tasks} == {128}
 
 
-# In a process of its own: the interpreter is chosen before Triton is imported.
+# This runs in a process of its own, as the interpreter is chosen before Triton is imported.
 RECORDED = """
 import sys, torch, transformers
 import moe_ops.integrations.transformers
@@ -154,7 +154,7 @@ for name in sys.argv[1:]:
 
 @pytest.mark.slow
 def test_problems_are_those_of_the_launches():
-    """A step of real models looks up just these keys."""
+    """A step of a real model looks up just these keys."""
     pytest.importorskip("triton")
     pytest.importorskip("transformers")
     models = ["qwen3_moe", "gpt_oss", "nemotron_h"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks of torch.distributed that tune together."""
+"""Ranks of torch.distributed tune together."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def run_ranks(tmp_path, behaviour, folders):
 
 @pytest.mark.slow
 def test_ranks_share_the_work(tmp_path):
-    """On two nodes, whose disks differ: each finds everything in its own cache afterwards."""
+    """Two nodes have disks of their own. Each finds everything in its cache afterwards."""
     folders = [tmp_path / "node0", tmp_path / "node1"]
     (timed_0, found_0), (timed_1, found_1) = run_ranks(tmp_path, "work", folders)
     assert (timed_0, timed_1) == (3, 3)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tuning tries: valid, fitting, different, and the heuristic's choice first."""
+"""Tuning tries configurations that are valid, fit and differ, the heuristic's choice first."""
 
 import itertools
 from dataclasses import replace
@@ -44,19 +44,19 @@ def test_valid_fitting_and_different(device):
     for problem in PROBLEMS:
         found = candidates(problem, device)
         assert found[0] == heuristic(problem, device)
-        # Enough to choose from, few enough to try.
+        # They are enough to choose from and few enough to try.
         assert 8 <= len(found) <= MAX_CANDIDATES, problem
         assert len(set(found)) == len(found)
         for config in found:
             assert type(config) is PASSES[problem.kind]
             assert shared_memory(config, problem, device) <= device.shared_memory
-            # The constructor checks it; so the string that the op gets is valid too.
+            # The constructor checks it, so the string that the op gets is valid too.
             text = kernel_config(**cast(dict[str, Any], {problem.kind: config}))
             assert parse(text) == {problem.kind: config}
 
 
 def tried(problem: Problem, field: str) -> set[Any]:
-    """The values of a field that the candidates have on Hopper."""
+    """Return the values of a field that the candidates have on Hopper."""
     return {getattr(config, field) for config in candidates(problem, HOPPER)}
 
 
@@ -68,7 +68,7 @@ def test_tails_are_halved_in_some():
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
 def test_descriptors_only_where_they_apply(device):
     for problem in PROBLEMS:
-        # Rows of 72 or 200 bytes: descriptors want multiples of 16.
+        # The rows have 72 or 200 bytes, and descriptors want multiples of 16.
         odd = problem.in_features == 36 and problem.dtype == "bfloat16"
         _, *others = candidates(problem, device)
         for config in others:
@@ -118,7 +118,7 @@ def test_choices_that_hopper_needs():
 def test_what_makes_no_difference_is_not_tried():
     for flags in ((), ("bias",)):
         problem = make_problem("forward", "bfloat16", 128, 1536, 2048, 1024, flags)
-        # Tails are halved in loops that are not flattened alone.
+        # Only loops that are not flattened can halve tails.
         plain = [c for c in candidates(problem, HOPPER) if not c.to_dict()["tail_tiles"]]
         pairs = len(plain) - len({replace(config, flatten=False) for config in plain})
         assert (pairs > 0) == ("bias" not in flags)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tuning loop, by a made-up clock: what wins, what is dropped, what is kept."""
+"""The tuning loop, on a made-up clock, picks the fastest, drops the wrong and keeps the rest."""
 
 import contextlib
 import io
@@ -28,12 +28,12 @@ KEYS = [task.problem.key for task in TASKS]
 
 
 def price(config):
-    """As good as random: the heuristic's choice is not the cheapest."""
+    """Return a price that is as good as random. The heuristic's choice is not the cheapest."""
     return 1 + zlib.crc32(repr(config).encode()) % 9973
 
 
 def break_op(monkeypatch, is_broken, how):
-    """Lets `how(config, output)` happen to the configurations that are broken."""
+    """Let `how(config, output)` happen to the configurations that are broken."""
     run = bench.Bench._run
 
     def broken(self, config, arguments):
@@ -49,7 +49,7 @@ def test_picks_the_fastest():
     assert list(found) == KEYS
     for task, timed in zip(TASKS, clock.timed, strict=True):
         space = candidates(task.problem, HOPPER)
-        # All ran and were right: the CPU implementation has no use for a configuration.
+        # All ran and were right, because the CPU implementation ignores a configuration.
         assert timed == set(space)
         assert found[task.problem.key] == min(space, key=price)
 
@@ -84,7 +84,7 @@ def test_goes_on_after_a_kill():
 
 def wrong_row(output):
     output = output.clone()
-    # Of one row alone, wherever rows are not zero.
+    # Only one row is wrong, one that is not zero.
     flat = output.reshape(-1, output.shape[-1])
     flat[flat.norm(dim=1).argmax()] *= 1.5
     return flat.reshape(output.shape)
@@ -120,7 +120,7 @@ def test_drops_what_turns_wrong_later(monkeypatch):
 
     def later(config, outputs):
         launches.append(config)
-        # The trial, the comparison, the clock's launch, the last comparison.
+        # These are the trial, the comparison, the clock's launch and the last comparison.
         return outputs if len(launches) < 4 else (wrong_row(outputs[0]),)
 
     break_op(monkeypatch, lambda config: config == first, later)
@@ -214,7 +214,7 @@ class Model(nn.Module):
 
 
 def test_a_model(fake_gpu, capsys):
-    """From the model to the launches, as a user calls it."""
+    """A user calls it with a model, and the launches get what was found."""
     found = moe_ops.tune(Model(), num_tokens=6)
     assert {key.split()[0] for key in found} == {"forward", "backward_dX", "backward_dW"}
     assert len(fake_gpu.timed) == len(found) == 6
