@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPU tests: skipped where there is no GPU, reported on where a report is asked for."""
+"""Skip the GPU tests where there is no GPU, and write a report if one is asked for."""
 
 import os
 import sys
@@ -30,8 +30,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _device_stays_sound(request):
-    """After an illegal access a process can use its GPU no more: xdist then starts another worker,
-    and the test that did it is the one that is reported."""
+    """End the worker after an illegal access, since its process cannot use the GPU any more.
+
+    xdist then starts another worker and reports the test that did it.
+    """
     yield
     if not request.node.get_closest_marker("gpu"):
         return

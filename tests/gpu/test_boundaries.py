@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands exactly at a boundary, on a GPU; tests/ops has the same on the CPU."""
+"""Values exactly at a boundary are right on a GPU. tests/ops has the same on the CPU."""
 
 import pytest
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The blocks of testing/moe_block.py on CUDA: compiled by Inductor, and captured in CUDA graphs."""
+"""The blocks of testing/moe_block.py run on CUDA, compiled by Inductor and in CUDA graphs."""
 
 import functools
 
@@ -14,7 +14,7 @@ from testing.on_device import DEVICE, assert_same_bits
 pytestmark = pytest.mark.gpu
 
 blocks = pytest.mark.parametrize("name", sorted(EVERY_BLOCK))
-# Several tiles, and rows that descriptors can read.
+# These sizes have several tiles, and rows that descriptors can read.
 HIDDEN, INTERMEDIATE, EXPERTS = 128, 96, 8
 
 
@@ -28,7 +28,7 @@ def make_tokens(num_tokens: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def loss_and_gradients(block, hidden: torch.Tensor, weights: Weights) -> list[torch.Tensor]:
-    """The block's output and the gradients of its input and parameters, for a fixed tangent."""
+    """Return the output, and the gradients of input and parameters for a fixed tangent."""
     output = block(hidden, weights)
     return [output, *torch.autograd.grad(output, [hidden, *weights.tensors()], tangent_of(output))]
 
@@ -57,7 +57,7 @@ def test_inductor_equals_eager(name, dtype):
 
 @blocks
 def test_eager_equals_the_cpu(name):
-    """fp32, so that both choose the same experts but for near ties."""
+    """In fp32 both choose the same experts, but for near ties."""
     hidden, weights = make_tokens(300, torch.float32), make_weights(torch.float32)
     on_cpu = Weights(*(w.detach().cpu().requires_grad_() for w in weights.tensors()))
     want = loss_and_gradients(EVERY_BLOCK[name], hidden.detach().cpu().requires_grad_(), on_cpu)
@@ -108,7 +108,7 @@ def test_inductor_in_inference():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("num_tokens", [5, 700])
 def test_graph_of_a_training_step_equals_eager(name, dtype, num_tokens):
-    """Forward and backward in one graph, replayed on other tokens: another routing."""
+    """One graph has forward and backward. It is replayed on other tokens, with another routing."""
     weights, hidden = make_weights(dtype), make_tokens(num_tokens, dtype)
     step = functools.partial(loss_and_gradients, EVERY_BLOCK[name], hidden, weights)
     stream = torch.cuda.Stream()
@@ -149,7 +149,7 @@ def test_twenty_training_steps_are_bitwise_equal():
 
 
 def test_backward_in_a_thread_of_its_own():
-    """loss.backward() runs where no context variable of the caller is seen."""
+    """loss.backward() runs in a thread that sees no context variable of the caller."""
     weights, hidden = make_weights(torch.bfloat16), make_tokens(700, torch.bfloat16)
     want = loss_and_gradients(EVERY_BLOCK["fused"], hidden, weights)[1:]
     output = EVERY_BLOCK["fused"](hidden, weights)

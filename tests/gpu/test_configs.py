@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""grouped_gemm and its gradients with configurations that a caller gives, against fp64."""
+"""grouped_gemm and its gradients are right with configurations that a caller gives."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ TMA = {"use_tma_store": True, "use_tma_load_w": True}
 
 
 def configs(rows: dict[str, Any], contracted: dict[str, Any]) -> str:
-    """Forward and dX with one tile, dW with another."""
+    """Return configurations with one tile for forward and dX and another for dW."""
     columns, depth = rows.pop("columns"), rows.pop("depth")
     tma_rows = rows.get("use_tma_load_w", False)
     return moe_ops.kernel_config(

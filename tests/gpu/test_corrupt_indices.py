@@ -16,7 +16,7 @@ from testing.on_device import ALL, memory_slot
 pytestmark = pytest.mark.gpu
 
 ROOT = Path(__file__).resolve().parents[2]
-# Each tensor in an allocation of its own, so that what lies next to it is no other tensor.
+# Each tensor has an allocation of its own, so no other tensor lies next to it.
 ENVIRONMENT = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
 FOUND = 86
 
@@ -30,7 +30,7 @@ def call(names: list[str], *wrapper: str) -> subprocess.CompletedProcess[str]:
 
 @functools.cache
 def sanitizer() -> list[str]:
-    """The command line of compute-sanitizer; skips the test where it does not work."""
+    """Return the command line of compute-sanitizer, or skip the test where it does not work."""
     program = shutil.which("compute-sanitizer")
     if program is None:
         pytest.skip("compute-sanitizer is not on PATH")
@@ -56,7 +56,7 @@ def test_does_not_end_the_process(name):
 
 @pytest.mark.parametrize("name", INDEX_OPS)
 def test_compute_sanitizer_finds_nothing(name):
-    # Which keeps a sixth of the GPU's memory for itself.
+    # compute-sanitizer keeps a sixth of the GPU's memory for itself.
     with memory_slot():
         done = call([name], *sanitizer())
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

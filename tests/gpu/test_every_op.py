@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for every op on CUDA, on arguments drawn from its schema: tests/ops/test_every_op.py
-says the same of the CPU."""
+"""Every op does this on CUDA, on arguments drawn from its schema.
+
+tests/ops/test_every_op.py has the same on the CPU.
+"""
 
 import dataclasses
 from typing import Any
@@ -153,7 +155,7 @@ def test_widths_of_zero(name, width):
 
 
 def opcheck(sample: Sample) -> None:
-    # opcheck copies its inputs with their strides, and miscounts the storage of empty ones.
+    # opcheck copies its inputs with their strides, and counts the storage of empty ones wrongly.
     arguments = {
         name: torch.empty(value.shape, dtype=value.dtype, device=value.device)
         if isinstance(value, Tensor) and value.numel() == 0
@@ -196,7 +198,7 @@ def test_opcheck(name, seed, fixed):
 
 @schemas
 def test_results_are_new_memory(name):
-    """No output shares memory with an argument or another output: what callers may write to."""
+    """No output shares memory with an argument or another output, so callers may write to it."""
     for sample in variant_samples(name, T=3, dtype=torch.float16):
         on_device = move_sample(sample)
         seen = {tensor.untyped_storage()._cdata for tensor in tensors_of(on_device)}
@@ -217,7 +219,7 @@ def test_outputs_that_are_not_needed_hold_no_memory(name):
 
 
 def forward_and_backward(sample: Sample, grads: list[Tensor]) -> list[Tensor]:
-    """All outputs and, where the op has gradients, the gradients of every argument."""
+    """Return all outputs and, if the op has gradients, the gradient of every argument."""
     names = sample.differentiable()
     if not names:
         return list(checks.as_tuple(sample()))
@@ -233,7 +235,7 @@ def medium_grads(sample: Sample) -> list[Tensor]:
 
 @schemas
 def test_never_synchronizes(name):
-    """Neither forward nor backward waits for the device, a kernel's first call in it included."""
+    """Neither forward nor backward waits for the device, not even in a kernel's first call."""
     for seed, variant in enumerate(some_variants(name)):
         sample = move_sample(medium_sample(name, seed, variant, dtype=DTYPES[seed % 3]))
         grads = medium_grads(sample)
@@ -266,7 +268,7 @@ def test_twenty_runs_are_bitwise_equal(name):
 
 @schemas
 def test_graph_replays_with_other_contents(name):
-    """Captured once, replayed on another routing: nothing of the first may be baked in."""
+    """A graph is replayed on another routing, so nothing of the first may be baked in."""
     for seed, variant in enumerate(some_variants(name, at_most=12)):
         fixed = {"dtype": DTYPES[seed % 3], "index_dtype": INDEX[seed % 2]}
         on_cpu = medium_sample(name, seed, variant, **fixed)

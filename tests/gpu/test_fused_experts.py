@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fused_experts and its gradients at sizes of several tiles, ragged and even, against fp64.
+"""fused_experts and its gradients are right at ragged and even sizes of several tiles.
 
 T tokens, K top_k, R = T * K rows, E experts, H hidden size, I intermediate size.
 """
@@ -22,8 +22,8 @@ pytestmark = pytest.mark.gpu
 
 moe = torch.ops.moe
 
-# T, K, E, H, I: many rows an expert, then few. Widths that blocks divide, that descriptors can read
-# but no block divides, and that no descriptor can read.
+# T, K, E, H, I: many rows an expert, then few. Blocks divide some widths. Descriptors can read some
+# that no block divides, and cannot read the odd ones.
 SHAPES = {
     "even": (1000, 2, 4, 256, 512),
     "gptoss": (700, 4, 8, 96, 360),
@@ -48,7 +48,7 @@ def test_sizes_and_flags(shape, mode, dtype, seed):
         problem(
             SHAPES[shape],
             dtype,
-            # 7 x 9 x 3 cases: strides that share no factor with these meet every pair.
+            # There are 7 x 9 x 3 cases. Strides that share no factor with these meet every pair.
             routing=ROUTINGS[seed // 5 % 4],
             layout=("contiguous", "transposed", "padded", "expert-last")[seed // 11 % 4],
             index_dtype=(torch.int32, torch.int64)[seed // 2 % 2],
@@ -96,16 +96,16 @@ def gradients_of(function: Any, given: list[Tensor], tangent: Tensor) -> list[Te
 
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name):
-    """Whole models' sizes: as the separate ops, which test_models.py holds against fp64."""
+    """At models' sizes it equals the separate ops, which test_models.py compares with fp64."""
     with memory_slot(all_of_them=True):
         given = arguments_of(MODELS[name])
         tangent = torch.randn_like(given[0])
         got = gradients_of(moe.fused_experts, given, tangent)
         want = gradients_of(composed_experts, given, tangent)
-        # Both are off by about the tolerance.
+        # Each is off by up to the tolerance.
         limit = 2 * RELATIVE_NORM[torch.bfloat16]
         for position, (one, two) in enumerate(zip(got, want, strict=True)):
-            # Of all at once, what is made on the way would not fit beside other tests' memory.
+            # The temporaries of all rows at once would not fit beside other tests' memory.
             rows = max(1, len(one) // 32)
             pairs = list(zip(one.split(rows), two.split(rows), strict=True))
             assert all(torch.isfinite(a).all() for a, _ in pairs)
@@ -119,7 +119,7 @@ SAVED = {"swiglu": 1, "swiglu-recompute": 0}
 
 @pytest.mark.parametrize("mode", SAVED)
 def test_memory_kept_for_the_backward(mode):
-    """The pre-activation, or nothing, beside the output and 12 bytes a slot at most."""
+    """Beside the output it is the pre-activation or nothing, and at most 12 bytes a slot."""
     given = problem((2000, 4, 8, 512, 256), torch.bfloat16, **MODES[mode])
     arguments = given.arguments
     leaves = {n: arguments[n].requires_grad_() for n in given.differentiable}
@@ -134,7 +134,7 @@ def test_memory_kept_for_the_backward(mode):
 
 
 def kernels_of(given: Any, names: list[str]) -> list[str]:
-    """The kernels that the backward launches for the gradients of `names` alone."""
+    """Return the kernels that the backward launches for the gradients of `names` alone."""
     leaves = {n: given.arguments[n].detach().requires_grad_() for n in names}
     output = moe.fused_experts(**{**given.arguments, **leaves})
     torch.autograd.grad(output, list(leaves.values()), given.grad_output)
@@ -146,7 +146,7 @@ def kernels_of(given: Any, names: list[str]) -> list[str]:
     return [event.name for event in profile.events()]
 
 
-# Each product in the kernel for every GPU or in one for Hopper, of which one does two things.
+# A product runs in the kernel for every GPU or in one for Hopper. One of these does two things.
 DW = (
     "grouped_gemm_bwd_dw_kernel", "grouped_gemm_bwd_dw_cooperative_kernel",
     "grouped_gemm_bwd_dw_pingpong_kernel",
@@ -162,7 +162,7 @@ COPY = ("copy_rows_kernel",)
 @pytest.mark.parametrize(
     ("names", "launched"),
     [
-        # dW products, other products, activation backwards, moved rows.
+        # The numbers of dW products, other products, activation backwards and moved rows.
         (["hidden_states"], (0, 2, 1, 0)),
         (["gate_up_proj"], (1, 1, 1, 1)),
         (["down_proj"], (1, 0, 1, 1)),
@@ -182,7 +182,7 @@ def test_frozen_arguments_cost_no_kernel(names, launched):
 
 
 def test_decoding_in_a_graph():
-    """Other tokens in the same graph, replayed: another routing, the same as eager."""
+    """The graph is replayed on other tokens, with another routing, and equals eager."""
     given = problem((4, 4, 32, 512, 256), torch.bfloat16).arguments
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

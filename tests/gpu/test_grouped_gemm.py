@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""grouped_gemm and its gradients at sizes of several tiles, ragged and even, against fp64.
+"""grouped_gemm and its gradients are right at ragged and even sizes of several tiles.
 
 T tokens, K top_k, R = T * K rows, E experts, N out_features, D in_features.
 """
@@ -41,7 +41,7 @@ def test_sizes_and_flags(shape, mode, dtype, seed):
         problem(
             SHAPES[shape],
             dtype,
-            # 11 x 6 x 3 cases: strides that share no factor with these meet every pair.
+            # There are 11 x 6 x 3 cases. Strides that share no factor with these meet every pair.
             routing=ROUTINGS[seed // 5 % 4],
             layout=LAYOUTS[seed // 7 % 4],
             index_dtype=(torch.int32, torch.int64)[seed // 3 % 2],
@@ -76,7 +76,7 @@ def test_routings(shape, mode, routing):
 @pytest.mark.parametrize("stored", ["contiguous", "transposed"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_empty_experts_have_exactly_zero_gradients(stored, dtype):
-    """The first, the last and neighbours in between."""
+    """The first, the last and neighbours in between are empty."""
     given = problem((400, 2, 8, 256, 192), dtype, layout=stored, bias=True, poison=False)
     given.arguments["token_counts"] = torch.tensor(
         [0, 300, 0, 0, 1, 499, 0, 0], dtype=torch.int32, device=DEVICE
@@ -91,7 +91,7 @@ def test_empty_experts_have_exactly_zero_gradients(stored, dtype):
 @pytest.mark.parametrize("rows", ["transposed", "padded", "odd-offset", "expanded"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides_of_the_rows(rows, dtype):
-    """Those that descriptors cannot read, and some that they can."""
+    """Descriptors can read some of these strides and not others."""
 
     def strided(tensor: Tensor) -> Tensor:
         if rows == "transposed":
@@ -111,7 +111,7 @@ def test_strides_of_the_rows(rows, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("out_features", "in_features"), [(100, 100), (128, 100), (100, 128)])
 def test_ragged_rows_in_wider_ones(out_features, in_features, dtype):
-    """Rows of 200 bytes every 208: descriptors can read them, but not write a gradient so."""
+    """Rows of 200 bytes stand every 208: descriptors can read them, but not write a gradient so."""
 
     def pad(rows: Tensor) -> Tensor:
         width = rows.shape[-1] // 8 * 8 + 16
@@ -169,7 +169,7 @@ print(json.dumps(errors))
 
 @pytest.mark.parametrize("setting", PRECISION_SETTINGS)
 def test_fp32_products_are_as_torch_is_told(setting):
-    """However torch is told: in a fresh process, since mixing its two interfaces raises."""
+    """torch has two interfaces for it. Mixing them raises, so each has a fresh process."""
     script = MEASURE_PRECISION.format(setting=PRECISION_SETTINGS[setting])
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300
@@ -188,8 +188,11 @@ def test_fp32_products_are_as_torch_is_told(setting):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", ["even", "odd", "decode"])
 def test_rounds_once(shape, mode, dtype):
-    """Products, bias and weight in fp32, then one rounding: rounding in between would move about
-    every fourth element by one unit in the last place. Sums in another order move a few."""
+    """Products, bias and weight are computed in fp32 and rounded once.
+
+    One more rounding would move about every fourth element by one unit in the last place. Sums in
+    another order move a few.
+    """
     given = problem(SHAPES[shape], dtype, **MODES[mode])
     output, _ = given.run()
     want, _ = given.expected()
@@ -197,7 +200,7 @@ def test_rounds_once(shape, mode, dtype):
 
 
 def test_gradients_that_are_not_needed_change_nothing():
-    """Of every subset of the arguments, the same bits as when all are needed."""
+    """The gradients of any subset of the arguments have the same bits as when all are needed."""
     given = problem(SHAPES["even"], torch.bfloat16, permute_y=True, weights=True, bias=True)
     _, everything = given.run()
     for chosen in (["input"], ["weight"], ["topk_weights"], ["bias"], ["input", "bias"]):
@@ -223,7 +226,7 @@ def test_autocast_multiplies_in_its_dtype():
 
 
 def test_forced_pytorch_implementation_gives_the_same(tmp_path):
-    """MOE_OPS_IMPLEMENTATION=pytorch on CUDA tensors: the slow way, for who looks for a bug."""
+    """MOE_OPS_IMPLEMENTATION=pytorch takes CUDA tensors, slowly, to help look for a bug."""
     file = tmp_path / "outputs.pt"
     script = f"""
 import torch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""grouped_gemm_fp8 and its gradients at sizes of several tiles and several scales, against fp64.
+"""grouped_gemm_fp8 and its gradients are right at sizes of several tiles and scales.
 
 T tokens, K top_k, R = T * K rows, E experts, N out_features, D in_features.
 """
@@ -21,8 +21,8 @@ pytestmark = pytest.mark.gpu
 
 moe = torch.ops.moe
 
-# T, K, E, N, D: many rows an expert, then few. Widths that 128 divides, that descriptors can read
-# but 128 does not divide, and that no descriptor can read.
+# T, K, E, N, D: many rows an expert, then few. 128 divides some widths. Descriptors can read others
+# that 128 does not divide, and cannot read the odd ones.
 SHAPES = {
     "even": (1000, 2, 4, 512, 256),
     "moonlight": (900, 3, 6, 704, 160),
@@ -33,7 +33,7 @@ SHAPES = {
     "decode": (6, 4, 32, 256, 512),
     "decode-odd": (3, 2, 8, 67, 131),
 }
-# Of Qwen3-30B-A3B, whose FP8 checkpoint has such weights, and of DeepSeek-V3 (fewer experts).
+# Qwen3-30B-A3B's FP8 checkpoint has such weights, and so has DeepSeek-V3 (fewer experts here).
 REAL = {
     "qwen3-30b up": (512, 8, 128, 1536, 2048),
     "qwen3-30b down": (512, 8, 128, 2048, 768),
@@ -74,8 +74,11 @@ def test_real_sizes(shape, mode):
 @pytest.mark.parametrize("mode", FP8_MODES)
 @pytest.mark.parametrize("shape", ["even", "odd", "decode"])
 def test_rounds_once(shape, mode, dtype):
-    """The weight is never rounded to the rows' dtype: that would move about every fourth element by
-    one unit in the last place. Sums in another order move a few."""
+    """The weight is never rounded to the rows' dtype.
+
+    That would move about every fourth element by one unit in the last place. Sums in another order
+    move a few.
+    """
     given = fp8_problem(SHAPES[shape], dtype, **FP8_MODES[mode])
     output, _ = given.run()
     want, _ = given.expected()
@@ -88,7 +91,7 @@ def test_every_code(dtype):
 
 
 def test_training_in_a_graph():
-    """Forward and backward, replayed with other rows, weights and routing: the same as eager."""
+    """Forward and backward, replayed with other rows, weights and routing, equal eager."""
     shape, flags = (64, 4, 8, 512, 256), FP8_MODES["permute_x-weights"]
     given = fp8_problem(shape, torch.bfloat16, poison=False, **flags)
     static = given.arguments

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels for Hopper alone, against fp64 and against the kernels for every GPU.
+"""The kernels for Hopper give what fp64 and the kernels for every GPU give.
 
 T tokens, K top_k, R = T * K rows, E experts, N out_features, D in_features.
 """
@@ -21,10 +21,10 @@ from testing.on_device import DEVICE, memory_slot
 
 pytestmark = pytest.mark.gpu
 
-# Every dimension of the last has a part of a tile alone.
+# Every dimension of the last shape is only a part of a tile.
 SHAPES = [(1500, 2, 4, 512, 768), (700, 4, 6, 712, 328), (300, 2, 3, 8, 16)]
-# Rows, columns, contracted elements, stages, epilogue_subtile. The groups share the tiles of the
-# first; of the second each has tiles of its own.
+# Rows, columns, contracted elements, stages, epilogue_subtile. Cooperative groups share a tile,
+# ping-pong groups have tiles of their own.
 COOPERATIVE_TILES = [(128, 256, 64, 3), (128, 256, 32, 6), (256, 128, 64, 2)]
 PINGPONG_TILES = [(128, 128, 64, 4), (128, 128, 64, 5), (128, 128, 64, 6, 2), (128, 128, 32, 8, 2)]
 TILES = [*COOPERATIVE_TILES, *PINGPONG_TILES]
@@ -54,13 +54,13 @@ def config(rows: int, columns: int, depth: int, stages: int, subtile: int = 1) -
 
 @pytest.fixture
 def launched():
-    """The kernels that the test launches."""
+    """Record the kernels that the test launches."""
     with launches() as found:
         yield found
 
 
 def served(launched: Launches, product: str) -> tuple[int, int]:
-    """How often a kernel for Hopper computed the product, and how often the one for every GPU."""
+    """Return how often a kernel for Hopper computed the product, and how often the general one."""
     return launched.specialized(product), launched.persistent(product)
 
 
@@ -83,14 +83,14 @@ def test_forward_and_gradients(shape, tile, dtype, layout, routing, launched):
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("permute_y", [False, True])
 def test_scattered_rows(permute_y, routing, launched):
-    """Those of permute_y, and those of the gradient with permute_x."""
+    """permute_y scatters rows in forward, permute_x in the gradient."""
     for shape, tile in zip(SHAPES, PINGPONG_TILES[1:], strict=True):
         given = problem(
             shape, torch.bfloat16, routing=routing, permute_x=not permute_y, permute_y=permute_y
         )
         given.arguments["kernel_config"] = config(*tile)
         check(given)
-    # The forward of the one and the dX of the other gather.
+    # The forward of permute_x and the dX of permute_y gather.
     assert served(launched, "gemm") == (3, 3)
 
 
@@ -108,7 +108,7 @@ FINISHES: dict[str, dict[str, Any]] = {
 def finished(shape, finish, routing="uniform"):
     given = problem(shape, torch.bfloat16, routing=routing, **FINISHES[finish])
     if "weights" in finish:
-        # Whose gradient other kernels sum up.
+        # Other kernels sum up its gradient.
         given.differentiable.remove("topk_weights")
     return given
 
@@ -150,7 +150,7 @@ def test_is_chosen_without_a_configuration(permute_y, launched):
     assert served(launched, "dw") == (1, 0)
 
 
-# T, K, E, H, I: the second has a part of a tile in every dimension.
+# T, K, E, H, I: the second ends in a part of a tile in every dimension.
 EXPERTS_SHAPES = [(1000, 2, 4, 256, 512), (700, 4, 8, 96, 360)]
 EXPERTS_MODES: dict[str, dict[str, Any]] = {
     **{name: experts_problem.MODES[name] for name in ("swiglu", "swiglu-recompute", "llama4")},
@@ -174,7 +174,7 @@ def test_experts(shape, mode, tile, dtype, routing, launched):
     given = experts_problem.problem(shape, dtype, routing=routing, **EXPERTS_MODES[mode])
     given.arguments["kernel_config"] = config(*tile)
     experts_problem.check(given)
-    # Forward, without and with a gradient; again in the backward where nothing was kept.
+    # It runs in forward without and with a gradient, and again in backward if nothing was kept.
     times = 3 if "recompute" in mode else 2
     is_pingpong = tile in PINGPONG_TILES
     assert served(launched, "up") == ((times, 0) if is_pingpong else (0, times))
@@ -194,14 +194,14 @@ FROZEN_MODES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("frozen", ["topk_weights", "gate_up_proj", "hidden_states", "down_proj"])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_experts_with_a_frozen_argument(mode, frozen, layout, launched):
-    """The down projection's backward without router gradient, and with bias without weighted rows."""
+    """The down projection's backward also works without the parts that one gradient needs."""
     given = experts_problem.problem(
         EXPERTS_SHAPES[1], torch.bfloat16, layout=layout, **FROZEN_MODES[mode]
     )
     given.differentiable.remove(frozen)
     given.arguments["kernel_config"] = config(*PINGPONG_TILES[0])
     experts_problem.check(given)
-    # Without a gradient of down_proj or of its bias the rows of dY are not moved, but gathered.
+    # If neither down_proj nor its bias needs a gradient, the rows of dY are gathered, not moved.
     is_moved = frozen != "down_proj" or "bias" in mode
     assert served(launched, "down") == ((1, 0) if is_moved else (0, 1))
 
@@ -223,11 +223,11 @@ def test_activations_in_turns(activation, launched):
     )
     given.arguments["kernel_config"] = config(*PINGPONG_TILES[0])
     experts_problem.check(given)
-    # There is none for "gelu".
+    # No kernel for Hopper has "gelu".
     assert served(launched, "down") == ((0, 1) if activation == "gelu" else (1, 0))
 
 
-# With biases, or rows of gate and up that alternate.
+# These modes have biases, or gate and up rows that take turns.
 UP_MODES: dict[str, dict[str, Any]] = {
     **{
         name: experts_problem.MODES[name]
@@ -253,7 +253,7 @@ def test_biases_and_interleaved_rows_in_turns(shape, mode, tile, dtype, routing,
     given.arguments["kernel_config"] = config(*tile)
     experts_problem.check(given)
     assert served(launched, "up") == (3 if "recompute" in mode else 2, 0)
-    # There is none for interleaved rows, nor for "gelu".
+    # No kernel for Hopper has interleaved rows or "gelu".
     assert served(launched, "down") == ((1, 0) if mode == "reglu-before-bias" else (0, 1))
 
 
@@ -283,7 +283,7 @@ def test_transposed_experts_are_served_by_the_other_kernels(launched):
 
 
 def operands(dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
-    """g (R, N), x (R, D) and the expert's offsets, at several tiles a program."""
+    """Return g (R, N), x (R, D) and the experts' offsets, for several tiles a program."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     counts = torch.randint(0, 400, (64,), generator=generator, device=DEVICE, dtype=torch.int32)
     num_rows = int(counts.sum())
@@ -319,7 +319,7 @@ def test_waits_for_nothing_under_a_graph(launched):
 
 
 def test_weights_of_more_than_2_31_elements(launched):
-    """Of the last expert: what came before it has been passed over."""
+    """Only the last expert has rows, so its weight lies past 2^31 elements."""
     with memory_slot():
         check_weights_of_more_than_2_31_elements()
     assert served(launched, "gemm") == (1, 0)

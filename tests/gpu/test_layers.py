@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers, the blocks and the functions of compat, and LoRA, on CUDA: eager, compiled, cast,
-checkpointed and captured, against the same on the CPU in fp32, the blocks in torch's own ops.
+"""Layers, compat and LoRA compute on CUDA what they do on the CPU in fp32.
+
+They do so eager, compiled, cast, checkpointed and captured. The blocks of compat are compared with
+torch's own ops.
 
 T tokens, H hidden size, I intermediate size, E experts, K top_k.
 """
@@ -36,14 +38,14 @@ from testing.on_device import DEVICE, DTYPES, assert_same_bits, move
 pytestmark = pytest.mark.gpu
 
 modules = pytest.mark.parametrize("name", MODULES)
-# One of each kind, for what does not depend on the router or on the activation.
+# One module of each kind, for tests in which router and activation do not matter.
 some_modules = pytest.mark.parametrize(
     "name", ["compat-qwen3", "compat-llama4", "moe-glm4_moe", "lora"]
 )
 
 
 class Given:
-    """A module on the CPU in fp32, its copy on the device, tokens and tangents for both."""
+    """Holds a module on the CPU in fp32, its copy on the device, tokens and tangents for both."""
 
     def __init__(self, name: str, dtype: torch.dtype, **options: Any) -> None:
         self.on_cpu = make(name, **options)
@@ -51,7 +53,7 @@ class Given:
         self.tangents = tangents_of(self.tokens)
         self.module = on_device(self.on_cpu, dtype)
         self.leaf = leaf_of(self.tokens, dtype)
-        # On the device once: a copy there would synchronise.
+        # They are on the device from the start, because a copy there would synchronise.
         output_tangent, logits_tangent = (t.to(DEVICE, dtype) for t in self.tangents)
         self.device_tangents = output_tangent, logits_tangent
 
@@ -60,7 +62,7 @@ class Given:
         return step(module, self.tokens.clone().requires_grad_(), self.tangents)
 
     def outputs(self) -> Any:
-        """Those of the module, and their tangents."""
+        """Return the module's outputs and their tangents."""
         return layers_problem.run(self.module, self.leaf, self.device_tangents)
 
     def run(self, call: Any = None) -> layers_problem.Step:
@@ -79,7 +81,7 @@ def test_equals_the_cpu(name, dtype):
 
 @modules
 def test_autocast(name):
-    """Parameters and input in fp32: the products are bf16's, the gradients fp32."""
+    """Parameters and input are fp32, products are computed in bf16, gradients are fp32."""
     given = Given(name, torch.float32)
 
     def cast(tokens):
@@ -125,7 +127,7 @@ def without_side_stream(name: str) -> dict[str, Any]:
 
 @some_modules
 def test_graph_of_a_training_step_equals_eager(name):
-    """Forward and backward in one graph, replayed on other tokens: another routing."""
+    """One graph has forward and backward. It is replayed on other tokens, with another routing."""
     given = Given(name, torch.bfloat16, **without_side_stream(name))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -183,7 +185,7 @@ KERNEL_CONFIGS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", ["compat-qwen3", "compat-llama4"])
 def test_configurations_reach_the_kernels(name):
-    """The rows of a tile, which the three have each of their own, in both GEMMs of the block."""
+    """The three passes have tiles of different rows, in both GEMMs of the block."""
     from benchmarks.cuda.timing import recorded_launches
 
     given = Given(name, torch.float32, autotune=False, **KERNEL_CONFIGS)
@@ -204,7 +206,7 @@ def test_configurations_reach_the_kernels(name):
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_side_stream_of_llama4(checkpointed):
-    # Long enough products that a stream that does not wait is found out.
+    # The products take so long that a stream that does not wait is found out.
     sizes = {"intermediate_size": 2048, "num_local_experts": 4, "num_experts_per_tok": 2}
     block, alone = (
         layers_problem.llama4_block(1024, sizes, overlap_router_shared=overlaps).to(DEVICE)
@@ -218,7 +220,7 @@ def test_side_stream_of_llama4(checkpointed):
         for module in (block, alone):
             leaf = x.clone().requires_grad_()
             module.zero_grad()
-            # Its memory is the caching allocator's again when the backward has read it.
+            # When the backward has read it, its memory goes back to the caching allocator.
             hidden = leaf * 1.0
             outputs = (
                 checkpoint(module, hidden, use_reentrant=False) if checkpointed else module(hidden)
@@ -233,7 +235,7 @@ def test_side_stream_of_llama4(checkpointed):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("permute_x", "permute_y", "weighted"), FLAGS)
 def test_grouped_gemm_of_compat(permute_x, permute_y, weighted, dtype):
-    """Against the reference in fp64, W of two dimensions in every other case."""
+    """It equals the reference in fp64. Every other case has W in two dimensions."""
     sizes = {"num_tokens": 300, "in_features": 96, "out_features": 200}
     call = problem(permute_x, dtype, **sizes).call(permute_x, permute_y, weighted)
     if weighted:
@@ -250,7 +252,7 @@ def test_grouped_gemm_of_compat(permute_x, permute_y, weighted, dtype):
 
 
 def as_packed_by_peft(lora_a, lora_b):
-    """Views of lora_A (E * r, in), experts slowest, and of lora_B (out, r * E), experts fastest."""
+    """View lora_A as (E * r, in), experts slowest, and lora_B as (out, r * E), experts fastest."""
     num_experts, rank, _ = lora_a.shape
     packed_a = lora_a.detach().flatten(0, 1).to(DEVICE)
     packed_b = lora_b.detach().permute(1, 2, 0).flatten(1, 2).to(DEVICE)
@@ -262,7 +264,7 @@ def as_packed_by_peft(lora_a, lora_b):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("mode", ["plain", "permute_x", "permute_y"])
 def test_lora_with_the_packing_of_peft(mode, dtype, rank):
-    """Against the merged weight in fp64: rows, router weights, and the factors' gradients."""
+    """Rows, and gradients of router weights and factors, equal the merged weight's in fp64."""
     ids = oracle.random_topk_ids("dropped", 200, EXPERTS, TOP_K, torch.Generator().manual_seed(3))
     counts, gather, _ = oracle.routing_indices(ids, EXPERTS)
     num_rows = 200 if mode == "permute_x" else 200 * TOP_K

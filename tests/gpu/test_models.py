@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two GEMMs of an expert block at the sizes of real models, and at sizes past 2^31 elements.
+"""The two GEMMs of an expert block are right at real models' sizes and past 2^31 elements.
 
-A product Y = X @ W is checked in two ways: a few experts element by element against fp64, and all
-rows of all experts by a projection: Y @ v against X @ (W @ v) for a random v of signs, which costs
-matrix-vector products alone and differs wherever any element of Y is off by about its own size.
+A product Y = X @ W is checked in two ways. A few experts are compared with fp64 element by element.
+All rows of all experts are projected on a random v of signs: Y @ v is compared with X @ (W @ v).
+That takes only matrix-vector products, and shows any element of Y that is off by about its size.
 
 T tokens, H hidden size, I intermediate size, E experts, K top_k, R = T * K rows.
 """
@@ -41,7 +41,7 @@ CASES = [
 
 @dataclass
 class Routed:
-    """A routing, and its rows per expert on the host."""
+    """Holds a routing, and its rows per expert on the host."""
 
     counts: Tensor
     gather: Tensor
@@ -58,7 +58,7 @@ class Routed:
             start += size
 
     def sampled(self) -> set[int]:
-        """The experts with most and with fewest rows, the first and the last."""
+        """Return the experts with most and with fewest rows, the first and the last."""
         order = sorted(range(len(self.sizes)), key=self.sizes.__getitem__)
         return {order[0], order[-1], 0, len(self.sizes) - 1}
 
@@ -83,7 +83,7 @@ def check_rows(
     scale: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> None:
-    """y[i] is scale[i] * (x[i] @ matrices[e] + bias[e]); all rows in expert order."""
+    """Check that y[i] is scale[i] * (x[i] @ matrices[e] + bias[e]). Rows are in expert order."""
     v = signs(matrices.shape[2])
     for e, rows in routed.experts():
         if rows.start == rows.stop:
@@ -110,7 +110,7 @@ def check_weight_gradient(
     what: str,
     scale: Tensor | None = None,
 ) -> None:
-    """grad[e] is the sum of outer(scale[i] * g[i], x[i]) over the rows of e."""
+    """Check that grad[e] is the sum of outer(scale[i] * g[i], x[i]) over the rows of e."""
     v = signs(x.shape[1])
     for e, rows in routed.experts():
         if rows.start == rows.stop:
@@ -143,7 +143,7 @@ def _memory():
 
 @pytest.mark.parametrize(("name", "routing"), CASES)
 def test_gate_up(name, routing):
-    """Rows gathered from token order in the GEMM, as the first GEMM of a block does."""
+    """The GEMM gathers rows from token order, as the first GEMM of a block does."""
     model = MODELS[name]
     routed = route(model, routing)
     hidden, width = model.hidden_size, 2 * model.intermediate_size
@@ -165,7 +165,7 @@ def test_gate_up(name, routing):
         check_bias_gradient(grad_bias, grad_output, routed)
     del grad_weight, in_order
 
-    # Before the sum over slots, which rounds once more: every row by itself.
+    # Every row is compared before the sum over slots, which rounds once more.
     rows, _ = moe.grouped_gemm_dx(
         grad_output, weight, routed.counts, None, None, None, None, 1, False, False, [True, False]
     )
@@ -183,7 +183,7 @@ def check_bias_gradient(grad_bias: Tensor, grad_output: Tensor, routed: Routed) 
 
 
 def sum_of_slots(rows: Tensor, routed: Routed, model: Model) -> Tensor:
-    """Each token's rows summed, by chunks of columns: fp64 copies of all rows would be large."""
+    """Sum each token's rows by chunks of columns, as fp64 copies of all rows would be large."""
     slots = routed.gather.long()
     columns = [
         torch.zeros(model.num_tokens, part.shape[1], dtype=torch.float64, device=DEVICE).index_add_(
@@ -196,7 +196,7 @@ def sum_of_slots(rows: Tensor, routed: Routed, model: Model) -> Tensor:
 
 @pytest.mark.parametrize(("name", "routing"), CASES)
 def test_down(name, routing):
-    """Rows weighted and stored in slot order by the GEMM, as the second GEMM of a block does."""
+    """The GEMM weights rows and stores them in slot order, as the second GEMM of a block does."""
     model = MODELS[name]
     routed = route(model, routing)
     hidden, width = model.hidden_size, model.intermediate_size
@@ -235,7 +235,7 @@ def test_down(name, routing):
 
 @pytest.mark.parametrize("name", ["qwen3-30b", "weights-past-int32"])
 def test_transposed_weight(name):
-    """A model that stores (E, D, N): no copy, the same numbers, the gradient stored likewise."""
+    """A weight stored as (E, D, N) is not copied. Its gradient is stored likewise."""
     model = MODELS[name]
     routed = route(model, "uniform")
     hidden, width = model.hidden_size, 2 * model.intermediate_size
@@ -264,7 +264,7 @@ def test_transposed_weight(name):
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_permutations_past_int32(weighted):
-    """R * H = 2.4e9; exact for permute, fp64 by chunks for unpermute."""
+    """R * H is 2.4e9. permute is exact, and unpermute is compared with fp64 by chunks."""
     num_tokens, top_k, hidden = 147456, 8, 2048
     num_rows = num_tokens * top_k
     gather = torch.randperm(num_rows, device=DEVICE).int()
@@ -298,7 +298,7 @@ def test_permutations_past_int32(weighted):
 
 
 def test_router_past_int32():
-    """T * E = 2.1e9: the last tokens are routed as a small call routes them."""
+    """T * E is 2.1e9. The last tokens are routed as a small call routes them."""
     num_tokens, num_experts, top_k = (1 << 24) + 17, 128, 8
     logits = torch.randn(num_tokens, num_experts, device=DEVICE, dtype=torch.bfloat16)
     logits.requires_grad_()
@@ -315,7 +315,7 @@ def test_router_past_int32():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("wide", ["input", "weight", "grad_output"])
 def test_strides_past_int32(wide, dtype):
-    """Few elements far apart: a stride times an index, or times a block, passes 2^31."""
+    """Few elements stand so far apart that a stride times an index or a block passes 2^31."""
     far = 1 << 27
     num_rows, width = 48, 40
 
@@ -323,7 +323,7 @@ def test_strides_past_int32(wide, dtype):
         return torch.randn(shape, device=DEVICE).to(dtype)
 
     def spread(tensor: Tensor) -> Tensor:
-        """The same values with `far` elements between columns."""
+        """Return the same values with `far` elements between columns."""
         flat = tensor.reshape(-1, tensor.shape[-1])
         memory = tensor.new_empty(flat.shape[1], far)
         memory[:, : flat.shape[0]] = flat.T

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fast reference of the GPU tests is the oracle; needs no GPU."""
+"""The fast reference of the GPU tests equals the oracle. No GPU is needed."""
 
 import functools
 
@@ -39,7 +39,7 @@ def test_gradients_equal_the_oracles(name):
 
 
 def test_routing_weights_equal_the_oracles():
-    """Values and gradients, and the keys by which the oracle selects."""
+    """Values and gradients do, and so do the keys by which the oracle selects."""
     for seed, variant in enumerate(strategies.variants(SCHEMAS["topk_routing"])):
         sample = seeded_sample(SCHEMAS["topk_routing"], seed, dtype=torch.float64, **variant)
         arguments = sample.arguments
@@ -66,7 +66,7 @@ def test_routing_weights_equal_the_oracles():
 
 @pytest.mark.parametrize("routing", ["uniform", "dropped", "all_dropped"])
 def test_experts_step_equals_the_oracle(routing):
-    """Expert by expert, with weights that are made of a frozen base and LoRA's adapters."""
+    """It does so expert by expert, with weights made of a frozen base and LoRA's adapters."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> torch.Tensor:

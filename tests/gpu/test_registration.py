@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""That the ops are registered on CUDA as they should, with whatever torch runs here."""
+"""The ops are registered on CUDA as they should be, with whatever torch runs here."""
 
 import json
 import os
@@ -47,7 +47,7 @@ print(json.dumps([added, torch.cuda.is_initialized()]))
 
 @pytest.mark.parametrize("first", ["import moe_ops", "torch.zeros(1, device='cuda')"])
 def test_ops_work_in_a_fresh_process(first):
-    """Whichever comes first, the import or the context of CUDA."""
+    """The import may come first, or the context of CUDA."""
     script = f"""
 import json, torch
 {first}
@@ -75,7 +75,7 @@ def test_env_says_that_triton_serves_cuda():
 
 @pytest.mark.parametrize("name", ALL)
 def test_fake_tensors_say_what_the_kernels_give(name):
-    """Shapes, strides, dtypes and devices, of every output."""
+    """Shapes, strides, dtypes and devices of every output are the same."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     for seed in range(10):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of the GPU suite, what its hash covers, and its check; needs no GPU."""
+"""The GPU suite writes a report with a hash of what it loads. No GPU is needed here."""
 
 import ast
 import json
@@ -20,14 +20,14 @@ from testing.import_closure import source_file
 
 ROOT = report.ROOT
 PACKAGE = ROOT / "src" / "moe_ops"
-# The closure follows names of modules in strings, those of this file too: put together, they are
-# none.
+# The closure follows names of modules in strings, in this file too. Put together from parts, a name
+# is none.
 NAME = PACKAGE.name
 
 
 @pytest.fixture
 def tree(tmp_path):
-    """A tree with all of this one that the hash reads."""
+    """Copy all of this tree that the hash reads."""
     for name in ("src", "op_schemas", "testing", "benchmarks", "tests/gpu"):
         ignored = shutil.ignore_patterns("__pycache__", "results", "*.egg-info")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
@@ -36,7 +36,7 @@ def tree(tmp_path):
 
 
 def covered_files(root: Path) -> dict[str, Path]:
-    """The files that the hash covers, by the names of their digests."""
+    """Return the files that the hash covers, by the names of their digests."""
     return {
         name: root / name if "/" in name else source_file(root, name) or root
         for name in report.digests(root)
@@ -73,7 +73,7 @@ def test_hash_covers_the_core_the_schemas_and_the_tables():
 
 
 def test_hash_covers_what_the_suite_loads():
-    """Where there is no GPU: after all modules of the suite and all implementations are imported."""
+    """Without a GPU, that is what all modules of the suite and all implementations import."""
     script = """
 import importlib.util, json, pathlib
 from moe_ops._core.library import OPS
@@ -92,13 +92,13 @@ print(json.dumps(sorted(loaded_modules())))
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     loaded = set(json.loads(done.stdout.splitlines()[-1]))
-    # fp8 is what the hash missed while it went by the names of files.
+    # The hash missed fp8 when it went by the names of files.
     assert {"moe_ops", "moe_ops.fp8", "moe_ops.ops.permute.triton"} <= loaded
     assert loaded <= set(report.module_digests())
 
 
 def with_other_texts(value: Any, key: str = "") -> Any:
-    """A schema document of which every text for readers has changed."""
+    """Return a schema document with every text for readers changed."""
     if key == "advice":
         return {"any": "something else"}
     if isinstance(value, dict):
@@ -109,7 +109,7 @@ def with_other_texts(value: Any, key: str = "") -> Any:
 
 
 def with_other_docstrings(source: str) -> str:
-    """The same code in another layout, without comments, with other docstrings."""
+    """Return the same code in another layout, without comments and with other docstrings."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
@@ -174,7 +174,7 @@ def test_a_file_that_a_launcher_imports_in_a_function_is_seen(tree):
 
 
 def test_an_op_that_nothing_imports_yet_is_seen(tree):
-    """The closure starts at the table, wherever that is filled."""
+    """The closure starts at the implementation table, wherever that is filled."""
     folder = tree / "src" / "moe_ops" / "ops" / "added"
     folder.mkdir()
     (folder / "op.py").write_text(f'op.implement("triton", "{NAME}.ops.added.launch:added")')
@@ -226,7 +226,7 @@ def test_check_without_a_report_fails(tmp_path, capsys):
     assert "does not exist" in capsys.readouterr().out
 
 
-# A suite that stands for tests/gpu, run with the plugin as conftest.py registers it.
+# This suite stands for tests/gpu. It runs with the plugin as conftest.py registers it.
 SUITE = {
     "conftest.py": """
 from pathlib import Path
@@ -283,7 +283,7 @@ def run_suite(folder: Path, *arguments: str, **files: str) -> tuple[dict[str, An
     path = folder / "out" / "report.json"
     environment = {
         **os.environ, recorder.ENVIRONMENT_VARIABLE: str(path), "PYTHONPATH": str(ROOT),
-        # A start without hypothesis and the like takes a third of the time.
+        # Without hypothesis and the like the start takes a third of the time.
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_PLUGINS": "xdist.plugin",
     }  # fmt: skip
     for name in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_TESTRUNUID"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""topk_routing, routing_indices, permute and unpermute at the sizes of real models.
+"""topk_routing, routing_indices, permute and unpermute are right at real models' sizes.
 
 T tokens, K top_k, R = T * K rows, E experts, H hidden size.
 """
@@ -55,7 +55,7 @@ def test_routing_indices(router, routing, index_dtype):
 
 
 def test_routing_indices_of_ids_that_repeat():
-    """Nothing says that a token's experts differ, and one may take every slot."""
+    """A token's experts need not differ, and one expert may take every slot."""
     for high in (1, 2, 300):
         ids = torch.randint(0, high, (30000, 8), device=DEVICE)
         for one, two in zip(
@@ -98,7 +98,10 @@ def test_topk_routing(router, score_function, score_before_topk, biased):
 
 
 def assert_is_a_selection(keys, ids, top_k, groups):
-    """The best keys in order, equal ones by id; keys closer than fp32 tells may change places."""
+    """Check that ids are those of the best keys, in order, and of equal keys by id.
+
+    Keys that are closer than fp32 tells may change places.
+    """
     num_groups, top_groups, _ = groups
     assert (ids.sort(1).values.diff(dim=1) != 0).all(), "ids repeat"
     if num_groups > 1:
@@ -115,7 +118,7 @@ def assert_is_a_selection(keys, ids, top_k, groups):
 
 
 def allowed_experts(keys, ids, num_groups, top_groups):
-    """Experts of the best groups; where fp32 may not tell which those are, of the groups used."""
+    """Return the experts of the best groups, or of the groups used where fp32 cannot tell."""
     members = keys.unflatten(1, (num_groups, -1))
     scores = members.topk(2, 2).values.sum(2)
     ordered = scores.sort(1, descending=True).values
@@ -133,7 +136,7 @@ def allowed_experts(keys, ids, num_groups, top_groups):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("num_experts", [1, 7, 33, 128, 160, 1000])
 def test_ties_go_to_the_lower_id(score_function, score_before_topk, dtype, num_experts):
-    """Also where equal logits lie in different lanes and warps."""
+    """They do where equal logits lie in different lanes and warps, too."""
     top_k = min(num_experts, 8)
     logits = torch.full((50, num_experts), 0.3, device=DEVICE).to(dtype)
     call = (top_k, None, score_function, score_before_topk)
@@ -141,7 +144,7 @@ def test_ties_go_to_the_lower_id(score_function, score_before_topk, dtype, num_e
     logits[:, 1::2] = 1.7
     order = [*range(1, num_experts, 2), *range(0, num_experts, 2)]
     assert moe.topk_routing(logits, *call)[1].tolist() == [order[:top_k]] * 50
-    # The zeros are equal.
+    # Zero and minus zero are equal.
     logits[:, 0::2], logits[:, 1::2] = 0.0, -0.0
     assert moe.topk_routing(logits, *call)[1].tolist() == [list(range(top_k))] * 50
 
@@ -158,7 +161,7 @@ def test_logits_that_are_extreme(score_function, score_before_topk):
 
 
 def test_logits_that_are_not_numbers_give_ids_that_are():
-    """A diverged model must not make an access out of bounds of what follows."""
+    """The ids of a diverged model must not make the next op access memory out of bounds."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     logits = torch.randn(1000, 60, generator=generator, device=DEVICE)
     for value in (float("nan"), float("inf"), float("-inf")):
