@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPU benchmark without a GPU: its whole flow on tiny sizes, and what it does with wrong results."""
+"""The GPU benchmark runs without a GPU on tiny sizes, and gives wrong results no ratio."""
 
 import functools
 import json
@@ -45,7 +45,7 @@ from benchmarks.cuda.timing import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-# Run apart, on the CPU implementation: interpreted, whole blocks take minutes.
+# These run apart, on the CPU implementation, because interpreted blocks take minutes.
 EXPERTS = [part for part in PARTS if part.startswith("experts")]
 LAYERS = ["lora", BLOCKS]
 CEILINGS = {"dense_tflops": 800.0, "copy_tbs": 4.0, "read_tbs": 4.0}
@@ -73,7 +73,7 @@ def run_tiny(results, *options, environ=INTERPRETER):
 
 
 def read_results(folder, parts):
-    """Of the parts and the ceilings, complete and right."""
+    """Return the results of the parts and the ceilings, which must be complete and right."""
     found = {}
     for part in ("ceilings", *parts):
         file = folder / f"interpreter_{part.replace('-', '_')}.json"
@@ -102,7 +102,7 @@ def test_turns_are_whole_rounds(turns, whole):
     made: list[str] = []
     times = timed.take_turns({name: functools.partial(made.append, name) for name in "abcd"})
     assert {name: len(each) for name, each in times.items()} == dict.fromkeys("abcd", whole)
-    # Once each at first; then turns of five, of which the first is not timed.
+    # First each runs once. Then come turns of five, of which the first is not timed.
     of_turns = [made[i : i + 5] for i in range(4, len(made), 5)]
     assert len(of_turns) == whole
     after = Counter(pair for turn in of_turns for pair in pairwise(turn))
@@ -132,7 +132,7 @@ def test_whole_flow(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(moe_ops, "fused_experts"), reason="there is no fused_experts")
 def test_flow_of_the_experts(tmp_path):
-    """The interpreter is for the kernel that measures a ceiling."""
+    """Only the kernel that measures a ceiling needs the interpreter."""
     done = run_tiny(tmp_path, "--only", ",".join(EXPERTS), environ={"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     found = read_results(tmp_path, EXPERTS)
@@ -246,7 +246,7 @@ def test_gemm_finds_one_wrong_expert(monkeypatch, projection, name, permuted):
         return (lambda: spoiled(call())) if permuted is wrong else call
 
     def spoiled(result):
-        # The first row, or the first expert's gradient.
+        # The first row is wrong, or the first expert's gradient.
         return torch.cat([result[:1] * 2, result[1:]])
 
     wrong = permuted

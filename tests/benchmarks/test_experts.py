@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of the whole expert block: its flow on a CPU, and what it does with wrong results."""
+"""The benchmark of the expert block runs on a CPU, and gives wrong results no ratio."""
 
 import functools
 import importlib.util
@@ -43,7 +43,7 @@ CEILINGS = {"dense_tflops": 790.0, "copy_tbs": 4.3, "read_tbs": 4.4}
 
 
 class Bf16Bench(Bench):
-    """torch compiles grouped_mm in bf16 alone."""
+    """Measures in bf16, because torch compiles grouped_mm in nothing else."""
 
     dtype = torch.bfloat16
 
@@ -53,7 +53,7 @@ def bench(kind=Bench, device="cpu"):
 
 
 def fused_experts(*args, recompute="none", **kwargs):
-    """fused_experts made of the ops that it fuses: what is tested here is the benchmark."""
+    """Compute fused_experts by the ops that it fuses. Only the benchmark is tested here."""
     return composed_experts(*args, **kwargs)
 
 
@@ -69,7 +69,7 @@ def block():
 
 
 def spoiled(implementation, which):
-    """The implementation with the result of that number wrong: 0 the output, then the gradients."""
+    """Return the implementation with one result wrong: 0 is the output, then come the gradients."""
 
     class Spoil(torch.autograd.Function):
         @staticmethod
@@ -98,7 +98,7 @@ def _with_wrong_gradient(implementation, leaf, spoil, topk_ids):
     return fused_experts(topk_ids=topk_ids, **tensors)
 
 
-# The block and its reference
+# The tests of the block and its reference.
 
 
 @pytest.mark.parametrize("routing", suite.ROUTINGS)
@@ -123,7 +123,7 @@ def test_floor():
     assert experts.floor_milliseconds(here, shape, BOTH) == pytest.approx(5.0, abs=0.05)
 
 
-# The comparison
+# The tests of the comparison.
 
 
 @pytest.mark.parametrize("with_transformers", [True, False])
@@ -202,7 +202,7 @@ def test_compiled_grouped_mm_is_right(monkeypatch, with_transformers):
 
 
 def test_memory_is_counted(monkeypatch, block):
-    """Against an allocator that holds 1 MiB at first, 10 after forward and 30 at most."""
+    """The allocator says that it holds 1 MiB at first, 10 after forward and 30 at most."""
     output = torch.zeros(2 * experts.MIB, dtype=torch.int8)
     allocated = iter([1, 10])
     monkeypatch.setattr(
@@ -218,7 +218,7 @@ def test_memory_is_counted(monkeypatch, block):
     assert found == {"kept": 7.0, "output": 2.0, "peak": 29.0, "gradients": 6.0}
 
 
-# The kernels
+# The tests of the kernels' times.
 
 
 class Kernel:
@@ -252,7 +252,7 @@ def launches_of(shape):
 
 
 def spans_of(names, milliseconds=1.0):
-    """PROFILED_STEPS steps of kernels that take so long, each 1 us after the last; the second is fastest."""
+    """Return PROFILED_STEPS steps of kernels, each 1 us after the last. The second is fastest."""
     spans, now = [], 0.0
     for step in range(PROFILED_STEPS):
         for name in names:
@@ -268,7 +268,7 @@ NAMES = ("memset", "up", "gemm", "gemm", "bias", "dw", "dw", "gemm")
 def test_kernels_are_told_in_order():
     shape = suite.SUITE[0]
     made = experts.kernel_records(bench(), shape, spans_of(NAMES), launches_of(shape))
-    # Printed as they come.
+    # They are printed as they come.
     records, missing = run_part([("", lambda: made)], math.inf)
     assert missing == {}
     *kernels, between = records
@@ -302,7 +302,7 @@ print(*(f"{name}={flops}" for name, flops in zip(names, found, strict=True)))
 
 @pytest.mark.slow
 def test_products_of_our_own_kernels_are_found():
-    """Breaks when a kernel calls its sizes otherwise: say so in product_flops."""
+    """This breaks if a kernel calls its sizes otherwise. Then change product_flops."""
     environ = {**os.environ, "TRITON_INTERPRET": "1", "MOE_OPS_IMPLEMENTATION": "triton"}
     done = subprocess.run(
         [sys.executable, "-c", PRODUCTS],
@@ -341,7 +341,7 @@ def test_kernels_need_a_device():
     assert list(experts.kernels_cases(bench(), [TINY])) == []
 
 
-# The other libraries
+# The tests of the other libraries.
 
 
 def library(monkeypatch, name, **contents):
@@ -353,7 +353,7 @@ def library(monkeypatch, name, **contents):
 
 
 class GLUMLP(torch.nn.Module):
-    """As scattermoe's: up rows before gate rows."""
+    """Stands for scattermoe's module, with up rows before gate rows."""
 
     def __init__(self, input_size, hidden_size, num_experts, top_k, activation):
         super().__init__()
@@ -380,7 +380,7 @@ class LigerFusedMoEFunction:
 
 
 def grouped_gemm(X, W, m_sizes, topk, gather_indices, permute_x=False, permute_y=False, **options):
-    """As Unsloth's."""
+    """Stand for Unsloth's function."""
     assert options.pop("autotune")
     assert options.pop("is_first_gemm") is permute_x
     assert not options
@@ -436,7 +436,7 @@ def libraries(monkeypatch):
 
 @pytest.mark.parametrize("name", peers.PEERS)
 def test_peer_is_called_as_its_library_says(libraries, name):
-    """The adapter against a library of the documented interface, which is not the library itself."""
+    """The adapter is tried on a stand-in that has the library's documented interface."""
     records = list(peers.measure(bench(), TINY, name))
     assert [r["pass"] for r in records] == list(PASSES)
     for record in records:

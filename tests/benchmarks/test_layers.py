@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks of LoRA and of whole blocks: their references, their peers, and wrong results."""
+"""The benchmarks of LoRA and of blocks have right references, and give wrong results no ratio."""
 
 import json
 import math
@@ -26,7 +26,7 @@ CEILINGS = {"dense_tflops": 790.0, "copy_tbs": 4.3, "read_tbs": 4.4}
 
 
 class Bf16Bench(Bench):
-    """torch compiles grouped_mm in bf16 alone."""
+    """Measures in bf16, because torch compiles grouped_mm in nothing else."""
 
     dtype = torch.bfloat16
 
@@ -41,7 +41,7 @@ def _seeded():
 
 
 def assert_expected(found, output, leaves, grad_output):
-    """What a block's loop gives is what autograd gives of the output in fp64."""
+    """Check that a block's loop gives what autograd gives for the output in fp64."""
     wanted = (output, *torch.autograd.grad(output, leaves, grad_output.double()))
     for got, want in zip(found, wanted, strict=True):
         # The weights' gradients may be rounded to fp16.
@@ -49,13 +49,13 @@ def assert_expected(found, output, leaves, grad_output):
         assert tolerances.relative_error(got, want) < 1e-3
 
 
-# LoRA
+# The tests of LoRA.
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("routing", suite.ROUTINGS)
 def test_lora_reference_is_right(layout, routing):
-    """Against the merged weights of each slot."""
+    """It equals a product with the merged weight of each slot."""
     block = LoraBlock(bench(), TINY, layout)
     topk_ids = block.route(routing)
     leaves = [leaf.detach().double().requires_grad_() for leaf in block.leaves]
@@ -68,7 +68,7 @@ def test_lora_reference_is_right(layout, routing):
 
 
 def test_layouts_hold_the_same_adapters():
-    """PEFT's packing: lora_A with the experts slowest, lora_B with the experts fastest."""
+    """PEFT packs lora_A with the experts slowest, and lora_B with the experts fastest."""
     stacked = LoraBlock(bench(), TINY, LAYOUTS[0])
     torch.manual_seed(0)
     packed = LoraBlock(bench(), TINY, "PEFT")
@@ -93,11 +93,11 @@ def test_lora_compiled_and_checkpointed(layout):
 
 
 def test_lora_flops_are_those_of_the_products():
-    """Counted: the base has no gradient of its weights, the adapters have."""
+    """They are counted: the adapters have weight gradients, and the base has none."""
     from torch.utils.flop_counter import FlopCounterMode
 
     block = LoraBlock(bench(), TINY, LAYOUTS[0])
-    # Not called as a module: the counter's hooks on those do not know torch.autograd.grad.
+    # The module is not called, because the counter's hooks on modules break torch.autograd.grad.
     implementation = lora.implementation(block, lora.OurLora(block).forward, copied=False)
     topk_ids = block.route("uniform")
     for name in PASSES:
@@ -108,7 +108,7 @@ def test_lora_flops_are_those_of_the_products():
 
 @pytest.mark.parametrize("which", range(7))
 def test_wrong_lora_has_no_ratio(which):
-    """The output, or the gradient of any leaf."""
+    """The output is wrong, or the gradient of any leaf."""
     block = LoraBlock(bench(), TINY, LAYOUTS[0])
     found = lora.implementations_of(block, None)
     right = found[OURS]
@@ -133,7 +133,7 @@ def test_wrong_lora_has_no_ratio(which):
 
 @pytest.mark.parametrize("part", ["lora", blocks.COMPAT])
 def test_compiled_ahead_is_what_is_measured(monkeypatch, part):
-    """Every compiled implementation, and none is compiled again by the comparison."""
+    """Every implementation is compiled ahead, and the comparison compiles none again."""
     counter: Any = CompileCounterWithBackend("aot_eager")
     here = bench(Bf16Bench)
     if part == "lora":
@@ -169,7 +169,7 @@ def test_a_job_that_fails_is_told(capfd):
     assert capfd.readouterr().out == "compiling bad ahead: RuntimeError: no such device\n"
 
 
-# Blocks
+# The tests of blocks.
 
 
 def test_block_reference_is_right():
@@ -184,7 +184,7 @@ def test_block_reference_is_right():
 
 
 def test_tokens_are_decided():
-    """In bf16 many of these would tie at the last choice."""
+    """No tokens are near a tie at the last choice, as many in bf16 would be."""
     shape = suite.Shape("many", 500, 64, 16, 64, 4)
     block = blocks.RoutedBlock(bench(Bf16Bench), shape)
     logits = F.linear(block.hidden_states, block.gate).float().topk(5).values
@@ -220,7 +220,7 @@ class Qwen3MoeFusedGroupedGEMMBlock(Ours):
 
 @pytest.fixture
 def unsloth(monkeypatch, tmp_path):
-    """A library of the documented interface, which is not the library itself."""
+    """Install a stand-in that has the library's documented interface."""
     pytest.importorskip("transformers")
 
     def install(factor):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/notes and docs/performance.md: their links, and the files that they name."""
+"""The links of docs/notes and docs/performance.md work, and the files that they name exist."""
 
 import re
 

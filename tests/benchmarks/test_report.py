@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables and plots that are made of the benchmarks' results."""
+"""Tables and plots show the benchmarks' results."""
 
 import dataclasses
 import json
@@ -334,7 +334,7 @@ def test_a_key_that_every_record_has():
 
 
 def drawn(part):
-    """Of each panel: its title, its label, the ticks, and the bars of each series with their labels."""
+    """Return for each panel its title, label and ticks, and each series' bars with their labels."""
     mpl = pytest.importorskip("matplotlib")
     mpl.use("agg")
     from matplotlib import pyplot as plt
@@ -376,7 +376,7 @@ def test_plot_of_rows():
 def test_plot_of_experts():
     size, panels = drawn("experts")
     assert size == (9, 6)
-    # They share their x axis, and the lowest names the shapes.
+    # The panels share their x axis, and the lowest names the shapes.
     both = [
         ("compiled", [], {"forward": [1.23], "forward+backward": [0.0]}, ["1.23", "wrong"]),
         ("eager", ["olmoe"], {"forward": [1.4], "forward+backward": [1.4]}, ["1.40", "1.40"]),
@@ -414,7 +414,7 @@ def test_a_plot_without_cases():
 
 
 def test_the_page_is_what_the_committed_results_give(tmp_path):
-    """Byte for byte; the images too were drawn from them, but matplotlib's pixels may change."""
+    """It is so byte for byte, but for the images, since matplotlib's pixels may change."""
     page = ROOT / "docs" / "performance.md"
     shutil.copy(page, tmp_path)
     shutil.copytree(page.parent / "images", tmp_path / "images")

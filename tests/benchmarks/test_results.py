@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a benchmark writes down beside its numbers, and what the tables say of it."""
+"""A benchmark writes down more than its numbers, and the tables show it."""
 
 import argparse
 import json
@@ -63,7 +63,7 @@ def test_tables_count_what_they_leave_out(tmp_path):
 
 
 def visit(*times, ours=1.0, others=0.0, error=1e-7, **more):
-    """What a round finds of a case: torch's times, ours being all the same."""
+    """Return what a round finds of a case, given torch's times. Ours are all the same."""
     milliseconds = {"moe_ops": [ours] * len(times), "peer": list(times)}
     errors = {"moe_ops": error, "peer": 1e-7}
     return {"pass": "dX", "errors": errors, "others": others, "milliseconds": milliseconds} | more
@@ -90,7 +90,7 @@ def test_summary_of_what_was_wrong_once_has_no_ratio(error):
 
 
 class Benchmark:
-    """The CLI on four cases of 8 experts, with a function in place of the measuring."""
+    """Calls the CLI on four cases of 8 experts, with a function that stands for measuring."""
 
     def __init__(self, folder, monkeypatch):
         self.output = folder / "results.json"
@@ -129,7 +129,7 @@ def test_repeats_are_spread_over_rounds_of_all_cases(benchmark):
     assert [turns for turns, _ in asked] == [3] * 4 + [2] * 8
     assert [case for _, case in asked] == cases * 3
     assert len({json.dumps(case) for case in cases}) == 4
-    # Of the first case in turns of 1, 2, 3; 5, 6; 9, 10 times our time.
+    # The first case takes 1, 2, 3, then 5, 6, then 9, 10 times our time.
     assert result["cases"][0]["ratio"] == [2.5, 5.0, 7.5]
     assert are_of(result["cases"], cases)
     assert result["environment"]["rounds"] == 3
@@ -150,7 +150,7 @@ def test_a_run_that_is_cut_short_goes_on_from_its_visits(benchmark):
     with pytest.raises(KeyboardInterrupt):
         benchmark(run, *repeats)
     assert not benchmark.output.exists()
-    # Killed in the middle of a line.
+    # The run was killed in the middle of a line.
     with benchmark.log.open("a") as file:
         file.write('[1, {"dtype"')
     with pytest.raises(SystemExit):
@@ -201,7 +201,7 @@ def test_resume_keeps_the_visits_of_other_cases(benchmark):
 
 
 class CountsOfCalls(TorchDispatchMode):
-    """Lists the experts' counts that moe_ops' ops are called with: of the ids, where those come."""
+    """Lists the experts' counts that moe_ops' ops are called with, or counts the ids they get."""
 
     def __init__(self, num_experts):
         super().__init__()
