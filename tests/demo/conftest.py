@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of the demo programs share. They import what a program imports, as it does it."""
+"""Hold what the tests of the demo programs share. They import modules as the programs do."""
 
 import socket
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# What Python does when it is given the path of a program in that folder.
+# Python does this when it is given the path of a program in that folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "demo"))
 
 
@@ -22,7 +22,7 @@ def no_network(monkeypatch):
 
 @pytest.fixture
 def no_compiler(monkeypatch):
-    """As CXX=/nonexistent in the environment of a fresh process: spares Inductor's seconds."""
+    """Do what CXX=/nonexistent does in a fresh process, and save Inductor's seconds."""
     monkeypatch.setenv("CXX", "/nonexistent")
     with torch._inductor.config.patch({"cpp.cxx": (None, "/nonexistent")}):
         yield

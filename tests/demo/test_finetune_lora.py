@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fine-tuning demo: what it prints and leaves behind, interrupting and resuming it."""
+"""The fine-tuning demo prints what it should, and can be interrupted and resumed."""
 
 import collections
 import dataclasses
@@ -24,21 +24,21 @@ from training.text import training_batch
 
 SCRIPT = Path(__file__).resolve().parents[2] / "demo" / "finetune_lora.py"
 
-# One layer of four narrow experts: a step takes milliseconds.
+# It has one layer of four narrow experts, so a step takes milliseconds.
 TINY = (
     *("--num-layers", "1", "--hidden-size", "64", "--intermediate-size", "64", "--rank", "4"),
     *("--num-experts", "4", "--context", "32", "--base-steps", "2", "--device", "cpu"),
 )
 FORWARD_OPS = "6 moe.grouped_gemm.default, 1 moe.routing_indices.default, 1 moe.unpermute.default"
-# Of the adapters alone: two projections with two factors each.
+# Only the adapters have it: two projections with two factors each.
 NUM_DW = "4 moe.grouped_gemm_dw.default"
 
 
 @pytest.fixture
 def run_demo(no_network, monkeypatch, tmp_path, capsys):
-    """Calls the demo's main; gives the exit status and what it printed."""
+    """Return a function that calls the demo's main, and returns its status and what it printed."""
     monkeypatch.chdir(tmp_path)
-    # Most of a short run's time would go into its evaluations.
+    # A short run would spend most of its time on evaluations.
     monkeypatch.setattr(texts, "NUM_HELDOUT_WINDOWS", 16)
     done = collections.namedtuple("done", "status out err")
 
@@ -56,7 +56,7 @@ def run_demo(no_network, monkeypatch, tmp_path, capsys):
 
 @pytest.fixture
 def random_base(monkeypatch):
-    """The base model as it is drawn: spares compiling its training."""
+    """Take the base model as it is drawn, which saves compiling its training."""
     monkeypatch.setattr(finetune_lora, "train_base", lambda model, settings: True)
 
 
@@ -80,7 +80,7 @@ def test_learns_and_merges(run_demo, no_compiler, monkeypatch, tmp_path):
     for part in ("20/20", "loss ", "tokens/s"):
         assert part in done.err
 
-    # 4 experts, rank 4, widths 64 and 128: lora_A and lora_B of both projections, in fp32.
+    # 4 experts, rank 4, widths 64 and 128, both projections have lora_A and lora_B in fp32.
     adapters = 4 * 4 * 4 * ((64 + 128) + (64 + 64)) / 1e6
     assert number(done.out, "adapters") == pytest.approx(adapters, abs=0.005)
     assert number(done.out, "gradients") == pytest.approx(adapters, abs=0.005)
@@ -112,7 +112,7 @@ def test_learns_and_merges(run_demo, no_compiler, monkeypatch, tmp_path):
 def test_inductor_equals_aot_eager(run_demo, random_base, tmp_path):
     losses = []
     for name, compiler in (("inductor", "g++"), ("aot_eager", "/nonexistent")):
-        # Scalar kernels: their C++ compiles in a fraction of the time.
+        # The C++ of scalar kernels compiles in a fraction of the time.
         with torch._inductor.config.patch({"cpp.cxx": (None, compiler), "cpp.simdlen": 1}):
             output_dir = tmp_path / name
             done = run_demo(*TINY, "--steps", 3, "--batch-size", 2, "--output-dir", output_dir)
@@ -211,7 +211,7 @@ def test_rejects_bad_arguments(run_demo, arguments):
 
 
 def test_chapters_are_split():
-    """No chapter is on both sides, and none is lost."""
+    """No chapter is on both sides, and no chapter is lost."""
     from pydoc_data.topics import topics
 
     text = finetune_lora.read_chapters()

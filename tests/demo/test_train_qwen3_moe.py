@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo: what it prints and leaves behind, its exit status, interrupting and resuming it."""
+"""The demo prints and exits as it should, and can be interrupted and resumed."""
 
 import collections
 import contextlib
@@ -27,7 +27,7 @@ from training.text import bigram_entropy, read_text, training_batch
 
 SCRIPT = Path(__file__).resolve().parents[2] / "demo" / "train_qwen3_moe.py"
 
-# One layer of four narrow experts: a step takes milliseconds.
+# It has one layer of four narrow experts, so a step takes milliseconds.
 TINY = (
     *("--num-layers", "1", "--hidden-size", "64", "--intermediate-size", "64"),
     *("--num-experts", "4", "--context", "64", "--device", "cpu"),
@@ -38,7 +38,7 @@ BACKWARD_OPS = {"moe.fused_experts_backward.default": 1}
 
 @pytest.fixture
 def run_demo(no_network, monkeypatch, tmp_path, capsys):
-    """Calls the demo's main; gives the exit status and what it printed."""
+    """Return a function that calls the demo's main, and returns its status and what it printed."""
     monkeypatch.chdir(tmp_path)
     done = collections.namedtuple("done", "status out err")
 
@@ -108,7 +108,7 @@ def test_beats_bigram(run_demo, no_compiler, monkeypatch, tmp_path):
 
 
 def test_bar_forgets_the_step_that_compiles(monkeypatch, capsys):
-    """Two seconds a step after one that took a hundred; 20 of 24 are left, 4 were resumed."""
+    """A step takes two seconds after one that took a hundred. 4 of 24 were resumed, 20 are left."""
     now = 0.0
 
     def clock():
@@ -141,7 +141,7 @@ def test_too_few_steps_and_no_matplotlib(run_demo, no_compiler, monkeypatch):
 
 @pytest.mark.slow
 def test_inductor(run_demo, tmp_path):
-    """Through Inductor the same ops are found, and the losses are those of aot_eager."""
+    """Inductor gets the same ops as aot_eager and gives the same losses."""
     losses = []
     for name, compilers in (("inductor", (None, "g++")), ("aot_eager", (None, "/nonexistent"))):
         with torch._inductor.config.patch({"cpp.cxx": compilers}):
@@ -171,7 +171,7 @@ for _ in range(2):
 
 @pytest.mark.slow
 def test_graphs_are_read_when_caches_are_warm(tmp_path):
-    """A process of its own: in this one the tests' environment turns the caches off."""
+    """This takes a process of its own, because the tests' environment turns the caches off."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     environment.pop("TORCHINDUCTOR_FORCE_DISABLE_CACHES", None)
     done = subprocess.run(
@@ -229,7 +229,7 @@ def test_seed_decides(run_demo, no_compiler, tmp_path):
 
 
 def test_ctrl_c(tmp_path):
-    """As on a terminal: the signal goes to the whole process group, here before the first step."""
+    """As on a terminal, the whole process group gets the signal, here before the first step."""
     process: Any = subprocess.Popen(
         [sys.executable, SCRIPT, *TINY, "--steps", "100000", "--output-dir", "out"],
         cwd=tmp_path,
@@ -302,7 +302,7 @@ def test_rejects_bad_arguments(run_demo, tmp_path, arguments):
 
 
 def test_rejects_unserialized_objects(run_demo, tmp_path):
-    """A checkpoint is data: one that would run code when loaded is refused."""
+    """A checkpoint is data. One that would run code when it is loaded is refused."""
 
     class Evil:
         def __reduce__(self):
@@ -385,13 +385,13 @@ def test_bigram_entropy():
 
 
 def test_load_balancing_loss():
-    """Of one layer, it is transformers' own, divided by top_k; even loads give 1."""
+    """For one layer it is transformers' own divided by top_k. Even loads give 1."""
     logits = torch.randn(100, 6)
     probs = logits.softmax(-1)[None]
     loads = torch.nn.functional.one_hot(probs.topk(2).indices, 6).sum((1, 2))
     expected = load_balancing_loss_func((logits,), num_experts=6, top_k=2) / 2
     torch.testing.assert_close(load_balancing_loss(probs, loads), expected)
-    # Two layers, each hot on another expert, do not make up for each other.
+    # Two layers that are each hot on another expert do not make up for each other.
     hot = torch.eye(2)[:, None, :].expand(2, 10, 2)
     assert load_balancing_loss(hot, hot.sum(1)) == 2.0
     assert load_balancing_loss(torch.full((1, 8, 2), 0.5), torch.tensor([[8, 8]])) == 1.0
