@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's interpreter, made quick; a GPU with tensor descriptors, for launchers in it."""
+"""Make Triton's interpreter quick, and show launchers a GPU with tensor descriptors."""
 
 import os
 
@@ -17,9 +17,9 @@ HOPPER = Device("H", (9, 0), 232448, 4, is_interpreted=True)
 
 @pytest.fixture
 def descriptors(monkeypatch):
-    """The launchers take the CPU for a Hopper GPU; lists the descriptors made: kind, dimensions.
+    """Make launchers take the CPU for a Hopper GPU, and list (kind, dimensions) of descriptors.
 
-    But Triton's interpreter does not take the kernels in Gluon.
+    Triton's interpreter does not run the kernels in Gluon.
     """
     pytest.importorskip("triton")
     from moe_ops._triton import descriptors as described

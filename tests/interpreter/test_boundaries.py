@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands exactly at a boundary, in Triton's interpreter; tests/ops has the same on the CPU."""
+"""Values exactly at a boundary are right in the interpreter. tests/ops has the same on the CPU."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("counts", "tail"), [((2, 2, 2, 2), 1), ((2, 2, 2, 2), 2), ((40, 30), 1)])
 def test_tails_of_one_row_and_of_more(counts, tail, mode):
-    """Of few rows, whose kernel finds its tiles itself, and of more, which read a schedule."""
+    """For few rows the kernel finds its tiles itself, for more it reads a schedule."""
     widths = boundaries.TAIL_WIDTHS[tail % 2]
     given = boundaries.tail_problem(
         tail, torch.float16, widths=widths, counts=counts, device=CPU, **MODES[mode]
@@ -24,7 +24,7 @@ def test_tails_of_one_row_and_of_more(counts, tail, mode):
 
 @pytest.mark.parametrize("flags", boundaries.LIMITED)
 def test_gradients_pass_at_the_limit_and_not_beyond(flags):
-    """fp32 and fp16 in turn."""
+    """fp32 and fp16 take turns."""
     dtype = (torch.float32, torch.float16)[list(boundaries.LIMITED).index(flags) % 2]
     given = boundaries.limit_problem(
         dtype, device=CPU, hidden_size=6, intermediate_size=9, **boundaries.LIMITED[flags]
@@ -35,5 +35,5 @@ def test_gradients_pass_at_the_limit_and_not_beyond(flags):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("hidden_size", [63, 64, 65])
 def test_the_last_row_of_unpermute(hidden_size, weighted):
-    """A program has one row: there are no chunks of them, but the row may end within a block."""
+    """A program has one row, so there are no chunks. But the row may end within a block."""
     boundaries.check_unpermute((33, 2, hidden_size), torch.bfloat16, weighted=weighted, device=CPU)

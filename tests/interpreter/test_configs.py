@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""grouped_gemm and its gradients under configurations that a caller gives, against fp64."""
+"""grouped_gemm and its gradients are right with configurations that a caller gives."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from testing.gemm_problem import MODES, check, problem
 from testing.interpreted import pytestmark  # noqa: F401
 
 CPU = torch.device("cpu")
-# T, K, E, N, D: the last tile of every dimension is a part of one, and both widths are 16-byte rows.
+# T, K, E, N, D: every dimension ends in a part of a tile, and both widths are 16-byte rows.
 SHAPE = (60, 2, 4, 136, 72)
 EVERY_FLAG = ("permute_x-weights-bias", "permute_y-weights-bias")
 SMALL: dict[str, Any] = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32}
@@ -35,7 +35,7 @@ def run(
     dtype: torch.dtype = torch.float16,
     **more: Any,
 ) -> None:
-    """`config` for all three passes, and what is said of one beside it."""
+    """Check with `config` for all three passes, and more fields for single ones."""
     given = problem(shape, dtype, device=CPU, **{"routing": "dropped", **MODES[mode], **more})
     config = config or {}
     given.arguments["kernel_config"] = kernel_config(
@@ -49,7 +49,7 @@ def run(
 @modes
 @pytest.mark.parametrize("blocks", [(16, 64, 32), (32, 16, 64), (64, 32, 16), (128, 256, 128)])
 def test_blocks(mode, blocks):
-    """16 and 32 rows find their tiles themselves, more read a schedule."""
+    """Tiles of 16 and 32 rows find themselves, larger ones are read from a schedule."""
     run(dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), blocks, strict=True)), mode=mode)
 
 
@@ -82,7 +82,7 @@ def test_tail_tiles_by_descriptors(mode, layout, descriptors):
     assert descriptors
 
 
-# By the flag: the descriptors that the three passes of a plain call make for it.
+# For each flag, the descriptors that the three passes of a plain call make for it.
 ONE_FLAG = {
     "forward use_tma_load_x": [("plain", 2)],
     "forward use_tma_load_w": [("plain", 3)],
@@ -134,7 +134,7 @@ def test_halves(mode, tma, layout, descriptors):
 
 
 def test_descriptors_that_cannot_apply(descriptors):
-    """Rows of an odd number of elements: pointers serve, with the same result."""
+    """Rows with an odd number of elements are read by pointers, with the same result."""
     flags = {"use_tma_load_w": True, "use_tma_store": True}
     run(SMALL, forward=flags, dx=flags, dw={"use_tma_store": True}, shape=(60, 2, 4, 35, 71))
     assert not descriptors

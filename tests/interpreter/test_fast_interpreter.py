@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quick steps in Triton's interpreter give what its own give."""
+"""The quick steps give what the steps of Triton's own interpreter give."""
 
 import subprocess
 import sys
@@ -65,7 +65,7 @@ def test_dtypes(name):
 
 
 def test_builtins():
-    """In a fresh process, where nothing is replaced: the same are, after two calls too."""
+    """In a fresh process the same builtins are replaced, also after two calls."""
     script = """
 import triton.language as tl
 from triton.runtime import interpreter

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fused_experts at sizes of more than one tile, by pointers and by descriptors, against fp64."""
+"""fused_experts is right at sizes of several tiles, by pointers and by descriptors."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from testing.experts_problem import MODES, check, problem
 from testing.interpreted import pytestmark  # noqa: F401
 
 CPU = torch.device("cpu")
-# T, K, E, H, I: the last tile of every dimension is a part of one.
+# T, K, E, H, I: every dimension ends in a part of a tile.
 SHAPE = (70, 2, 3, 72, 136)
 DECODE = (3, 2, 8, 72, 40)
 modes = pytest.mark.parametrize("mode", MODES)
@@ -26,7 +26,7 @@ def test_descriptors(mode, layout, descriptors):
     check(
         problem(SHAPE, torch.float16, routing="dropped", layout=layout, device=CPU, **MODES[mode])
     )
-    # The pre-activation and the activation's output are stored by ragged ones.
+    # Ragged descriptors store the pre-activation and the activation's output.
     kinds = [kind for kind, _ in descriptors]
     assert kinds.count("ragged") >= 2
     assert kinds.count("plain") >= 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""grouped_gemm_fp8 at sizes of more than one tile and more than one scale, against fp64."""
+"""grouped_gemm_fp8 is right at sizes of several tiles and several scales."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from testing.gemm_problem import FP8_MODES, check, check_every_code, fp8_problem
 from testing.interpreted import pytestmark  # noqa: F401
 
 CPU = torch.device("cpu")
-# T, K, E, N, D: the last tile of every dimension is a part of one; four scales an expert.
+# T, K, E, N, D: every dimension ends in a part of a tile, and an expert has four scales.
 SHAPE = (70, 2, 3, 136, 200)
 DECODE = (2, 3, 8, 136, 264)
 modes = pytest.mark.parametrize("mode", FP8_MODES)
@@ -30,7 +30,7 @@ def test_descriptors(mode, layout, descriptors):
     shape = (140, 2, 3, 144, 208)
     flags = FP8_MODES[mode]
     check(fp8_problem(shape, torch.float16, routing="dropped", layout=layout, device=CPU, **flags))
-    # The weight in forward and dX, and the rows of both where they are read in order.
+    # Forward and dX describe the weight, and the rows if they are read in order.
     assert len(descriptors) >= 2
 
 
@@ -76,7 +76,7 @@ def configs(blocks: tuple[int, int, int], **more: Any) -> str:
 @pytest.mark.parametrize("mode", ["permute_x-weights", "permute_y-weights"])
 @pytest.mark.parametrize("blocks", [(16, 64, 32), (32, 16, 128), (64, 128, 16), (128, 128, 128)])
 def test_configurations(mode, blocks):
-    """16 and 32 rows find their tiles themselves, more read a schedule."""
+    """Tiles of 16 and 32 rows find themselves, larger ones are read from a schedule."""
     for flatten, subtile in ((False, 2), (True, 1)):
         given = fp8_problem((60, 2, 4, 136, 200), torch.float16, device=CPU, **FP8_MODES[mode])
         given.arguments["kernel_config"] = configs(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernels in Triton's interpreter, on tiny shapes, against the oracle.
+"""The Triton kernels equal the oracle on tiny shapes in Triton's interpreter.
 
-Run by `make test-interpreter`, which sets TRITON_INTERPRET=1 before anything imports Triton.
+`make test-interpreter` runs this. It sets TRITON_INTERPRET=1 before anything imports Triton.
 """
 
 import itertools
@@ -27,7 +27,7 @@ from testing.on_device import (
 )
 from testing.strategies import Sample, seeded_sample
 
-# bf16 products are wrong in the interpreter, fp64 is the CPU implementation's alone.
+# The interpreter's bf16 products are wrong. Only the CPU implementation takes fp64.
 DTYPES = (torch.float32, torch.float16)
 FP32 = {"dtype": torch.float32}
 GEMMS = [name for name in ALL if name.startswith(("grouped_gemm", "fused_experts"))]
@@ -76,7 +76,7 @@ def check_gradients(sample: Sample, seed: int) -> None:
 @dtypes
 def test_matches_reference(name, seed, variant, dtype):
     sample = decided_sample(SCHEMAS[name], seed, dtype=dtype, **variant)
-    # Router weights in fp32 on rows in fp16; bf16 is nothing for the interpreter.
+    # Router weights are fp32 on rows in fp16. The interpreter cannot do bf16.
     check_forward(mix_dtypes(sample, 1) if seed % 2 else sample)
 
 
@@ -120,7 +120,7 @@ def test_index_dtypes_give_the_same(name):
 
 @schemas
 def test_opcheck(name):
-    """That outputs have the strides of the fakes, and share memory with nothing."""
+    """Outputs have the strides of the fakes, and share memory with nothing."""
     for seed, variant in enumerate(some_variants(name, at_most=6)):
         fixed = {**variant, "dtype": DTYPES[seed % 2], "layout": strategies.LAYOUTS[seed % 4]}
         opcheck(seeded_sample(SCHEMAS[name], seed, **fixed), FAST_OPCHECKS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""grouped_gemm at sizes of more than one tile, by pointers and by descriptors, against fp64."""
+"""grouped_gemm is right at sizes of several tiles, by pointers and by descriptors."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from testing.gemm_problem import MODES, check, problem
 from testing.interpreted import pytestmark  # noqa: F401
 
 CPU = torch.device("cpu")
-# T, K, E, N, D: the last tile of every dimension is a part of one.
+# T, K, E, N, D: every dimension ends in a part of a tile.
 SHAPE = (70, 2, 3, 136, 72)
 DECODE = (2, 3, 8, 136, 264)
 modes = pytest.mark.parametrize("mode", MODES)
@@ -25,18 +25,18 @@ def test_pointers(mode, dtype):
 def test_descriptors(mode, layout, descriptors):
     flags = MODES[mode]
     check(problem(SHAPE, torch.float16, routing="dropped", layout=layout, device=CPU, **flags))
-    # The weight in forward and dX, and the rows of both where they are read in order.
+    # Forward and dX describe the weight, and the rows if they are read in order.
     assert len(descriptors) >= 2
 
 
 def pad(rows: torch.Tensor, width: int) -> torch.Tensor:
-    """The same rows, `width` elements from one to the next."""
+    """Return the same rows with `width` elements from one to the next."""
     room = rows.new_full((*rows.shape[:-1], width), float("nan"))
     return room[..., : rows.shape[-1]].copy_(rows)
 
 
 def test_descriptors_of_padded_rows(descriptors):
-    """Rows of 200 bytes every 208: descriptors can read them, but not write a gradient so."""
+    """Rows of 200 bytes stand every 208: descriptors can read them, but not write a gradient so."""
     given = problem((150, 1, 2, 100, 100), torch.float16, device=CPU)
     for name in ("input", "weight"):
         given.arguments[name] = pad(given.arguments[name], 104)
