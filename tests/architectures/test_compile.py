@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every Triton kernel compiles for every GPU generation, fits its shared memory, and spills little.
 
-Without a GPU. What is compiled is what the launchers would launch there: the configurations that
-moe_ops chooses, the specialisation that Triton makes.
+No GPU is needed. The kernels are compiled as the launchers would launch them there, with the
+configurations that moe_ops chooses and the specialisation that Triton makes.
 """
 
 import importlib
@@ -43,20 +43,20 @@ from testing import kernel_calls as calls
 from testing.compiled import GPUS, Resources, compiling_for
 from testing.kernel_calls import SIZES, Call, Sizes
 
-# Minutes where Triton has none of the kernels in its cache.
+# This takes minutes if Triton has none of the kernels in its cache.
 pytestmark = pytest.mark.slow
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 EVERY_FLAG = ("permute_x-weights-bias", "permute_y-weights-bias")
-# Bytes of a thread's stack that do no harm: an eighth of its registers, in the caches nearby.
+# So many bytes of a thread's stack do no harm. They are an eighth of its registers, and are cached.
 SPILL_LIMIT = 128
-# What multiplies matrices of 16-bit floats. Triton has FMA alone for sm_75.
+# These multiply matrices of 16-bit floats. For sm_75 Triton has only FMA.
 TENSOR_CORES = {
     "sm_80": "mma.sync", "sm_89": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma",
 }  # fmt: skip
 
 STORE: dict[str, Any] = {"use_tma_store": True, "warp_specialize": True}
-# What Hopper has kernels for, in turns and in shared tiles: those that are not chosen anyway.
+# Configurations for Hopper's ping-pong and cooperative kernels that are not chosen anyway.
 PINGPONG = kernel_config(
     KernelConfigForward(use_tma_load_x=True, use_tma_load_w=True, **STORE),
     backward_dW=KernelConfigBackward_dW(
@@ -74,7 +74,7 @@ gpus = pytest.mark.parametrize("gpu", GPUS)
 
 @pytest.fixture(autouse=True)
 def _nothing_tuned():
-    """What somebody tuned on this machine is not what others get."""
+    """Ignore what somebody tuned on this machine, since others do not have it."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("MOE_OPS_AUTOTUNE", "0")
         choose.forget()
@@ -90,7 +90,7 @@ def compile_all(device: Device, called: Iterable[Call]) -> list[Resources]:
 
 
 def check(device: Device, named: dict[str, Call], stack: int) -> None:
-    """Every call's kernels fit, with at most so many bytes of stack; tells of all that do not."""
+    """Check that all kernels fit, with at most so many bytes of stack, and name all that do not."""
     wrong = [
         f"{name}: {kernel}"
         for name, call in named.items()
@@ -149,7 +149,7 @@ def test_gluon_is_not_imported_for_other_gpus_and_dtypes(gpu, dtype, monkeypatch
 
 @pytest.mark.parametrize("kernel_config", [PINGPONG, SHARED, None])
 def test_a_group_of_warps_meets_before_one_of_its_threads_arrives(kernel_config):
-    """At a barrier in the same piece of straight code, whatever loop before it had no steps."""
+    """They meet at a barrier in the same straight code, even if a loop before it had no steps."""
     gemm = calls.grouped_gemm(SIZES["training"], BF16, kernel_config=kernel_config)
     experts = calls.experts(SIZES["training"], BF16, kernel_config=kernel_config)
     called = [*gemm.values(), experts["forward"], experts["backward"]]
@@ -170,7 +170,7 @@ def test_a_group_of_warps_meets_before_one_of_its_threads_arrives(kernel_config)
             elif "mbarrier.arrive.shared" in line:
                 arrivals += 1
                 assert have_met, f"{kernel.kernel}: {line}"
-        # In its loop and after it, and of kernels in turns for the other group; of two groups.
+        # Two groups arrive in their loop and after it. Ping-pong groups also arrive for each other.
         assert arrivals in (4, 6), kernel.kernel
 
 
@@ -188,7 +188,7 @@ def test_a_group_of_warps_meets_before_one_of_its_threads_arrives(kernel_config)
     ],
 )
 def test_what_computes_the_down_projections_backward(gpu, dtype, mode, is_gated):
-    """One kernel with the activation's backward on top, where there is one for that."""
+    """If a kernel has the activation's backward on top, that one kernel does it."""
     names = launched(GPUS[gpu], calls.experts(SIZES["training"], dtype, **mode)["backward"])
     assert names.count("expert_down_bwd_pingpong_kernel") == is_gated
     assert names.count("_expert_activation_bwd_kernel") == (not is_gated)
@@ -196,7 +196,7 @@ def test_what_computes_the_down_projections_backward(gpu, dtype, mode, is_gated)
 
 @pytest.mark.parametrize("size", ["training", "uneven"])
 def test_the_down_projections_backward_makes_one_schedule(size):
-    """Where descriptors turn out not to describe its operands too: two kernels then do the same."""
+    """It makes one even if descriptors do not fit its operands. Two kernels then do the same."""
     loads = {"use_tma_load_dy": True, "use_tma_load_w": True}
     config = KernelConfigBackward_dX(BLOCK_K=128, BLOCK_N=64, **loads, **STORE)
     made = calls.experts(SIZES[size], BF16, kernel_config=kernel_config(backward_dX=config))
@@ -204,12 +204,12 @@ def test_the_down_projections_backward_makes_one_schedule(size):
     is_at_once = size == "training"
     assert names.count("expert_down_bwd_pingpong_kernel") == is_at_once
     assert names.count("_expert_activation_bwd_kernel") == (not is_at_once)
-    # One more is that of the gradient of x.
+    # The gradient of x makes one more.
     assert names.count("tile_schedule_kernel") == 2
 
 
 def launched(device: Device, call: Call) -> list[str]:
-    """The names of the kernels that the call launches, which are not compiled."""
+    """Return the names of the kernels that the call launches, without compiling them."""
     names: list[str] = []
 
     def listed(kernel: Any, *args: Any, **kwargs: Any) -> None:
@@ -221,7 +221,7 @@ def launched(device: Device, call: Call) -> list[str]:
 
 
 def kernels_of_the_package() -> set[str]:
-    """The names of all functions that a launcher launches."""
+    """Return the names of all functions that a launcher launches."""
     names = set()
     for module in pkgutil.walk_packages(moe_ops.__path__, "moe_ops."):
         if module.name.endswith(".kernels") or module.name.startswith("moe_ops._triton.kernels."):
@@ -235,7 +235,7 @@ def kernels_of_the_package() -> set[str]:
     ("gpu", "mode"), [(gpu, m) for gpu in GPUS for m in (MODES if gpu == "sm_90" else EVERY_FLAG)]
 )
 def test_training(gpu, mode):
-    """In bf16, or what the GPU has; on sm_90 every combination, and transposed weights too."""
+    """The dtype is bf16, or what the GPU has. sm_90 gets all combinations and transposed weights."""
     dtype = F16 if gpu == "sm_75" else BF16
     layouts = (False, True) if gpu == "sm_90" else (False,)
     named = {
@@ -276,7 +276,7 @@ def test_the_activations_backward_on_top_of_a_product_does_not_spill(activation,
 @pytest.mark.parametrize("limit", [None, 7.0])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "swiglu_oai"])
 def test_the_up_projection_of_a_model_with_biases_does_not_spill(activation, limit, interleaved):
-    """gpt-oss is one; the kernel for Hopper serves it without tuning."""
+    """gpt-oss is such a model. The kernel for Hopper serves it without tuning."""
     made = calls.experts(
         SIZES["training"], BF16, activation=activation, activation_limit=limit,
         interleaved=interleaved, bias=True,
@@ -288,7 +288,7 @@ def test_the_up_projection_of_a_model_with_biases_does_not_spill(activation, lim
 
 @pytest.mark.parametrize("gpu", ["sm_90", "sm_100"])
 def test_a_bias_keeps_nothing_from_being_loaded_ahead(gpu):
-    """Triton pipelines no flattened loop whose sum begins with a bias: as many loads are in the code."""
+    """Triton pipelines no flattened loop whose sum begins with a bias. Ours has as many loads."""
     config = kernel_config(
         KernelConfigForward(
             BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=4, flatten=True,
@@ -311,7 +311,7 @@ def test_a_bias_keeps_nothing_from_being_loaded_ahead(gpu):
 
 @pytest.mark.parametrize(("gpu", "size"), [(gpu, size) for gpu in GPUS for size in SIZES])
 def test_fp8_weights(gpu, size):
-    """GPUs without FP8 too; on sm_90 transposed weights and more dtypes where it matters most."""
+    """GPUs without FP8 do it too. sm_90 gets transposed weights and more dtypes for training."""
     matters_most = gpu == "sm_90" and size == "training"
     dtypes = [BF16, F16, F32] if matters_most else [F16 if gpu == "sm_75" else BF16]
     layouts = [False, True] if matters_most else [False]
@@ -343,7 +343,7 @@ def test_tensor_cores_and_descriptors_are_used(gpu):
 
 @pytest.mark.parametrize("gpu", ["sm_80", "sm_90"])
 def test_dependent_launch(gpu):
-    """Only where asked for, and where the GPU has it."""
+    """It is used only if it is asked for and the GPU has it."""
     for follows in (False, True):
         config = KernelConfigForward(16, 64, 128, 4, 3, flatten=False, launch_pdl=follows)
         made = calls.grouped_gemm(SIZES["decode-8"], BF16, kernel_config=kernel_config(config))
@@ -355,7 +355,7 @@ def test_dependent_launch(gpu):
 @gpus
 @pytest.mark.parametrize("size", [size for size in SIZES if size != "training"])
 def test_sizes(gpu, size):
-    # Both, where it matters most.
+    # sm_90 gets both modes.
     for mode in EVERY_FLAG[0 if gpu == "sm_90" else 1 :]:
         made = calls.grouped_gemm(SIZES[size], F16, **MODES[mode])
         check(GPUS[gpu], {f"{mode} {n}": call for n, call in made.items()}, stack_limit(gpu, size))
@@ -379,7 +379,7 @@ TABLE_NAMES = sorted(file.name for file in TABLES.iterdir()) if TABLES.is_dir() 
 
 @pytest.mark.parametrize("table", TABLE_NAMES)
 def test_shipped_tables(table):
-    """Each configuration of a table once, with the flags of the first problem that it is for."""
+    """Each configuration of a table is compiled once, with the flags of its first problem."""
     configs = cache.parse_table((TABLES / table).read_text(encoding="utf-8"))
     device = next(d for d in GPUS.values() if table == f"{cache.table_name(d.name)}.json")
     first: dict[tuple[str, KernelConfig], str] = {}
@@ -389,20 +389,20 @@ def test_shipped_tables(table):
     named: dict[str, Call] = {}
     for (name, config), key in first.items():
         kind, *_ = name.split()
-        # As kernel_config() writes it.
+        # kernel_config() writes it like this.
         named[key] = call_of(key, json.dumps({kind: config.to_dict()}))
     check(device, named, 0)
 
 
 def call_of(key: str, config: str) -> Call:
-    """The launch that a Problem.key tells of."""
+    """Return the launch that a Problem.key describes."""
     kind, dtype, *sizes, rows = key.split()[:6]
     flags = key.split()[6:]
     num_experts, out_features, in_features = (int(size[1:]) for size in sizes)
     is_forward = kind == "forward"
     num_rows = int(rows.removeprefix("rows")) * num_experts
     if "gated" in flags:
-        # The up projection's sizes, or of the down projection's backward.
+        # These are the sizes of the up projection, or of the down projection's backward.
         up = (out_features, in_features) if is_forward else (2 * in_features, out_features)
         block = Sizes(num_rows, 1, num_experts, *up)
         made = calls.experts(block, getattr(torch, dtype), kernel_config=config)
