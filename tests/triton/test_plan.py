@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which kernel a product gets, and why: the table of all cases, and what a plan promises."""
+"""A plan gives each product its kernel, for a reason. A table here has all cases."""
 
 import logging
 from typing import Any
@@ -23,7 +23,7 @@ SIZES = ("bfloat16", 8, 512, 256, 1024)
 
 
 def config(columns: int, depth: int = 64) -> str:
-    """Warp-specialised tiles of 128 rows and so many columns, in all three passes."""
+    """Return warp-specialised tiles of 128 rows and so many columns for all three passes."""
     common: dict[str, Any] = {"use_tma_store": True, "warp_specialize": True, "num_warps": 8}
     return moe_ops.kernel_config(
         moe_ops.KernelConfigForward(
@@ -78,7 +78,7 @@ TABLE = [
 def test_the_kernel_on_hopper(kind, words, columns, kernel, computes):
     made = plan(make_problem(kind, *SIZES, words.split()), Operands(), H200, config(columns))
     assert (made.kernel, made.computes_epilogue, made.source) == (kernel, computes, "given")
-    # What is not met has its reason first.
+    # The reason of a wish that is not met comes first.
     is_met = kernel != "persistent"
     assert (made.unmet == ()) == is_met
     assert is_met or made.unmet[0] == f"warp_specialize: {made.reason}"
@@ -139,13 +139,13 @@ def test_where_a_configuration_came_from():
     assert plan(shipped, Operands(), A100).source == "computed"
     given = moe_ops.kernel_config(moe_ops.KernelConfigForward(BLOCK_M=64))
     assert plan(shipped, Operands(), H200, given).source == "given"
-    # A string for another pass says nothing of this one.
+    # A string for another pass says nothing about this one.
     other = moe_ops.kernel_config(backward_dX=moe_ops.KernelConfigBackward_dX(BLOCK_M=64))
     assert plan(shipped, Operands(), H200, other).source == "shipped"
 
 
 def once(rows, device, kernel_config=None):
-    """The remembered plan of BARE at so many rows."""
+    """Return the remembered plan of BARE at so many rows."""
     return plan_once(
         "forward", torch.bfloat16, 8, 512, 256, rows, *[False] * 7, "none", True, True, True, device,
         kernel_config, False,
