@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The activations in PyTorch: values and gradients against the oracle, and at a limit.
+"""The activations in PyTorch equal the oracle in values and gradients, at a limit too.
 
 R rows, I (WIDTH) intermediate size, U = 2 * I where gated, else I.
 """
@@ -24,7 +24,7 @@ LIMIT = 0.7
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 FORMS = {"gate, up": (True, False), "interleaved": (True, True), "ungated": (False, False)}
-# swiglu_oai multiplies by up.
+# swiglu_oai is left out ungated, because it multiplies by up.
 CASES = [
     (name, *FORMS[form], limit)
     for name, form, limit in itertools.product(ACTIVATIONS, FORMS, (None, LIMIT))
@@ -34,7 +34,7 @@ cases = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str
 
 
 def operands(gated: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """z (R, U), the gradient of h (R, I), a scale (R, 1)."""
+    """Return z (R, U), the gradient of h (R, I) and a scale (R, 1)."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
@@ -112,7 +112,7 @@ def test_backward(dtype, case, scaled):
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_the_gradient_at_a_limit_and_beyond_it(interleaved, name):
-    """Gate and up that stand exactly at the limit have their gradients; beyond it they are zero."""
+    """Exactly at the limit gate and up have their gradients. Beyond it they are zero."""
     beyond = 2 * LIMIT
     gates = [LIMIT, beyond, -LIMIT, -beyond, 0.5, 0.5, 0.5, 0.5]
     ups = [0.5, 0.5, 0.5, 0.5, LIMIT, beyond, -LIMIT, -beyond]
@@ -136,7 +136,7 @@ def test_the_gradient_at_a_limit_and_beyond_it(interleaved, name):
     for (gate, up), (free_gate, free_up) in zip(
         gradients(limited), gradients(unlimited), strict=True
     ):
-        # At the limit, and for a gate below -limit, it is as without one.
+        # At the limit, and for a gate below -limit, the gradient is as without a limit.
         assert torch.equal(gate[[0, 2, 3, 4]], free_gate[[0, 2, 3, 4]])
         assert gate[0] != 0
         assert gate[1] == 0

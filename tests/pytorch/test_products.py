@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The products of rows with their experts' matrices: each way to multiply, and when it is taken.
+"""Rows are multiplied with their experts' matrices in one of three ways, all right.
 
-R rows, E experts, matrices of K x N. The way follows from the arguments. Which one it was shows in
-the aten ops that were called.
+R rows, E experts, matrices of K x N. The arguments decide the way. The aten ops that were called
+show it.
 """
 
 import itertools
@@ -25,7 +25,7 @@ needs_bf16 = pytest.mark.skipif(
 both_orders = pytest.mark.parametrize("transposed", [False, True])
 K, N = 24, 16
 ONE_CALL, BLOCKS = "_grouped_mm", "bmm"
-# What each way is told by: the number of experts, the dtype.
+# The aten op that shows a way, and a number of experts and a dtype that lead to it.
 WAYS = {
     "blocks": pytest.param(BLOCKS, 24, torch.bfloat16, marks=needs_bf16),
     "one call": pytest.param(ONE_CALL, 24, torch.float32),
@@ -34,7 +34,7 @@ WAYS = {
     "loop, few experts": pytest.param("mm", 3, torch.float64),
 }
 ways = pytest.mark.parametrize(("way", "num_experts", "dtype"), WAYS.values(), ids=WAYS)
-# The rows of each expert, repeated for as many experts as there are, and of no expert.
+# The rows of each expert, repeated for as many experts as there are, and the rows of no expert.
 COUNTS = {
     "equal": ([4], 0),
     "uneven": ([5, 3, 6, 4, 2, 6], 0),
@@ -43,12 +43,12 @@ COUNTS = {
     "empty": ([5, 3, 6, 4, 2, 0], 0),
     "empty and dropped": ([0, 5, 3, 6, 4, 2], 9),
 }
-# With more rows than blocks have: of the first expert, of the last one.
+# Here one expert has more rows than a block: the first or the last.
 LARGER = {"hot": 0, "hot last": -1}
 
 
 def counts_of(name: str, num_experts: int) -> tuple[list[int], int]:
-    """The rows of each expert, and R."""
+    """Return the rows of each expert, and R."""
     if name in LARGER:
         counts = [4] * num_experts
         counts[LARGER[name]] = 61
@@ -95,7 +95,7 @@ def expected_sum(left: Tensor, right: Tensor, counts: list[int]) -> Tensor:
 def assert_took(aten: CountAten, way: str) -> None:
     assert aten.calls[way]
     others = {ONE_CALL, BLOCKS, "mm"} - {way}
-    # What is beyond the blocks is multiplied alone.
+    # The rows beyond the blocks are multiplied alone.
     assert not sum(aten.calls[other] for other in others - ({"mm"} if way == BLOCKS else set()))
 
 
@@ -188,7 +188,7 @@ def test_corrupt_counts_stay_in_bounds(first, way, num_experts, dtype):
 
 @ways
 def test_rows_of_any_stride(way, num_experts, dtype):
-    """Those that functional.grouped_mm refuses too."""
+    """They may have strides that functional.grouped_mm refuses."""
     counts, num_rows = counts_of("dropped", num_experts)
     matrices = randn(num_experts, K, N, dtype=dtype)
     wide = randn(num_rows, K + 8, dtype=dtype)
@@ -236,7 +236,7 @@ def test_sizes_that_grouped_mm_refuses_or_pads(dtype, sizes):
     "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str
 )
 def test_biases_and_results_of_another_dtype(dtype, gathered, wide):
-    """With biases of any strides."""
+    """The biases have any strides."""
     counts, num_rows = counts_of("empty and dropped", 24)
     given = randn(num_rows // 2 + 1 if gathered else num_rows, K, dtype=dtype)
     sources = torch.arange(num_rows) // 2 if gathered else None
@@ -254,7 +254,7 @@ def test_biases_and_results_of_another_dtype(dtype, gathered, wide):
 
 
 def test_a_result_of_another_dtype_is_not_rounded_before():
-    """bf16 rows times bf16 matrices in fp32: as precise as fp32 is."""
+    """bf16 rows times bf16 matrices give fp32 results that are as precise as fp32."""
     counts, num_rows = counts_of("uneven", 6)
     rows, matrices = randn(num_rows, K, dtype=torch.bfloat16), randn(6, K, N, dtype=torch.bfloat16)
     products = products_of(counts, num_rows)
@@ -308,7 +308,7 @@ def block_size(
     counts: list[int], sums: bool, k: int = 256, n: int = 256, dropped: int = 0,
     dtype: torch.dtype = torch.bfloat16,
 ) -> int:  # fmt: skip
-    """The rows of each expert's block; 0 where there are none."""
+    """Return the rows of each expert's block, or 0 if there are no blocks."""
     num_rows = sum(counts) + dropped
     products = products_of(counts, num_rows)
     with CountAten() as aten:
@@ -349,19 +349,19 @@ def test_when_there_are_blocks(sums):
 
     assert size([16] * 64) == 16
     assert size([15, 17] * 32) == 17
-    # The large expert's other rows are a product of their own.
+    # The other rows of the large expert are a product of their own.
     assert size([16] * 63 + [300]) == 16
     assert size([16] * 64, dropped=176) == 16
-    # Large products, few experts, most rows with few of many, nothing.
+    # Products are large, experts are few, few of many have most rows, or there is nothing.
     assert size([128] * 8, 1024, 1024) == 0
     assert size([128] * 2) == 0
     assert size([500] * 6 + [1] * 20) == 0
     assert size([0] * 64, dropped=1024) == 0
-    # Decoding: what counts is the experts whose matrices are read.
+    # In decoding it counts how many experts' matrices are read.
     assert size([2, 1] * 32, 2048, 1024) == 2
     assert size([2, 1, 0, 1] * 16, 2048, 1024) == 0
     assert size([0] * 64) == 0
-    # Around a product in fp32 stands too little.
+    # In fp32 there is too little around a product to save.
     assert size([16] * 64, 128, 128, dtype=torch.float32) == 0
 
 
@@ -381,7 +381,7 @@ def test_blocks_are_not_more_than_twice_the_rows():
 
 @needs_bf16
 def test_blocks_have_few_sizes():
-    """oneDNN compiles a product for each."""
+    """oneDNN compiles a product for each size."""
     sizes = {count: block_size([count] * 8, False, 8, 8) for count in range(1, 1000, 9)}
     for count, size in sizes.items():
         assert count <= size < count * 17 / 16
@@ -403,10 +403,10 @@ FLAGS: dict[str, dict[str, bool]] = {
 @both_orders
 @pytest.mark.parametrize("flags", FLAGS)
 def test_grouped_gemm_takes_each_way(flags, transposed, way, num_experts, dtype):
-    """Samples drawn from the schema are too small for most of them."""
+    """Samples drawn from the schema are too small for most of the ways."""
     generator = torch.Generator().manual_seed(0)
     top_k, num_tokens = 2, 2 * num_experts
-    # Some slots are dropped; the first expert has few rows and the second none.
+    # Some slots are dropped. The first expert has few rows and the second none.
     ids = torch.randint(2, num_experts, (num_tokens, top_k), generator=generator)
     ids.view(-1)[:2] = 0
     ids.view(-1)[5:9] = -1
@@ -454,7 +454,7 @@ def test_nothing_to_multiply(sizes, dtype):
     num_experts, n, d, rows = sizes
     counts = [rows // num_experts] * num_experts if num_experts else []
     x, weight = torch.randn(rows, d).to(dtype), torch.randn(num_experts, n, d).to(dtype)
-    # The gradient of a sum: expanded, its strides 0.
+    # The gradient of a sum is expanded, with strides 0.
     dy = torch.ones((), dtype=dtype).expand(rows, n)
     leaves = x.requires_grad_(), weight.requires_grad_()
     output = torch.ops.moe.grouped_gemm(*leaves, torch.tensor(counts, dtype=torch.int32))
@@ -469,7 +469,7 @@ def test_nothing_to_multiply(sizes, dtype):
 @needs_bf16
 @pytest.mark.parametrize("weights_before", [False, True])
 def test_the_whole_layer_of_experts(weights_before):
-    """Of many small experts: each product is one of blocks."""
+    """With many small experts each product is one of blocks."""
     num_experts, top_k, num_tokens = 24, 2, 40
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(-1, num_experts, (num_tokens, top_k), generator=generator)
