@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`moe_ops explain`: a row for each product, with its kernel, its configuration and the reason."""
+"""`moe_ops explain` has a row for each product: its kernel, its configuration, the reason."""
 
 import json
 
@@ -11,7 +11,7 @@ from moe_ops.configs.kernel_config import PASSES
 
 pytest.importorskip("triton")
 
-# Qwen3-30B-A3B's, for which a table is shipped for the H200.
+# These are Qwen3-30B-A3B's, for which a table is shipped for the H200.
 SIZES = [
     "--hidden-size=2048", "--intermediate-size=768", "--num-experts=128", "--top-k=8",
     "--num-tokens", "16384",
@@ -45,7 +45,7 @@ def test_a_row_for_each_product_of_a_step(capsys):
     ]  # fmt: skip
     assert {row["source"] for row in rows} == {"shipped"}
     assert {row["num_tokens"] for row in rows} == {16384}
-    # The down projection's dX with the activation's backward on top, and the bare one of others.
+    # The down projection's dX comes with the activation's backward on top, and bare.
     assert [row["epilogue"] for row in rows[2:4]] == ["gated_activation_backward", "none"]
     assert [row["computes_epilogue"] for row in rows[2:4]] == [True, False]
     assert rows[2]["kernel"] == "pingpong"
