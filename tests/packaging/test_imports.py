@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What importing moe_ops does in a fresh process, and who may register ops and loggers."""
+"""Importing moe_ops is quick and loads little. Few modules register ops and loggers."""
 
 import ast
 import json
@@ -15,8 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "moe_ops"
 
-# Reading and compiling the schemas of all ops should be little next to importing torch: 0.07 of
-# it where this was measured. The slack is for loaded machines.
+# Reading and compiling the schemas of all ops should take little beside importing torch. It took
+# 0.07 of that where it was measured. The slack is for loaded machines.
 IMPORT_TIME_BUDGET = 0.3
 
 LAZY = ("triton", "transformers", "torch.utils.flop_counter", "torch._inductor")
@@ -74,7 +74,7 @@ middle = time.perf_counter()
 import moe_ops
 print(middle - start, time.perf_counter() - middle)
 """
-    # The least of several runs: another process can only make an import slower.
+    # The least of several runs counts, because another process can only make an import slower.
     runs = [tuple(map(float, fresh_python(script).split())) for _ in range(3)]
     torch_seconds, moe_ops_seconds = (min(seconds) for seconds in zip(*runs, strict=True))
     print(f"import torch {torch_seconds:.2f} s, then import moe_ops {moe_ops_seconds:.3f} s")
@@ -82,7 +82,7 @@ print(middle - start, time.perf_counter() - middle)
 
 
 def calls() -> Iterator[tuple[str, ast.Call, str]]:
-    """(file, call, name of what is called) of each call in the package."""
+    """Yield (file, call, name of what is called) of each call in the package."""
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
@@ -107,7 +107,7 @@ def test_one_logger() -> None:
     assert {name for _, name in loggers} == {"'moe_ops'"}
 
 
-# Which folder's files may not import which: what tests share is in testing/, which both may import.
+# Files of the first folder may not import the second. What tests share is in testing/.
 MAY_NOT_IMPORT = [
     ("tests", "tests"),
     ("benchmarks", "tests"),
@@ -120,7 +120,7 @@ MAY_NOT_IMPORT = [
 
 
 def imported_packages(source: str) -> set[str]:
-    """Return the top-level names that a file imports: in functions, and in scripts in strings too."""
+    """Return the top-level names that a file imports, also in functions and in scripts in strings."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -129,7 +129,7 @@ def imported_packages(source: str) -> set[str]:
             found.add(node.module.partition(".")[0])
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             found |= set(re.findall(r"^\s*(?:from|import) (\w+)", node.value, re.MULTILINE))
-            # What import_module, importorskip and monkeypatch take.
+            # import_module, importorskip and monkeypatch take such strings.
             found |= set(re.findall(r"\A(\w+)(?:\.\w+)+\Z", node.value))
     return found
 

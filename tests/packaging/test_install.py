@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds and installs the package in every supported way and runs an op from each installation.
+"""The package builds and installs in every supported way, and each installation runs an op.
 
-Each installation has an environment of its own in which nothing of moe_ops is visible but what was
-installed there; nothing is fetched.
+Each installation has an environment of its own, which sees no moe_ops but the one installed there.
+Nothing is fetched.
 """
 
 import json
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD_FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md")
 SCHEMA_FILES = sorted(path.name for path in (ROOT / "op_schemas").glob("*.yaml"))
 
-# Run outside the source tree by the installed environment's Python.
+# The installed environment's Python runs this outside the source tree.
 PROBE = """
 import importlib.metadata, importlib.resources, json
 import torch
@@ -67,13 +67,13 @@ def site_packages(python: Path) -> Path:
 
 
 def is_ours(name: str) -> bool:
-    """Whether an entry of site-packages belongs to an installed moe_ops."""
+    """Return whether an entry of site-packages belongs to an installed moe_ops."""
     return "moe_ops" in name.lower()
 
 
 @pytest.fixture
 def source_tree(tmp_path: Path) -> Path:
-    """A copy of what a build reads, so that builds leave nothing here and do not meet each other."""
+    """Copy what a build reads, so builds leave nothing here and do not meet each other."""
     tree = tmp_path / "tree"
     tree.mkdir()
     for name in BUILD_FILES:
@@ -86,7 +86,7 @@ def source_tree(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def python(tmp_path: Path) -> Path:
-    """The Python of a new environment that sees this one's packages, moe_ops excepted.
+    """Return the Python of a new environment that sees this one's packages, but not moe_ops.
 
     --system-site-packages would show the packages of the interpreter that this environment was
     made from, and this environment's own moe_ops must not answer for one that failed to install.
@@ -109,7 +109,7 @@ def python(tmp_path: Path) -> Path:
 
 
 def build(kind: str, python: Path, tree: Path) -> Path:
-    """Calls the build backend as a front end does; returns the wheel or sdist."""
+    """Call the build backend as a front end does, and return the wheel or sdist."""
     out = tree / "out"
     script = f"import setuptools.build_meta as b; print('built', b.build_{kind}({str(out)!r}))"
     return out / checked(python, "-c", script, cwd=tree).rsplit("built ", 1)[1].strip()
@@ -171,8 +171,8 @@ def test_wheel_holds_the_package_and_nothing_else(python: Path, source_tree: Pat
     assert names == modules | schemas | tables | {"moe_ops/py.typed"}
 
 
-# One edit of a well-formed op_schemas/permute.yaml each: what to replace, by what, the key and a
-# word of the reason that the message must give.
+# Each edits a well-formed op_schemas/permute.yaml: what to replace, by what, and the key and a word
+# of the reason that the message must give.
 MALFORMED = {
     "unknown dtype": ("dtype: index", "dtype: integerish", "arguments.gather_indices.dtype", "integerish"),
     "unknown letter": ("shape: [R]", "shape: [Q]", "arguments.gather_indices.shape", "'Q'"),
