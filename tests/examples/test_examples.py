@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examples: short, compiled, and they exit with an error when their claim is false."""
+"""The examples are short and compiled, and exit with an error if their claim is false."""
 
 import os
 import re
@@ -13,7 +13,7 @@ import torch
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
-# What a script prints, and the ops that it calls where it is not compiled.
+# What a script prints, and the ops that it calls if it is not compiled.
 EXPERTS = {"moe::fused_experts", "moe::fused_experts_backward"}
 GROUPED_GEMM = {
     "moe::routing_indices",
@@ -33,7 +33,7 @@ SCRIPTS = {
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """An empty cache for all scripts: two of them compile many of the same kernels."""
+    """Give all scripts one empty cache, because two of them compile many of the same kernels."""
     environment = dict(os.environ, TORCHINDUCTOR_CACHE_DIR=str(tmp_path_factory.mktemp("inductor")))
     environment.pop("TORCHINDUCTOR_FORCE_DISABLE_CACHES", None)
     return environment
@@ -41,7 +41,7 @@ def environment(tmp_path_factory):
 
 @pytest.fixture
 def run_here(request, monkeypatch):
-    """Runs a script in this process, not compiled; gives its exit status and its moe ops."""
+    """Run a script in this process, not compiled, and return its exit status and its moe ops."""
     if request.param == "lora":
         pytest.importorskip("peft", reason="the peft extra is not installed")
     monkeypatch.setattr(torch, "compile", lambda layer, fullgraph: layer)
