@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every test runs under: hypothesis profiles, no stale compile caches."""
+"""Give every test its hypothesis profile, a seed, and no stale compile caches."""
 
 import os
 import sys
 
-# AOTAutograd's cache on disk does not see a changed backward formula. Before the import of torch,
-# and inherited by the tests' subprocesses.
+# AOTAutograd's cache on disk does not see a changed backward formula. This is set before torch is
+# imported, and the tests' subprocesses inherit it.
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
 import hypothesis
@@ -38,14 +38,14 @@ hypothesis.settings.load_profile(os.environ.get("MOE_OPS_HYPOTHESIS_PROFILE", "c
 
 @pytest.fixture(autouse=True)
 def _seeded():
-    """A test draws the same numbers alone, in any order, and in any worker."""
+    """Seed each test, so it draws the same numbers alone, in any order, and in any worker."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
-    """No test sees another one's compiled code or recompilation limits."""
+    """Forget compiled code, so no test meets another one's code or recompilation limits."""
     yield
-    # Importing it takes two seconds, and where nothing did there is nothing to forget.
+    # Importing Dynamo takes two seconds. If nothing imported it, there is nothing to forget.
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()

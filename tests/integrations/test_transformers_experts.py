@@ -143,8 +143,8 @@ def test_matches_eager(module_name, class_name):
 def test_dropped_slots(module_name, class_name):
     """Experts of other ranks have the ids E (the sentinel), more than E, or -1.
 
-    The reference gives these slots to expert 0 with weight 0. Ours gets them with a number or NaN for
-    a weight, which must not matter.
+    The reference gives these slots to expert 0 with weight 0. Ours gets a number or NaN for their
+    weight, which must not matter.
     """
     experts = make_experts(module_name, class_name)
     hidden_states, top_k_index, top_k_weights = make_inputs()

@@ -56,7 +56,7 @@ def test_transformers_missing(monkeypatch):
 
 @pytest.fixture
 def installed_version(monkeypatch, version):
-    # transformers replaces its own module while it loads, so the name imported above is another one.
+    # transformers replaces its module while it loads, so the name imported above is another one.
     monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
     return version
 
