@@ -235,7 +235,7 @@ def kernels_of_the_package() -> set[str]:
     ("gpu", "mode"), [(gpu, m) for gpu in GPUS for m in (MODES if gpu == "sm_90" else EVERY_FLAG)]
 )
 def test_training(gpu, mode):
-    """The dtype is bf16, or what the GPU has. sm_90 gets all combinations and transposed weights."""
+    """The dtype is bf16 or what the GPU has. sm_90 gets all combinations and transposed weights."""
     dtype = F16 if gpu == "sm_75" else BF16
     layouts = (False, True) if gpu == "sm_90" else (False,)
     named = {

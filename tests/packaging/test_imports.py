@@ -120,7 +120,7 @@ MAY_NOT_IMPORT = [
 
 
 def imported_packages(source: str) -> set[str]:
-    """Return the top-level names that a file imports, also in functions and in scripts in strings."""
+    """Return the top-level names that a file imports, also in functions and scripts in strings."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
