@@ -223,7 +223,7 @@ def test_activations_in_turns(activation, launched):
     )
     given.arguments["kernel_config"] = config(*PINGPONG_TILES[0])
     experts_problem.check(given)
-    # No kernel for Hopper has "gelu".
+    # Hopper has no kernel of the down projection's backward with "gelu".
     assert served(launched, "down") == ((0, 1) if activation == "gelu" else (1, 0))
 
 
@@ -253,7 +253,7 @@ def test_biases_and_interleaved_rows_in_turns(shape, mode, tile, dtype, routing,
     given.arguments["kernel_config"] = config(*tile)
     experts_problem.check(given)
     assert served(launched, "up") == (3 if "recompute" in mode else 2, 0)
-    # No kernel for Hopper has interleaved rows or "gelu".
+    # Hopper has no kernel of the down projection's backward with interleaved rows or "gelu".
     assert served(launched, "down") == ((1, 0) if mode == "reglu-before-bias" else (0, 1))
 
 
