@@ -127,9 +127,7 @@ def composed_experts(
     routing = counts_E, gather_R, scatter_R = routing_indices(topk_ids, num_experts)
     is_dropped_TK = (topk_ids < 0) | (topk_ids >= num_experts)
     weights_TK = topk_weights.masked_fill(is_dropped_TK, 0.0)
-    z_RU = _up_projection(
-        up, hidden_states, routing, top_k, weights_TK if weights_before else None
-    )
+    z_RU = _up_projection(up, hidden_states, routing, top_k, weights_TK if weights_before else None)
     y_RH = down(activation(z_RU), token_counts=counts_E)
     if norm is not None:
         # A norm may turn the zero rows of dropped slots into anything: a bias, or NaN without eps.
