@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from moe_ops._core.library import SCHEMAS
+from moe_ops._core.library import OPS, SCHEMAS
 from testing import checks, oracle
 from testing.moe_block import BLOCKS, loss_and_gradients, make_tokens, make_weights
 from testing.recorders import MoeOps
@@ -254,6 +254,17 @@ def test_another_op_may_run_where_a_gradient_is_recorded():
     with MoeOps() as counted:
         output.sum().backward()
     assert counted.counts == {"fused_experts_backward": 1}
+
+
+def test_an_op_that_runs_in_place_of_another_says_so_and_takes_its_arguments():
+    found = {}
+    for op in OPS.values():
+        if op._autograd is not None and op._autograd.forward is not op:
+            found[op._autograd.forward.name] = op.name
+            theirs, own = (o.schema.schema.partition(" -> ")[0] for o in (op, op._autograd.forward))
+            assert own == theirs
+    assert found == {name: s.runs_for for name, s in SCHEMAS.items() if s.runs_for}
+    assert found == {"fused_experts_forward": "fused_experts"}
 
 
 def test_integer_outputs_have_no_gradient():

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import importlib.util
 import logging
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -28,6 +29,7 @@ def scratch_op(monkeypatch):
     """Return an Op that is not registered with torch. A test may choose its implementations."""
     op = object.__new__(library.Op)
     op.name = "scratch"
+    op.schema = replace(OPS["permute"].schema, name="scratch")
     op.implementations, op.flags = {}, {}
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -62,6 +64,13 @@ def test_forced_implementation(scratch_op, monkeypatch):
     text = "=cutlass: cpu tensors have no such implementation; expected pytorch or triton"
     with pytest.raises(RuntimeError, match=text):
         scratch_op.choose("cpu")
+
+
+def test_errors_name_the_op_that_was_called(monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "cutlass")
+    for name in ("fused_experts", "fused_experts_forward"):
+        with pytest.raises(RuntimeError, match=f"^moe::fused_experts: {ENVIRONMENT_VARIABLE}=cutl"):
+            OPS[name].choose("cpu")
 
 
 def test_without_triton(scratch_op, monkeypatch):
