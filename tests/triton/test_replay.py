@@ -385,7 +385,7 @@ def test_a_large_temporary_is_freed_behind_its_last_launch(monkeypatch):
 
 def test_replayed_marks_the_function_itself():
     assert replay.replayed(copies) is copies
-    assert copies.replays is Replays
+    assert getattr(copies, "replays", None) is Replays
 
 
 def test_the_generated_kernel_asks_for_records_first():
