@@ -9,12 +9,13 @@ import torch
 
 import moe_ops
 from moe_ops.configs.device import KNOWN_GPUS, Device
+from moe_ops.configs.problem import Operands
 from testing.problem_keys import make_problem, with_words
 
 pytest.importorskip("triton", exc_type=ImportError)
 
 from moe_ops._triton import plan as planning
-from moe_ops._triton.plan import Operands, plan, plan_once
+from moe_ops._triton.plan import plan, plan_once
 
 H200, A100, B200 = (KNOWN_GPUS[name] for name in ("H200", "A100", "B200"))
 INTERPRETED = Device("H", (9, 0), 232448, 4, is_interpreted=True)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -32,7 +32,7 @@ from moe_ops.configs.kernel_config import (
     KernelConfigBackward_dX,
     KernelConfigForward,
 )
-from moe_ops.configs.problem import Epilogue, Problem
+from moe_ops.configs.problem import Epilogue, Operands, Problem
 from moe_ops.configs.specialize import COOPERATIVE, PINGPONG, why_not_specialized
 
 logger = logging.getLogger("moe_ops")
@@ -44,18 +44,6 @@ PERSISTENT = "persistent"
 _FINDS_TILES_ROWS = 32
 # Columns that a kernel zeroes at a time.
 BLOCK_W = 1024
-
-
-class Operands(NamedTuple):
-    """Say which operands TMA can describe: address and strides are multiples of 16 bytes.
-
-    x is the left operand of a product and b the right one. y stands for everything else that the
-    kernel stores or reads.
-    """
-
-    x: bool = True
-    b: bool = True
-    y: bool = True
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ import argparse
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,10 +16,7 @@ from moe_ops.cli import experts
 from moe_ops.configs.device import KNOWN_GPUS, Device, device_of, known_gpu
 from moe_ops.configs.kernel_config import KernelConfig
 from moe_ops.configs.kernel_string import why_not_kernel_config
-from moe_ops.configs.problem import Problem
-
-if TYPE_CHECKING:
-    from moe_ops._triton.plan import Operands
+from moe_ops.configs.problem import dense_operands
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +108,7 @@ def _rows(
     from moe_ops._triton.plan import plan as plan_of
 
     for projection, problem in tuning.products_of(layer, num_tokens, separate_ops, device):
-        plan = plan_of(problem, _operands(problem), device, kernel_config)
+        plan = plan_of(problem, dense_operands(problem), device, kernel_config)
         yield Row(
             projection=projection,
             kind=problem.kind,
@@ -125,26 +122,6 @@ def _rows(
             reason=plan.reason,
             unmet=plan.unmet,
         )
-
-
-def _operands(problem: Problem) -> Operands:
-    """Return which operands TMA can describe where a model's tensors are dense and aligned."""
-    from moe_ops._triton.descriptors import can_describe_rows
-    from moe_ops._triton.plan import Operands
-
-    dtype = getattr(torch, problem.dtype)
-    out_features, in_features = (
-        can_describe_rows(width, dtype) for width in (problem.out_features, problem.in_features)
-    )
-    if problem.kind == "backward_dW":
-        return Operands(out_features, in_features, out_features and in_features)
-    if problem.kind == "backward_dX":
-        return Operands(
-            out_features, out_features if problem.transposed else in_features, in_features
-        )
-    width = problem.out_features // (2 if problem.epilogue == "gated_activation" else 1)
-    y = can_describe_rows(width, dtype)
-    return Operands(in_features, y if problem.transposed else in_features, y)
 
 
 def _lines(device: Device, rows: list[tuple[tuning.Experts, list[Row]]]) -> Iterator[str]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 # Up to this mean number of rows per expert, a product is bound by reading the weight.
 FEW_ROWS = 32
@@ -72,6 +72,47 @@ class Problem:
         """Return the problem as one string, the key of tables and caches."""
         sizes = f"E{self.num_experts} N{self.out_features} D{self.in_features} rows{self.rows}"
         return " ".join([self.kind, self.dtype, sizes, *self.flags])
+
+
+class Operands(NamedTuple):
+    """Say which operands TMA can describe: address and strides are multiples of 16 bytes.
+
+    x is the left operand of a product and b the right one. y stands for everything else that the
+    kernel stores or reads.
+    """
+
+    x: bool = True
+    b: bool = True
+    y: bool = True
+
+
+def dense_operands(problem: Problem) -> Operands:
+    """Return which operands TMA can describe where all tensors are dense and aligned.
+
+    Their rows must be multiples of 16 bytes: of 8 elements of 16 bits. TMA loads zeros past the
+    ends of a tensor and stores nothing there, so no width need be a multiple of a tile's.
+    """
+    size = 4 if problem.dtype == "float32" else 2
+    of_weight = 1 if problem.fp8 else size
+    out_features, in_features = problem.out_features, problem.in_features
+    if problem.kind == "backward_dW":
+        sides = _is_described(out_features, size), _is_described(in_features, size)
+        left, right = reversed(sides) if problem.transposed else sides
+        return Operands(left, right, right)
+    # A row of the weight, as it is stored.
+    row = out_features if problem.transposed else in_features
+    if problem.epilogue == "gated_activation":
+        # Gate and up are described apart.
+        out_features //= 2
+        row = out_features if problem.transposed else row
+    b = _is_described(row, of_weight)
+    if problem.kind == "backward_dX":
+        return Operands(_is_described(out_features, size), b, _is_described(in_features, size))
+    return Operands(_is_described(in_features, size), b, _is_described(out_features, size))
+
+
+def _is_described(width: int, itemsize: int) -> bool:
+    return width > 0 and width * itemsize % 16 == 0
 
 
 def rows_bucket(num_rows: int, num_experts: int) -> int:
