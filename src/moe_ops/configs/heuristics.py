@@ -7,7 +7,7 @@ rows.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moe_ops.configs.device import HOPPER, Device
@@ -58,85 +58,126 @@ def _narrowed(config: KernelConfig, problem: Problem) -> KernelConfig:
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Tile:
+    """Hold a tile of m by n, contracted k at a time, and how a program computes it.
+
+    Attributes:
+        m, n, k, warps, stages: as in KernelConfig, in the letters of this module.
+        subtile: in how many parts a tile is stored.
+        programs_per_sm: programs launched per streaming multiprocessor.
+        loads: whether descriptors load.
+        stores: whether a descriptor stores.
+        is_specialized: whether a kernel for Hopper is asked for.
+    """
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int = 3
+    subtile: int = 1
+    programs_per_sm: int = 1
+    loads: bool = False
+    stores: bool = False
+    is_specialized: bool = False
+
+
 def _heuristic_gemm(problem: Problem, device: Device) -> KernelConfig:
     """Return a configuration of forward or dX, with m, n, k as the tile of their one kernel."""
+    tile = _gemm_tile(problem, device)
+    common: dict[str, Any] = {
+        "BLOCK_M": tile.m, "num_warps": tile.warps, "num_stages": tile.stages,
+        "group_m": 16 if tile.loads else 8, "programs_per_sm": tile.programs_per_sm,
+        "use_tma_store": tile.stores, "use_tma_load_w": tile.loads,
+        "epilogue_subtile": tile.subtile,
+        # In a flattened loop the dots spill on Blackwell.
+        "flatten": tile.loads and not (problem.dots and device.capability >= (10, 0))
+        and not problem.fp8,
+        "warp_specialize": tile.is_specialized,
+    }  # fmt: skip
+    if problem.kind == "forward":
+        return KernelConfigForward(
+            BLOCK_N=tile.n, BLOCK_K=tile.k, use_tma_load_x=tile.loads, **common
+        )
+    return KernelConfigBackward_dX(
+        BLOCK_K=tile.n, BLOCK_N=tile.k, use_tma_load_dy=tile.loads, **common
+    )
+
+
+def _gemm_tile(problem: Problem, device: Device) -> _Tile:
+    if problem.dtype == "float32":
+        # FP8 weights need a second accumulator.
+        return _Tile(64, 64, 16, 8) if problem.fp8 else _Tile(64, 64, 32, 4)
+    if device.capability < (8, 0):
+        return _Tile(64, 64, 16, 8)
+    if problem.rows <= FEW_ROWS:
+        return _few_rows_tile(problem, device)
     # Triton reads rows in vectors if their width is a multiple of 16. Else it reads number by
     # number, and the addresses take registers that the tile then lacks.
     is_even = problem.out_features % 16 == 0 and problem.in_features % 16 == 0
     has_tma = device.has_tma and is_even
-    has_dots, is_fp8 = problem.dots, problem.fp8
-    # With an activation on top there are registers to finish half a tile at a time.
-    subtile = 2 if problem.has_activation else 1
-    stages, per_sm, store, is_specialized = 3, 1, False, False
-    if problem.dtype == "float32":
-        m, n, has_tma = 64, 64, False
-        # FP8 weights need a second accumulator.
-        k, warps = (16, 8) if is_fp8 else (32, 4)
-    elif device.capability < (8, 0):
-        m, n, k, warps, has_tma = 64, 64, 16, 8, False
-    elif problem.rows <= FEW_ROWS:
-        # In decoding an expert has few rows, and reading the weights is the bound. Descriptors gain
-        # nothing there and cost host time.
-        m, n, per_sm = (16, 64, 4) if problem.rows <= 8 else (32, 64 if is_fp8 else 128, 2)
-        k, warps, has_tma = 128, 4, False
-        if m == 32 and device.shared_memory < 160 * 1024:
-            # With fewer steps loaded ahead an SM has room for both programs.
-            stages = 2
-    elif is_fp8:
+    if problem.fp8:
         # The second accumulator takes the registers of a wider tile. A weight is decoded once for
         # all rows of the tile.
         m, n = 64 if problem.rows <= 64 else 128, 128 if is_even else 64
-        k, warps, store = 128 if has_tma else 64 if is_even else 32, 8, has_tma and not has_dots
-    elif has_tma and has_dots:
+        k = 128 if has_tma else 64 if is_even else 32
+        return _Tile(m, n, k, 8, loads=has_tma, stores=has_tma and not problem.dots)
+    if has_tma:
+        return _tma_tile(problem, device)
+    return _Tile(128, 128 if is_even else 64, 32, 8)
+
+
+def _few_rows_tile(problem: Problem, device: Device) -> _Tile:
+    """Return a tile for decoding: an expert has few rows, and reading the weights is the bound.
+
+    Descriptors gain nothing there and cost host time.
+    """
+    if problem.rows <= 8:
+        return _Tile(16, 64, 128, 4, programs_per_sm=4)
+    # With fewer steps loaded ahead an SM has room for both programs.
+    stages = 2 if device.shared_memory < 160 * 1024 else 3
+    return _Tile(32, 64 if problem.fp8 else 128, 128, 4, stages, programs_per_sm=2)
+
+
+def _tma_tile(problem: Problem, device: Device) -> _Tile:
+    """Return a tile for 16-bit operands that descriptors load."""
+    # With an activation on top there are registers to finish half a tile at a time.
+    subtile = 2 if problem.has_activation else 1
+    if problem.dots:
         # The rows whose dots with x @ b are taken need the registers of a wider tile.
-        m, n, k, warps, stages = 128, 128, 64, 8, 4
-    elif has_tma and problem.rows <= 64:
-        m, n, k, warps, stages, store = 64, 256, 64, 4, 4, True
-    elif (
-        device.capability[0] == HOPPER
-        and has_tma
+        return _Tile(128, 128, 64, 8, 4, subtile, loads=True)
+    if problem.rows <= 64:
+        return _Tile(64, 256, 64, 4, 4, subtile, loads=True, stores=True)
+    is_hopper = device.capability[0] == HOPPER
+    if (
+        is_hopper
         # Without a bias the persistent kernel, which gathers its rows, is about as fast.
         and (not problem.has_activation or problem.bias)
         and why_not_specialized(problem, PINGPONG_TILE) is None
     ):
-        (m, n), k, warps, store, is_specialized = PINGPONG_TILE, 64, 8, True, True
-        # Smaller buffers for the stores leave room for more stages.
-        is_gated_dx = problem.epilogue == "gated_activation_backward"
-        stages, subtile = (4, 1) if is_gated_dx else (6, 2)
-    elif (
-        has_tma
-        and problem.has_activation
-        and (problem.epilogue == "activation" or problem.bias or device.capability >= (10, 0))
+        return _pingpong_tile(problem)
+    if problem.has_activation and (
+        problem.epilogue == "activation" or problem.bias or device.capability >= (10, 0)
     ):
         # The registers of the activation and of a bias leave room for half of the widest tile.
-        m, n, k, warps, stages, store = 128, 128, 64, 8, 4, True
-    elif (
-        device.capability[0] == HOPPER
-        and has_tma
-        and problem.kind == "forward"
-        and problem.gather
-        and not problem.has_activation
-        and problem.rows > 256
-    ):
+        return _Tile(128, 128, 64, 8, 4, subtile, loads=True, stores=True)
+    is_bare_gather = problem.gather and not problem.has_activation
+    if is_hopper and problem.kind == "forward" and is_bare_gather and problem.rows > 256:
         # With two programs per SM, one gathers its rows or stores its tile while the other
         # multiplies. Not for an expert of few rows: it is bound by reading its weight, and narrower
         # tiles read that more often. Not for dX: there the wide tile is faster.
-        m, n, k, warps, store, per_sm, subtile = 128, 128, 64, 4, True, 2, 2
-    elif has_tma:
-        m, n, k, warps, store = 128, 256, 64, 8, True
-    else:
-        m, n, k, warps = 128, 128 if is_even else 64, 32, 8
-    common: dict[str, Any] = {
-        "BLOCK_M": m, "num_warps": warps, "num_stages": stages, "group_m": 16 if has_tma else 8,
-        "programs_per_sm": per_sm, "use_tma_store": store, "use_tma_load_w": has_tma,
-        "epilogue_subtile": subtile if has_tma else 1,
-        # In a flattened loop the dots spill on Blackwell.
-        "flatten": has_tma and not (has_dots and device.capability >= (10, 0)) and not is_fp8,
-        "warp_specialize": is_specialized,
-    }  # fmt: skip
-    if problem.kind == "forward":
-        return KernelConfigForward(BLOCK_N=n, BLOCK_K=k, use_tma_load_x=has_tma, **common)
-    return KernelConfigBackward_dX(BLOCK_K=n, BLOCK_N=k, use_tma_load_dy=has_tma, **common)
+        return _Tile(128, 128, 64, 4, subtile=2, programs_per_sm=2, loads=True, stores=True)
+    return _Tile(128, 256, 64, 8, subtile=subtile, loads=True, stores=True)
+
+
+def _pingpong_tile(problem: Problem) -> _Tile:
+    # Smaller buffers for the stores leave room for more stages.
+    is_gated_dx = problem.epilogue == "gated_activation_backward"
+    stages, subtile = (4, 1) if is_gated_dx else (6, 2)
+    return _Tile(
+        *PINGPONG_TILE, 64, 8, stages, subtile, loads=True, stores=True, is_specialized=True
+    )
 
 
 def _heuristic_dw(problem: Problem, device: Device) -> KernelConfigBackward_dW:
