@@ -9,7 +9,7 @@ import torch
 
 import moe_ops
 from moe_ops.configs.device import KNOWN_GPUS, Device
-from moe_ops.configs.problem import Operands
+from moe_ops.configs.problem import Operands, dense_operands
 from testing.problem_keys import make_problem, with_words
 
 pytest.importorskip("triton", exc_type=ImportError)
@@ -170,3 +170,37 @@ def test_a_wish_that_cannot_be_met_is_logged_once(caplog):
     assert (
         "need Hopper (compute capability 9.x), and NVIDIA A100-SXM4-80GB has 8.0" in said[0].message
     )
+
+
+@pytest.mark.parametrize("width", [1000, 1001, 1004])
+@pytest.mark.parametrize("inner", [344, 345])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_dense_operands_are_what_the_launchers_find(width, inner, transposed):
+    """The rule by widths agrees with the one by tensors, in every pass."""
+    from moe_ops._triton.descriptors import can_describe, can_describe_rows
+
+    words = ["transposed"] if transposed else []
+    weight = torch.empty(2, inner, width).half() if transposed else torch.empty(2, width, inner).half()
+    x, dy = torch.empty(4, inner).half(), torch.empty(4, width).half()
+    b = can_describe(weight)
+    stored = weight.shape[2]
+    left, right = (x, dy) if transposed else (dy, x)
+    expected = {
+        "forward": (can_describe(x), b, can_describe_rows(width, x.dtype)),
+        "backward_dX": (can_describe(dy), b, can_describe_rows(inner, x.dtype)),
+        "backward_dW": (
+            can_describe(left), can_describe(right), can_describe_rows(stored, x.dtype),
+        ),
+    }  # fmt: skip
+    for kind, operands in expected.items():
+        problem = make_problem(kind, "float16", 2, width, inner, 1024, words)
+        assert dense_operands(problem) == Operands(*operands), kind
+
+
+def test_a_measured_kernel_that_cannot_serve_gives_way_to_the_rules():
+    """Nobody measured its fallback."""
+    shipped = make_problem("forward", "bfloat16", 128, 2048, 768, 1024)
+    assert plan(shipped, Operands(), H200).source == "shipped"
+    made = plan(shipped, Operands(x=False), H200)
+    assert (made.source, made.kernel) == ("computed", "persistent")
+    assert not made.config.warp_specialize

@@ -144,7 +144,7 @@ def plan(
         kernel_config: the caller's configurations, as one string.
         needs_schedule: whether a later step reads the product's tile schedule.
     """
-    choice = choose(problem, device, kernel_config)
+    choice = choose(problem, device, kernel_config, operands)
     config, source = choice.config, choice.source
     tile, wants = _tile_and_wishes(problem, config)
     obstacle = None

@@ -17,7 +17,7 @@ from moe_ops.configs.device import Device
 from moe_ops.configs.heuristics import heuristic
 from moe_ops.configs.kernel_config import KernelConfig
 from moe_ops.configs.kernel_string import parse
-from moe_ops.configs.problem import Problem
+from moe_ops.configs.problem import Operands, Problem, dense_operands
 
 
 @dataclass(frozen=True)
@@ -28,22 +28,41 @@ class Choice:
     source: str
 
 
-def choose(problem: Problem, device: Device, kernel_config: str | None = None) -> Choice:
-    """Return the configuration of one launch."""
+def choose(
+    problem: Problem,
+    device: Device,
+    kernel_config: str | None = None,
+    operands: Operands | None = None,
+) -> Choice:
+    """Return the configuration of one launch.
+
+    Args:
+        problem: the product.
+        device: the GPU.
+        kernel_config: the caller's configurations, as one string.
+        operands: which of its tensors TMA can describe; None: all are dense and aligned.
+    """
     if kernel_config is not None:
         given = parse(kernel_config).get(problem.kind)
         if given is not None:
             return Choice(given, "given")
-    return _chosen(problem, device)
+    return _chosen(problem, device, operands or dense_operands(problem))
 
 
 @functools.lru_cache(maxsize=4096)
-def _chosen(problem: Problem, device: Device) -> Choice:
-    if tuned := cache.lookup(device.name, problem.key):
+def _chosen(problem: Problem, device: Device, operands: Operands) -> Choice:
+    tuned = cache.lookup(device.name, problem.key)
+    if tuned is not None and _serves(tuned, operands):
         return Choice(tuned, "tuned")
-    if known := shipped(device.name).get(problem.key):
+    known = shipped(device.name).get(problem.key)
+    if known is not None and _serves(known, operands):
         return Choice(known, "shipped")
-    return Choice(heuristic(problem, device), "computed")
+    return Choice(heuristic(problem, device, operands), "computed")
+
+
+def _serves(config: KernelConfig, operands: Operands) -> bool:
+    """Return whether the kernel that was measured can serve; nobody measured its fallback."""
+    return all(operands) or not config.warp_specialize
 
 
 cache.on_change.append(_chosen.cache_clear)

@@ -58,8 +58,8 @@ def shared_memory(config: KernelConfig, problem: Problem, device: Device) -> int
     """Return an upper bound of the shared memory, in bytes, that each program of a launch needs.
 
     On Hopper Triton 3.6 to 3.9 take at most some percent less for 16-bit operands. They take half
-    of it for fp32 that is not tf32, and a quarter if widths are no multiples of 16: those products
-    are not pipelined. FP8 weights count as what they are decoded to, and take up to a fifth less.
+    of it for fp32 that is not tf32, and a quarter if pointers load widths that are no multiples of
+    16: those products are not pipelined. FP8 weights count as what they are decoded to, and take up to a fifth less.
     On other GPUs all take this or less.
     """
     rows, columns, contracted = config.tile

@@ -19,17 +19,30 @@ from moe_ops.configs.kernel_config import (
     KernelConfigBackward_dX,
     KernelConfigForward,
 )
-from moe_ops.configs.problem import FEW_ROWS, Problem
+from moe_ops.configs.problem import FEW_ROWS, Operands, Problem, dense_operands
 from moe_ops.configs.specialize import why_not_specialized
 
 # A side of a weight up to this size counts as a LoRA's rank.
 _NARROW = 64
 
 
-def heuristic(problem: Problem, device: Device) -> KernelConfig:
-    """Return a configuration by rules; it compiles and fits the GPU's shared memory."""
+def heuristic(
+    problem: Problem, device: Device, operands: Operands | None = None
+) -> KernelConfig:
+    """Return a configuration by rules; it compiles and fits the GPU's shared memory.
+
+    Args:
+        problem: the product.
+        device: the GPU.
+        operands: which of its tensors TMA can describe; None: all are dense and aligned.
+    """
+    if operands is None:
+        operands = dense_operands(problem)
+    if not device.has_tma:
+        operands = Operands(False, False, False)
     is_dw = problem.kind == "backward_dW"
-    config = _heuristic_dw(problem, device) if is_dw else _heuristic_gemm(problem, device)
+    rule = _heuristic_dw if is_dw else _heuristic_gemm
+    config = rule(problem, device, operands)
     return fitting(_narrowed(config, problem), problem, device)
 
 
@@ -66,7 +79,8 @@ class _Tile:
         m, n, k, warps, stages: as in KernelConfig, in the letters of this module.
         subtile: in how many parts a tile is stored.
         programs_per_sm: programs launched per streaming multiprocessor.
-        loads: whether descriptors load.
+        loads: whether descriptors load both operands.
+        loads_weight: whether a descriptor loads the weight alone.
         stores: whether a descriptor stores.
         is_specialized: whether a kernel for Hopper is asked for.
     """
@@ -79,17 +93,18 @@ class _Tile:
     subtile: int = 1
     programs_per_sm: int = 1
     loads: bool = False
+    loads_weight: bool = False
     stores: bool = False
     is_specialized: bool = False
 
 
-def _heuristic_gemm(problem: Problem, device: Device) -> KernelConfig:
+def _heuristic_gemm(problem: Problem, device: Device, operands: Operands) -> KernelConfig:
     """Return a configuration of forward or dX, with m, n, k as the tile of their one kernel."""
-    tile = _gemm_tile(problem, device)
+    tile = _gemm_tile(problem, device, operands)
     common: dict[str, Any] = {
         "BLOCK_M": tile.m, "num_warps": tile.warps, "num_stages": tile.stages,
         "group_m": 16 if tile.loads else 8, "programs_per_sm": tile.programs_per_sm,
-        "use_tma_store": tile.stores, "use_tma_load_w": tile.loads,
+        "use_tma_store": tile.stores, "use_tma_load_w": tile.loads or tile.loads_weight,
         "epilogue_subtile": tile.subtile,
         # In a flattened loop the dots spill on Blackwell.
         "flatten": tile.loads and not (problem.dots and device.capability >= (10, 0))
@@ -105,55 +120,72 @@ def _heuristic_gemm(problem: Problem, device: Device) -> KernelConfig:
     )
 
 
-def _gemm_tile(problem: Problem, device: Device) -> _Tile:
+def _gemm_tile(problem: Problem, device: Device, operands: Operands) -> _Tile:
     if problem.dtype == "float32":
         # FP8 weights need a second accumulator.
         return _Tile(64, 64, 16, 8) if problem.fp8 else _Tile(64, 64, 32, 4)
     if device.capability < (8, 0):
         return _Tile(64, 64, 16, 8)
     if problem.rows <= FEW_ROWS:
-        return _few_rows_tile(problem, device)
-    # Triton reads rows in vectors if their width is a multiple of 16. Else it reads number by
-    # number, and the addresses take registers that the tile then lacks.
-    is_even = problem.out_features % 16 == 0 and problem.in_features % 16 == 0
-    has_tma = device.has_tma and is_even
+        return _few_rows_tile(problem, device, operands)
+    loads = operands.x and operands.b
+    is_even = _is_vector(problem.out_features) and _is_vector(problem.in_features)
     if problem.fp8:
         # The second accumulator takes the registers of a wider tile. A weight is decoded once for
         # all rows of the tile.
         m, n = 64 if problem.rows <= 64 else 128, 128 if is_even else 64
-        k = 128 if has_tma else 64 if is_even else 32
-        return _Tile(m, n, k, 8, loads=has_tma, stores=has_tma and not problem.dots)
-    if has_tma:
-        return _tma_tile(problem, device)
+        k = 128 if loads else 64 if is_even else 32
+        stores = loads and operands.y and not problem.dots
+        return _Tile(m, n, k, 8, loads=loads, stores=stores)
+    if loads:
+        tile = _tma_tile(problem, device, operands)
+        return tile if operands.y else replace(tile, stores=False)
     return _Tile(128, 128 if is_even else 64, 32, 8)
 
 
-def _few_rows_tile(problem: Problem, device: Device) -> _Tile:
+def _is_vector(width: int) -> bool:
+    """Return whether pointers read rows of this width in vectors: Triton knows that 16 divides it.
+
+    Else they read number by number, and the addresses take registers that a wide tile then lacks.
+    Descriptors do not need it: theirs is the rule of 16 bytes (dense_operands).
+    """
+    return width % 16 == 0
+
+
+def _few_rows_tile(problem: Problem, device: Device, operands: Operands) -> _Tile:
     """Return a tile for decoding: an expert has few rows, and reading the weights is the bound.
 
-    Descriptors gain nothing there and cost host time.
+    Descriptors gain nothing there and cost host time, unless pointers read number by number.
     """
+    row = problem.out_features if problem.transposed else problem.in_features
+    by_descriptor = operands.b and not _is_vector(row)
     if problem.rows <= 8:
-        return _Tile(16, 64, 128, 4, programs_per_sm=4)
+        return _Tile(16, 64, 128, 4, programs_per_sm=4, loads_weight=by_descriptor)
     # With fewer steps loaded ahead an SM has room for both programs.
     stages = 2 if device.shared_memory < 160 * 1024 else 3
-    return _Tile(32, 64 if problem.fp8 else 128, 128, 4, stages, programs_per_sm=2)
+    n = 64 if problem.fp8 else 128
+    return _Tile(32, n, 128, 4, stages, programs_per_sm=2, loads_weight=by_descriptor)
 
 
-def _tma_tile(problem: Problem, device: Device) -> _Tile:
+def _tma_tile(problem: Problem, device: Device, operands: Operands) -> _Tile:
     """Return a tile for 16-bit operands that descriptors load."""
     # With an activation on top there are registers to finish half a tile at a time.
     subtile = 2 if problem.has_activation else 1
+    # Gathered rows come by pointers.
+    row = problem.in_features if problem.kind == "forward" else problem.out_features
+    gathers_numbers = problem.gather and not _is_vector(row)
+    columns = 128 if gathers_numbers else 256
     if problem.dots:
         # The rows whose dots with x @ b are taken need the registers of a wider tile.
         return _Tile(128, 128, 64, 8, 4, subtile, loads=True)
     if problem.rows <= 64:
-        return _Tile(64, 256, 64, 4, 4, subtile, loads=True, stores=True)
+        return _Tile(64, columns, 64, 4, 4, subtile, loads=True, stores=True)
     is_hopper = device.capability[0] == HOPPER
     if (
         is_hopper
-        # Without a bias the persistent kernel, which gathers its rows, is about as fast.
-        and (not problem.has_activation or problem.bias)
+        # Without a bias the persistent kernel is about as fast if it gathers its rows in vectors.
+        and (not problem.has_activation or problem.bias or gathers_numbers)
+        and all(operands)
         and why_not_specialized(problem, PINGPONG_TILE) is None
     ):
         return _pingpong_tile(problem)
@@ -162,13 +194,13 @@ def _tma_tile(problem: Problem, device: Device) -> _Tile:
     ):
         # The registers of the activation and of a bias leave room for half of the widest tile.
         return _Tile(128, 128, 64, 8, 4, subtile, loads=True, stores=True)
-    is_bare_gather = problem.gather and not problem.has_activation
+    is_bare_gather = problem.gather and not problem.has_activation and not gathers_numbers
     if is_hopper and problem.kind == "forward" and is_bare_gather and problem.rows > 256:
         # With two programs per SM, one gathers its rows or stores its tile while the other
         # multiplies. Not for an expert of few rows: it is bound by reading its weight, and narrower
         # tiles read that more often. Not for dX: there the wide tile is faster.
         return _Tile(128, 128, 64, 4, subtile=2, programs_per_sm=2, loads=True, stores=True)
-    return _Tile(128, 256, 64, 8, subtile=subtile, loads=True, stores=True)
+    return _Tile(128, columns, 64, 8, subtile=subtile, loads=True, stores=True)
 
 
 def _pingpong_tile(problem: Problem) -> _Tile:
@@ -180,16 +212,20 @@ def _pingpong_tile(problem: Problem) -> _Tile:
     )
 
 
-def _heuristic_dw(problem: Problem, device: Device) -> KernelConfigBackward_dW:
+def _heuristic_dw(
+    problem: Problem, device: Device, operands: Operands
+) -> KernelConfigBackward_dW:
     if problem.dtype == "float32" or device.capability < (8, 0):
         m = 32 if problem.dtype == "float32" else 16
         return KernelConfigBackward_dW(
             BLOCK_M=m, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3, flatten=False
         )
-    if not device.has_tma:
+    if not all(operands):
+        dy, x = reversed(operands[:2]) if problem.transposed else operands[:2]
         return KernelConfigBackward_dW(
-            BLOCK_M=32, BLOCK_N=128, BLOCK_K=128, num_warps=8, num_stages=3, flatten=False
-        )
+            BLOCK_M=32, BLOCK_N=128, BLOCK_K=128, num_warps=8, num_stages=3, flatten=False,
+            use_tma_load_dy=dy, use_tma_load_x=x, use_tma_store=operands.y,
+        )  # fmt: skip
     if device.capability[0] == HOPPER and min(problem.out_features, problem.in_features) >= 128:
         return KernelConfigBackward_dW(
             BLOCK_M=32, BLOCK_N=128, BLOCK_K=256, num_warps=8, num_stages=6, group_m=4,

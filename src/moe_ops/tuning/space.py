@@ -20,7 +20,7 @@ from moe_ops.configs.kernel_config import (
     KernelConfigBackward_dX,
     KernelConfigForward,
 )
-from moe_ops.configs.problem import FEW_ROWS, Problem
+from moe_ops.configs.problem import FEW_ROWS, Problem, dense_operands
 from moe_ops.configs.specialize import why_not_specialized
 
 MAX_CANDIDATES = 36
@@ -108,9 +108,7 @@ def _has_tensor_cores(problem: Problem, device: Device) -> bool:
 
 def _has_tma(problem: Problem, device: Device) -> bool:
     """Return whether descriptors can read the operands: the GPU has them, rows are 16-byte multiples."""
-    size = {"float32": 4}.get(problem.dtype, 2)
-    widths = (problem.out_features, problem.in_features)
-    return device.has_tma and all(width * size % 16 == 0 for width in widths)
+    return device.has_tma and all(dense_operands(problem))
 
 
 def _of_gemm(problem: Problem, device: Device) -> Iterator[KernelConfig]:

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the rules compute: for widths of whole 16 bytes, and for those without."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moe_ops.configs.device import KNOWN_GPUS
+from moe_ops.configs.heuristics import heuristic
+from moe_ops.configs.problem import Operands, Problem
+from moe_ops.tuning import Experts, products_of
+
+H100, A100 = KNOWN_GPUS["H100"], KNOWN_GPUS["A100"]
+
+
+def layer(hidden_size: int, intermediate_size: int, **more: bool) -> Experts:
+    up, down = (2 * intermediate_size, hidden_size), (hidden_size, intermediate_size)
+    return Experts(24, 3, up, down, torch.bfloat16, **more)
+
+
+def products(given: Experts, num_tokens: int = 10007) -> list[Problem]:
+    return [problem for _, problem in products_of(given, num_tokens, device=H100)]
+
+
+def wishes(problem: Problem) -> set[str]:
+    """The descriptors that the computed configuration asks for."""
+    config = heuristic(problem, H100).to_dict()
+    return {name for name, value in config.items() if name.startswith("use_tma") and value}
+
+
+@pytest.mark.parametrize("hidden_size", [1000, 1008, 1016, 2040])
+@pytest.mark.parametrize("intermediate_size", [344, 352, 1400])
+def test_a_multiple_of_8_gets_the_kernels_of_a_multiple_of_16(hidden_size, intermediate_size):
+    """TMA's rule is 16 bytes. Only the up projection differs: it copies its rows where 16 fails."""
+    for problem in products(layer(hidden_size, intermediate_size)):
+        config = heuristic(problem, H100)
+        assert len(wishes(problem)) == 3
+        if problem.has_activation:
+            assert config.warp_specialize == (hidden_size % 16 != 0)
+        else:
+            assert config.warp_specialize
+
+
+def test_narrow_tiles_where_rows_are_gathered_number_by_number():
+    """The addresses take the registers of a wider tile."""
+    up = products(layer(1000, 344, transposed=True))[0]
+    assert up.flags == ("gather", "transposed", "gated")
+    assert heuristic(up, H100).tile[1] == 128
+    assert heuristic(replace(up, in_features=1008), H100).tile[1] == 256
+
+
+@pytest.mark.parametrize("num_tokens", [1, 100])
+def test_a_weight_that_pointers_read_number_by_number_is_loaded_by_a_descriptor(num_tokens):
+    """Else few rows take pointers, which cost the host less."""
+    for problem in products(layer(1000, 344), num_tokens):
+        if problem.kind != "backward_dW":
+            assert wishes(problem) == {"use_tma_load_w"}
+    for problem in products(layer(1024, 352), num_tokens):
+        if problem.kind != "backward_dW":
+            assert wishes(problem) == set()
+
+
+def test_operands_that_tma_cannot_describe_are_not_asked_for():
+    for problem in products(layer(1001, 345)):
+        assert wishes(problem) == set(), problem
+    # 345 of 1000 rows: what is described of dW is loaded so, and the rest by pointers.
+    (of_dw,) = (p for p in products(layer(1000, 345)) if p.kind == "backward_dW" and p.out_features == 1000)
+    assert wishes(of_dw) == {"use_tma_load_dy"}
+    assert not heuristic(of_dw, H100).warp_specialize
+
+
+def test_tensors_that_are_not_aligned_count_as_such():
+    """The widths say that TMA could describe them, and the tensors say that it cannot."""
+    down = products(layer(1024, 512))[1]
+    assert heuristic(down, H100).warp_specialize
+    assert heuristic(down, H100, Operands()) == heuristic(down, H100)
+    by_pointers = heuristic(down, H100, Operands(x=False))
+    assert not by_pointers.warp_specialize
+    assert not by_pointers.to_dict()["use_tma_load_x"]
+    # Padded rows: the widths say that it cannot, and the tensors that it can.
+    padded = products(layer(1001, 345))[1]
+    assert heuristic(padded, H100, Operands(y=False)).to_dict()["use_tma_load_x"]
+
+
+def test_gpus_without_tma_get_no_descriptors():
+    for problem in products(layer(1000, 344)):
+        config = heuristic(problem, A100, Operands()).to_dict()
+        assert not any(value for name, value in config.items() if name.startswith("use_tma"))
