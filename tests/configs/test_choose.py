@@ -20,7 +20,7 @@ from moe_ops.configs.kernel_config import (
     KernelConfigForward,
 )
 from moe_ops.configs.kernel_string import kernel_config
-from moe_ops.configs.problem import Problem, rows_bucket
+from moe_ops.configs.problem import ROWS_BUCKETS, Problem, rows_bucket
 from testing.problem_keys import make_problem, with_words
 
 KIB = 1024
@@ -37,7 +37,6 @@ DEVICES = {
 HOPPER = DEVICES["227 KiB, sm_90"]
 PROBLEM = make_problem("forward", "bfloat16", 8, 512, 256, 64, ("gather",))
 DTYPES = ("bfloat16", "float16", "float32")
-ROWS = tuple(1 << power for power in range(14))
 
 
 @pytest.fixture(autouse=True)
@@ -86,19 +85,21 @@ def test_the_key_tells_problems_apart():
 
 @pytest.mark.parametrize(
     ("num_rows", "num_experts", "bucket"),
-    [(0, 8, 1), (1, 8, 1), (8, 8, 1), (9, 8, 2), (16, 8, 2), (17, 8, 4), (1000, 1, 1024)]
-    + [(1024, 1, 1024), (1025, 1, 2048), (5, 0, 8), (0, 0, 1)],
+    [(0, 8, 1), (1, 8, 1), (8, 8, 1), (9, 8, 8), (64, 8, 8), (65, 8, 32), (256, 8, 32)]
+    + [(257, 8, 64), (513, 8, 512), (512, 1, 512), (513, 1, 1024), (1 << 30, 1, 1024)]
+    + [(5, 0, 8), (0, 0, 1)],
 )
 def test_rows_bucket(num_rows, num_experts, bucket):
     assert rows_bucket(num_rows, num_experts) == bucket
 
 
 @given(st.integers(0, 2**40), st.integers(1, 4096))
-def test_rows_bucket_is_the_next_power_of_two(num_rows, num_experts):
+def test_rows_bucket_is_the_range_of_the_mean(num_rows, num_experts):
     bucket = rows_bucket(num_rows, num_experts)
-    assert bucket & (bucket - 1) == 0
-    assert bucket * num_experts >= num_rows
-    assert bucket == 1 or (bucket // 2) * num_experts < num_rows
+    mean = num_rows / num_experts
+    assert bucket in ROWS_BUCKETS
+    assert mean <= bucket or bucket == ROWS_BUCKETS[-1]
+    assert all(mean > end for end in ROWS_BUCKETS if end < bucket)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def problems() -> list[Problem]:
     flags = [(), ("bias",), ("gather", "scale", "bias"), ("scatter", "scale"), ("scale", "dots")]
     return [
         make_problem(kind, dtype, 8, 512, 256, rows, chosen)
-        for kind, dtype, rows, chosen in itertools.product(PASSES, DTYPES, ROWS, flags)
+        for kind, dtype, rows, chosen in itertools.product(PASSES, DTYPES, ROWS_BUCKETS, flags)
     ]
 
 
@@ -180,7 +181,7 @@ def test_warps_are_specialized_on_hopper_where_no_row_is_gathered(kind):
 def test_two_programs_share_an_sm_where_rows_are_gathered():
     """They do on Hopper, but not for experts of few rows, which are bound by their weights."""
     gathered = make_problem("forward", "bfloat16", 128, 1536, 2048, 1024, ("gather",))
-    for rows, programs in ((64, 1), (256, 1), (512, 2), (2048, 2)):
+    for rows, programs in ((64, 1), (512, 1), (1024, 2)):
         assert heuristic(replace(gathered, rows=rows), HOPPER).programs_per_sm == programs
     blackwell = replace(HOPPER, capability=(10, 0))
     assert heuristic(gathered, blackwell).programs_per_sm == 1

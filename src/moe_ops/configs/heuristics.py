@@ -19,7 +19,7 @@ from moe_ops.configs.kernel_config import (
     KernelConfigBackward_dX,
     KernelConfigForward,
 )
-from moe_ops.configs.problem import FEW_ROWS, Operands, Problem, dense_operands
+from moe_ops.configs.problem import FEW_ROWS, SOME_ROWS, Operands, Problem, dense_operands
 from moe_ops.configs.specialize import why_not_specialized
 
 # A side of a weight up to this size counts as a LoRA's rank.
@@ -195,7 +195,7 @@ def _tma_tile(problem: Problem, device: Device, operands: Operands) -> _Tile:
         # The registers of the activation and of a bias leave room for half of the widest tile.
         return _Tile(128, 128, 64, 8, 4, subtile, loads=True, stores=True)
     is_bare_gather = problem.gather and not problem.has_activation and not gathers_numbers
-    if is_hopper and problem.kind == "forward" and is_bare_gather and problem.rows > 256:
+    if is_hopper and problem.kind == "forward" and is_bare_gather and problem.rows > SOME_ROWS:
         # With two programs per SM, one gathers its rows or stores its tile while the other
         # multiplies. Not for an expert of few rows: it is bound by reading its weight, and narrower
         # tiles read that more often. Not for dX: there the wide tile is faster.
@@ -231,19 +231,9 @@ def _heuristic_dw(
             BLOCK_M=32, BLOCK_N=128, BLOCK_K=256, num_warps=8, num_stages=6, group_m=4,
             use_tma_load_dy=True, use_tma_load_x=True, use_tma_store=True, warp_specialize=True,
         )  # fmt: skip
-    # With two programs per SM, one stores its tile while the other multiplies. With many rows that
-    # gains less than the narrower tile costs.
-    is_long = problem.rows >= 2048
+    # With two programs per SM, one stores its tile while the other multiplies.
     return KernelConfigBackward_dW(
-        BLOCK_M=32,
-        BLOCK_N=128,
-        BLOCK_K=256 if is_long else 128,
-        num_warps=8 if is_long else 4,
-        num_stages=5 if is_long else 4,
-        group_m=2 if is_long else 4,
-        programs_per_sm=1 if is_long else 2,
-        use_tma_load_dy=True,
-        use_tma_load_x=True,
-        use_tma_store=True,
-        epilogue_subtile=1 if is_long else 2,
-    )
+        BLOCK_M=32, BLOCK_N=128, BLOCK_K=128, num_warps=4, num_stages=4, group_m=4,
+        programs_per_sm=2, use_tma_load_dy=True, use_tma_load_x=True, use_tma_store=True,
+        epilogue_subtile=2,
+    )  # fmt: skip

@@ -6,8 +6,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-# Up to this mean number of rows per expert, a product is bound by reading the weight.
+# A product gets one configuration for each of these ranges of the mean number of rows per expert.
+# A range is named by its end; the last has none. They are few because each configuration is another
+# kernel to compile. They end where the choice changes: at one row, as in decoding; where a tile of
+# 16, 32 or 64 rows is full; where reading the weight no longer takes long beside multiplying.
+ROWS_BUCKETS = (1, 8, 32, 64, 512, 1024)
+# Up to this mean number of rows per expert, tiles are low and reading the weight is the only bound.
 FEW_ROWS = 32
+# Up to this one, reading the weight takes a third of the time to multiply or more.
+SOME_ROWS = 512
 
 Epilogue = Literal["none", "activation", "gated_activation", "gated_activation_backward"]
 # The words in a key. In a forward "gated" is the activation, in a dX its backward.
@@ -26,7 +33,7 @@ class Problem:
         kind: a key of kernel_config.PASSES.
         dtype: the dtype's name, such as "bfloat16".
         num_experts, out_features, in_features: E, N, D of the op.
-        rows: the mean number of rows per expert, rounded up to a power of two.
+        rows: the mean number of rows per expert, as one of ROWS_BUCKETS.
         gather: whether rows of the input are gathered.
         scatter: whether rows of the output are scattered.
         scale: whether rows are multiplied by topk_weights.
@@ -116,6 +123,6 @@ def _is_described(width: int, itemsize: int) -> bool:
 
 
 def rows_bucket(num_rows: int, num_experts: int) -> int:
-    """Return the mean number of rows per expert, rounded up to a power of two; at least 1."""
+    """Return the range of the mean number of rows per expert, as one of ROWS_BUCKETS."""
     mean = -(-num_rows // max(num_experts, 1))
-    return 1 << max(mean - 1, 0).bit_length()
+    return next((end for end in ROWS_BUCKETS if mean <= end), ROWS_BUCKETS[-1])
