@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_ops.configs import cache, choose
-from moe_ops.configs.device import Device
+from moe_ops.configs.device import KNOWN_GPUS, Device
 from moe_ops.configs.footprint import fitting, shared_memory
 from moe_ops.configs.heuristics import heuristic
 from moe_ops.configs.kernel_config import (
@@ -63,16 +63,42 @@ def test_given_before_shipped_before_computed(monkeypatch):
     assert choose.choose(PROBLEM, HOPPER, kernel_config()).config == table
 
 
-def test_a_shipped_table_is_read_by_the_name_of_the_gpu(tmp_path, monkeypatch):
+def test_a_shipped_table_is_read_by_architecture(tmp_path, monkeypatch):
     config = KernelConfigForward(group_m=5, num_stages=2)
     (tmp_path / "tables").mkdir()
     content = {"device": "Some GPU", "configs": {PROBLEM.key: config.to_dict()}}
-    (tmp_path / "tables" / "some_gpu.json").write_text(json.dumps(content))
+    (tmp_path / "tables" / "sm_87.json").write_text(json.dumps(content))
     monkeypatch.setattr(resources, "files", lambda package: tmp_path)
     choose.shipped.cache_clear()
-    assert choose.shipped("Some GPU") == {PROBLEM.key: config}
-    assert choose.shipped("Some other GPU") == {}
+    assert choose.shipped((8, 7)) == {PROBLEM.key: config}
+    assert choose.shipped((9, 0)) == {}
     choose.shipped.cache_clear()
+
+
+def test_all_gpus_of_an_architecture_get_the_shipped_configurations():
+    """Whatever their names and their numbers of SMs, if they have the memory."""
+    problem = make_problem("forward", "bfloat16", 128, 2048, 768, 1024)
+    expected = choose.shipped((9, 0))[problem.key]
+    for name in ("H100", "H100-PCIe", "H200", "GH200"):
+        chosen = choose.choose(problem, KNOWN_GPUS[name])
+        assert (chosen.config, chosen.source) == (expected, "shipped"), name
+    fewer = Device("Some MIG slice", (9, 0), 227 * KIB, 60)
+    assert choose.choose(problem, fewer).config == expected
+    less = DEVICES["64 KiB, sm_90"]
+    chosen = choose.choose(problem, less)
+    assert chosen.source == "computed"
+    assert shared_memory(chosen.config, problem, less) <= less.shared_memory
+    assert choose.choose(problem, KNOWN_GPUS["B200"]).source == "computed"
+
+
+def test_what_was_tuned_on_one_gpu_serves_that_gpu_alone():
+    """Before what is shipped; another GPU of the architecture has its own file."""
+    problem = make_problem("forward", "bfloat16", 128, 2048, 768, 1024)
+    tuned = KernelConfigForward(group_m=11)
+    cache.store(KNOWN_GPUS["H100"].name, {problem.key: tuned})
+    chosen = choose.choose(problem, KNOWN_GPUS["H100"])
+    assert (chosen.config, chosen.source) == (tuned, "tuned")
+    assert choose.choose(problem, KNOWN_GPUS["H100-PCIe"]).source == "shipped"
 
 
 def test_the_key_tells_problems_apart():

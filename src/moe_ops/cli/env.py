@@ -63,8 +63,13 @@ def _cuda() -> Iterable[str]:
 
 def configurations() -> Iterable[str]:
     """How many are shipped and tuned for each kind of GPU; what is neither is computed."""
-    for name in sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}):
-        yield f"{name}: {len(choose.shipped(name))} shipped, {_tuned(cache.path_of(name))}"
+    gpus = {
+        (torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i))
+        for i in range(torch.cuda.device_count())
+    }
+    for name, capability in sorted(gpus):
+        shipped = len(choose.shipped(capability))
+        yield f"{name}: {shipped} shipped, {_tuned(cache.path_of(name))}"
     read = "" if cache.is_enabled() else "  (not read: MOE_OPS_AUTOTUNE=0)"
     yield f"tuned in    {cache.directory()}{read}"
 

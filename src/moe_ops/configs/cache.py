@@ -3,7 +3,8 @@
 
     {"device": name, "versions": {...}, "configs": {Problem.key: fields of the configuration}}
 
-The files in tables/ have the same format. Any number of processes may read and write at once: a
+The files in tables/ have the same format. There "device" is the GPU on which they were measured,
+and each serves all GPUs of an architecture (choose.py). Any number of processes may read and write at once: a
 writer keeps what others wrote, and replaces the whole file. MOE_OPS_CACHE_DIR says where the files
 are. With MOE_OPS_AUTOTUNE=0 they are not read.
 """

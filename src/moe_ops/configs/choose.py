@@ -2,8 +2,8 @@
 """Choose the configuration of a launch.
 
 The first of these that exists wins: the caller's kernel_config; one tuned on this machine
-(cache.py); one shipped for this GPU (tables/); the one that heuristics.py computes from the problem
-and the GPU.
+(cache.py); one shipped for this architecture (tables/); the one that heuristics.py computes from
+the problem and the GPU.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from importlib import resources
 
 from moe_ops.configs import cache
 from moe_ops.configs.device import Device
+from moe_ops.configs.footprint import shared_memory
 from moe_ops.configs.heuristics import heuristic
 from moe_ops.configs.kernel_config import KernelConfig
 from moe_ops.configs.kernel_string import parse
@@ -54,8 +55,9 @@ def _chosen(problem: Problem, device: Device, operands: Operands) -> Choice:
     tuned = cache.lookup(device.name, problem.key)
     if tuned is not None and _serves(tuned, operands):
         return Choice(tuned, "tuned")
-    known = shipped(device.name).get(problem.key)
-    if known is not None and _serves(known, operands):
+    known = shipped(device.capability).get(problem.key)
+    fits = known is not None and shared_memory(known, problem, device) <= device.shared_memory
+    if known is not None and fits and _serves(known, operands):
         return Choice(known, "shipped")
     return Choice(heuristic(problem, device, operands), "computed")
 
@@ -74,9 +76,14 @@ def forget() -> None:
 
 
 @functools.cache
-def shipped(device_name: str) -> dict[str, KernelConfig]:
-    """Return the package's table for this GPU, by Problem.key; empty if there is none."""
-    file = resources.files("moe_ops.configs") / "tables" / f"{cache.table_name(device_name)}.json"
+def shipped(capability: tuple[int, int]) -> dict[str, KernelConfig]:
+    """Return the package's table for a compute capability, by Problem.key; empty if there is none.
+
+    A good tile depends on the streaming multiprocessor, and a grid on their number. So what was
+    measured on one GPU serves all of its architecture, whatever their names.
+    """
+    architecture = "sm_{}{}".format(*capability)
+    file = resources.files("moe_ops.configs") / "tables" / f"{architecture}.json"
     if not file.is_file():
         return {}
     return cache.parse_table(file.read_text(encoding="utf-8"))

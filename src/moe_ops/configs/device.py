@@ -59,6 +59,8 @@ KNOWN_GPUS: dict[str, Device] = {
     "L40S": Device("NVIDIA L40S", (8, 9), 99 * 1024, 142),
     "RTX4090": Device("NVIDIA GeForce RTX 4090", (8, 9), 99 * 1024, 128),
     "H100": Device("NVIDIA H100 80GB HBM3", (9, 0), 227 * 1024, 132),
+    "H100-PCIe": Device("NVIDIA H100 PCIe", (9, 0), 227 * 1024, 114),
+    "GH200": Device("NVIDIA GH200 480GB", (9, 0), 227 * 1024, 132),
     "H200": Device("NVIDIA H200", (9, 0), 227 * 1024, 132),
     "B200": Device("NVIDIA B200", (10, 0), 227 * 1024, 148),
     "RTX5090": Device("NVIDIA GeForce RTX 5090", (12, 0), 99 * 1024, 170),
