@@ -24,6 +24,16 @@ from moe_ops.configs.specialize import why_not_specialized
 
 # A side of a weight up to this size counts as a LoRA's rank.
 _NARROW = 64
+# A tile of the cooperative kernels.
+_WIDE_TILE = (128, 256)
+# Over a contraction longer than this the products of a tile take far longer than its epilogue.
+_LONG = 2048
+# From this intermediate size on, an up projection gains more from a kernel for Hopper than it costs
+# to copy the rows into expert order first. The copy takes about 1/10 of the product's time with 1,024
+# columns of h, and less with more.
+_COPIES_PAY = 1280
+# Row tiles that share a weight's columns. Tuned ones are 4, 8 or 16, within 2% of each other.
+_GROUP_M = 8
 
 
 def heuristic(
@@ -103,7 +113,7 @@ def _heuristic_gemm(problem: Problem, device: Device, operands: Operands) -> Ker
     tile = _gemm_tile(problem, device, operands)
     common: dict[str, Any] = {
         "BLOCK_M": tile.m, "num_warps": tile.warps, "num_stages": tile.stages,
-        "group_m": 16 if tile.loads else 8, "programs_per_sm": tile.programs_per_sm,
+        "group_m": _GROUP_M, "programs_per_sm": tile.programs_per_sm,
         "use_tma_store": tile.stores, "use_tma_load_w": tile.loads or tile.loads_weight,
         "epilogue_subtile": tile.subtile,
         # In a flattened loop the dots spill on Blackwell.
@@ -181,14 +191,11 @@ def _tma_tile(problem: Problem, device: Device, operands: Operands) -> _Tile:
     if problem.rows <= 64:
         return _Tile(64, columns, 64, 4, 4, subtile, loads=True, stores=True)
     is_hopper = device.capability[0] == HOPPER
-    if (
-        is_hopper
-        # Without a bias the persistent kernel is about as fast if it gathers its rows in vectors.
-        and (not problem.has_activation or problem.bias or gathers_numbers)
-        and all(operands)
-        and why_not_specialized(problem, PINGPONG_TILE) is None
-    ):
-        return _pingpong_tile(problem)
+    # The kernels for Hopper take rows in expert order: those of an activation are copied first.
+    copies = not problem.has_activation or problem.bias or gathers_numbers or _copy_pays(problem)
+    if is_hopper and copies and all(operands):
+        if why_not_specialized(problem, PINGPONG_TILE) is None:
+            return _specialized_tile(problem)
     if problem.has_activation and (
         problem.epilogue == "activation" or problem.bias or device.capability >= (10, 0)
     ):
@@ -203,10 +210,34 @@ def _tma_tile(problem: Problem, device: Device, operands: Operands) -> _Tile:
     return _Tile(128, columns, 64, 8, subtile=subtile, loads=True, stores=True)
 
 
-def _pingpong_tile(problem: Problem) -> _Tile:
-    # Smaller buffers for the stores leave room for more stages.
-    is_gated_dx = problem.epilogue == "gated_activation_backward"
-    stages, subtile = (4, 1) if is_gated_dx else (6, 2)
+def _copy_pays(problem: Problem) -> bool:
+    """Return whether an up projection without a bias gains from rows that are copied first.
+
+    Experts of few rows do not: they are bound by reading their weights, and the tiles of the
+    kernel for Hopper are narrower than those of the persistent one.
+    """
+    return problem.rows > SOME_ROWS and problem.out_features >= 2 * _COPIES_PAY
+
+
+def _specialized_tile(problem: Problem) -> _Tile:
+    """Return the tile of a kernel for Hopper: ping-pong, or cooperative where weights are the bound.
+
+    In ping-pong one group of warps multiplies while the other ends its tile. A cooperative tile is
+    twice as wide, so each operand that is read serves more products. That is worth more where
+    experts have few rows, so that weights are read for few products, and where the contraction is
+    so long that the end of a tile hardly counts.
+    """
+    contracted = problem.in_features if problem.kind == "forward" else problem.out_features
+    has_some_rows = problem.rows <= SOME_ROWS
+    if has_some_rows and contracted > _LONG and why_not_specialized(problem, _WIDE_TILE) is None:
+        if problem.epilogue == "none":
+            return _Tile(
+                *_WIDE_TILE, 32, 8, 6, loads=True, stores=True, is_specialized=True
+            )  # fmt: skip
+    # Smaller buffers for the stores leave room for more stages. With the activation's backward they
+    # hold fewer columns at a time, which pays in a long pipeline alone.
+    in_halves = problem.epilogue != "gated_activation_backward" or has_some_rows
+    stages, subtile = (6, 2) if in_halves else (4, 1)
     return _Tile(
         *PINGPONG_TILE, 64, 8, stages, subtile, loads=True, stores=True, is_specialized=True
     )
@@ -227,9 +258,13 @@ def _heuristic_dw(
             use_tma_load_dy=dy, use_tma_load_x=x, use_tma_store=operands.y,
         )  # fmt: skip
     if device.capability[0] == HOPPER and min(problem.out_features, problem.in_features) >= 128:
+        # Of few rows the sum is short and the store is the bound: a wide tile shares its operands.
+        # Of many, one group multiplies while the other stores (ping-pong).
+        m, k, subtile = (32, 256, 1) if problem.rows <= SOME_ROWS else (64, 128, 2)
         return KernelConfigBackward_dW(
-            BLOCK_M=32, BLOCK_N=128, BLOCK_K=256, num_warps=8, num_stages=6, group_m=4,
-            use_tma_load_dy=True, use_tma_load_x=True, use_tma_store=True, warp_specialize=True,
+            BLOCK_M=m, BLOCK_N=128, BLOCK_K=k, num_warps=8, num_stages=6, group_m=4,
+            epilogue_subtile=subtile, use_tma_load_dy=True, use_tma_load_x=True,
+            use_tma_store=True, warp_specialize=True,
         )  # fmt: skip
     # With two programs per SM, one stores its tile while the other multiplies.
     return KernelConfigBackward_dW(
