@@ -48,7 +48,9 @@ class Row:
         kernel: "persistent", "cooperative" or "pingpong".
         computes_epilogue: whether the kernel computes what stands on top of the product.
         config: the configuration's fields.
-        source: where the configuration came from: "given", "tuned", "shipped" or "computed".
+        source: where the configuration came from: "given", "tuned", "shipped", "neighbour" or
+            "computed".
+        neighbour: the key of the neighbour, whose configuration it is.
         reason: why this kernel.
         unmet: wishes of the configuration that cannot be met, with reasons.
     """
@@ -62,6 +64,7 @@ class Row:
     computes_epilogue: bool
     config: dict[str, Any]
     source: str
+    neighbour: str | None
     reason: str
     unmet: tuple[str, ...]
 
@@ -119,6 +122,7 @@ def _rows(
             computes_epilogue=plan.computes_epilogue,
             config=plan.config.to_dict(),
             source=plan.source,
+            neighbour=plan.neighbour,
             reason=plan.reason,
             unmet=plan.unmet,
         )
@@ -138,6 +142,8 @@ def _lines(device: Device, rows: list[tuple[tuning.Experts, list[Row]]]) -> Iter
             on_top = "" if row.epilogue == "none" else f", {row.epilogue.replace('_', ' ')}"
             yield f"  {row.projection:<5} {row.kind:<12} {row.kernel:<12} {row.source}{on_top}"
             yield f"        {tuning.describe(_config_of(row))}"
+            if row.neighbour is not None:
+                yield f"        as for {row.neighbour}"
             yield f"        {row.reason}"
             yield from (f"        not met: {wish}" for wish in row.unmet)
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -23,6 +25,8 @@ _EPILOGUE_WORDS: dict[Epilogue, str] = {
     "gated_activation": "gated",
     "gated_activation_backward": "gated",
 }
+_FLAGS = ("gather", "scatter", "scale", "bias", "dots", "transposed", "fp8")
+_KEY = re.compile(r"(\w+) (\w+) E(\d+) N(\d+) D(\d+) rows(\d+)((?: \w+)*)")
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,7 @@ class Problem:
     @property
     def flags(self) -> tuple[str, ...]:
         """Return the words of the key that say what the kernel does beside the product."""
-        names = ("gather", "scatter", "scale", "bias", "dots", "transposed", "fp8")
-        words = [name for name in names if getattr(self, name)]
+        words = [name for name in _FLAGS if getattr(self, name)]
         if self.epilogue != "none":
             words.append(_EPILOGUE_WORDS[self.epilogue])
         return tuple(words)
@@ -79,6 +82,27 @@ class Problem:
         """Return the problem as one string, the key of tables and caches."""
         sizes = f"E{self.num_experts} N{self.out_features} D{self.in_features} rows{self.rows}"
         return " ".join([self.kind, self.dtype, sizes, *self.flags])
+
+
+@functools.lru_cache(maxsize=4096)
+def problem_of(key: str) -> Problem:
+    """Return the problem that has this key.
+
+    Raises:
+        ValueError: none has.
+    """
+    if match := _KEY.fullmatch(key):
+        kind, dtype, *sizes = match.groups()[:6]
+        words = match[7].split()
+        flags = {name: name in words for name in _FLAGS}
+        on_top: Epilogue
+        for on_top in ("none", *_EPILOGUE_WORDS):
+            problem = Problem(kind, dtype, *map(int, sizes), **flags, epilogue=on_top)
+            # In a forward "gated" is the activation, which stands first, in a dX its backward.
+            is_backward = on_top == "gated_activation_backward"
+            if problem.key == key and is_backward == (kind != "forward" and on_top != "none"):
+                return problem
+    raise ValueError(f"expected the key of a problem, got {key!r}")
 
 
 class Operands(NamedTuple):
