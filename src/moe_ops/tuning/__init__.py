@@ -72,7 +72,7 @@ def tune(
             or up_proj, as in transformers. It may be on any device, also on meta. The GPU is the
             model's, or else the current one.
         num_tokens (int or sequence): tokens of a call, batch times length. A result serves all calls
-            whose rows per expert round up to the same power of two.
+            whose rows per expert fall into the same range (configs/problem.py).
         dtype (torch.dtype or None): bf16, fp16 or fp32. None is the weights' dtype. Under autocast
             give autocast's dtype.
         progress (bool): report to stderr, one line for each problem.
