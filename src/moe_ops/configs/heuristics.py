@@ -36,9 +36,7 @@ _COPIES_PAY = 1280
 _GROUP_M = 8
 
 
-def heuristic(
-    problem: Problem, device: Device, operands: Operands | None = None
-) -> KernelConfig:
+def heuristic(problem: Problem, device: Device, operands: Operands | None = None) -> KernelConfig:
     """Return a configuration by rules; it compiles and fits the GPU's shared memory.
 
     Args:
@@ -93,6 +91,7 @@ class _Tile:
         loads_weight: whether a descriptor loads the weight alone.
         stores: whether a descriptor stores.
         is_specialized: whether a kernel for Hopper is asked for.
+        flatten: whether one loop of two is made, if descriptors load.
     """
 
     m: int
@@ -106,6 +105,7 @@ class _Tile:
     loads_weight: bool = False
     stores: bool = False
     is_specialized: bool = False
+    flatten: bool = True
 
 
 def _heuristic_gemm(problem: Problem, device: Device, operands: Operands) -> KernelConfig:
@@ -117,8 +117,8 @@ def _heuristic_gemm(problem: Problem, device: Device, operands: Operands) -> Ker
         "use_tma_store": tile.stores, "use_tma_load_w": tile.loads or tile.loads_weight,
         "epilogue_subtile": tile.subtile,
         # In a flattened loop the dots spill on Blackwell.
-        "flatten": tile.loads and not (problem.dots and device.capability >= (10, 0))
-        and not problem.fp8,
+        "flatten": tile.flatten and tile.loads and not problem.fp8
+        and not (problem.dots and device.capability >= (10, 0)),
         "warp_specialize": tile.is_specialized,
     }  # fmt: skip
     if problem.kind == "forward":
@@ -184,18 +184,21 @@ def _tma_tile(problem: Problem, device: Device, operands: Operands) -> _Tile:
     # Gathered rows come by pointers.
     row = problem.in_features if problem.kind == "forward" else problem.out_features
     gathers_numbers = problem.gather and not _is_vector(row)
-    columns = 128 if gathers_numbers else 256
+    columns, depth = (128, 32) if gathers_numbers else (256, 64)
     if problem.dots:
         # The rows whose dots with x @ b are taken need the registers of a wider tile.
-        return _Tile(128, 128, 64, 8, 4, subtile, loads=True)
+        if _is_vector(problem.out_features) and _is_vector(problem.in_features):
+            return _Tile(128, 128, 64, 8, 4, subtile, loads=True)
+        # Read number by number, those rows need more. A flattened loop keeps their addresses too.
+        return _Tile(128, 64, depth, 8, 4, subtile, loads=True, flatten=False)
     if problem.rows <= 64:
-        return _Tile(64, columns, 64, 4, 4, subtile, loads=True, stores=True)
+        return _Tile(64, columns, depth, 4, 4, subtile, loads=True, stores=True)
     is_hopper = device.capability[0] == HOPPER
     # The kernels for Hopper take rows in expert order: those of an activation are copied first.
     copies = not problem.has_activation or problem.bias or gathers_numbers or _copy_pays(problem)
-    if is_hopper and copies and all(operands):
-        if why_not_specialized(problem, PINGPONG_TILE) is None:
-            return _specialized_tile(problem)
+    serves = all(operands) and why_not_specialized(problem, PINGPONG_TILE) is None
+    if is_hopper and copies and serves:
+        return _specialized_tile(problem)
     if problem.has_activation and (
         problem.epilogue == "activation" or problem.bias or device.capability >= (10, 0)
     ):
@@ -207,7 +210,7 @@ def _tma_tile(problem: Problem, device: Device, operands: Operands) -> _Tile:
         # multiplies. Not for an expert of few rows: it is bound by reading its weight, and narrower
         # tiles read that more often. Not for dX: there the wide tile is faster.
         return _Tile(128, 128, 64, 4, subtile=2, programs_per_sm=2, loads=True, stores=True)
-    return _Tile(128, columns, 64, 8, subtile=subtile, loads=True, stores=True)
+    return _Tile(128, columns, depth, 8, subtile=subtile, loads=True, stores=True)
 
 
 def _copy_pays(problem: Problem) -> bool:
@@ -229,11 +232,9 @@ def _specialized_tile(problem: Problem) -> _Tile:
     """
     contracted = problem.in_features if problem.kind == "forward" else problem.out_features
     has_some_rows = problem.rows <= SOME_ROWS
-    if has_some_rows and contracted > _LONG and why_not_specialized(problem, _WIDE_TILE) is None:
-        if problem.epilogue == "none":
-            return _Tile(
-                *_WIDE_TILE, 32, 8, 6, loads=True, stores=True, is_specialized=True
-            )  # fmt: skip
+    is_bare = problem.epilogue == "none" and why_not_specialized(problem, _WIDE_TILE) is None
+    if is_bare and has_some_rows and contracted > _LONG:
+        return _Tile(*_WIDE_TILE, 32, 8, 6, loads=True, stores=True, is_specialized=True)
     # Smaller buffers for the stores leave room for more stages. With the activation's backward they
     # hold fewer columns at a time, which pays in a long pipeline alone.
     in_halves = problem.epilogue != "gated_activation_backward" or has_some_rows
@@ -243,9 +244,7 @@ def _specialized_tile(problem: Problem) -> _Tile:
     )
 
 
-def _heuristic_dw(
-    problem: Problem, device: Device, operands: Operands
-) -> KernelConfigBackward_dW:
+def _heuristic_dw(problem: Problem, device: Device, operands: Operands) -> KernelConfigBackward_dW:
     if problem.dtype == "float32" or device.capability < (8, 0):
         m = 32 if problem.dtype == "float32" else 16
         return KernelConfigBackward_dW(

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Widths that are multiples of 8 elements and not of 16 get Hopper's descriptors, and do not spill.
+
+Without a GPU: the kernels are compiled for sm_90 and counted.
+"""
+
+import os
+
+import pytest
+import torch
+
+from moe_ops.configs import choose
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("compiles kernels, which TRITON_INTERPRET=1 interprets", allow_module_level=True)
+pytest.importorskip("triton", exc_type=ImportError)
+
+from testing import kernel_calls as calls
+from testing.compiled import GPUS, Resources, compiling_for
+from testing.gemm_problem import MODES
+from testing.kernel_calls import Call, Sizes
+
+pytestmark = pytest.mark.slow
+
+BF16 = torch.bfloat16
+# hidden_size 1000 and intermediate_size 344: of an up projection with its gate, and of a down one.
+TRAINING = Sizes(10007, 3, 24, 688, 1000)
+DOWN = Sizes(10007, 3, 24, 1000, 344)
+DECODE = Sizes(8, 3, 24, 688, 1000)
+LOAD = "cp.async.bulk.tensor"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_tuned(monkeypatch):
+    monkeypatch.setenv("MOE_OPS_AUTOTUNE", "0")
+    choose.forget()
+    yield
+    choose.forget()
+
+
+def compiled(*called: Call) -> list[Resources]:
+    with compiling_for(GPUS["sm_90"]) as found:
+        for call in called:
+            call()
+    return found
+
+
+def test_a_step_of_experts_runs_in_the_kernels_for_hopper():
+    kernels = compiled(*calls.experts(TRAINING, BF16).values())
+    products = [kernel for kernel in kernels if LOAD in kernel.ptx]
+    assert {kernel.kernel for kernel in products} == {
+        "expert_up_pingpong_kernel", "grouped_gemm_pingpong_kernel",
+        "expert_down_bwd_pingpong_kernel", "grouped_gemm_bwd_dw_pingpong_kernel",
+    }  # fmt: skip
+    assert not any("mma" in kernel.ptx for kernel in kernels if kernel not in products)
+    assert {kernel.stack for kernel in kernels} == {0}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("sizes", [TRAINING, DOWN], ids=["up", "down"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_grouped_gemm_loads_by_descriptors_and_does_not_spill(mode, sizes, transposed):
+    for name, call in calls.grouped_gemm(sizes, BF16, transposed=transposed, **MODES[mode]).items():
+        kernels = compiled(call)
+        assert any(LOAD in kernel.ptx for kernel in kernels), name
+        assert max(kernel.stack for kernel in kernels) <= (8 if "dots" in name else 0), name
+
+
+def test_decoding_loads_the_weights_by_descriptors():
+    """Pointers would read them number by number."""
+    kernels = compiled(calls.experts(DECODE, BF16)["inference"])
+    products = {kernel.kernel: LOAD in kernel.ptx for kernel in kernels if "mma" in kernel.ptx}
+    assert products == {"_expert_up_kernel": True, "grouped_gemm_kernel": True}
