@@ -10,7 +10,7 @@ import torch
 from moe_ops.configs import choose
 from moe_ops.configs.device import KNOWN_GPUS
 from moe_ops.configs.kernel_config import KernelConfig
-from moe_ops.configs.problem import ROWS_BUCKETS, rows_bucket
+from moe_ops.configs.problem import ROWS_BUCKETS, dense_operands, rows_bucket
 from moe_ops.tuning import Experts, products_of
 
 MAX_CONFIGURATIONS = 6
@@ -72,6 +72,30 @@ def test_a_product_has_at_most_six_configurations(model):
         assert len(found) == (11 if device.capability[0] == 9 else 10)
         for product, configs in found.items():
             assert 1 <= len(configs) <= MAX_CONFIGURATIONS, (gpu, product, configs)
+
+
+# What differs between the products of a model anyway, whatever their configurations.
+OF_THE_PRODUCT = {"EVEN_K", "B_IS_NK", "GATHER_X", "EXPERTS"}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_kernel_has_at_most_six_tiles_with_their_options(model):
+    """One kernel computes several products of a model; together they ask for six at most."""
+    pytest.importorskip("triton", exc_type=ImportError)
+    from moe_ops._triton.plan import plan
+
+    layer = experts(model)
+    for gpu in GPUS:
+        device = KNOWN_GPUS[gpu]
+        found: dict[tuple[str, bool, bool], set[object]] = {}
+        for tokens in tokens_of_each_bucket(layer):
+            for _, problem in products_of(layer, tokens, device=device):
+                made = plan(problem, dense_operands(problem), device)
+                kernel = made.kernel, problem.kind == "backward_dW", made.computes_epilogue
+                options = {k: v for k, v in made.options.items() if k not in OF_THE_PRODUCT}
+                found.setdefault(kernel, set()).add((made.tile, *sorted(options.items())))
+        for kernel, tiles in found.items():
+            assert 1 <= len(tiles) <= MAX_CONFIGURATIONS, (gpu, kernel, tiles)
 
 
 def test_there_are_six_ranges_of_rows():

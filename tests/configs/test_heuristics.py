@@ -32,12 +32,12 @@ def wishes(problem: Problem) -> set[str]:
 @pytest.mark.parametrize("hidden_size", [1000, 1008, 1016, 2040])
 @pytest.mark.parametrize("intermediate_size", [344, 352, 1400])
 def test_a_multiple_of_8_gets_the_kernels_of_a_multiple_of_16(hidden_size, intermediate_size):
-    """TMA's rule is 16 bytes. Only the up projection differs: it copies its rows where 16 fails."""
+    """TMA's rule is 16 bytes. Only a narrow up projection differs: it then copies its rows first."""
     for problem in products(layer(hidden_size, intermediate_size)):
         config = heuristic(problem, H100)
         assert len(wishes(problem)) == 3
         if problem.has_activation:
-            assert config.warp_specialize == (hidden_size % 16 != 0)
+            assert config.warp_specialize == (hidden_size % 16 != 0 or intermediate_size == 1400)
         else:
             assert config.warp_specialize
 
@@ -48,6 +48,36 @@ def test_narrow_tiles_where_rows_are_gathered_number_by_number():
     assert up.flags == ("gather", "transposed", "gated")
     assert heuristic(up, H100).tile[1] == 128
     assert heuristic(replace(up, in_features=1008), H100).tile[1] == 256
+
+
+def test_the_bound_decides_between_pingpong_and_cooperative():
+    """A wide tile where weights are the bound and the contraction is long."""
+    bare = Problem("forward", "bfloat16", 128, 4096, 4096, 512)
+    assert heuristic(bare, H100).tile == (128, 256, 32)
+    for problem in (
+        replace(bare, rows=1024), replace(bare, in_features=2048), replace(bare, bias=True),
+        replace(bare, scatter=True),
+    ):  # fmt: skip
+        assert heuristic(problem, H100).is_pingpong, problem
+    down = replace(bare, kind="backward_dX")
+    assert heuristic(down, H100).tile == (128, 256, 32)
+    assert heuristic(replace(down, epilogue="gated_activation_backward"), H100).is_pingpong
+    dw = replace(bare, kind="backward_dW")
+    assert not heuristic(dw, H100).is_pingpong
+    assert heuristic(replace(dw, rows=1024), H100).is_pingpong
+
+
+@pytest.mark.parametrize(
+    ("intermediate_size", "rows", "bias", "copies"),
+    [(768, 1024, False, False), (1280, 1024, False, True), (1280, 512, False, False)]
+    + [(768, 1024, True, True), (768, 512, True, True), (8192, 64, True, False)],
+)
+def test_where_an_up_projection_copies_its_rows(intermediate_size, rows, bias, copies):
+    up = Problem(
+        "forward", "bfloat16", 128, 2 * intermediate_size, 2048, rows, gather=True, bias=bias,
+        epilogue="gated_activation",
+    )  # fmt: skip
+    assert heuristic(up, H100).is_pingpong == copies
 
 
 @pytest.mark.parametrize("num_tokens", [1, 100])
@@ -65,7 +95,8 @@ def test_operands_that_tma_cannot_describe_are_not_asked_for():
     for problem in products(layer(1001, 345)):
         assert wishes(problem) == set(), problem
     # 345 of 1000 rows: what is described of dW is loaded so, and the rest by pointers.
-    (of_dw,) = (p for p in products(layer(1000, 345)) if p.kind == "backward_dW" and p.out_features == 1000)
+    *_, of_dw, _ = products(layer(1000, 345))
+    assert (of_dw.kind, of_dw.out_features, of_dw.in_features) == ("backward_dW", 1000, 345)
     assert wishes(of_dw) == {"use_tma_load_dy"}
     assert not heuristic(of_dw, H100).warp_specialize
 

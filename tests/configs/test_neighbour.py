@@ -95,7 +95,10 @@ def test_a_key_tells_its_problem(key):
 @pytest.mark.parametrize(
     "key",
     ["", "forward", "forward bfloat16 E8 N1 D2", "forward bfloat16 E8 N1 D2 rows3 fast"]
-    + ["forward bfloat16 E8 N1 D2 rows3 bias gather", "backward_dW bfloat16 E8 N1 D2 rows3 gated x"],
+    + [
+        "forward bfloat16 E8 N1 D2 rows3 bias gather",
+        "backward_dW bfloat16 E8 N1 D2 rows3 gated x",
+    ],
 )
 def test_what_is_no_key(key):
     with pytest.raises(ValueError, match="expected the key of a problem"):

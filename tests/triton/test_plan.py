@@ -180,7 +180,9 @@ def test_dense_operands_are_what_the_launchers_find(width, inner, transposed):
     from moe_ops._triton.descriptors import can_describe, can_describe_rows
 
     words = ["transposed"] if transposed else []
-    weight = torch.empty(2, inner, width).half() if transposed else torch.empty(2, width, inner).half()
+    weight = (
+        torch.empty(2, inner, width).half() if transposed else torch.empty(2, width, inner).half()
+    )
     x, dy = torch.empty(4, inner).half(), torch.empty(4, width).half()
     b = can_describe(weight)
     stored = weight.shape[2]

@@ -201,6 +201,7 @@ def test_env_says_that_a_table_cannot_be_read(text, monkeypatch, tmp_path):
     monkeypatch.setenv("MOE_OPS_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 7))
     assert next(iter(configurations())) == "Some GPU: 0 shipped, 0 tuned"
     file = cache.path_of("Some GPU")
     file.parent.mkdir()

@@ -67,9 +67,9 @@ def _chosen(problem: Problem, device: Device, operands: Operands) -> Choice:
     fits = known is not None and shared_memory(known, problem, device) <= device.shared_memory
     if known is not None and fits and _serves(known, operands):
         return Choice(known, "shipped")
-    if neighbour.is_enabled() and all(operands):
-        if near := neighbour.nearest(problem, table, device):
-            return Choice(table[near], "neighbour", near)
+    near = neighbour.nearest(problem, table, device) if neighbour.is_enabled() else None
+    if near is not None and all(operands):
+        return Choice(table[near], "neighbour", near)
     return Choice(heuristic(problem, device, operands), "computed")
 
 

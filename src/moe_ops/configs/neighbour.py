@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 
 from moe_ops.configs.device import Device
 from moe_ops.configs.footprint import shared_memory
@@ -30,9 +29,7 @@ def is_enabled() -> bool:
     return os.environ.get("MOE_OPS_NEIGHBOURS") != "0"
 
 
-def nearest(
-    problem: Problem, table: Mapping[str, KernelConfig], device: Device
-) -> str | None:
+def nearest(problem: Problem, table: Mapping[str, KernelConfig], device: Device) -> str | None:
     """Return the key of the nearest neighbour in a table, or None without one.
 
     Of equally near ones, the one whose number of experts is nearest wins.
@@ -71,13 +68,10 @@ def _log_ratio(size: int, other: int) -> float:
 
 def _is_like(problem: Problem, other: Problem) -> bool:
     """Return whether the same kernel computes both, for as many rows per expert."""
-    sizes = {"num_experts": 0, "out_features": 0, "in_features": 0, "dtype": ""}
-    if replace(problem, **sizes) != replace(other, **sizes):
-        return False
-    is_as_large = (problem.dtype == "float32") == (other.dtype == "float32")
-    return is_as_large and _vectors(problem) == _vectors(other)
+    return _traits(problem) == _traits(other)
 
 
-def _vectors(problem: Problem) -> tuple[bool, bool]:
-    """Return whether pointers read rows of either width in vectors (heuristics.py)."""
-    return problem.out_features % 16 == 0, problem.in_features % 16 == 0
+def _traits(problem: Problem) -> tuple[object, ...]:
+    # Pointers read rows in vectors if 16 divides their width (heuristics.py).
+    vectors = problem.out_features % 16 == 0, problem.in_features % 16 == 0
+    return problem.kind, problem.flags, problem.rows, problem.dtype == "float32", vectors

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 # A product gets one configuration for each of these ranges of the mean number of rows per expert.
 # A range is named by its end; the last has none. They are few because each configuration is another
@@ -92,12 +92,15 @@ def problem_of(key: str) -> Problem:
         ValueError: none has.
     """
     if match := _KEY.fullmatch(key):
-        kind, dtype, *sizes = match.groups()[:6]
+        kind, dtype = match[1], match[2]
+        num_experts, out_features, in_features, rows = (int(match[i]) for i in range(3, 7))
         words = match[7].split()
-        flags = {name: name in words for name in _FLAGS}
+        flags: dict[str, Any] = {name: name in words for name in _FLAGS}
         on_top: Epilogue
         for on_top in ("none", *_EPILOGUE_WORDS):
-            problem = Problem(kind, dtype, *map(int, sizes), **flags, epilogue=on_top)
+            problem = Problem(
+                kind, dtype, num_experts, out_features, in_features, rows, epilogue=on_top, **flags
+            )
             # In a forward "gated" is the activation, which stands first, in a dX its backward.
             is_backward = on_top == "gated_activation_backward"
             if problem.key == key and is_backward == (kind != "forward" and on_top != "none"):
