@@ -381,7 +381,7 @@ TABLE_NAMES = sorted(file.name for file in TABLES.iterdir()) if TABLES.is_dir() 
 def test_shipped_tables(table):
     """Each configuration of a table is compiled once, with the flags of its first problem."""
     configs = cache.parse_table((TABLES / table).read_text(encoding="utf-8"))
-    device = next(d for d in GPUS.values() if table == f"{cache.table_name(d.name)}.json")
+    device = GPUS[table.removesuffix(".json")]
     first: dict[tuple[str, KernelConfig], str] = {}
     for key, config in configs.items():
         kind, *_ = key.split()
