@@ -71,3 +71,12 @@ def test_decoding_loads_the_weights_by_descriptors():
     kernels = compiled(calls.experts(DECODE, BF16)["inference"])
     products = {kernel.kernel: LOAD in kernel.ptx for kernel in kernels if "mma" in kernel.ptx}
     assert products == {"_expert_up_kernel": True, "grouped_gemm_kernel": True}
+
+
+def test_rows_move_in_pieces_of_16_bytes():
+    kernels = compiled(*calls.experts(TRAINING, BF16).values())
+    found = {kernel.kernel: kernel.ptx for kernel in kernels}
+    for name in ("copy_rows_kernel", "sum_rows_kernel"):
+        moves = [line.split()[-1] for line in found[name].splitlines() if ".global" in line]
+        assert ".v4.b32" in found[name], moves
+        assert ".global.b16" not in found[name], moves

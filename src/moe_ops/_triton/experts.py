@@ -25,7 +25,7 @@ from moe_ops._triton.descriptors import (
 from moe_ops._triton.gemm import GroupedGemm
 from moe_ops._triton.hopper import describe_b, describe_parts, kernels
 from moe_ops._triton.kernels.experts import _expert_activation_bwd_kernel, _expert_up_kernel
-from moe_ops._triton.launch import cdiv, launch, next_power_of_2, strides
+from moe_ops._triton.launch import cdiv, launch, next_power_of_2, strides, unit_of
 from moe_ops._triton.plan import PERSISTENT
 from moe_ops._triton.rows import copy_rows, gather_rows
 from moe_ops._triton.schedule import Rows, TileSchedule
@@ -347,12 +347,13 @@ class DownBackward:
         routed, rows, scale = self.routed, self.routed.rows, self.scale
         width = self.weight.shape[2]
         block_rows, block_i, warps = _activation_block(width)
+        unit = unit_of(width)
         z = z.contiguous()
         launch(
             _expert_activation_bwd_kernel, (cdiv(rows.num_rows, block_rows),),
             dh, z, scale, rows.gather, self.offsets[1, -1:], dz, h, dots,
-            rows.num_rows, width, rows.top_k, routed.activation.bound, *strides(scale),
-            ROWS=block_rows, BLOCK_I=block_i, GATED=routed.gated, INTERLEAVED=routed.interleaved,
+            rows.num_rows, width // unit, rows.top_k, routed.activation.bound, *strides(scale),
+            UNIT=unit, ROWS=block_rows, BLOCK_I=block_i, GATED=routed.gated, INTERLEAVED=routed.interleaved,
             HAS_SCALE=scale is not None, LOAD_DH=dh is not None, STORE_DZ=dz is not None,
             STORE_H=h is not None, STORE_DOTS=dots is not None, num_warps=warps,
             **routed.activation.options,

@@ -27,6 +27,18 @@ def strides(matrix: torch.Tensor | None) -> tuple[int, ...]:
     return (0, 0) if matrix is None else matrix.stride()
 
 
+def unit_of(*sizes: int) -> int:
+    """Return 8 if it divides all sizes and 16 does not, else 1.
+
+    Kernels take sizes in this unit (kernels/rows.py says why). Where 16 divides them, Triton learns
+    that by itself.
+    """
+    if any(size % 8 for size in sizes) or not any(size % 16 for size in sizes):
+        return 1
+    # A size of 64 bits stays one: in units it might be taken for one of 32.
+    return 8 if max(sizes) < 2**31 else 1
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],

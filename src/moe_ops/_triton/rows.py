@@ -15,7 +15,7 @@ from moe_ops._triton.kernels.rows import (
     sum_parts_kernel,
     sum_rows_kernel,
 )
-from moe_ops._triton.launch import cdiv, launch, next_power_of_2, strides
+from moe_ops._triton.launch import cdiv, launch, next_power_of_2, strides, unit_of
 
 
 def inverse_permutation(indices: torch.Tensor) -> torch.Tensor:
@@ -40,10 +40,13 @@ def copy_rows(input: torch.Tensor, rows: torch.Tensor, top_k: int) -> torch.Tens
         return output
     # A program copies whole rows if registers allow: each write is then one piece of memory.
     block_h = min(4096, next_power_of_2(hidden_size))
+    stride = input.stride(0)
+    unit = unit_of(stride, hidden_size)
     launch(
         copy_rows_kernel, (num_tokens, cdiv(hidden_size, block_h)),
-        input, rows.contiguous(), output, *input.stride(), output.shape[0], hidden_size, top_k,
-        BLOCK_H=block_h, num_warps=8 if block_h == 4096 else 4,
+        input, rows.contiguous(), output, stride // unit, input.stride(1), output.shape[0],
+        hidden_size // unit, top_k,
+        BLOCK_H=block_h, UNIT=unit, num_warps=8 if block_h == 4096 else 4,
         on=input,
     )  # fmt: skip
     return output
@@ -66,13 +69,14 @@ def sum_rows(
     if output.numel() == 0:
         return output
     block_h = min(1024, next_power_of_2(hidden_size))
+    stride = input.stride(0)
+    unit = unit_of(stride, hidden_size)
     launch(
         sum_rows_kernel, (output.shape[0], cdiv(hidden_size, block_h)),
         input, None if rows is None else rows.contiguous(), weights, used_rows, output,
-        *input.stride(), *strides(weights),
-        num_rows, hidden_size,
+        stride // unit, input.stride(1), *strides(weights), num_rows, hidden_size // unit,
         TOP_K=top_k, BLOCK_H=block_h, HAS_ROWS=rows is not None, HAS_WEIGHTS=weights is not None,
-        HAS_USED=used_rows is not None,
+        HAS_USED=used_rows is not None, UNIT=unit,
         on=input,
     )  # fmt: skip
     return output
@@ -96,13 +100,15 @@ def gather_rows(
     if output.numel() == 0:
         return output
     block_h = min(2048, next_power_of_2(hidden_size))
+    stride = input.stride(0)
+    unit = unit_of(stride, hidden_size)
     launch(
         gather_rows_kernel, (num_rows, cdiv(hidden_size, block_h)),
         input, None if gather_indices is None else gather_indices.contiguous(), weights, output,
-        *input.stride(), *strides(weights),
-        num_rows, hidden_size, max(divisor, 1), top_k,
+        stride // unit, input.stride(1), *strides(weights),
+        num_rows, hidden_size // unit, max(divisor, 1), top_k,
         HAS_GATHER=gather_indices is not None, MOVES=divisor > 0,
-        HAS_WEIGHTS=weights is not None, BLOCK_H=block_h,
+        HAS_WEIGHTS=weights is not None, BLOCK_H=block_h, UNIT=unit,
         on=input,
     )  # fmt: skip
     return output

@@ -174,15 +174,16 @@ def _expert_activation_bwd_kernel(
     ROWS: tl.constexpr, BLOCK_I: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     ACTIVATION: tl.constexpr, HAS_LIMIT: tl.constexpr, HAS_SCALE: tl.constexpr,
     LOAD_DH: tl.constexpr, STORE_DZ: tl.constexpr, STORE_H: tl.constexpr,
-    STORE_DOTS: tl.constexpr,
+    STORE_DOTS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Compute dz = s * dh * act'(z), sh = s * h and dots[slot] = <dh, h> of each row.
 
     s is the router weight of the row's slot, or 1 without HAS_SCALE. Without LOAD_DH only sh is
     made. Grid (cdiv(num_rows, ROWS),): one program owns ROWS rows. Needs nothing initialised. Rows
     from used_ptr[0] on belong to no expert: their dots are zeros, their dz and sh are not written.
-    sh may be dh itself, since a block is read before it is written.
+    sh may be dh itself, since a block is read before it is written. width is in units (rows.py).
     """
+    width *= UNIT
     W = 2 * width if GATED else width
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     in_rows = rows < num_rows

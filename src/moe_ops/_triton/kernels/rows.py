@@ -5,6 +5,10 @@ T num_tokens, K top_k, H hidden_size, R = T * K routed rows; slot = token * K + 
 
 A row whose index is out of range gets the width 0: nothing is read or written there. No kernel here
 needs anything initialised.
+
+Triton learns of an integer only whether 16 divides it. So widths and strides of 8 * n elements, whose
+rows are whole pieces of 16 bytes, are passed as n with UNIT 8; without that a thread would move 2
+bytes at a time. Elsewhere UNIT is 1.
 """
 
 import triton
@@ -25,13 +29,15 @@ def invert_permutation_kernel(indices_ptr, inverse_ptr, num_rows, BLOCK: tl.cons
 @triton.jit(do_not_specialize=["num_rows"])
 def copy_rows_kernel(
     input_ptr, rows_ptr, output_ptr, stride_t, stride_h, num_rows, hidden_size, top_k,
-    BLOCK_H: tl.constexpr,
+    BLOCK_H: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Copy each token's row to its top_k rows: output[rows[t * top_k + k]] = input[t].
 
     Grid (num_tokens, cdiv(hidden_size, BLOCK_H)): one program owns BLOCK_H columns of a token and
     reads them once.
     """
+    stride_t *= UNIT
+    hidden_size *= UNIT
     token = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask = h < hidden_size
@@ -47,7 +53,7 @@ def sum_rows_kernel(
     input_ptr, rows_ptr, weights_ptr, used_ptr, output_ptr,
     stride_r, stride_h, stride_wt, stride_wk, num_rows, hidden_size,
     TOP_K: tl.constexpr, BLOCK_H: tl.constexpr, HAS_ROWS: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr, HAS_USED: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, HAS_USED: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Sum each token's rows: output[t] = sum_k weights[t, k] * input[rows[t * TOP_K + k]].
 
@@ -55,6 +61,8 @@ def sum_rows_kernel(
     BLOCK_H)): one program owns BLOCK_H columns of a token. It sums in fp32, in the order of k. With
     HAS_USED it does not read the rows from used_ptr[0] on: they count as zeros.
     """
+    stride_r *= UNIT
+    hidden_size *= UNIT
     if HAS_USED:
         num_rows = tl.minimum(num_rows, tl.load(used_ptr))
     token = tl.program_id(0).to(tl.int64)
@@ -80,7 +88,7 @@ def gather_rows_kernel(
     input_ptr, gather_ptr, weights_ptr, output_ptr,
     stride_r, stride_h, stride_wt, stride_wk, num_rows, hidden_size, divisor, top_k,
     HAS_GATHER: tl.constexpr, MOVES: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    BLOCK_H: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Copy rows into expert order: output[i] = weights[slot] * input[slot // divisor].
 
@@ -88,6 +96,8 @@ def gather_rows_kernel(
     input[i] is read. Grid (num_rows, cdiv(hidden_size, BLOCK_H)): one program owns BLOCK_H columns
     of a row.
     """
+    stride_r *= UNIT
+    hidden_size *= UNIT
     i = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     slot = i
