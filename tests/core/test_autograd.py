@@ -287,7 +287,9 @@ def test_the_arguments_without_a_gradient():
     }
 
 
-@pytest.mark.parametrize(("name", "argument"), WITHOUT_GRADIENT, ids=str)
+@pytest.mark.parametrize(
+    ("name", "argument"), WITHOUT_GRADIENT, ids=[f"{name}-{a.name}" for name, a in WITHOUT_GRADIENT]
+)
 def test_an_argument_without_a_gradient_is_refused_or_ignored(name, argument):
     """First it alone requires grad, then the others do too."""
     sample = every_argument(name)
