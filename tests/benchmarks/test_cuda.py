@@ -124,7 +124,7 @@ def test_whole_flow(tmp_path):
         (projection, name) for projection in suite.PROJECTIONS for name in PASSES
     }
     assert set(cases["gemm"][0]["ratio"]) == {"torch", "torch permuted", "dense", "permuted"}
-    assert {c["call"]: c["kernels"] for c in cases["dispatch"]}["routing_indices"] == 2
+    assert {c["call"]: c["kernels"] for c in cases["dispatch"]}["routing_indices"] == 1
     assert [c["triton_cache"] for c in cases["first-call"]] == ["empty", "warm", "warm"]
     assert [c["when"] for c in cases["ceilings"]] == ["start", "end"]
 

@@ -6,6 +6,8 @@ tests/gpu/test_replay.py tests the same on CUDA, with the CUDA driver.
 
 import ctypes
 import gc
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -281,6 +283,98 @@ def test_what_cannot_be_recorded_is_called(implementation):
     assert not called.replays.records
 
 
+class Failing(HostDriver):
+    """A driver that lacks something."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def launch(self, compiled, grid, values):
+        raise self.error
+
+    def zero(self, pointer, size):
+        raise TypeError
+
+
+@pytest.mark.parametrize("error", [KeyError("block"), AttributeError("x"), NotImplementedError()])
+def test_a_driver_that_fails_never_fails_a_call(error):
+    def zeros_and_add(input):
+        output = input.new_zeros(input.shape)
+        add(input, 1.0, output)
+        return output
+
+    for implementation in (zeros_and_add, lambda input: twice_plus(input, 0.5)):
+        called = Called(implementation)
+        called.replays._driver = Failing(error)
+        for _ in range(6):
+            called(torch.randn(4))
+        assert called.times == 6
+        assert len(called.replays.not_recorded) == 1
+
+
+def test_a_call_that_fails_is_recorded_when_it_works():
+    memory = [True, False, True, True, True]
+
+    def add_with_luck(input):
+        if not memory[called.times - 1]:
+            raise torch.OutOfMemoryError("no memory")
+        return twice_plus(input, 0.5)
+
+    called = Called(add_with_luck)
+    x = torch.randn(4)
+    called(x)
+    with pytest.raises(torch.OutOfMemoryError):
+        called(x)
+    assert recorder() is None
+    for _ in range(3):
+        output = called(x)
+    assert called.times == 3
+    torch.testing.assert_close(output, x + 1)
+
+
+def test_an_expanded_output_is_not_taken_for_its_memory():
+    def expanded(input):
+        made = input.new_empty(4)
+        add(input, 1.0, made)
+        return made[:2].unsqueeze(1).expand(2, 2)
+
+    called = Called(expanded)
+    x = torch.randn(4)
+    for _ in range(4):
+        output = called(x)
+    assert output.stride() == (1, 0)
+    torch.testing.assert_close(output, (x[:2] + 1).unsqueeze(1).expand(2, 2))
+
+
+def test_a_meta_tensor_is_no_memory():
+    def with_meta(input):
+        torch.empty_strided((2**62,), (1,), dtype=torch.uint8, device="meta")
+        return twice_plus(input, 0.5)
+
+    called = Called(with_meta)
+    x = torch.randn(4)
+    for _ in range(4):
+        output = called(x)
+    assert called.times == 2
+    torch.testing.assert_close(output, x + 1)
+
+
+def test_recording_does_not_import_dynamo():
+    script = """
+import sys
+import torch
+from moe_ops._triton.recorder import Recorder
+with Recorder([torch.ones(3)], driver=None) as watching:
+    torch.empty(3).view(3, 1)
+assert watching.obstacle is None and len(watching.buffers) == 1
+assert "torch._dynamo" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_arguments_that_share_memory_are_not_recorded():
     def sums(input, other):
         output = torch.empty_like(input)
@@ -289,9 +383,17 @@ def test_arguments_that_share_memory_are_not_recorded():
 
     called = Called(sums)
     x = torch.randn(4)
-    for _ in range(3):
+    for _ in range(5):
         called(x, x)
-    assert called.times == 3
+    assert called.times == 5
+    # Others with the same key are.
+    for _ in range(3):
+        output = called(x, x + 1)
+    assert called.times == 6
+    torch.testing.assert_close(output, x + 2)
+    # Then even those that share memory are replayed: a record knows which argument it reads.
+    torch.testing.assert_close(called(x, x), x + 1)
+    assert called.times == 6
     # Apart in one storage is apart.
     called, both = Called(sums), torch.randn(8)
     for _ in range(4):
@@ -344,10 +446,13 @@ def test_a_changed_precision_is_not_replayed():
     before = matmul.fp32_precision
     matmul.fp32_precision = "tf32"
     try:
-        called(x, 1.0)
+        for _ in range(3):
+            called(x, 1.0)
+        assert called.times == 3
     finally:
         matmul.fp32_precision = before
-    assert called.times == 3
+    called(x, 1.0)
+    assert called.times == 4
 
 
 def test_a_changed_table_forgets_the_records():
@@ -358,6 +463,24 @@ def test_a_changed_table_forgets_the_records():
     replay.forget()
     called(x, 1.0)
     assert called.times == 3
+
+
+def test_what_is_recorded_while_records_are_forgotten_is_not_kept():
+    factor = [1.0]
+
+    def add_factor(input):
+        output = torch.empty_like(input)
+        add(input, factor[0], output)
+        if called.times == 2:
+            factor[0] = 2.0
+            replay.forget()
+        return output
+
+    called = Called(add_factor)
+    x = torch.randn(4)
+    for _ in range(5):
+        output = called(x)
+    torch.testing.assert_close(output, x + 2)
 
 
 def test_many_keys_are_bounded(monkeypatch):

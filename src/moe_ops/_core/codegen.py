@@ -118,11 +118,12 @@ def _kernel_of(schema: OpSchema) -> str:
     tensors = ", ".join(a.name for a in schema.tensors)
     body = [
         "nonlocal _implementation, _replays",
+        "_key = None",
         *_replay(schema),
         *_Body(schema, symbolic=False).checks(),
         "if _implementation is None:",
         "    _implementation, _replays = _load()",
-        "elif _replays is not None:",
+        "elif _key is not None:",
         f"    return _replays.call(_key, ({tensors},), {names})",
         f"return _implementation({names})",
     ]

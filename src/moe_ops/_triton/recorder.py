@@ -6,9 +6,10 @@ Slots number the tensors of a call: first its inputs, then those that it allocat
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -70,24 +71,31 @@ class Buffer(NamedTuple):
 class Recorder(TorchDispatchMode):
     """Watch the call that is made inside `with`.
 
+    Nothing that goes wrong here reaches the call: it becomes the obstacle, why the call cannot be
+    recorded.
+
     Args:
-        inputs: the tensors that the call gets, and None for those that it does not.
+        inputs: the tensors that the call gets, and None for those that it does not. The first is a
+            tensor. No two share memory.
         driver: what makes launches.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Skipping would import torch._dynamo, which takes a second.
+        return False
+
     def __init__(self, inputs: Sequence[torch.Tensor | None], driver: Driver) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.driver = driver
+        assert inputs[0] is not None
+        self.driver, self._device = driver, inputs[0].device
         self.num_inputs = len(inputs)
         self.buffers: list[Buffer] = []
         self.launches: list[Launch] = []
         self.obstacle: str | None = None
         # Where each slot's memory begins and ends. Memory that was freed may be allocated again:
         # then the newest slot counts.
-        self._ranges = [_range(t) for t in inputs]
-        taken = sorted(r for r in self._ranges if r[0] < r[1])
-        if any(a[1] > b[0] for a, b in itertools.pairwise(taken)):
-            self.obstacle = "two arguments share memory"
+        self._ranges = [memory_range(t) for t in inputs]
 
     def __enter__(self) -> Recorder:
         _thread.recorder = self
@@ -102,27 +110,38 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in _EMPTY or func in _ZEROS:
+        if self.obstacle is None:
+            with self._obstacles(str(func)):
+                self._note(func, args, result)
+        return result
+
+    def _note(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
+        if func in _EMPTY:
             self._allocated(result)
-            if func in _ZEROS:
-                self._zeroed(result)
+        elif func in _ZEROS:
+            self._allocated(result)
+            self._zeroed(result)
         elif func is _aten.zero_.default:
             self._zeroed(result)
         elif func._schema.is_mutable or not _is_view(result, args):
-            self.obstacle = f"it calls {func}"
-        return result
+            raise UnrecordableError("it computes")
 
     def launched(
         self, kernel: Any, compiled: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]
     ) -> None:
         """Note a launch: the kernel, what Triton compiled it to, and its positional arguments."""
-        if self.obstacle is not None:
-            return
+        if self.obstacle is None:
+            with self._obstacles(kernel.__name__):
+                values = dict(zip(kernel.arg_names, map(self._value, arguments), strict=False))
+                self.launches.append(self.driver.launch(compiled, grid, values))
+
+    @contextlib.contextmanager
+    def _obstacles(self, what: str) -> Iterator[None]:
+        # Another Triton may lack anything that direct.py reads: then Triton goes on launching.
         try:
-            values = dict(zip(kernel.arg_names, map(self._value, arguments), strict=False))
-            self.launches.append(self.driver.launch(compiled, grid, values))
-        except (UnrecordableError, NotImplementedError) as reason:
-            self.obstacle = f"{kernel.__name__}: {reason}"
+            yield
+        except Exception as reason:  # noqa: BLE001
+            self.obstacle = f"{what}: {reason!r}"
 
     def _value(self, argument: Any) -> Any:
         """Return an argument with pointers in place of tensors."""
@@ -144,6 +163,9 @@ class Recorder(TorchDispatchMode):
         raise UnrecordableError("a tensor is neither an argument nor allocated by the call")
 
     def _allocated(self, tensor: torch.Tensor) -> None:
+        if tensor.device != self._device:
+            # Nothing that a launch could use: a meta tensor, for its strides.
+            return
         num_bytes = tensor.untyped_storage().nbytes()
         self.buffers.append(Buffer(tuple(tensor.shape), tensor.stride(), tensor.dtype, num_bytes))
         begin = tensor.data_ptr()
@@ -151,12 +173,18 @@ class Recorder(TorchDispatchMode):
 
     def _zeroed(self, tensor: torch.Tensor) -> None:
         if not tensor.is_contiguous():
-            self.obstacle = "it zeros a tensor that is not contiguous"
-        elif (pointer := self.pointer(tensor)) is not None:
+            raise UnrecordableError("it zeros a tensor that is not contiguous")
+        if (pointer := self.pointer(tensor)) is not None:
             self.launches.append(self.driver.zero(pointer, tensor.numel() * tensor.itemsize))
 
 
-def _range(tensor: torch.Tensor | None) -> tuple[int, int]:
+def share_memory(tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Return whether the memory of any two tensors overlaps."""
+    taken = sorted(r for r in map(memory_range, tensors) if r[0] < r[1])
+    return any(a[1] > b[0] for a, b in itertools.pairwise(taken))
+
+
+def memory_range(tensor: torch.Tensor | None) -> tuple[int, int]:
     """Return the addresses between which the elements of a tensor lie; (0, 0) if it has none."""
     if tensor is None or tensor.numel() == 0:
         return 0, 0

@@ -34,7 +34,9 @@ from moe_ops._triton.recorder import (
     Recorder,
     Tensors,
     UnrecordableError,
+    memory_range,
     recorder,
+    share_memory,
 )
 from moe_ops.configs import cache
 
@@ -78,7 +80,7 @@ class Record:
             raise UnrecordableError(watched.obstacle)
         self._driver = watched.driver
         self._device, self._index = first.device, first.get_device()
-        self._precision = _fp32_precision() if first.dtype == torch.float32 else None
+        self._precision = _uses_tf32() if first.dtype == torch.float32 else None
         self._is_tuple = isinstance(result, tuple)
         buffers = dict(enumerate(watched.buffers, watched.num_inputs))
         self._later_slots = [0] * len(buffers)
@@ -97,7 +99,7 @@ class Record:
 
     def __call__(self, *addresses: int) -> Tensors | None:
         """Do the call again with other tensors; None if it must be done in Python this time."""
-        if _has_hooks() or self._precision not in (None, _fp32_precision()):
+        if _has_hooks() or self.is_stale():
             return None
         if not self._lock.acquire(blocking=False):
             return None
@@ -108,6 +110,10 @@ class Record:
                 return self._replay([*addresses, *self._later_slots])
         finally:
             self._lock.release()
+
+    def is_stale(self) -> bool:
+        """Return whether products of fp32 are now computed otherwise than in the recorded call."""
+        return self._precision not in (None, _uses_tf32())
 
     def _replay(self, addresses: list[int]) -> Tensors:
         device, empty = self._device, torch.empty_strided
@@ -134,9 +140,9 @@ class Record:
         return outputs if self._is_tuple else outputs[0]
 
 
-def _fp32_precision() -> str:
-    """Return how products of fp32 are computed: launches follow torch's own setting."""
-    return torch.backends.cuda.matmul.fp32_precision
+def _uses_tf32() -> bool:
+    """Return whether products of fp32 are computed in TF32: launches follow torch's own setting."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _output(watched: Recorder, buffers: dict[int, Buffer], tensor: torch.Tensor) -> Output:
@@ -153,7 +159,9 @@ def _output(watched: Recorder, buffers: dict[int, Buffer], tensor: torch.Tensor)
     if tensor.dtype != buffer.dtype:
         raise UnrecordableError("it returns a view of another dtype")
     size, stride = tuple(tensor.shape), tensor.stride()
-    if pointer.offset == 0 and tensor.numel() * tensor.itemsize == buffer.num_bytes:
+    begin, end = memory_range(tensor)
+    is_dense = end - begin == tensor.numel() * tensor.itemsize
+    if pointer.offset == 0 and is_dense and end - begin == buffer.num_bytes:
         buffers[pointer.slot] = buffer._replace(size=size, stride=stride)
         return Output(pointer.slot, None)
     return Output(pointer.slot, (size, stride, pointer.offset // tensor.itemsize))
@@ -201,20 +209,30 @@ class Replays:
 
     # Keys that are remembered. A model has tens of them for each number of tokens.
     _MOST_KEPT = 512
+    # Calls with one key that are recorded before that is given up.
+    _MOST_TRIES = 3
+    # While a mode is on, torch keeps flags that threads share: only one may record at a time.
+    _recording = threading.Lock()
 
     def __init__(
         self, implementation: Callable[..., Tensors], driver: Driver | None = None
     ) -> None:
         self.records: dict[Any, Record] = {}
         self._implementation, self._driver = implementation, driver or Cuda()
-        self._seen: set[Any] = set()
-        self._tried: set[Any] = set()
+        # How many calls each key had, up to those of which none could be recorded.
+        self._calls: dict[Any, int] = {}
         _all_replays.append(self)
+
+    @property
+    def not_recorded(self) -> list[Any]:
+        """Return the keys whose calls were watched and could not be recorded."""
+        return [key for key, n in self._calls.items() if n > 1 and key not in self.records]
 
     def forget(self) -> None:
         """Forget all records."""
-        for kept in (self.records, self._seen, self._tried):
-            kept.clear()
+        # A call that is being recorded keeps the old dictionary, and its record goes with that.
+        self._calls = {}
+        self.records = {}
 
     def call(self, key: Any, tensors: tuple[torch.Tensor | None, ...], *args: Any) -> Tensors:
         """Call the implementation; the second call with a key is recorded.
@@ -224,26 +242,34 @@ class Replays:
             tensors: those of the arguments that are tensors, in their order.
             args: all arguments.
         """
-        if key in self._tried or recorder() is not None or _has_hooks():
+        calls, records = self._calls, self.records
+        known = records.get(key)
+        if known is not None and known.is_stale():
+            del records[key]
+            calls[key] = 1
+        times = calls.get(key, 0)
+        if times == 0:
+            if len(calls) >= self._MOST_KEPT:
+                self.forget()
+            self._calls[key] = 1
             return self._implementation(*args)
-        if key in self._seen:
-            self._tried.add(key)
-            return self._record(key, tensors, args)
-        if len(self._seen) >= self._MOST_KEPT:
-            self.forget()
-        self._seen.add(key)
-        return self._implementation(*args)
-
-    def _record(
-        self, key: Any, tensors: tuple[torch.Tensor | None, ...], args: tuple[Any, ...]
-    ) -> Tensors:
-        watching = Recorder(tensors, self._driver)
-        with watching:
-            result = self._implementation(*args)
+        is_done = times > self._MOST_TRIES or key in records
+        # Of arguments that share memory nobody could tell which one a launch uses.
+        if is_done or recorder() is not None or _has_hooks() or share_memory(tensors):
+            return self._implementation(*args)
+        if not self._recording.acquire(blocking=False):
+            return self._implementation(*args)
         try:
-            self.records[key] = Record(watching, result, args[0])
+            watching = Recorder(tensors, self._driver)
+            with watching:
+                result = self._implementation(*args)
+        finally:
+            self._recording.release()
+        calls[key] = times + 1
+        try:
+            records[key] = Record(watching, result, args[0])
         except UnrecordableError as reason:
-            name = getattr(self._implementation, "__name__", "an implementation")
+            name = getattr(self._implementation, "func", self._implementation).__name__
             logger.debug("moe_ops: a call of %s is not replayed: %s", name, reason)
         return result
 
