@@ -303,7 +303,7 @@ def test_refuses_fp64(name):
             given = on_device.arguments[argument]
             if given is None:
                 continue
-            with pytest.raises(TypeError, match=rf"moe::{name}: .*float64"):
+            with pytest.raises(TypeError, match=rf"moe::{schema.called}: .*float64"):
                 on_device(**{argument: given.double()})
 
 
