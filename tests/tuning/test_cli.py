@@ -161,7 +161,8 @@ def test_rejects_more_experts_a_token_than_there_are(capsys):
 
 @pytest.mark.parametrize("option", ["--top-k=0", "--num-tokens=0"])
 def test_rejects_sizes_below_one(fake_gpu, option, capsys):
-    assert failure(capsys, *SIZES, option).endswith("expected sizes of 1 or more, got 0")
+    name = option.removeprefix("--").removesuffix("=0").replace("-", "_")
+    assert failure(capsys, *SIZES, option).endswith(f"expected {name} >= 1, got 0")
 
 
 @pytest.mark.parametrize("op", sorted(library.OPS))

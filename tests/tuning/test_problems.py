@@ -91,7 +91,7 @@ def test_rejects_dtypes(dtype):
 
 
 def test_rejects_no_tokens():
-    with pytest.raises(ValueError, match="expected sizes of 1 or more, got 0"):
+    with pytest.raises(ValueError, match="expected num_tokens >= 1, got 0"):
         tasks_of([EXPERTS], [4, 0])
 
 

@@ -177,8 +177,11 @@ def _lines(device: Device, rows: list[tuple[tuning.Experts, list[Row]]]) -> Iter
         )
         if note := _padding(layer, device):
             yield f"  {note}"
-        for row in of_layer:
+        for last, row in zip((None, *of_layer), of_layer, strict=False):
             on_top = "" if row.epilogue == "none" else f", {row.epilogue.replace('_', ' ')}"
+            if last is not None and (last.projection, last.kind) == (row.projection, row.kind):
+                # Of the two one runs. Sizes alone do not tell which.
+                on_top = ", in place of the last for gelu or interleaved gate and up"
             yield f"  {row.projection:<5} {row.kind:<12} {row.kernel:<12} {row.source}{on_top}"
             yield f"        {tuning.describe(_config_of(row))}"
             if row.neighbour is not None:

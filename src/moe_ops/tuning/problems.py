@@ -145,9 +145,14 @@ def products_of(
         raise ValueError(
             f"moe_ops.tune: expected a dtype of bfloat16, float16, float32, got {layer.dtype}"
         )
-    for size in (layer.num_experts, layer.top_k, *layer.up, *layer.down, num_tokens):
+    hidden_size, width = layer.down
+    sizes = {
+        "num_experts": layer.num_experts, "top_k": layer.top_k, "hidden_size": hidden_size,
+        "intermediate_size": width, "num_tokens": num_tokens,
+    }  # fmt: skip
+    for name, size in sizes.items():
         if size < 1:
-            raise ValueError(f"moe_ops.tune: expected sizes of 1 or more, got {size}")
+            raise ValueError(f"moe_ops.tune: expected {name} >= 1, got {size}")
     rows = rows_bucket(num_tokens * layer.top_k, layer.num_experts)
     dtype = str(layer.dtype).removeprefix("torch.")
 
