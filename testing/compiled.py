@@ -26,9 +26,11 @@ from moe_ops.configs.device import KNOWN_GPUS, Device
 GPUS = {
     "sm_75": KNOWN_GPUS["T4"],
     "sm_80": KNOWN_GPUS["A100"],
+    "sm_86": KNOWN_GPUS["RTX3090"],
     "sm_89": KNOWN_GPUS["L4"],
     "sm_90": KNOWN_GPUS["H200"],
     "sm_100": KNOWN_GPUS["B200"],
+    "sm_120": KNOWN_GPUS["RTX5090"],
 }
 
 
@@ -37,6 +39,7 @@ class Resources:
     """The resources of one compiled kernel: bytes of shared memory a block, of stack a thread."""
 
     kernel: str
+    warps: int
     shared: int
     stack: int
     registers: int
@@ -102,4 +105,5 @@ def _resources(compiled: Any) -> Resources:
     numbers = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
     # A register that is spilled has its place on the stack, an array that is indexed too.
     stack = max(numbers["STACK"], numbers["LOCAL"])
-    return Resources(name, compiled.metadata.shared, stack, numbers["REG"], compiled.asm["ptx"])
+    meta = compiled.metadata
+    return Resources(name, meta.num_warps, meta.shared, stack, numbers["REG"], compiled.asm["ptx"])

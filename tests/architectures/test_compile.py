@@ -52,7 +52,8 @@ EVERY_FLAG = ("permute_x-weights-bias", "permute_y-weights-bias")
 SPILL_LIMIT = 128
 # These multiply matrices of 16-bit floats. For sm_75 Triton has only FMA.
 TENSOR_CORES = {
-    "sm_80": "mma.sync", "sm_89": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma",
+    "sm_80": "mma.sync", "sm_86": "mma.sync", "sm_89": "mma.sync", "sm_90": "wgmma.mma_async",
+    "sm_100": "tcgen05.mma", "sm_120": "mma.sync",
 }  # fmt: skip
 
 STORE: dict[str, Any] = {"use_tma_store": True, "warp_specialize": True}

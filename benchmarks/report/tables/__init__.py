@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from benchmarks.report.columns import Table
-from benchmarks.report.tables import experts, host, model, ops, sweep
+from benchmarks.report.tables import compiled, experts, host, model, ops, sweep
 
 CPU = ops.CPU
 # By part of a GPU run, in the order of the page.
@@ -27,4 +27,5 @@ TABLES: dict[str, tuple[Table, ...]] = {
     "sweep": (sweep.MEANS, sweep.SHAPES),
     "named": (sweep.MEANS, sweep.SHAPES),
     "model": (model.MODEL,),
+    "compiled": (compiled.COMPILED,),
 }

@@ -55,6 +55,7 @@ def device_of(device: torch.device) -> Device:
 KNOWN_GPUS: dict[str, Device] = {
     "T4": Device("Tesla T4", (7, 5), 64 * 1024, 40),
     "A100": Device("NVIDIA A100-SXM4-80GB", (8, 0), 163 * 1024, 108),
+    "RTX3090": Device("NVIDIA GeForce RTX 3090", (8, 6), 99 * 1024, 82),
     "L4": Device("NVIDIA L4", (8, 9), 99 * 1024, 58),
     "L40S": Device("NVIDIA L40S", (8, 9), 99 * 1024, 142),
     "RTX4090": Device("NVIDIA GeForce RTX 4090", (8, 9), 99 * 1024, 128),
