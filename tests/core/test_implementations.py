@@ -92,8 +92,7 @@ def check_parameters(op, implementation):
     assert spec is not None
     tree = ast.parse(Path(str(spec.origin)).read_text(encoding="utf-8"))
     (node,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == attribute)
-    # `replayed` returns the function itself (tests/triton/test_replay.py); others might not.
-    assert [ast.unparse(d) for d in node.decorator_list] in ([], ["replayed"])
+    assert not node.decorator_list
     parameters = node.args
     assert (*parameters.posonlyargs, parameters.vararg, parameters.kwarg) == (None, None)
     arguments = op.schema.arguments

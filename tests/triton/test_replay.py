@@ -506,11 +506,6 @@ def test_a_large_temporary_is_freed_behind_its_last_launch(monkeypatch):
     torch.testing.assert_close(called(x, 1.0), x + 2)
 
 
-def test_replayed_marks_the_function_itself():
-    assert replay.replayed(copies) is copies
-    assert getattr(copies, "replays", None) is Replays
-
-
 def test_the_generated_kernel_asks_for_records_first():
     generated = codegen.generate(SCHEMAS["unpermute"])
     calls = []

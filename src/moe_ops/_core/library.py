@@ -48,6 +48,8 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "cpu": ("pytorch", "triton"),
     "cuda": ("triton", "pytorch"),
 }
+# What records the calls of an implementation on a GPU, to replay later ones.
+REPLAYS = {"triton": "moe_ops._triton.replay:Replays"}
 DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 ENVIRONMENT_VARIABLE = "MOE_OPS_IMPLEMENTATION"
 
@@ -170,18 +172,10 @@ class Op:
 
     def _load(self, name: str) -> Callable[..., Tensors]:
         """Return the implementation `name` with its flags bound."""
-        function, flags = self._imported(name), self.flags[name]
-        return functools.partial(function, **flags) if flags else function
-
-    def _imported(self, name: str) -> Callable[..., Tensors]:
-        """Return the implementation `name`; import it where it is a string."""
-        function = self.implementations[name]
+        function, flags = self.implementations[name], self.flags[name]
         if isinstance(function, str):
-            module, _, attribute = function.partition(":")
-            function = cast(
-                Callable[..., Tensors], getattr(importlib.import_module(module), attribute)
-            )
-        return function
+            function = cast(Callable[..., Tensors], _imported(function))
+        return functools.partial(function, **flags) if flags else function
 
     @property
     def defaults(self) -> tuple[Any, ...]:
@@ -195,6 +189,12 @@ class _Autograd:
     forward: Op
 
 
+def _imported(name: str) -> Any:
+    """Return what "module:attribute" names."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
 def _device_kernel(op: Op, device_type: str) -> Callable[..., Tensors]:
     """Make the kernel of a device: it checks, then calls the implementation chosen at first."""
 
@@ -206,10 +206,9 @@ def _device_kernel(op: Op, device_type: str) -> Callable[..., Tensors]:
                 NAMESPACE, op.name, device_type, choice.name, choice.reason,
             )  # fmt: skip
         implementation = op._load(choice.name)
-        replays = getattr(op._imported(choice.name), "replays", None)
-        if replays is None or device_type == "cpu":
+        if device_type == "cpu" or choice.name not in REPLAYS:
             return implementation, None
-        return implementation, replays(implementation)
+        return implementation, _imported(REPLAYS[choice.name])(implementation)
 
     # If one tensor is on another device, the dispatcher calls that device's kernel, not the CPU's.
     return op.generated.kernel_of(load, device_type != "cpu")

@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from triton import knobs
@@ -41,8 +41,6 @@ from moe_ops._triton.recorder import (
 from moe_ops.configs import cache
 
 logger = logging.getLogger("moe_ops")
-
-Implementation = TypeVar("Implementation", bound=Callable[..., Tensors])
 
 # Temporary tensors of at most this many bytes share an allocation.
 _SMALL = 256 * 1024
@@ -284,12 +282,6 @@ def forget() -> None:
 
 
 cache.on_change.append(forget)
-
-
-def replayed(implementation: Implementation) -> Implementation:
-    """Let the op's kernel replay calls of an implementation that allocates and launches only."""
-    implementation.replays = Replays  # type: ignore[attr-defined]
-    return implementation
 
 
 def _has_hooks() -> bool:

@@ -19,13 +19,11 @@ import torch
 
 from moe_ops._triton.experts import Activation, DownBackward, RoutedRows, UpProjection
 from moe_ops._triton.gemm import GroupedGemm, grad_bias, grad_weight
-from moe_ops._triton.replay import replayed
 from moe_ops._triton.rows import copy_rows, sum_parts, sum_rows
 from moe_ops._triton.schedule import Rows, expert_offsets
 from moe_ops.ops.routing_indices.triton import routing_indices
 
 
-@replayed
 def fused_experts(
     hidden_states: torch.Tensor,
     gate_up_proj: torch.Tensor,
@@ -74,7 +72,6 @@ def fused_experts(
     return output, hidden_states.new_empty(0) if z is None else z, token_counts, gather, scatter
 
 
-@replayed
 def fused_experts_backward(
     grad_output: torch.Tensor,
     hidden_states: torch.Tensor | None,

@@ -6,12 +6,10 @@ from __future__ import annotations
 import torch
 
 from moe_ops._triton.gemm import GroupedGemm, grad_bias, grad_weight
-from moe_ops._triton.replay import replayed
 from moe_ops._triton.rows import gather_rows, sum_parts, sum_rows
 from moe_ops._triton.schedule import Rows, expert_offsets
 
 
-@replayed
 def grouped_gemm(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -41,7 +39,6 @@ def grouped_gemm(
     return output
 
 
-@replayed
 def grouped_gemm_dx(
     grad_output: torch.Tensor,
     weight: torch.Tensor,
@@ -85,7 +82,6 @@ def grouped_gemm_dx(
     return grad_input, grad_topk_weights
 
 
-@replayed
 def grouped_gemm_dw(
     grad_output: torch.Tensor,
     input: torch.Tensor,

@@ -7,14 +7,12 @@ import torch
 
 from moe_ops._triton.gemm import GroupedGemm
 from moe_ops._triton.launch import launch, strides
-from moe_ops._triton.replay import replayed
 from moe_ops._triton.rows import sum_parts, sum_rows
 from moe_ops._triton.schedule import Rows
 from moe_ops.fp8 import BLOCK
 from moe_ops.ops.grouped_gemm_fp8.kernels import grouped_gemm_fp8_kernel
 
 
-@replayed
 def grouped_gemm_fp8(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -44,7 +42,6 @@ def grouped_gemm_fp8(
     return output
 
 
-@replayed
 def grouped_gemm_fp8_dx(
     grad_output: torch.Tensor,
     weight: torch.Tensor,

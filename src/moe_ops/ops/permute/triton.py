@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import torch
 
-from moe_ops._triton.replay import replayed
 from moe_ops._triton.rows import copy_rows, inverse_permutation
 
 
-@replayed
 def permute(
     input: torch.Tensor,
     gather_indices: torch.Tensor,

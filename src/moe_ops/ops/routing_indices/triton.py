@@ -6,7 +6,6 @@ from __future__ import annotations
 import torch
 
 from moe_ops._triton.launch import cdiv, launch, next_power_of_2
-from moe_ops._triton.replay import replayed
 from moe_ops.ops.routing_indices.kernels import (
     _routing_indices_count_kernel,
     _routing_indices_place_kernel,
@@ -20,7 +19,6 @@ _MAX_CHUNKS = 256
 _COUNTS = 16384
 
 
-@replayed
 def routing_indices(
     topk_ids: torch.Tensor, num_experts: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

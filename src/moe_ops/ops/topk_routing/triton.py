@@ -6,14 +6,12 @@ from __future__ import annotations
 import torch
 
 from moe_ops._triton.launch import cdiv, launch, next_power_of_2
-from moe_ops._triton.replay import replayed
 from moe_ops.ops.topk_routing.kernels import _topk_routing_bwd_kernel, _topk_routing_fwd_kernel
 
 # A program holds this many elements of logits.
 _TILE = 2048
 
 
-@replayed
 def topk_routing(
     logits: torch.Tensor,
     top_k: int,
@@ -50,7 +48,6 @@ def topk_routing(
     return topk_weights, topk_ids
 
 
-@replayed
 def topk_routing_backward(
     grad_topk_weights: torch.Tensor,
     logits: torch.Tensor,

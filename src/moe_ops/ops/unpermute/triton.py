@@ -6,7 +6,6 @@ from __future__ import annotations
 import torch
 
 from moe_ops._triton.launch import launch, next_power_of_2
-from moe_ops._triton.replay import replayed
 from moe_ops._triton.rows import inverse_permutation, sum_rows
 from moe_ops.ops.unpermute.kernels import _unpermute_bwd_kernel
 
@@ -14,7 +13,6 @@ from moe_ops.ops.unpermute.kernels import _unpermute_bwd_kernel
 _BLOCK_BYTES = 8192
 
 
-@replayed
 def unpermute(
     input: torch.Tensor,
     gather_indices: torch.Tensor,
@@ -26,7 +24,6 @@ def unpermute(
     return sum_rows(input, rows, topk_weights, top_k)
 
 
-@replayed
 def unpermute_backward(
     grad_output: torch.Tensor,
     input: torch.Tensor,
