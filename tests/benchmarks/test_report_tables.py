@@ -168,4 +168,4 @@ def test_a_part_without_a_result_has_no_table(tmp_path):
 
 
 def test_every_part_has_tables():
-    assert set(TABLES) == {"ceilings", "sweep", "named", *PARTS}
+    assert set(TABLES) == {"ceilings", "sweep", "named", "compiled", *PARTS}
