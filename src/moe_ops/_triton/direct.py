@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launch compiled Triton kernels through the CUDA driver, without Triton's launcher.
 
-Triton's launcher looks at every argument at every launch: it takes 20 to 75 us for a kernel with 40
-arguments. Where only addresses change from one launch to the next, everything else can be packed
-once. What is left takes 6 to 8 us.
+Triton's launcher looks at every argument at every launch, and our kernels have up to 50. Where only
+addresses change from one launch to the next, everything else can be packed once. What is left takes
+6 to 8 us.
 
 The layout of a kernel's parameters is Triton's, and the driver knows it too. `DirectLaunch`
 compares the two. A kernel that does not fit is launched by Triton.
