@@ -8,7 +8,7 @@ import torch
 
 from moe_ops.configs.device import KNOWN_GPUS
 from moe_ops.configs.heuristics import heuristic
-from moe_ops.configs.problem import Operands, Problem
+from moe_ops.configs.problem import Operands, Problem, copies_rows
 from moe_ops.tuning import Experts, products_of
 
 H100, A100 = KNOWN_GPUS["H100"], KNOWN_GPUS["A100"]
@@ -31,23 +31,52 @@ def wishes(problem: Problem) -> set[str]:
 
 @pytest.mark.parametrize("hidden_size", [1000, 1008, 1016, 2040])
 @pytest.mark.parametrize("intermediate_size", [344, 352, 1400])
-def test_a_multiple_of_8_gets_the_kernels_of_a_multiple_of_16(hidden_size, intermediate_size):
-    """TMA's rule is 16 bytes. Only a narrow up projection differs: it then copies its rows first."""
+def test_a_multiple_of_8_gets_the_descriptors_of_a_multiple_of_16(hidden_size, intermediate_size):
+    """TMA's rule is 16 bytes."""
     for problem in products(layer(hidden_size, intermediate_size)):
-        config = heuristic(problem, H100)
         assert len(wishes(problem)) == 3
+        specialized = heuristic(problem, H100).warp_specialize
         if problem.has_activation:
-            assert config.warp_specialize == (hidden_size % 16 != 0 or intermediate_size == 1400)
+            assert specialized == (hidden_size % 16 == 0 and intermediate_size == 1400)
         else:
-            assert config.warp_specialize
+            assert specialized
 
 
-def test_narrow_tiles_where_rows_are_gathered_number_by_number():
-    """The addresses take the registers of a wider tile."""
-    up = products(layer(1000, 344, transposed=True))[0]
-    assert up.flags == ("gather", "transposed", "gated")
-    assert heuristic(up, H100).tile[1] == 128
-    assert heuristic(replace(up, in_features=1008), H100).tile[1] == 256
+@pytest.mark.parametrize(
+    ("kind", "out_features", "in_features", "transposed", "is_wide"),
+    [("forward", 4096, 2056, False, True), ("forward", 4104, 2048, False, False)]
+    + [("forward", 4104, 2048, True, True), ("backward_dX", 2048, 4096, False, False)]
+    + [("backward_dX", 2056, 4096, False, True), ("backward_dX", 2048, 4104, False, True)]
+    + [("backward_dX", 2048, 4104, True, False), ("backward_dW", 2048, 4096, False, False)]
+    + [("backward_dW", 2056, 4096, False, True), ("backward_dW", 2048, 4104, False, True)],
+)
+def test_a_wide_tile_where_rows_of_an_operand_begin_within_sectors(
+    kind, out_features, in_features, transposed, is_wide
+):
+    problem = Problem(kind, "bfloat16", 8, out_features, in_features, 1024, transposed=transposed)
+    config = heuristic(problem, H100)
+    assert config.warp_specialize
+    assert config.tile == ((128, 256, 64) if is_wide else (128, 128, 64))
+
+
+def test_a_wide_tile_where_a_long_contraction_has_a_narrow_result():
+    narrow = Problem("backward_dX", "bfloat16", 111, 8528, 672, 1024)
+    assert heuristic(narrow, H100).tile == (128, 256, 64)
+    assert heuristic(replace(narrow, in_features=2048), H100).tile == (128, 128, 64)
+
+
+def test_where_gathered_rows_are_copied_first():
+    """Where pointers would gather them number by number and TMA can load the copy."""
+    gather = Problem("forward", "bfloat16", 24, 688, 1000, 1024, gather=True)
+    assert copies_rows(gather, H100, Operands())
+    dx = Problem("backward_dX", "bfloat16", 24, 1000, 688, 64, gather=True, dots=True)
+    assert copies_rows(dx, H100, Operands())
+    for other in (
+        replace(gather, in_features=1008), replace(gather, rows=32), replace(gather, gather=False),
+    ):  # fmt: skip
+        assert not copies_rows(other, H100, Operands()), other
+    assert not copies_rows(gather, A100, Operands())
+    assert not copies_rows(gather, H100, Operands(x=False))
 
 
 def test_the_bound_decides_between_pingpong_and_cooperative():

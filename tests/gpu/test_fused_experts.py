@@ -29,6 +29,8 @@ SHAPES = {
     "gptoss": (700, 4, 8, 96, 360),
     "odd": (801, 2, 5, 257, 129),
     "one-expert": (300, 1, 1, 136, 200),
+    # Rows of every operand begin within sectors of 32 bytes.
+    "sectors": (1501, 3, 6, 1000, 344),
     "decode": (6, 4, 32, 512, 256),
     "decode-odd": (3, 2, 8, 131, 67),
     "narrow": (700, 2, 4, 3, 5),
@@ -48,10 +50,10 @@ def test_sizes_and_flags(shape, mode, dtype, seed):
         problem(
             SHAPES[shape],
             dtype,
-            # There are 7 x 9 x 3 cases. Strides that share no factor with these meet every pair.
+            # There are 8 x 9 x 3 cases. Strides that share no factor with these meet every pair.
             routing=ROUTINGS[seed // 5 % 4],
             layout=("contiguous", "transposed", "padded", "expert-last")[seed // 11 % 4],
-            index_dtype=(torch.int32, torch.int64)[seed // 2 % 2],
+            index_dtype=(torch.int32, torch.int64)[seed // 7 % 2],
             **MODES[mode],
         )
     )

@@ -45,12 +45,12 @@ def compiled(*called: Call) -> list[Resources]:
     return found
 
 
-def test_a_step_of_experts_runs_in_the_kernels_for_hopper():
+def test_a_step_of_experts_runs_in_wide_tiles():
     kernels = compiled(*calls.experts(TRAINING, BF16).values())
     products = [kernel for kernel in kernels if LOAD in kernel.ptx]
     assert {kernel.kernel for kernel in products} == {
-        "expert_up_pingpong_kernel", "grouped_gemm_pingpong_kernel",
-        "expert_down_bwd_pingpong_kernel", "grouped_gemm_bwd_dw_pingpong_kernel",
+        "_expert_up_kernel", "grouped_gemm_cooperative_kernel",
+        "expert_down_bwd_pingpong_kernel", "grouped_gemm_bwd_dw_cooperative_kernel",
     }  # fmt: skip
     assert not any("mma" in kernel.ptx for kernel in kernels if kernel not in products)
     assert {kernel.stack for kernel in kernels} == {0}

@@ -27,7 +27,7 @@ from moe_ops._triton.hopper import describe_b, describe_parts, kernels
 from moe_ops._triton.kernels.experts import _expert_activation_bwd_kernel, _expert_up_kernel
 from moe_ops._triton.launch import cdiv, launch, next_power_of_2, strides, unit_of
 from moe_ops._triton.plan import PERSISTENT
-from moe_ops._triton.rows import copy_rows, gather_rows
+from moe_ops._triton.rows import copy_rows, gather_rows, new_rows
 from moe_ops._triton.schedule import Rows, TileSchedule
 from moe_ops.configs.device import device_of
 from moe_ops.configs.footprint import epilogue_columns, epilogue_slots
@@ -81,7 +81,7 @@ class RoutedRows:
         """Copy the rows of x (T, H) into expert order, (R, H), times their weights if given."""
         rows = self.rows
         if weights is None:
-            return copy_rows(x, self.scatter_indices, rows.top_k)
+            return copy_rows(x, self.scatter_indices, rows.top_k, is_operand=True)
         return gather_rows(x, rows.gather, weights, rows.top_k, rows.top_k)
 
 
@@ -132,8 +132,8 @@ class UpProjection:
         gemm, routed = self.gemm, self.routed
         if routed.rows.is_empty:
             return None
-        if self.weights is not None:
-            gemm.x = routed.in_expert_order(gemm.x, self.weights)
+        if self.weights is not None or gemm.plan.copies_rows:
+            gemm.x, gemm.x_divisor = routed.in_expert_order(gemm.x, self.weights), 0
         gemm.make_schedule(z)
         if gemm.plan.kernel == PERSISTENT:
             _up_persistent(gemm, routed, z, h)
@@ -162,7 +162,7 @@ def _up_persistent(
         _expert_up_kernel, (gemm.programs,),
         x, x_desc, gemm.b, b_desc, bias, gemm.rows.gather, z, z_desc, h, h_desc,
         *gemm.tile_arguments(), width, gemm.k, max(gemm.x_divisor, 1), routed.activation.bound,
-        *x.stride(), *gemm.b.stride(), *strides(bias),
+        *x.stride(), *gemm.b.stride(), *strides(bias), strides(h)[0],
         HAS_BIAS=bias is not None, TMA_Z=z_desc is not None, TMA_H=h_desc is not None,
         GATED=routed.gated, INTERLEAVED=routed.interleaved, STORE_Z=z is not None,
         STORE_H=h is not None, **routed.activation.options, **gemm.options(),
@@ -173,11 +173,7 @@ def _up_persistent(
 def _up_pingpong(
     gemm: GroupedGemm, routed: RoutedRows, z: torch.Tensor | None, h: torch.Tensor | None
 ) -> None:
-    """Do the same with the ping-pong kernel of Hopper.
-
-    That kernel does not gather, so the rows are first copied into expert order. For a long product
-    the gain is larger than the cost of the copy.
-    """
+    """Do the same with the ping-pong kernel of Hopper, on rows in expert order."""
     plan, schedule, b, bias = gemm.plan, gemm.schedule, gemm.b, gemm.bias
     assert schedule is not None  # such high tiles always come from a schedule
     block_m, block_n, block_k = plan.tile
@@ -187,7 +183,7 @@ def _up_pingpong(
     z_width = gemm.n if routed.interleaved else width
     z_desc = None if z is None else describe_parts(z, z_width, block_m, columns)
     h_desc = None if h is None else describe_parts(h, width, block_m, columns)
-    x = routed.in_expert_order(gemm.x, None) if gemm.x_divisor else gemm.x
+    x = gemm.x
     launch(
         kernels().experts.expert_up_pingpong_kernel, (gemm.programs,),
         # The kernel reads the dtype of an unused descriptor too: it gets the other one.
@@ -240,13 +236,13 @@ class DownBackward:
         rows, width = self.routed.rows, self.weight.shape[2]
         need_dz = need_dz and z is not None
         if not need_dz and not need_dots:
-            h = dy.new_empty(rows.num_rows, width) if need_h else None
+            h = new_rows(dy, rows.num_rows, width) if need_h else None
             self._activation_backward(None, z, None, h, None)
             return None, h, None
         gemm = self._plan(dy, divisor, z if need_dz else None, need_dots)
         at_once = gemm.plan.computes_epilogue
         dz = z.new_empty(z.shape) if need_dz and z is not None else None
-        h = dy.new_empty(rows.num_rows, width) if need_h else None
+        h = gemm.new_operand() if need_h else None
         dots = self._new_dots(gemm.tiles_n if at_once else 0) if need_dots else None
         if at_once and not rows.is_empty:
             assert z is not None
@@ -254,7 +250,7 @@ class DownBackward:
             gemm.make_schedule()
             self._pingpong(gemm, z, dz, h, dots)
         else:
-            dh = dy.new_empty(rows.num_rows, width) if h is None else h
+            dh = gemm.new_operand() if h is None else h
             gemm.launch(dh, zeros_tail=False)
             self._activation_backward(dh, z, dz, h, dots)
         if dots is not None and self.bias is not None:
@@ -347,13 +343,18 @@ class DownBackward:
         routed, rows, scale = self.routed, self.routed.rows, self.scale
         width = self.weight.shape[2]
         block_rows, block_i, warps = _activation_block(width)
-        unit = unit_of(width)
+        # dh and h are laid out alike.
+        of_h = dh if h is None else h
+        stride_h = width if of_h is None else of_h.stride(0)
+        unit = unit_of(width, stride_h)
         z = z.contiguous()
         launch(
             _expert_activation_bwd_kernel, (cdiv(rows.num_rows, block_rows),),
             dh, z, scale, rows.gather, self.offsets[1, -1:], dz, h, dots,
             rows.num_rows, width // unit, rows.top_k, routed.activation.bound, *strides(scale),
-            UNIT=unit, ROWS=block_rows, BLOCK_I=block_i, GATED=routed.gated, INTERLEAVED=routed.interleaved,
+            stride_h // unit,
+            UNIT=unit, ROWS=block_rows, BLOCK_I=block_i, GATED=routed.gated,
+            INTERLEAVED=routed.interleaved,
             HAS_SCALE=scale is not None, LOAD_DH=dh is not None, STORE_DZ=dz is not None,
             STORE_H=h is not None, STORE_DOTS=dots is not None, num_warps=warps,
             **routed.activation.options,

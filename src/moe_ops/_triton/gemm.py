@@ -23,6 +23,7 @@ from moe_ops._triton.kernels.grouped_gemm_dw import (
 )
 from moe_ops._triton.launch import cdiv, launch, refuse_bf16, strides
 from moe_ops._triton.plan import PERSISTENT, plan_once
+from moe_ops._triton.rows import gather_rows, new_rows
 from moe_ops._triton.schedule import Rows, TileSchedule
 from moe_ops.configs.device import device_of
 from moe_ops.configs.problem import Epilogue, rows_bucket
@@ -115,6 +116,20 @@ class GroupedGemm:
         self.schedule = TileSchedule(self.rows, block_m)
         self.schedule.launch(zeroed, scatter)
 
+    def order_rows(self) -> None:
+        """Copy gathered rows into expert order if the plan says so."""
+        if self.plan.copies_rows:
+            gather, top_k = self.rows.gather, self.rows.top_k
+            self.x = gather_rows(self.x, gather, None, top_k, self.x_divisor)
+            self.x_divisor = 0
+
+    def new_operand(self) -> torch.Tensor:
+        """Return room for y (M, N), for use as an operand of another product."""
+        shape = self.rows.num_rows, self.n
+        # Pointers store contiguous rows.
+        is_described = self.plan.tma.y and not self.plan.finds_tiles
+        return new_rows(self.x, *shape) if is_described else self.x.new_empty(shape)
+
     def new_dots(self, has_bias: bool) -> torch.Tensor:
         """Return zeros for the router gradient: a row for each column tile, and one for a bias."""
         shape = (self.tiles_n + has_bias, self.rows.num_rows)
@@ -144,6 +159,7 @@ class GroupedGemm:
         self.make_schedule(
             y if zeros_tail else None, self.rows.gather if self.scatter_y else None, shared
         )
+        self.order_rows()
         if self.plan.kernel != PERSISTENT:
             assert y is not None
             assert self.schedule is not None

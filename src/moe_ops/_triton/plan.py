@@ -32,7 +32,7 @@ from moe_ops.configs.kernel_config import (
     KernelConfigBackward_dX,
     KernelConfigForward,
 )
-from moe_ops.configs.problem import Epilogue, Operands, Problem
+from moe_ops.configs.problem import Epilogue, Operands, Problem, copies_rows
 from moe_ops.configs.specialize import COOPERATIVE, PINGPONG, why_not_specialized
 
 logger = logging.getLogger("moe_ops")
@@ -61,6 +61,7 @@ class Plan:
         tile: rows and columns of the result's tile, and how many elements a step contracts.
         tma: the operands that go through descriptors.
         computes_epilogue: whether the kernel also computes the problem's epilogue.
+        copies_rows: whether gathered rows are first copied into expert order.
         finds_tiles: whether the kernel finds its tiles itself, without a schedule.
         tail_tiles: whether an expert's last rows may get a tile of half the height.
         options: the kernel's constexpr arguments, and Triton's own options.
@@ -75,6 +76,7 @@ class Plan:
     tile: tuple[int, int, int]
     tma: Operands
     computes_epilogue: bool
+    copies_rows: bool
     finds_tiles: bool
     tail_tiles: bool
     options: dict[str, Any]
@@ -159,7 +161,9 @@ def plan(
             kernel, reason = PERSISTENT, obstacle
     few_rows = problem.kind != "backward_dW" and tile[0] <= _FINDS_TILES_ROWS
     finds_tiles = few_rows and not problem.dots and not needs_schedule
-    tma, unmet = _described(problem, operands, device, wants)
+    # A ping-pong kernel does not gather. For a long product it gains more than the copy costs.
+    copies = problem.gather and (kernel == PINGPONG or copies_rows(problem, device, operands))
+    tma, unmet = _described(problem, operands, device, wants, copies)
     if source != "given" or kernel != PERSISTENT:
         # Nobody asked for these descriptors: rules ask for them wherever they might apply.
         unmet = ()
@@ -171,13 +175,15 @@ def plan(
     if obstacle is not None:
         unmet = (f"warp_specialize: {obstacle}", *unmet)
     if kernel == PERSISTENT:
-        options = _persistent_options(problem, config, device, tile, tma, finds_tiles)
+        gathers = problem.gather and not copies
+        options = _persistent_options(problem, config, device, tile, tma, gathers, finds_tiles)
     else:
         options = _specialized_options(problem, config, tile, kernel)
     return Plan(
         kernel, config, source, choice.neighbour, tile, tma,
         computes_epilogue=problem.has_activation
         or (kernel == PINGPONG and problem.epilogue == "gated_activation_backward"),
+        copies_rows=copies,
         finds_tiles=finds_tiles,
         tail_tiles=getattr(config, "tail_tiles", False),
         options=options, reason=reason, unmet=unmet,
@@ -238,12 +244,12 @@ def _name(device: Device) -> str:
 
 
 def _described(
-    problem: Problem, operands: Operands, device: Device, wants: dict[str, bool]
+    problem: Problem, operands: Operands, device: Device, wants: dict[str, bool], copies: bool
 ) -> tuple[Operands, tuple[str, ...]]:
     """Return which operands go through descriptors, and why others that should do not."""
     uses, unmet = [], []
     obstacles = {
-        "x": "gathered rows are loaded by pointers" if problem.gather else None,
+        "x": "gathered rows are loaded by pointers" if problem.gather and not copies else None,
         "b": None,
         "y": "scattered rows are stored by pointers" if problem.scatter else None,
     }
@@ -267,6 +273,7 @@ def _persistent_options(
     device: Device,
     tile: tuple[int, int, int],
     tma: Operands,
+    gathers: bool,
     finds_tiles: bool,
 ) -> dict[str, Any]:
     flatten = is_flattened(config, problem)
@@ -281,14 +288,12 @@ def _persistent_options(
             # Triton flattens this loop only where it can, so it is asked as it stands.
             **common, "FLATTEN": config.flatten,
         }  # fmt: skip
-    is_forward = problem.kind == "forward"
-    contracted = problem.in_features if is_forward else problem.out_features
     follows = config.launch_pdl and device.has_tma and not device.is_interpreted
     return {
         "BLOCK_M": tile[0], "BLOCK_N": tile[1], "BLOCK_K": tile[2], "GROUP_M": config.group_m,
         "BLOCK_W": BLOCK_W, **common, "PDL": follows, **({"launch_pdl": True} if follows else {}),
-        "TMA_X": tma.x, "TMA_B": tma.b, "B_IS_NK": is_forward != problem.transposed,
-        "EVEN_K": contracted % tile[2] == 0, "GATHER_X": problem.gather,
+        "TMA_X": tma.x, "TMA_B": tma.b, "B_IS_NK": (problem.kind == "forward") != problem.transposed,
+        "EVEN_K": problem.contracted % tile[2] == 0, "GATHER_X": gathers,
         "FINDS_TILES": finds_tiles,
         "EXPERTS": next_power_of_2(problem.num_experts) if finds_tiles else 1,
     }  # fmt: skip

@@ -17,6 +17,22 @@ from moe_ops._triton.kernels.rows import (
 )
 from moe_ops._triton.launch import cdiv, launch, next_power_of_2, strides, unit_of
 
+# Bytes of a sector, the least that the L2 cache hands out.
+_SECTOR = 32
+
+
+def new_rows(like: torch.Tensor, num_rows: int, width: int) -> torch.Tensor:
+    """Return an uninitialised matrix (num_rows, width) whose rows begin at sectors.
+
+    Of a row that begins within a sector, each 128 bytes are read as five sectors in place of four.
+    docs/notes/descriptors.md has what that costs a product.
+    """
+    per_sector = _SECTOR // like.itemsize
+    stride = cdiv(width, per_sector) * per_sector
+    if stride == width:
+        return like.new_empty(num_rows, width)
+    return like.new_empty_strided((num_rows, width), (stride, 1))
+
 
 def inverse_permutation(indices: torch.Tensor) -> torch.Tensor:
     """Return the inverse of a permutation (R,), int32: inverse[indices[i]] = i."""
@@ -32,20 +48,29 @@ def inverse_permutation(indices: torch.Tensor) -> torch.Tensor:
     return inverse
 
 
-def copy_rows(input: torch.Tensor, rows: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Copy rows: output[rows[t * top_k + k]] = input[t], (T, H) -> (T * top_k, H)."""
+def copy_rows(
+    input: torch.Tensor, rows: torch.Tensor, top_k: int, is_operand: bool = False
+) -> torch.Tensor:
+    """Copy rows: output[rows[t * top_k + k]] = input[t], (T, H) -> (T * top_k, H).
+
+    For an operand of a product the result's rows begin at sectors; else it is contiguous.
+    """
     num_tokens, hidden_size = input.shape
-    output = input.new_empty(num_tokens * top_k, hidden_size)
+    num_rows = num_tokens * top_k
+    if is_operand:
+        output = new_rows(input, num_rows, hidden_size)
+    else:
+        output = input.new_empty(num_rows, hidden_size)
     if output.numel() == 0:
         return output
     # A program copies whole rows if registers allow: each write is then one piece of memory.
     block_h = min(4096, next_power_of_2(hidden_size))
-    stride = input.stride(0)
-    unit = unit_of(stride, hidden_size)
+    stride, stride_out = input.stride(0), output.stride(0)
+    unit = unit_of(stride, stride_out, hidden_size)
     launch(
         copy_rows_kernel, (num_tokens, cdiv(hidden_size, block_h)),
-        input, rows.contiguous(), output, stride // unit, input.stride(1), output.shape[0],
-        hidden_size // unit, top_k,
+        input, rows.contiguous(), output, stride // unit, input.stride(1), stride_out // unit,
+        num_rows, hidden_size // unit, top_k,
         BLOCK_H=block_h, UNIT=unit, num_warps=8 if block_h == 4096 else 4,
         on=input,
     )  # fmt: skip
@@ -89,23 +114,23 @@ def gather_rows(
     top_k: int,
     divisor: int = 0,
 ) -> torch.Tensor:
-    """Gather rows: output[i] = weights[slot] * input[slot // divisor].
+    """Gather rows for a product: output[i] = weights[slot] * input[slot // divisor].
 
     slot is gather_indices[i], or i without them. With divisor 0 rows keep their places:
-    output[i] = weights[slot] * input[i].
+    output[i] = weights[slot] * input[i]. The result's rows begin at sectors.
     """
     hidden_size = input.shape[1]
     num_rows = input.shape[0] * max(divisor, 1)
-    output = input.new_empty(num_rows, hidden_size)
+    output = new_rows(input, num_rows, hidden_size)
     if output.numel() == 0:
         return output
     block_h = min(2048, next_power_of_2(hidden_size))
-    stride = input.stride(0)
-    unit = unit_of(stride, hidden_size)
+    stride, stride_out = input.stride(0), output.stride(0)
+    unit = unit_of(stride, stride_out, hidden_size)
     launch(
         gather_rows_kernel, (num_rows, cdiv(hidden_size, block_h)),
         input, None if gather_indices is None else gather_indices.contiguous(), weights, output,
-        stride // unit, input.stride(1), *strides(weights),
+        stride // unit, input.stride(1), stride_out // unit, *strides(weights),
         num_rows, hidden_size // unit, max(divisor, 1), top_k,
         HAS_GATHER=gather_indices is not None, MOVES=divisor > 0,
         HAS_WEIGHTS=weights is not None, BLOCK_H=block_h, UNIT=unit,

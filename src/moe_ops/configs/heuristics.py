@@ -19,7 +19,15 @@ from moe_ops.configs.kernel_config import (
     KernelConfigBackward_dX,
     KernelConfigForward,
 )
-from moe_ops.configs.problem import FEW_ROWS, SOME_ROWS, Operands, Problem, dense_operands
+from moe_ops.configs.problem import (
+    FEW_ROWS,
+    SOME_ROWS,
+    Operands,
+    Problem,
+    copies_rows,
+    dense_operands,
+    is_vector,
+)
 from moe_ops.configs.specialize import why_not_specialized
 
 # A side of a weight up to this size counts as a LoRA's rank.
@@ -139,7 +147,7 @@ def _gemm_tile(problem: Problem, device: Device, operands: Operands) -> _Tile:
     if problem.rows <= FEW_ROWS:
         return _few_rows_tile(problem, device, operands)
     loads = operands.x and operands.b
-    is_even = _is_vector(problem.out_features) and _is_vector(problem.in_features)
+    is_even = is_vector(problem.out_features) and is_vector(problem.in_features)
     if problem.fp8:
         # The second accumulator takes the registers of a wider tile. A weight is decoded once for
         # all rows of the tile.
@@ -153,22 +161,12 @@ def _gemm_tile(problem: Problem, device: Device, operands: Operands) -> _Tile:
     return _Tile(128, 128 if is_even else 64, 32, 8)
 
 
-def _is_vector(width: int) -> bool:
-    """Return whether pointers read rows of this width in vectors: Triton knows that 16 divides it.
-
-    Else they read number by number, and the addresses take registers that a wide tile then lacks.
-    Descriptors do not need it: theirs is the rule of 16 bytes (dense_operands).
-    """
-    return width % 16 == 0
-
-
 def _few_rows_tile(problem: Problem, device: Device, operands: Operands) -> _Tile:
     """Return a tile for decoding: an expert has few rows, and reading the weights is the bound.
 
     Descriptors gain nothing there and cost host time, unless pointers read number by number.
     """
-    row = problem.out_features if problem.transposed else problem.in_features
-    by_descriptor = operands.b and not _is_vector(row)
+    by_descriptor = operands.b and not is_vector(problem.weight_row)
     if problem.rows <= 8:
         return _Tile(16, 64, 128, 4, programs_per_sm=4, loads_weight=by_descriptor)
     # With fewer steps loaded ahead an SM has room for both programs.
@@ -181,36 +179,33 @@ def _tma_tile(problem: Problem, device: Device, operands: Operands) -> _Tile:
     """Return a tile for 16-bit operands that descriptors load."""
     # With an activation on top there are registers to finish half a tile at a time.
     subtile = 2 if problem.has_activation else 1
-    # Gathered rows come by pointers.
-    row = problem.in_features if problem.kind == "forward" else problem.out_features
-    gathers_numbers = problem.gather and not _is_vector(row)
-    columns, depth = (128, 32) if gathers_numbers else (256, 64)
+    copies = copies_rows(problem, device, operands)
     if problem.dots:
         # The rows whose dots with x @ b are taken need the registers of a wider tile.
-        if _is_vector(problem.out_features) and _is_vector(problem.in_features):
+        if is_vector(problem.out_features) and is_vector(problem.in_features):
             return _Tile(128, 128, 64, 8, 4, subtile, loads=True)
         # Read number by number, those rows need more. A flattened loop keeps their addresses too.
-        return _Tile(128, 64, depth, 8, 4, subtile, loads=True, flatten=False)
+        return _Tile(128, 64, 64, 8, 4, subtile, loads=True, flatten=False)
     if problem.rows <= 64:
-        return _Tile(64, columns, depth, 4, 4, subtile, loads=True, stores=True)
+        return _Tile(64, 256, 64, 4, 4, subtile, loads=True, stores=True)
     is_hopper = device.capability[0] == HOPPER
     # The kernels for Hopper take rows in expert order: those of an activation are copied first.
-    copies = not problem.has_activation or problem.bias or gathers_numbers or _copy_pays(problem)
+    is_ordered = not problem.has_activation or problem.bias or copies or _copy_pays(problem)
     serves = all(operands) and why_not_specialized(problem, PINGPONG_TILE) is None
-    if is_hopper and copies and serves:
+    if is_hopper and is_ordered and serves:
         return _specialized_tile(problem)
     if problem.has_activation and (
         problem.epilogue == "activation" or problem.bias or device.capability >= (10, 0)
     ):
         # The registers of the activation and of a bias leave room for half of the widest tile.
         return _Tile(128, 128, 64, 8, 4, subtile, loads=True, stores=True)
-    is_bare_gather = problem.gather and not problem.has_activation and not gathers_numbers
+    is_bare_gather = problem.gather and not problem.has_activation and not copies
     if is_hopper and problem.kind == "forward" and is_bare_gather and problem.rows > SOME_ROWS:
         # With two programs per SM, one gathers its rows or stores its tile while the other
         # multiplies. Not for an expert of few rows: it is bound by reading its weight, and narrower
         # tiles read that more often. Not for dX: there the wide tile is faster.
         return _Tile(128, 128, 64, 4, subtile=2, programs_per_sm=2, loads=True, stores=True)
-    return _Tile(128, columns, depth, 8, subtile=subtile, loads=True, stores=True)
+    return _Tile(128, 256, 64, 8, subtile=subtile, loads=True, stores=True)
 
 
 def _copy_pays(problem: Problem) -> bool:
@@ -227,14 +222,22 @@ def _specialized_tile(problem: Problem) -> _Tile:
 
     In ping-pong one group of warps multiplies while the other ends its tile. A cooperative tile is
     twice as wide, so each operand that is read serves more products. That is worth more where
-    experts have few rows, so that weights are read for few products, and where the contraction is
-    so long that the end of a tile hardly counts.
+    reading is the bound: of experts with few rows, whose weights are read for few products; of rows
+    that begin within a sector; of products whose contraction is long and whose result is narrow.
     """
-    contracted = problem.in_features if problem.kind == "forward" else problem.out_features
+    contracted = problem.contracted
     has_some_rows = problem.rows <= SOME_ROWS
-    is_bare = problem.epilogue == "none" and why_not_specialized(problem, _WIDE_TILE) is None
-    if is_bare and has_some_rows and contracted > _LONG:
-        return _Tile(*_WIDE_TILE, 32, 8, 6, loads=True, stores=True, is_specialized=True)
+    splits = _splits_sectors(problem)
+    if splits and problem.epilogue == "gated_activation" and not problem.bias:
+        # Only the kernel for every GPU computes it in a wide tile.
+        return _Tile(*_WIDE_TILE, 64, 8, subtile=2, loads=True, stores=True)
+    if problem.epilogue == "none" and why_not_specialized(problem, _WIDE_TILE) is None:
+        columns = problem.in_features + problem.out_features - contracted
+        if splits or contracted > max(_LONG, 8 * columns):
+            # The deeper a step, the smaller the share of sectors that are read for a part.
+            return _Tile(*_WIDE_TILE, 64, 8, loads=True, stores=True, is_specialized=True)
+        if has_some_rows and contracted > _LONG:
+            return _Tile(*_WIDE_TILE, 32, 8, 6, loads=True, stores=True, is_specialized=True)
     # Smaller buffers for the stores leave room for more stages. With the activation's backward they
     # hold fewer columns at a time, which pays in a long pipeline alone.
     in_halves = problem.epilogue != "gated_activation_backward" or has_some_rows
@@ -242,6 +245,15 @@ def _specialized_tile(problem: Problem) -> _Tile:
     return _Tile(
         *PINGPONG_TILE, 64, 8, stages, subtile, loads=True, stores=True, is_specialized=True
     )
+
+
+def _splits_sectors(problem: Problem) -> bool:
+    """Return whether rows of a 16-bit operand of forward or dX begin within sectors of 32 bytes.
+
+    Each 128 bytes of such a row are read as five sectors in place of four. The L2 cache then bounds
+    a narrow tile, which reads more for each product.
+    """
+    return not (is_vector(problem.contracted) and is_vector(problem.weight_row))
 
 
 def _heuristic_dw(problem: Problem, device: Device, operands: Operands) -> KernelConfigBackward_dW:
@@ -259,7 +271,11 @@ def _heuristic_dw(problem: Problem, device: Device, operands: Operands) -> Kerne
     if device.capability[0] == HOPPER and min(problem.out_features, problem.in_features) >= 128:
         # Of few rows the sum is short and the store is the bound: a wide tile shares its operands.
         # Of many, one group multiplies while the other stores (ping-pong).
-        m, k, subtile = (32, 256, 1) if problem.rows <= SOME_ROWS else (64, 128, 2)
+        # So does one whose rows begin within sectors.
+        is_even = is_vector(problem.out_features) and is_vector(problem.in_features)
+        m, k, subtile = (64, 128, 2) if is_even else (64, 256, 1)
+        if problem.rows <= SOME_ROWS:
+            m, k, subtile = 32, 256, 1
         return KernelConfigBackward_dW(
             BLOCK_M=m, BLOCK_N=128, BLOCK_K=k, num_warps=8, num_stages=6, group_m=4,
             epilogue_subtile=subtile, use_tma_load_dy=True, use_tma_load_x=True,

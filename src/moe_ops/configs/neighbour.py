@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from moe_ops.configs.device import Device
 from moe_ops.configs.footprint import shared_memory
 from moe_ops.configs.kernel_config import KernelConfig
-from moe_ops.configs.problem import Problem, problem_of
+from moe_ops.configs.problem import Problem, is_vector, problem_of
 
 # The distance of problems of which one size differs by a factor of 4. Those say nothing any more.
 MAX_DISTANCE = 2.0
@@ -72,6 +72,5 @@ def _is_like(problem: Problem, other: Problem) -> bool:
 
 
 def _traits(problem: Problem) -> tuple[object, ...]:
-    # Pointers read rows in vectors if 16 divides their width (heuristics.py).
-    vectors = problem.out_features % 16 == 0, problem.in_features % 16 == 0
+    vectors = is_vector(problem.out_features), is_vector(problem.in_features)
     return problem.kind, problem.flags, problem.rows, problem.dtype == "float32", vectors

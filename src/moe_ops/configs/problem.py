@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from moe_ops.configs.device import Device
+
 # A product gets one configuration for each of these ranges of the mean number of rows per expert.
 # A range is named by its end; the last has none. They are few because each configuration is another
 # kernel to compile. They end where the choice changes: at one row, as in decoding; where a tile of
@@ -68,6 +70,16 @@ class Problem:
     def has_activation(self) -> bool:
         """Return whether an activation is on top, which every kernel computes."""
         return self.epilogue in {"activation", "gated_activation"}
+
+    @property
+    def contracted(self) -> int:
+        """Return how many elements a sum of forward or of dX has: those of a row of x."""
+        return self.in_features if self.kind == "forward" else self.out_features
+
+    @property
+    def weight_row(self) -> int:
+        """Return how many elements of the weight lie side by side."""
+        return self.out_features if self.transposed else self.in_features
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -133,8 +145,7 @@ def dense_operands(problem: Problem) -> Operands:
         sides = _is_described(out_features, size), _is_described(in_features, size)
         left, right = reversed(sides) if problem.transposed else sides
         return Operands(left, right, right)
-    # A row of the weight, as it is stored.
-    row = out_features if problem.transposed else in_features
+    row = problem.weight_row
     if problem.epilogue == "gated_activation":
         # Gate and up are described apart.
         out_features //= 2
@@ -147,6 +158,29 @@ def dense_operands(problem: Problem) -> Operands:
 
 def _is_described(width: int, itemsize: int) -> bool:
     return width > 0 and width * itemsize % 16 == 0
+
+
+def is_vector(width: int) -> bool:
+    """Return whether pointers read rows of this width in vectors: Triton knows that 16 divides it.
+
+    Else they read number by number, and the addresses take registers that a wide tile then lacks.
+    Descriptors do not need it: theirs is the rule of 16 bytes (dense_operands).
+    """
+    return width % 16 == 0
+
+
+def copies_rows(problem: Problem, device: Device, operands: Operands) -> bool:
+    """Return whether gathered rows are first copied into expert order, where TMA can load them.
+
+    Else pointers would gather them number by number. A product of few rows is bound by its weight.
+    """
+    return (
+        problem.gather
+        and device.has_tma
+        and operands.x
+        and problem.rows > FEW_ROWS
+        and not is_vector(problem.contracted)
+    )
 
 
 def rows_bucket(num_rows: int, num_experts: int) -> int:

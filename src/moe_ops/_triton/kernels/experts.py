@@ -46,7 +46,7 @@ def _store_part(
 
 @triton.jit
 def _store_h(
-    h_ptr, h_desc, h, rows, in_rows, first, end, i0, width,
+    h_ptr, h_desc, h, rows, in_rows, first, end, i0, width, stride_h,
     BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Store h (BLOCK_M, BLOCK_I) from column i0 on."""
@@ -54,7 +54,7 @@ def _store_h(
         _store_part(h_ptr, h_desc, h, first, end, 0, i0, BLOCK_M, BLOCK_I, 1)
     else:
         i = i0 + tl.arange(0, BLOCK_I)
-        pointers = h_ptr + rows[:, None].to(tl.int64) * width + i[None, :]
+        pointers = h_ptr + rows[:, None].to(tl.int64) * stride_h + i[None, :]
         in_h = in_rows & (i < width)[None, :]
         tl.store(pointers, h.to(h_ptr.dtype.element_ty), mask=in_h)
 
@@ -76,6 +76,7 @@ def _expert_up_kernel(
     x_ptr, x_desc, b_ptr, b_desc, bias_ptr, gather_ptr, z_ptr, z_desc, h_ptr, h_desc,
     counts_ptr, tiles_ptr, max_tiles, num_rows, num_experts, width, K, x_divisor, limit,
     stride_xm, stride_xk, stride_be, stride_bk, stride_bn, stride_bias_e, stride_bias_n,
+    stride_h,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr, TMA_X: tl.constexpr, TMA_B: tl.constexpr, TMA_Z: tl.constexpr,
     TMA_H: tl.constexpr, B_IS_NK: tl.constexpr, EVEN_K: tl.constexpr, GATHER_X: tl.constexpr,
@@ -156,21 +157,28 @@ def _expert_up_kernel(
                 gate, gate_right = halves_of(gate, BLOCK_M, BLOCK_I)
                 up, up_right = halves_of(up, BLOCK_M, BLOCK_I)
                 h = _activate(gate, up, limit, GATED, ACTIVATION, HAS_LIMIT)
-                _store_h(h_ptr, h_desc, h, rows, in_h, first, end, i0, width, BLOCK_M, HALF, TMA_H)
+                _store_h(
+                    h_ptr, h_desc, h, rows, in_h, first, end, i0, width, stride_h,
+                    BLOCK_M, HALF, TMA_H,
+                )  # fmt: skip
                 h = _activate(gate_right, up_right, limit, GATED, ACTIVATION, HAS_LIMIT)
                 i0 += HALF
-                _store_h(h_ptr, h_desc, h, rows, in_h, first, end, i0, width, BLOCK_M, HALF, TMA_H)
+                _store_h(
+                    h_ptr, h_desc, h, rows, in_h, first, end, i0, width, stride_h,
+                    BLOCK_M, HALF, TMA_H,
+                )  # fmt: skip
             else:
                 h = _activate(gate, up, limit, GATED, ACTIVATION, HAS_LIMIT)
                 _store_h(
-                    h_ptr, h_desc, h, rows, in_h, first, end, i0, width, BLOCK_M, BLOCK_I, TMA_H
-                )
+                    h_ptr, h_desc, h, rows, in_h, first, end, i0, width, stride_h,
+                    BLOCK_M, BLOCK_I, TMA_H,
+                )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _expert_activation_bwd_kernel(
     dh_ptr, z_ptr, scale_ptr, gather_ptr, used_ptr, dz_ptr, sh_ptr, dots_ptr,
-    num_rows, width, top_k, limit, stride_st, stride_sk,
+    num_rows, width, top_k, limit, stride_st, stride_sk, stride_h,
     ROWS: tl.constexpr, BLOCK_I: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     ACTIVATION: tl.constexpr, HAS_LIMIT: tl.constexpr, HAS_SCALE: tl.constexpr,
     LOAD_DH: tl.constexpr, STORE_DZ: tl.constexpr, STORE_H: tl.constexpr,
@@ -181,9 +189,11 @@ def _expert_activation_bwd_kernel(
     s is the router weight of the row's slot, or 1 without HAS_SCALE. Without LOAD_DH only sh is
     made. Grid (cdiv(num_rows, ROWS),): one program owns ROWS rows. Needs nothing initialised. Rows
     from used_ptr[0] on belong to no expert: their dots are zeros, their dz and sh are not written.
-    sh may be dh itself, since a block is read before it is written. width is in units (rows.py).
+    sh may be dh itself, since a block is read before it is written. width and the stride of the
+    rows of dh and sh are in units (rows.py).
     """
     width *= UNIT
+    stride_h *= UNIT
     W = 2 * width if GATED else width
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     in_rows = rows < num_rows
@@ -199,7 +209,7 @@ def _expert_activation_bwd_kernel(
         )
         scale = tl.load(scale_pointers, mask=is_used, other=0).to(tl.float32)
     dots = tl.zeros((ROWS,), tl.float32)
-    h_rows = rows[:, None].to(tl.int64) * width
+    h_rows = rows[:, None].to(tl.int64) * stride_h
     z_rows = rows[:, None].to(tl.int64) * W
     for i0 in tl.range(0, width, BLOCK_I, num_stages=3):
         i = i0 + tl.arange(0, BLOCK_I)

@@ -28,7 +28,7 @@ def invert_permutation_kernel(indices_ptr, inverse_ptr, num_rows, BLOCK: tl.cons
 
 @triton.jit(do_not_specialize=["num_rows"])
 def copy_rows_kernel(
-    input_ptr, rows_ptr, output_ptr, stride_t, stride_h, num_rows, hidden_size, top_k,
+    input_ptr, rows_ptr, output_ptr, stride_t, stride_h, stride_o, num_rows, hidden_size, top_k,
     BLOCK_H: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Copy each token's row to its top_k rows: output[rows[t * top_k + k]] = input[t].
@@ -37,6 +37,7 @@ def copy_rows_kernel(
     reads them once.
     """
     stride_t *= UNIT
+    stride_o *= UNIT
     hidden_size *= UNIT
     token = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -45,7 +46,7 @@ def copy_rows_kernel(
     for k in range(top_k):
         row = tl.load(rows_ptr + token * top_k + k).to(tl.int64)
         width = tl.where((row >= 0) & (row < num_rows), hidden_size, 0)
-        tl.store(output_ptr + row * hidden_size + h, x, mask=h < width)
+        tl.store(output_ptr + row * stride_o + h, x, mask=h < width)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -86,7 +87,7 @@ def sum_rows_kernel(
 @triton.jit(do_not_specialize=["num_rows"])
 def gather_rows_kernel(
     input_ptr, gather_ptr, weights_ptr, output_ptr,
-    stride_r, stride_h, stride_wt, stride_wk, num_rows, hidden_size, divisor, top_k,
+    stride_r, stride_h, stride_o, stride_wt, stride_wk, num_rows, hidden_size, divisor, top_k,
     HAS_GATHER: tl.constexpr, MOVES: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
     BLOCK_H: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -97,6 +98,7 @@ def gather_rows_kernel(
     of a row.
     """
     stride_r *= UNIT
+    stride_o *= UNIT
     hidden_size *= UNIT
     i = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -113,7 +115,7 @@ def gather_rows_kernel(
     if HAS_WEIGHTS:
         weight = tl.load(weights_ptr + (slot // top_k) * stride_wt + (slot % top_k) * stride_wk)
         x = (x.to(tl.float32) * weight.to(tl.float32)).to(output_ptr.dtype.element_ty)
-    tl.store(output_ptr + i * hidden_size + h, x, mask=h < hidden_size)
+    tl.store(output_ptr + i * stride_o + h, x, mask=h < hidden_size)
 
 
 @triton.jit(do_not_specialize=["num_parts", "width"])

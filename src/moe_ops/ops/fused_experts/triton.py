@@ -19,7 +19,7 @@ import torch
 
 from moe_ops._triton.experts import Activation, DownBackward, RoutedRows, UpProjection
 from moe_ops._triton.gemm import GroupedGemm, grad_bias, grad_weight
-from moe_ops._triton.rows import copy_rows, sum_parts, sum_rows
+from moe_ops._triton.rows import copy_rows, new_rows, sum_parts, sum_rows
 from moe_ops._triton.schedule import Rows, expert_offsets
 from moe_ops.ops.routing_indices.triton import routing_indices
 
@@ -53,7 +53,7 @@ def fused_experts(
     z = None
     if for_backward and recompute == "none":
         z = hidden_states.new_empty(num_rows, gate_up_proj.shape[1])
-    h = hidden_states.new_empty(num_rows, down_proj.shape[2])
+    h = new_rows(hidden_states, num_rows, down_proj.shape[2])
     schedule = up.launch(z, h)
     down = GroupedGemm(
         "forward",
@@ -111,7 +111,7 @@ def fused_experts_backward(
     # dW and dbias sum over an expert's rows, which are copied into order first. dX gathers its own.
     dy, divisor = grad_output, top_k
     if need_down or need_down_bias:
-        dy, divisor = copy_rows(grad_output, scatter_indices, top_k), 0
+        dy, divisor = copy_rows(grad_output, scatter_indices, top_k, is_operand=True), 0
     dz = h = dots = None
     if need_dz or need_down or need_dots:
         z = pre_activation
