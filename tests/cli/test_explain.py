@@ -88,8 +88,8 @@ ODD = ["--hidden-size=1001", "--intermediate-size=344"]
 def test_what_padding_would_gain(capsys):
     assert cli.main(["explain", *SIZES, *ODD, "--gpu", "H100"]) == 0
     expected = (
-        "padding 1001 to 1008, multiples of 16 bytes, would let TMA load and store everything in 7 "
-        "of 7 products, now 0; it costs 0.7% more multiplications"
+        "padding 1001 to 1008, multiples of 16 bytes, would let TMA load and store everything "
+        "without copies in 7 of 7 products, now 4; it costs 0.7% more multiplications"
     )
     assert f"  {expected}\n" in capsys.readouterr().out
     for arguments, notes in (
@@ -100,6 +100,18 @@ def test_what_padding_would_gain(capsys):
         assert json.loads(capsys.readouterr().out)["padding"] == notes
     assert cli.main(["explain", *SIZES, *ODD, "--gpu", "A100", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["padding"] == []
+
+
+def test_what_is_copied_first_is_told(capsys):
+    _, rows = explained(capsys, *ODD, "--gpu", "H100")
+    told = {(row["projection"], row["kind"]): row["copied"] for row in rows}
+    assert told["up", "forward"] == ["left", "right"]
+    # What the block computes itself begins at sectors.
+    assert told["up", "backward_dX"] == ["right"]
+    for product in (("down", "forward"), ("down", "backward_dX"), ("up", "backward_dW")):
+        assert told[product] == []
+    assert cli.main(["explain", *SIZES, *ODD, "--gpu", "H100"]) == 0
+    assert "        first copies its left and its right operand\n" in capsys.readouterr().out
 
 
 def test_a_neighbour_is_named(capsys):

@@ -8,7 +8,7 @@ import torch
 
 from moe_ops.configs.device import KNOWN_GPUS
 from moe_ops.configs.heuristics import heuristic
-from moe_ops.configs.problem import Operands, Problem, copies_rows
+from moe_ops.configs.problem import Operands, Problem, copies
 from moe_ops.tuning import Experts, products_of
 
 H100, A100 = KNOWN_GPUS["H100"], KNOWN_GPUS["A100"]
@@ -65,18 +65,37 @@ def test_a_wide_tile_where_a_long_contraction_has_a_narrow_result():
     assert heuristic(replace(narrow, in_features=2048), H100).tile == (128, 128, 64)
 
 
-def test_where_gathered_rows_are_copied_first():
-    """Where pointers would gather them number by number and TMA can load the copy."""
+def test_gathered_rows_are_worth_a_copy_where_pointers_would_read_numbers():
     gather = Problem("forward", "bfloat16", 24, 688, 1000, 1024, gather=True)
-    assert copies_rows(gather, H100, Operands())
     dx = Problem("backward_dX", "bfloat16", 24, 1000, 688, 64, gather=True, dots=True)
-    assert copies_rows(dx, H100, Operands())
+    for problem in (gather, dx):
+        assert copies(problem, H100, Operands()) == (True, False, False)
     for other in (
         replace(gather, in_features=1008), replace(gather, rows=32), replace(gather, gather=False),
     ):  # fmt: skip
-        assert not copies_rows(other, H100, Operands()), other
-    assert not copies_rows(gather, A100, Operands())
-    assert not copies_rows(gather, H100, Operands(x=False))
+        assert not any(copies(other, H100, Operands())), other
+    assert not any(copies(gather, A100, Operands()))
+
+
+@pytest.mark.parametrize(
+    ("rows", "x", "b", "expected"),
+    [(1024, False, False, (True, True)), (1024, True, False, (False, True))]
+    + [(1024, False, True, (True, False)), (64, False, True, (True, False))]
+    # Without the weight's descriptor that of the rows gains nothing.
+    + [(64, False, False, (False, False)), (32, False, True, (False, False))],
+)
+def test_operands_that_tma_cannot_describe_are_worth_a_copy_for_many_rows(rows, x, b, expected):
+    problem = Problem("forward", "bfloat16", 24, 688, 1001, rows)
+    assert copies(problem, H100, Operands(x, b, True)) == (*expected, False)
+    assert not any(copies(problem, A100, Operands(x, b, True)))
+    assert not copies(replace(problem, fp8=True), H100, Operands(x, b, True)).b
+
+
+def test_halves_of_a_weights_row_are_not_worth_a_copy_that_tma_cannot_describe():
+    up = Problem("forward", "bfloat16", 24, 690, 1008, 1024, gather=True, transposed=True)
+    up = replace(up, epilogue="gated_activation")
+    assert not copies(up, H100, Operands(b=False)).b
+    assert copies(replace(up, out_features=688), H100, Operands(b=False)).b
 
 
 def test_the_bound_decides_between_pingpong_and_cooperative():

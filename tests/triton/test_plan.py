@@ -100,10 +100,36 @@ def test_the_kernel_on_hopper(kind, words, columns, kernel, computes):
 @pytest.mark.parametrize("kind", ["forward", "backward_dX", "backward_dW"])
 @pytest.mark.parametrize("columns", [128, 256])
 def test_why_a_kernel_for_hopper_cannot_serve(kind, columns, device, dtype, operands, reason):
-    problem = make_problem(kind, dtype, *SIZES[1:])
+    # Of more rows than this, what TMA cannot describe is copied first.
+    problem = make_problem(kind, dtype, *SIZES[1:4], 32)
     made = plan(problem, operands, device, config(columns))
     assert made.kernel == "persistent"
     assert reason in made.reason
+
+
+@pytest.mark.parametrize(
+    ("words", "operands", "columns", "kernel", "copied"),
+    [
+        ("", Operands(x=False), 128, "pingpong", (True, False)),
+        ("", Operands(b=False), 256, "cooperative", (False, True)),
+        ("", Operands(x=False, b=False), 128, "pingpong", (True, True)),
+        ("gather", Operands(b=False), 256, "persistent", (False, True)),
+        ("gather gated", Operands(), 128, "pingpong", (True, False)),
+        ("gather gated", Operands(b=False), 128, "pingpong", (True, True)),
+        ("fp8", Operands(b=False), 256, "persistent", (False, False)),
+    ],
+)
+def test_what_is_copied_first(words, operands, columns, kernel, copied):
+    made = plan(with_words(BARE, words.split()), operands, H200, config(columns))
+    assert (made.kernel, made.copied) == (kernel, (*copied, False))
+    assert made.options.get("GATHER_X", False) == (words == "gather")
+
+
+def test_nothing_is_copied_for_a_configuration_without_descriptors():
+    plain = moe_ops.kernel_config(moe_ops.KernelConfigForward())
+    made = plan(BARE, Operands(x=False, b=False), H200, plain)
+    assert not any(made.copied)
+    assert not any(made.tma)
 
 
 def test_descriptors_serve_where_they_can():
@@ -114,7 +140,8 @@ def test_descriptors_serve_where_they_can():
     gathered = plan(with_words(BARE, ["gather"]), Operands(), H200, config(256))
     assert gathered.tma == Operands(False, True, True)
     assert "use_tma_load_x: gathered rows are loaded by pointers" in gathered.unmet
-    scattered = plan(with_words(BARE, ["scatter"]), Operands(b=False), H200, config(256))
+    few = make_problem("forward", "bfloat16", 8, 512, 256, 64, ["scatter"])
+    scattered = plan(few, Operands(b=False), H200, config(256))
     assert scattered.tma == Operands(True, False, False)
     assert (scattered.options["TMA_X"], scattered.options["TMA_B"]) == (True, False)
 
@@ -199,10 +226,12 @@ def test_dense_operands_are_what_the_launchers_find(width, inner, transposed):
         assert dense_operands(problem) == Operands(*operands), kind
 
 
-def test_a_measured_kernel_that_cannot_serve_gives_way_to_the_rules():
-    """Nobody measured its fallback."""
+def test_a_measured_kernel_serves_or_gives_way_to_the_rules():
+    """It serves copies of what TMA cannot describe. Nobody measured its fallback."""
     shipped = make_problem("forward", "bfloat16", 128, 2048, 768, 1024)
     assert plan(shipped, Operands(), H200).source == "shipped"
     made = plan(shipped, Operands(x=False), H200)
+    assert (made.source, made.kernel, made.copied.x) == ("shipped", "pingpong", True)
+    made = plan(shipped, Operands(y=False), H200)
     assert (made.source, made.kernel) == ("computed", "persistent")
     assert not made.config.warp_specialize

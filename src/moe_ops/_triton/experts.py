@@ -115,7 +115,8 @@ class UpProjection:
             x_divisor=routed.rows.top_k if weights is None else 0,
             bias=bias,
             epilogue="gated_activation" if routed.gated else "activation",
-            can_describe_x=can_describe_rows(x.shape[1], x.dtype),
+            # Rows that are moved lie where TMA can describe them.
+            can_describe_x=weights is not None or can_describe_rows(x.shape[1], x.dtype),
             can_describe_y=can_describe_rows(width, x.dtype),
             kernel_config=routed.kernel_config,
         )
@@ -132,8 +133,9 @@ class UpProjection:
         gemm, routed = self.gemm, self.routed
         if routed.rows.is_empty:
             return None
-        if self.weights is not None or gemm.plan.copies_rows:
+        if self.weights is not None or (gemm.plan.copied.x and gemm.x_divisor):
             gemm.x, gemm.x_divisor = routed.in_expert_order(gemm.x, self.weights), 0
+        gemm.copy_operands()
         gemm.make_schedule(z)
         if gemm.plan.kernel == PERSISTENT:
             _up_persistent(gemm, routed, z, h)
@@ -241,7 +243,7 @@ class DownBackward:
             return None, h, None
         gemm = self._plan(dy, divisor, z if need_dz else None, need_dots)
         at_once = gemm.plan.computes_epilogue
-        dz = z.new_empty(z.shape) if need_dz and z is not None else None
+        dz = new_rows(z, *z.shape) if need_dz and z is not None else None
         h = gemm.new_operand() if need_h else None
         dots = self._new_dots(gemm.tiles_n if at_once else 0) if need_dots else None
         if at_once and not rows.is_empty:
@@ -278,17 +280,15 @@ class DownBackward:
     ) -> GroupedGemm:
         """Plan the product; z is None if dz is not needed."""
         routed, width = self.routed, self.weight.shape[2]
-        can_describe_y = can_describe_rows(width, dy.dtype)
         may_be_at_once = (
             routed.has_halves
             and z is not None
+            and can_describe(z.unflatten(1, (2, width)))
             and divisor == 0
             and asks_for_backward(device_of(dy.device), dy.itemsize)
             # The error function of "gelu" takes more registers than the kernel has left.
             and routed.activation.name != "gelu"
         )
-        if may_be_at_once and z is not None:
-            can_describe_y = can_describe_y and can_describe(z.unflatten(1, (2, width)))
         return GroupedGemm(
             "backward_dX",
             dy,
@@ -296,7 +296,8 @@ class DownBackward:
             routed.rows,
             x_divisor=divisor,
             epilogue="gated_activation_backward" if may_be_at_once else "none",
-            can_describe_y=can_describe_y,
+            # The rows of dh begin at sectors.
+            can_describe_y=True,
             needs_schedule=need_dots and self.bias is not None,
             kernel_config=routed.kernel_config,
         )
@@ -346,13 +347,14 @@ class DownBackward:
         # dh and h are laid out alike.
         of_h = dh if h is None else h
         stride_h = width if of_h is None else of_h.stride(0)
-        unit = unit_of(width, stride_h)
+        stride_dz = z.shape[1] if dz is None else dz.stride(0)
+        unit = unit_of(width, stride_h, stride_dz)
         z = z.contiguous()
         launch(
             _expert_activation_bwd_kernel, (cdiv(rows.num_rows, block_rows),),
             dh, z, scale, rows.gather, self.offsets[1, -1:], dz, h, dots,
             rows.num_rows, width // unit, rows.top_k, routed.activation.bound, *strides(scale),
-            stride_h // unit,
+            stride_h // unit, stride_dz // unit,
             UNIT=unit, ROWS=block_rows, BLOCK_I=block_i, GATED=routed.gated,
             INTERLEAVED=routed.interleaved,
             HAS_SCALE=scale is not None, LOAD_DH=dh is not None, STORE_DZ=dz is not None,

@@ -74,7 +74,7 @@ class GroupedGemm:
         num_experts, self.k, self.n = b.shape
         self.device = device_of(x.device)
         is_forward = kind == "forward"
-        b_is_nk = b.stride(1) == 1
+        self.b_is_nk = b_is_nk = b.stride(1) == 1
         if can_describe_y is None:
             can_describe_y = can_describe_rows(self.n, x.dtype)
         # A kernel that cannot gather gets a copy of the rows: a new matrix.
@@ -116,19 +116,30 @@ class GroupedGemm:
         self.schedule = TileSchedule(self.rows, block_m)
         self.schedule.launch(zeroed, scatter)
 
-    def order_rows(self) -> None:
-        """Copy gathered rows into expert order if the plan says so."""
-        if self.plan.copies_rows:
-            gather, top_k = self.rows.gather, self.rows.top_k
-            self.x = gather_rows(self.x, gather, None, top_k, self.x_divisor)
+    def copy_operands(self) -> None:
+        """Copy the operands that the plan says: gathered rows into expert order, b as it is."""
+        copied = self.plan.copied
+        # Rows that their owner has ordered already are not copied again.
+        if copied.x and (self.x_divisor or not can_describe(self.x)):
+            gather = self.rows.gather if self.x_divisor else None
+            self.x = gather_rows(self.x, gather, None, self.rows.top_k, self.x_divisor)
             self.x_divisor = 0
+        if copied.b:
+            if self.b_is_nk:
+                self.b = _copied(self.b.transpose(1, 2)).transpose(1, 2)
+            else:
+                self.b = _copied(self.b)
 
     def new_operand(self) -> torch.Tensor:
         """Return room for y (M, N), for use as an operand of another product."""
         shape = self.rows.num_rows, self.n
-        # Pointers store contiguous rows.
-        is_described = self.plan.tma.y and not self.plan.finds_tiles
-        return new_rows(self.x, *shape) if is_described else self.x.new_empty(shape)
+        # Pointers store contiguous rows. So does a kernel that finds its tiles: it zeros the others.
+        is_padded = self.plan.tma.y and not self.plan.finds_tiles
+        return new_rows(self.x, *shape) if is_padded else self.x.new_empty(shape)
+
+    def describes(self, y: torch.Tensor | None) -> bool:
+        """Return whether a descriptor stores y."""
+        return y is not None and self.plan.tma.y and can_describe(y)
 
     def new_dots(self, has_bias: bool) -> torch.Tensor:
         """Return zeros for the router gradient: a row for each column tile, and one for a bias."""
@@ -159,7 +170,7 @@ class GroupedGemm:
         self.make_schedule(
             y if zeros_tail else None, self.rows.gather if self.scatter_y else None, shared
         )
-        self.order_rows()
+        self.copy_operands()
         if self.plan.kernel != PERSISTENT:
             assert y is not None
             assert self.schedule is not None
@@ -220,7 +231,7 @@ class GroupedGemm:
         return {
             "SCATTER_Y": self.scatter_y, "HAS_GATHER": self.rows.gather is not None,
             "HAS_SCALE": self.scale is not None, "STORE_Y": y is not None,
-            "TMA_Y": self.plan.tma.y and y is not None,
+            "TMA_Y": self.describes(y),
             "HAS_DOTS": dots is not None, "GATHER_OTHER": gather_other,
         }  # fmt: skip
 
@@ -245,7 +256,7 @@ class GroupedGemm:
 
     def describe_output(self, y: torch.Tensor | None, block_m: int) -> TensorDescriptor | None:
         """Return a descriptor that ends at an expert's last row, or None where pointers serve."""
-        if y is None or not self.plan.tma.y:
+        if y is None or not self.describes(y):
             return None
         columns = self.plan.tile[1] // self.plan.config.epilogue_subtile
         return describe(y, (block_m, columns), ragged=True)
@@ -293,6 +304,10 @@ def grad_weight(
         x=can_describe(left), b=can_describe(right), y=can_describe_rows(sizes[2], g.dtype),
         device=device, kernel_config=kernel_config, needs_schedule=False,
     )  # fmt: skip
+    if planned.copied.x:
+        left = gather_rows(left, None, None, 1)
+    if planned.copied.b:
+        right = gather_rows(right, None, None, 1)
     block_left, block_right, block_m = planned.tile
     tiles = num_experts * cdiv(sizes[1], block_left) * cdiv(sizes[2], block_right)
     programs = min(device.num_sms * planned.config.programs_per_sm, tiles)
@@ -312,6 +327,12 @@ def grad_weight(
         on=g, kernel_config=kernel_config,
     )  # fmt: skip
     return stored.transpose(1, 2) if transposed else stored
+
+
+def _copied(matrices: torch.Tensor) -> torch.Tensor:
+    """Copy matrices (E, rows, columns) into rows that begin at sectors, which TMA can load."""
+    num_experts, num_rows, _ = matrices.shape
+    return gather_rows(matrices.flatten(0, 1), None, None, 1).unflatten(0, (num_experts, num_rows))
 
 
 def grad_bias(

@@ -32,7 +32,7 @@ from moe_ops.configs.kernel_config import (
     KernelConfigBackward_dX,
     KernelConfigForward,
 )
-from moe_ops.configs.problem import Epilogue, Operands, Problem, copies_rows
+from moe_ops.configs.problem import Epilogue, Operands, Problem, copies
 from moe_ops.configs.specialize import COOPERATIVE, PINGPONG, why_not_specialized
 
 logger = logging.getLogger("moe_ops")
@@ -61,7 +61,8 @@ class Plan:
         tile: rows and columns of the result's tile, and how many elements a step contracts.
         tma: the operands that go through descriptors.
         computes_epilogue: whether the kernel also computes the problem's epilogue.
-        copies_rows: whether gathered rows are first copied into expert order.
+        copied: the operands that are first copied: gathered rows into expert order, others to where
+            TMA can load them.
         finds_tiles: whether the kernel finds its tiles itself, without a schedule.
         tail_tiles: whether an expert's last rows may get a tile of half the height.
         options: the kernel's constexpr arguments, and Triton's own options.
@@ -76,7 +77,7 @@ class Plan:
     tile: tuple[int, int, int]
     tma: Operands
     computes_epilogue: bool
-    copies_rows: bool
+    copied: Operands
     finds_tiles: bool
     tail_tiles: bool
     options: dict[str, Any]
@@ -148,9 +149,12 @@ def plan(
         kernel_config: the caller's configurations, as one string.
         needs_schedule: whether a later step reads the product's tile schedule.
     """
+    copyable = copies(problem, device, operands)
+    operands = Operands(*(a or b for a, b in zip(operands, copyable, strict=True)))
     choice = choose(problem, device, kernel_config, operands)
     config, source = choice.config, choice.source
     tile, wants = _tile_and_wishes(problem, config)
+    copied = Operands(*(a and b for a, b in zip(copyable, wants.values(), strict=True)))
     obstacle = None
     kernel, reason = PERSISTENT, "the configuration does not ask for warp_specialize"
     if config.warp_specialize:
@@ -161,9 +165,11 @@ def plan(
             kernel, reason = PERSISTENT, obstacle
     few_rows = problem.kind != "backward_dW" and tile[0] <= _FINDS_TILES_ROWS
     finds_tiles = few_rows and not problem.dots and not needs_schedule
-    # A ping-pong kernel does not gather. For a long product it gains more than the copy costs.
-    copies = problem.gather and (kernel == PINGPONG or copies_rows(problem, device, operands))
-    tma, unmet = _described(problem, operands, device, wants, copies)
+    if kernel == PINGPONG and problem.gather:
+        # That kernel does not gather. For a long product it gains more than the copy costs.
+        copied = copied._replace(x=True)
+    gathers = problem.gather and not copied.x
+    tma, unmet = _described(problem, operands, device, wants, gathers)
     if source != "given" or kernel != PERSISTENT:
         # Nobody asked for these descriptors: rules ask for them wherever they might apply.
         unmet = ()
@@ -175,7 +181,6 @@ def plan(
     if obstacle is not None:
         unmet = (f"warp_specialize: {obstacle}", *unmet)
     if kernel == PERSISTENT:
-        gathers = problem.gather and not copies
         options = _persistent_options(problem, config, device, tile, tma, gathers, finds_tiles)
     else:
         options = _specialized_options(problem, config, tile, kernel)
@@ -183,7 +188,7 @@ def plan(
         kernel, config, source, choice.neighbour, tile, tma,
         computes_epilogue=problem.has_activation
         or (kernel == PINGPONG and problem.epilogue == "gated_activation_backward"),
-        copies_rows=copies,
+        copied=copied,
         finds_tiles=finds_tiles,
         tail_tiles=getattr(config, "tail_tiles", False),
         options=options, reason=reason, unmet=unmet,
@@ -244,12 +249,12 @@ def _name(device: Device) -> str:
 
 
 def _described(
-    problem: Problem, operands: Operands, device: Device, wants: dict[str, bool], copies: bool
+    problem: Problem, operands: Operands, device: Device, wants: dict[str, bool], gathers: bool
 ) -> tuple[Operands, tuple[str, ...]]:
     """Return which operands go through descriptors, and why others that should do not."""
     uses, unmet = [], []
     obstacles = {
-        "x": "gathered rows are loaded by pointers" if problem.gather and not copies else None,
+        "x": "gathered rows are loaded by pointers" if gathers else None,
         "b": None,
         "y": "scattered rows are stored by pointers" if problem.scatter else None,
     }

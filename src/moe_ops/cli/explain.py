@@ -16,7 +16,7 @@ from moe_ops.cli import experts
 from moe_ops.configs.device import KNOWN_GPUS, Device, device_of, known_gpu
 from moe_ops.configs.kernel_config import KernelConfig
 from moe_ops.configs.kernel_string import why_not_kernel_config
-from moe_ops.configs.problem import dense_operands
+from moe_ops.configs.problem import dense_operands, fused_operands
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +52,7 @@ class Row:
             "computed".
         neighbour: the key of the neighbour, whose configuration it is.
         reason: why this kernel.
+        copied: operands that are first copied to where TMA can load them, "left" or "right".
         unmet: wishes of the configuration that cannot be met, with reasons.
     """
 
@@ -66,6 +67,7 @@ class Row:
     source: str
     neighbour: str | None
     reason: str
+    copied: tuple[str, ...]
     unmet: tuple[str, ...]
 
 
@@ -112,8 +114,11 @@ def _rows(
 ) -> Iterator[Row]:
     from moe_ops._triton.plan import plan as plan_of
 
-    for projection, problem in tuning.products_of(layer, num_tokens, separate_ops, device):
-        plan = plan_of(problem, dense_operands(problem), device, kernel_config)
+    num_fused = sum(1 for _ in tuning.products_of(layer, num_tokens, device=device))
+    products = tuning.products_of(layer, num_tokens, separate_ops, device)
+    for i, (projection, problem) in enumerate(products):
+        operands = fused_operands(problem) if i < num_fused else dense_operands(problem)
+        plan = plan_of(problem, operands, device, kernel_config)
         yield Row(
             projection=projection,
             kind=problem.kind,
@@ -126,6 +131,11 @@ def _rows(
             source=plan.source,
             neighbour=plan.neighbour,
             reason=plan.reason,
+            copied=tuple(
+                name
+                for name, is_copied in zip(("left", "right"), plan.copied, strict=False)
+                if is_copied
+            ),
             unmet=plan.unmet,
         )
 
@@ -138,7 +148,7 @@ def _padding(layer: tuning.Experts, device: Device) -> str | None:
     if padded == layer:
         return None
     before, after = (_num_described(given, device) for given in (layer, padded))
-    of_all = sum(1 for _ in tuning.products_of(layer, 1, device=device))
+    of_all = sum(1 for _ in tuning.products_of(padded, 1, device=device))
     more = padded.down[0] * padded.down[1] / (layer.down[0] * layer.down[1]) - 1
     widths = " and ".join(
         f"{width} to {wider}"
@@ -146,8 +156,9 @@ def _padding(layer: tuning.Experts, device: Device) -> str | None:
         if width != wider
     )
     return (
-        f"padding {widths}, multiples of 16 bytes, would let TMA load and store everything in "
-        f"{after} of {of_all} products, now {before}; it costs {more:.1%} more multiplications"
+        f"padding {widths}, multiples of 16 bytes, would let TMA load and store everything "
+        f"without copies in {after} of {of_all} products, now {before}; it costs {more:.1%} more "
+        "multiplications"
     )
 
 
@@ -162,7 +173,7 @@ def _padded(layer: tuning.Experts) -> tuning.Experts:
 def _num_described(layer: tuning.Experts, device: Device) -> int:
     """Return in how many products TMA can describe all operands."""
     products = tuning.products_of(layer, 1, device=device)
-    return sum(all(dense_operands(problem)) for _, problem in products)
+    return sum(all(fused_operands(problem)) for _, problem in products)
 
 
 def _lines(device: Device, rows: list[tuple[tuning.Experts, list[Row]]]) -> Iterator[str]:
@@ -187,6 +198,8 @@ def _lines(device: Device, rows: list[tuple[tuning.Experts, list[Row]]]) -> Iter
             if row.neighbour is not None:
                 yield f"        as for {row.neighbour}"
             yield f"        {row.reason}"
+            if row.copied:
+                yield f"        first copies its {' and its '.join(row.copied)} operand"
             yield from (f"        not met: {wish}" for wish in row.unmet)
 
 

@@ -24,7 +24,7 @@ from moe_ops.configs.problem import (
     SOME_ROWS,
     Operands,
     Problem,
-    copies_rows,
+    copies,
     dense_operands,
     is_vector,
 )
@@ -179,7 +179,7 @@ def _tma_tile(problem: Problem, device: Device, operands: Operands) -> _Tile:
     """Return a tile for 16-bit operands that descriptors load."""
     # With an activation on top there are registers to finish half a tile at a time.
     subtile = 2 if problem.has_activation else 1
-    copies = copies_rows(problem, device, operands)
+    is_copied = copies(problem, device, operands).x
     if problem.dots:
         # The rows whose dots with x @ b are taken need the registers of a wider tile.
         if is_vector(problem.out_features) and is_vector(problem.in_features):
@@ -190,7 +190,7 @@ def _tma_tile(problem: Problem, device: Device, operands: Operands) -> _Tile:
         return _Tile(64, 256, 64, 4, 4, subtile, loads=True, stores=True)
     is_hopper = device.capability[0] == HOPPER
     # The kernels for Hopper take rows in expert order: those of an activation are copied first.
-    is_ordered = not problem.has_activation or problem.bias or copies or _copy_pays(problem)
+    is_ordered = not problem.has_activation or problem.bias or is_copied or _copy_pays(problem)
     serves = all(operands) and why_not_specialized(problem, PINGPONG_TILE) is None
     if is_hopper and is_ordered and serves:
         return _specialized_tile(problem)
@@ -199,7 +199,7 @@ def _tma_tile(problem: Problem, device: Device, operands: Operands) -> _Tile:
     ):
         # The registers of the activation and of a bias leave room for half of the widest tile.
         return _Tile(128, 128, 64, 8, 4, subtile, loads=True, stores=True)
-    is_bare_gather = problem.gather and not problem.has_activation and not copies
+    is_bare_gather = problem.gather and not problem.has_activation and not is_copied
     if is_hopper and problem.kind == "forward" and is_bare_gather and problem.rows > SOME_ROWS:
         # With two programs per SM, one gathers its rows or stores its tile while the other
         # multiplies. Not for an expert of few rows: it is bound by reading its weight, and narrower

@@ -17,6 +17,8 @@ from moe_ops.configs.device import Device
 ROWS_BUCKETS = (1, 8, 32, 64, 512, 1024)
 # Up to this mean number of rows per expert, tiles are low and reading the weight is the only bound.
 FEW_ROWS = 32
+# Up to this one, reading the weight is the bound of higher tiles, too.
+MORE_ROWS = 64
 # Up to this one, reading the weight takes a third of the time to multiply or more.
 SOME_ROWS = 512
 
@@ -156,6 +158,20 @@ def dense_operands(problem: Problem) -> Operands:
     return Operands(_is_described(in_features, size), b, _is_described(out_features, size))
 
 
+def fused_operands(problem: Problem) -> Operands:
+    """Return the same for a product within fused_experts, whose own rows begin at sectors.
+
+    The hidden states and the weights are dense and aligned. The pre-activation is dense.
+    """
+    dense = dense_operands(problem)
+    if problem.has_activation:
+        return dense
+    if problem.kind == "backward_dW":
+        return Operands(True, True, dense.y)
+    # The activation's backward reads the pre-activation.
+    return Operands(True, dense.b, problem.epilogue == "none" or dense.y)
+
+
 def _is_described(width: int, itemsize: int) -> bool:
     return width > 0 and width * itemsize % 16 == 0
 
@@ -169,18 +185,20 @@ def is_vector(width: int) -> bool:
     return width % 16 == 0
 
 
-def copies_rows(problem: Problem, device: Device, operands: Operands) -> bool:
-    """Return whether gathered rows are first copied into expert order, where TMA can load them.
+def copies(problem: Problem, device: Device, operands: Operands) -> Operands:
+    """Return which operands are worth a copy that TMA can load, if a configuration wants that.
 
-    Else pointers would gather them number by number. A product of few rows is bound by its weight.
+    Pointers would read them number by number: x and b if TMA cannot describe them, and gathered
+    rows whose width is no multiple of 16. Few rows are not worth a copy of the weight, whose reading
+    is their bound.
     """
-    return (
-        problem.gather
-        and device.has_tma
-        and operands.x
-        and problem.rows > FEW_ROWS
-        and not is_vector(problem.contracted)
-    )
+    b = not operands.b and problem.rows > MORE_ROWS and not problem.fp8
+    if problem.epilogue == "gated_activation" and problem.transposed:
+        # Gate and up are halves of a row of the weight, in its copy too.
+        b = b and _is_described(problem.out_features // 2, 2)
+    gathers_numbers = problem.gather and not is_vector(problem.contracted)
+    x = (operands.b or b) and problem.rows > FEW_ROWS and (gathers_numbers or not operands.x)
+    return Operands(device.has_tma and x, device.has_tma and b, False)
 
 
 def rows_bucket(num_rows: int, num_experts: int) -> int:

@@ -170,7 +170,9 @@ def products_of(
     # The up projection gathers its rows and computes the activation too.
     yield product("up", "forward", gather=True, bias=bias, epilogue=activation)
     yield product("down", "forward", bias=bias)
-    if is_gated and device is not None and asks_for_backward(device, layer.dtype.itemsize):
+    # It reads the halves of the pre-activation by TMA.
+    has_halves = is_gated and width * layer.dtype.itemsize % 16 == 0
+    if has_halves and device is not None and asks_for_backward(device, layer.dtype.itemsize):
         # The sizes tell neither the activation nor whether gate and up are interleaved: the bare
         # product, which those take that the kernel lacks, comes as well.
         yield product("down", "backward_dX", epilogue="gated_activation_backward")

@@ -47,7 +47,7 @@ def fused_experts(
         Rows.of(token_counts, gather.shape[0], gather, topk_ids.shape[1]), scatter,
         Activation(activation, activation_limit), gated, interleaved, kernel_config,
     )  # fmt: skip
-    num_rows, hidden_size = gather.shape[0], hidden_states.shape[1]
+    num_rows = gather.shape[0]
     before, after = (topk_weights, None) if weights_before else (None, topk_weights)
     up = UpProjection(routed, hidden_states, gate_up_proj, gate_up_bias, before)
     z = None
@@ -61,9 +61,10 @@ def fused_experts(
         down_proj.transpose(1, 2),
         Rows(routed.rows.token_counts, num_rows),
         bias=down_bias,
+        can_describe_y=True,
         kernel_config=kernel_config,
     )
-    y = hidden_states.new_empty(num_rows, hidden_size)
+    y = down.new_operand()
     down.launch(y, zeros_tail=False, shared=schedule)
     used = None if down.schedule is None else down.schedule.used_rows
     output = sum_rows(y, scatter, after, routed.rows.top_k, used)
@@ -158,9 +159,10 @@ def _grad_input(
         gate_up_proj,
         rows,
         has_dots=x is not None,
+        can_describe_y=True,
         kernel_config=routed.kernel_config,
     )
-    dx = dz.new_empty(rows.num_rows, gate_up_proj.shape[2]) if need_x else None
+    dx = gemm.new_operand() if need_x else None
     dots = None if x is None else gemm.new_dots(has_bias=False)
     gemm.launch(dx, other=x, gather_other=True, dots=dots, zeros_tail=False)
     if dx is None:

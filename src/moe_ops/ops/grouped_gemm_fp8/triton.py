@@ -102,7 +102,7 @@ def _launch(
             y.zero_()
         return
     gemm.make_schedule(y, rows.gather if gemm.scatter_y else None)
-    gemm.order_rows()
+    gemm.copy_operands()
     x_desc, b_desc = gemm.describe_operands(block_m)
     y_desc = gemm.describe_output(y, block_m)
     # In Triton's interpreter the kernel decodes bits, whatever the device.
