@@ -243,7 +243,7 @@ class DownBackward:
             return None, h, None
         gemm = self._plan(dy, divisor, z if need_dz else None, need_dots)
         at_once = gemm.plan.computes_epilogue
-        dz = new_rows(z, *z.shape) if need_dz and z is not None else None
+        dz = z.new_empty(z.shape) if need_dz and z is not None else None
         h = gemm.new_operand() if need_h else None
         dots = self._new_dots(gemm.tiles_n if at_once else 0) if need_dots else None
         if at_once and not rows.is_empty:
@@ -347,14 +347,13 @@ class DownBackward:
         # dh and h are laid out alike.
         of_h = dh if h is None else h
         stride_h = width if of_h is None else of_h.stride(0)
-        stride_dz = z.shape[1] if dz is None else dz.stride(0)
-        unit = unit_of(width, stride_h, stride_dz)
+        unit = unit_of(width, stride_h)
         z = z.contiguous()
         launch(
             _expert_activation_bwd_kernel, (cdiv(rows.num_rows, block_rows),),
             dh, z, scale, rows.gather, self.offsets[1, -1:], dz, h, dots,
             rows.num_rows, width // unit, rows.top_k, routed.activation.bound, *strides(scale),
-            stride_h // unit, stride_dz // unit,
+            stride_h // unit,
             UNIT=unit, ROWS=block_rows, BLOCK_I=block_i, GATED=routed.gated,
             INTERLEAVED=routed.interleaved,
             HAS_SCALE=scale is not None, LOAD_DH=dh is not None, STORE_DZ=dz is not None,

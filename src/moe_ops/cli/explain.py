@@ -117,7 +117,8 @@ def _rows(
     num_fused = sum(1 for _ in tuning.products_of(layer, num_tokens, device=device))
     products = tuning.products_of(layer, num_tokens, separate_ops, device)
     for i, (projection, problem) in enumerate(products):
-        operands = fused_operands(problem) if i < num_fused else dense_operands(problem)
+        is_fused = i < num_fused
+        operands = fused_operands(projection, problem) if is_fused else dense_operands(problem)
         plan = plan_of(problem, operands, device, kernel_config)
         yield Row(
             projection=projection,
@@ -173,7 +174,7 @@ def _padded(layer: tuning.Experts) -> tuning.Experts:
 def _num_described(layer: tuning.Experts, device: Device) -> int:
     """Return in how many products TMA can describe all operands."""
     products = tuning.products_of(layer, 1, device=device)
-    return sum(all(fused_operands(problem)) for _, problem in products)
+    return sum(all(fused_operands(*product)) for product in products)
 
 
 def _lines(device: Device, rows: list[tuple[tuning.Experts, list[Row]]]) -> Iterator[str]:

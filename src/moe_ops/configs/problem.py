@@ -158,18 +158,25 @@ def dense_operands(problem: Problem) -> Operands:
     return Operands(_is_described(in_features, size), b, _is_described(out_features, size))
 
 
-def fused_operands(problem: Problem) -> Operands:
+def fused_operands(projection: str, problem: Problem) -> Operands:
     """Return the same for a product within fused_experts, whose own rows begin at sectors.
 
-    The hidden states and the weights are dense and aligned. The pre-activation is dense.
+    The hidden states, the weights, the pre-activation and its gradient are dense and aligned.
+
+    Args:
+        projection: "up" or "down".
+        problem: the product.
     """
     dense = dense_operands(problem)
+    is_down = projection == "down"
+    if problem.kind == "backward_dW":
+        # Of the up projection the gradient of the pre-activation is one side.
+        x, b = (is_down, True) if not problem.transposed else (True, is_down)
+        return Operands(dense.x or x, dense.b or b, dense.y)
     if problem.has_activation:
         return dense
-    if problem.kind == "backward_dW":
-        return Operands(True, True, dense.y)
     # The activation's backward reads the pre-activation.
-    return Operands(True, dense.b, problem.epilogue == "none" or dense.y)
+    return Operands(dense.x or is_down, dense.b, problem.epilogue == "none" or dense.y)
 
 
 def _is_described(width: int, itemsize: int) -> bool:

@@ -178,7 +178,7 @@ def _expert_up_kernel(
 @triton.jit(do_not_specialize=["num_rows"])
 def _expert_activation_bwd_kernel(
     dh_ptr, z_ptr, scale_ptr, gather_ptr, used_ptr, dz_ptr, sh_ptr, dots_ptr,
-    num_rows, width, top_k, limit, stride_st, stride_sk, stride_h, stride_dz,
+    num_rows, width, top_k, limit, stride_st, stride_sk, stride_h,
     ROWS: tl.constexpr, BLOCK_I: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     ACTIVATION: tl.constexpr, HAS_LIMIT: tl.constexpr, HAS_SCALE: tl.constexpr,
     LOAD_DH: tl.constexpr, STORE_DZ: tl.constexpr, STORE_H: tl.constexpr,
@@ -189,12 +189,11 @@ def _expert_activation_bwd_kernel(
     s is the router weight of the row's slot, or 1 without HAS_SCALE. Without LOAD_DH only sh is
     made. Grid (cdiv(num_rows, ROWS),): one program owns ROWS rows. Needs nothing initialised. Rows
     from used_ptr[0] on belong to no expert: their dots are zeros, their dz and sh are not written.
-    sh may be dh itself, since a block is read before it is written. width and the strides
-    of rows are in units (rows.py).
+    sh may be dh itself, since a block is read before it is written. width and the stride
+    of the rows of dh and sh are in units (rows.py).
     """
     width *= UNIT
     stride_h *= UNIT
-    stride_dz *= UNIT
     W = 2 * width if GATED else width
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     in_rows = rows < num_rows
@@ -212,7 +211,6 @@ def _expert_activation_bwd_kernel(
     dots = tl.zeros((ROWS,), tl.float32)
     h_rows = rows[:, None].to(tl.int64) * stride_h
     z_rows = rows[:, None].to(tl.int64) * W
-    dz_rows = rows[:, None].to(tl.int64) * stride_dz
     for i0 in tl.range(0, width, BLOCK_I, num_stages=3):
         i = i0 + tl.arange(0, BLOCK_I)
         mask = is_used[:, None] & (i < width)[None, :]
@@ -241,13 +239,13 @@ def _expert_activation_bwd_kernel(
             if GATED and INTERLEAVED:
                 dz = tl.join(dh * d_gate, dh * d_up).reshape(ROWS, 2 * BLOCK_I)
                 dz = dz.to(dz_ptr.dtype.element_ty)
-                tl.store(dz_ptr + dz_rows + w[None, :], dz, mask=in_w)
+                tl.store(dz_ptr + z_rows + w[None, :], dz, mask=in_w)
             elif GATED:
-                out = dz_ptr + dz_rows + i[None, :]
+                out = dz_ptr + z_rows + i[None, :]
                 tl.store(out, (dh * d_gate).to(dz_ptr.dtype.element_ty), mask=mask)
                 tl.store(out + width, (dh * d_up).to(dz_ptr.dtype.element_ty), mask=mask)
             else:
                 dz = (dh * d_z).to(dz_ptr.dtype.element_ty)
-                tl.store(dz_ptr + dz_rows + i[None, :], dz, mask=mask)
+                tl.store(dz_ptr + z_rows + i[None, :], dz, mask=mask)
     if STORE_DOTS:
         tl.store(dots_ptr + slots, dots.to(dots_ptr.dtype.element_ty), mask=in_slots)
