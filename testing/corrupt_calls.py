@@ -56,11 +56,11 @@ def run_samples(name: str) -> int:
 
 def _samples(name: str) -> list[Sample]:
     schema = SCHEMAS[name]
-    small = {"T": 3, "D": 17, "N": 8, "H": 17, "E": 4, "num_experts": 4, "top_k": 2}
+    small = {"T": 3, "D": 17, "N": 8, "H": 17, "U": 10, "E": 4, "num_experts": 4, "top_k": 2}
     # Rows that descriptors can read, and enough of them for the kernels that do.
-    large = {"T": 80, "D": 64, "N": 64, "H": 64, "E": 4, "num_experts": 4, "top_k": 2}
+    large = {"T": 80, "D": 64, "N": 64, "H": 64, "U": 64, "E": 4, "num_experts": 4, "top_k": 2}
     # Sizes for which the warp-specialised kernels are chosen.
-    wide = {**large, "T": 320, "D": 256, "N": 256, "H": 256, "I": 256}
+    wide = {**large, "T": 320, "D": 256, "N": 256, "H": 256, "I": 256, "U": 512}
     all_given = {a.name: PRESENT for a in schema.tensors if a.is_optional}
     permutations: list[dict[str, Any]] = [{}]
     if "permute_x" in {a.name for a in schema.arguments}:

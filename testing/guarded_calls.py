@@ -25,7 +25,7 @@ from testing.strategies import Sample, seeded_sample
 
 INDEX = (torch.int32, torch.int64)
 VARIANTS = 2
-SIZES = {"T": 3, "D": 17, "N": 8, "H": 17, "E": 4, "num_experts": 4, "top_k": 2}
+SIZES = {"T": 3, "D": 17, "N": 8, "H": 17, "U": 10, "E": 4, "num_experts": 4, "top_k": 2}
 PROT_NONE = 0
 _zeros = torch.zeros
 _mprotect = ctypes.CDLL(None, use_errno=True).mprotect

@@ -169,15 +169,23 @@ def experts(
     )  # fmt: skip
     rows = [_empty(num_tokens * top_k) for _ in range(2)]
     z = _empty(num_tokens * top_k, width, dtype=dtype) if recompute == "none" else None
-    needs = [True, True, True, True, bias, bias]
-    backward: tuple[Any, ...] = (
-        x, x, up, down, weights, *biases, z, _empty(num_experts), *rows, *flags,
-        needs, [transposed, transposed], kernel_config,
+    routing = (_empty(num_experts), *rows)
+    down_backward: tuple[Any, ...] = (
+        x, x, up, down, weights, *biases, z, *routing, *flags,
+        [True, True, not weights_before, bias], transposed, kernel_config,
+    )  # fmt: skip
+    dz = _empty(num_tokens * top_k, width, dtype=dtype)
+    up_backward: tuple[Any, ...] = (
+        dz, x, up, weights, *routing, weights_before,
+        [True, True, weights_before, bias], transposed, kernel_config,
     )  # fmt: skip
     return {
         "inference": lambda: fused_experts.fused_experts(*forward),
         "forward": lambda: fused_experts.fused_experts(*forward, for_backward=True),
-        "backward": lambda: fused_experts.fused_experts_backward(*backward),
+        "backward": lambda: (
+            fused_experts.fused_experts_down_backward(*down_backward),
+            fused_experts.fused_experts_up_backward(*up_backward),
+        ),
     }  # fmt: skip
 
 

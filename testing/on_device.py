@@ -28,11 +28,11 @@ ALL = sorted(SCHEMAS)
 DIFFERENTIABLE = sorted(name for name, s in SCHEMAS.items() if any(a.grad for a in s.tensors))
 
 # The dimensions of rows, by op: hidden_size, in_features, out_features, intermediate_size.
-WIDTHS = [(name, letter) for name in ALL for letter in SCHEMAS[name].dims if letter in "HDNI"]
+WIDTHS = [(name, letter) for name in ALL for letter in SCHEMAS[name].dims if letter in "HDNIU"]
 
 # Several tiles of every kernel, sizes that descriptors can read: 16-byte rows.
 MEDIUM: Mapping[str, Any] = {
-    "T": 300, "E": 8, "G": 4, "K": 4, "D": 192, "N": 320, "H": 320, "I": 192,
+    "T": 300, "E": 8, "G": 4, "K": 4, "D": 192, "N": 320, "H": 320, "I": 192, "U": 384,
     "num_experts": 8, "top_k": 4, "num_groups": 2, "top_groups": 1, "scaling_factor": 2.5,
 }  # fmt: skip
 

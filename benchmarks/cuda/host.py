@@ -267,10 +267,15 @@ def ops_of(bench: Bench, shape: Shape) -> dict[str, Op]:
     arguments = (x, gate_up, down, ids, weights)
     expected = block.expected(ids)
     kept = moe.fused_experts_forward.default(*arguments)[1:]
-    backward = (
+    down_backward = (
         block.grad_output, x, gate_up, down, weights, None, None, *kept, "silu", True, False, None,
-        False, [True] * 4 + [False] * 2, [False, False],
+        False, [True] * 3 + [False], False,
     )  # fmt: skip
+    dz = moe.fused_experts_down_backward.default(*down_backward)[0]
+    up_backward = (
+        dz, x, gate_up, None, *kept[1:], shape.top_k, [True, True, False, False], False,
+    )  # fmt: skip
+    grad_x, grad_gate_up, grad_down, grad_weights = expected[1:]
     unweighted = (rows, gather, None, shape.top_k, scatter)
     weighted = (rows, gather, weights, shape.top_k, scatter)
 
@@ -296,8 +301,14 @@ def ops_of(bench: Bench, shape: Shape) -> dict[str, Op]:
         "fused_experts_forward": Op(
             lambda: moe.fused_experts_forward.default(*arguments), lambda: expected[0]
         ),
-        "fused_experts_backward": Op(
-            lambda: moe.fused_experts_backward.default(*backward), lambda: expected[1:]
+        # Its first output, the gradient of z, has no reference. The other op is right if that is.
+        "fused_experts_down_backward": Op(
+            lambda: moe.fused_experts_down_backward.default(*down_backward)[1:],
+            lambda: (grad_down, grad_weights),
+        ),
+        "fused_experts_up_backward": Op(
+            lambda: moe.fused_experts_up_backward.default(*up_backward),
+            lambda: (grad_x, grad_gate_up),
         ),
         "permute": Op(
             lambda: moe.permute.default(x, gather, shape.top_k, scatter),

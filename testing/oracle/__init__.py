@@ -23,8 +23,9 @@ from testing.oracle.experts import (
     activation_of,
     expert_layer,
     fused_experts,
-    fused_experts_backward,
+    fused_experts_down_backward,
     fused_experts_forward,
+    fused_experts_up_backward,
 )
 from testing.oracle.gemm import (
     grouped_gemm,
@@ -50,8 +51,9 @@ __all__ = [
     "dropped_slots",
     "expert_layer",
     "fused_experts",
-    "fused_experts_backward",
+    "fused_experts_down_backward",
     "fused_experts_forward",
+    "fused_experts_up_backward",
     "gradients",
     "grouped_gemm",
     "grouped_gemm_dw",

@@ -6,6 +6,7 @@ U = 2 * I where gated, else I.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -52,6 +53,71 @@ def limited(values: Tensor, below: float | None, above: float | None) -> Tensor:
     return values if below is None else torch.where(values < -below, -below, values)
 
 
+def up_projection(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    topk_weights: Tensor | None,
+    gate_up_bias: Tensor | None,
+    token_counts: Tensor,
+    gather_indices: Tensor,
+    top_k: int,
+) -> Tensor:
+    """Return z (R, U) of the rows in expert order, zero for rows that belong to no expert.
+
+    topk_weights, if they are given, multiply the rows before the product.
+    """
+    x, gate_up_proj, topk_weights, gate_up_bias = to_fp64(
+        hidden_states, gate_up_proj, topk_weights, gate_up_bias
+    )
+    found = [x.new_zeros(gate_up_proj.shape[1]) for _ in range(len(gather_indices))]
+    for row, expert, token, choice in _used_rows(token_counts, gather_indices, top_k):
+        own = x[token] if topk_weights is None else x[token] * topk_weights[token, choice]
+        z = gate_up_proj[expert] @ own
+        found[row] = z if gate_up_bias is None else z + gate_up_bias[expert]
+    return torch.stack(found) if found else x.new_zeros(0, gate_up_proj.shape[1])
+
+
+def down_projection(
+    pre_activation: Tensor,
+    down_proj: Tensor,
+    topk_weights: Tensor,
+    down_bias: Tensor | None,
+    token_counts: Tensor,
+    gather_indices: Tensor,
+    activation: str,
+    gated: bool,
+    interleaved: bool,
+    activation_limit: float | None,
+    weights_before: bool,
+) -> Tensor:
+    """Return the output (T, H) of fused_experts, from z (R, U) in expert order."""
+    z, down_proj, topk_weights, down_bias = to_fp64(
+        pre_activation, down_proj, topk_weights, down_bias
+    )
+    hidden_size, top_k = down_proj.shape[1], topk_weights.shape[1]
+    output = [z.new_zeros(hidden_size) for _ in range(topk_weights.shape[0])]
+    for row, expert, token, choice in _used_rows(token_counts, gather_indices, top_k):
+        h = activation_of(z[row], activation, gated, interleaved, activation_limit)
+        y = down_proj[expert] @ h
+        if down_bias is not None:
+            y = y + down_bias[expert]
+        weighted = y if weights_before else y * topk_weights[token, choice]
+        output[token] = output[token] + weighted
+    return torch.stack(output) if output else z.new_zeros(0, hidden_size)
+
+
+def _used_rows(
+    token_counts: Tensor, gather_indices: Tensor, top_k: int
+) -> Iterator[tuple[int, int, int, int]]:
+    """Yield the row, expert, token and choice of each row that belongs to an expert."""
+    row = 0
+    for expert, count in enumerate(token_counts.tolist()):
+        for _ in range(count):
+            token, choice = divmod(int(gather_indices[row]), top_k)
+            yield row, expert, token, choice
+            row += 1
+
+
 def expert_layer(
     hidden_states: Tensor,
     gate_up_proj: Tensor,
@@ -66,42 +132,22 @@ def expert_layer(
     interleaved: bool,
     activation_limit: float | None,
     weights_before: bool,
-    pre_activation: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return output (T, H) and pre_activation (R, U), for a routing in expert order.
-
-    A given pre_activation replaces the values of the computed one, not its derivative.
-    """
-    x, gate_up_proj, down_proj, topk_weights, gate_up_bias, down_bias, given = to_fp64(
-        hidden_states, gate_up_proj, down_proj, topk_weights, gate_up_bias, down_bias,
-        pre_activation,
+    """Return output (T, H) and pre_activation (R, U), for a routing in expert order."""
+    x, gate_up_proj, down_proj, topk_weights = to_fp64(
+        hidden_states, gate_up_proj, down_proj, topk_weights
+    )
+    z = up_projection(
+        x, gate_up_proj, topk_weights if weights_before else None, gate_up_bias, token_counts,
+        gather_indices, topk_weights.shape[1],
     )  # fmt: skip
-    top_k = topk_weights.shape[1]
-    output = [x.new_zeros(x.shape[1]) for _ in range(x.shape[0])]
-    pre_activations = [x.new_zeros(gate_up_proj.shape[1]) for _ in range(topk_weights.numel())]
-    row = 0
-    for expert, count in enumerate(token_counts.tolist()):
-        for _ in range(count):
-            slot = int(gather_indices[row])
-            token, choice = slot // top_k, slot % top_k
-            weight = topk_weights[token, choice]
-            z = gate_up_proj[expert] @ (x[token] * weight if weights_before else x[token])
-            if gate_up_bias is not None:
-                z = z + gate_up_bias[expert]
-            if given is not None:
-                z = given[row] + (z - z.detach())
-            h = activation_of(z, activation, gated, interleaved, activation_limit)
-            y = down_proj[expert] @ h
-            if down_bias is not None:
-                y = y + down_bias[expert]
-            output[token] = output[token] + (y if weights_before else y * weight)
-            pre_activations[row] = z
-            row += 1
-    if not output:
-        # It has no rows, but the autograd history of its inputs.
-        history = x.sum() + gate_up_proj.sum() + down_proj.sum() + topk_weights.sum()
-        return history * x.new_zeros(0, x.shape[1]), x.new_zeros(0, gate_up_proj.shape[1])
-    return torch.stack(output), torch.stack(pre_activations)
+    output = down_projection(
+        z, down_proj, topk_weights, down_bias, token_counts, gather_indices, activation, gated,
+        interleaved, activation_limit, weights_before,
+    )  # fmt: skip
+    # Without rows it has still the autograd history of its inputs.
+    history = x.sum() + gate_up_proj.sum() + down_proj.sum() + topk_weights.sum()
+    return (output if len(output) else history * output), z
 
 
 def fused_experts_forward(
@@ -134,7 +180,7 @@ def fused_experts(*args: Any, **kwargs: Any) -> Tensor:
     return fused_experts_forward(*args, **kwargs)[0]
 
 
-def fused_experts_backward(
+def fused_experts_down_backward(
     grad_output: Tensor,
     hidden_states: Tensor | None,
     gate_up_proj: Tensor,
@@ -152,31 +198,74 @@ def fused_experts_backward(
     activation_limit: float | None,
     weights_before: bool,
     needs: list[bool],
-    transposed: list[bool],
+    transposed: bool,
     kernel_config: str | None = None,
 ) -> tuple[Tensor | None, ...]:
     # Where one of these is None, no gradient asked for depends on it.
-    biases = (
-        grad_output.new_zeros(gate_up_proj.shape[:2]),
-        grad_output.new_zeros(down_proj.shape[:2]),
-    )
+    x = torch.zeros_like(grad_output) if hidden_states is None else hidden_states
+    bias = down_bias
+    if bias is None:
+        bias = grad_output.new_zeros(down_proj.shape[:2])
+    flags = (activation, gated, interleaved, activation_limit, weights_before)
+    if pre_activation is None:
+        _, pre_activation = expert_layer(
+            x, gate_up_proj, down_proj, topk_weights, gate_up_bias, down_bias, token_counts,
+            gather_indices, *flags,
+        )  # fmt: skip
+
+    def from_pre_activation(
+        pre_activation: Tensor, down_proj: Tensor, topk_weights: Tensor, down_bias: Tensor
+    ) -> Tensor:
+        return down_projection(
+            pre_activation, down_proj, topk_weights, down_bias, token_counts, gather_indices, *flags
+        )
+
     arguments = {
-        "hidden_states": torch.zeros_like(grad_output) if hidden_states is None else hidden_states,
-        "gate_up_proj": gate_up_proj,
+        "pre_activation": pre_activation,
         "down_proj": down_proj,
         "topk_weights": topk_weights,
-        "gate_up_bias": biases[0] if gate_up_bias is None else gate_up_bias,
-        "down_bias": biases[1] if down_bias is None else down_bias,
-        "pre_activation": pre_activation,
-        "token_counts": token_counts,
-        "gather_indices": gather_indices,
-        "activation": activation,
-        "gated": gated,
-        "interleaved": interleaved,
-        "activation_limit": activation_limit,
-        "weights_before": weights_before,
+        "down_bias": bias,
     }
-    names = [
-        "hidden_states", "gate_up_proj", "down_proj", "topk_weights", "gate_up_bias", "down_bias",
-    ]  # fmt: skip
-    return needed_gradients(expert_layer, arguments, names, grad_output, needs)
+    return needed_gradients(from_pre_activation, arguments, list(arguments), grad_output, needs)
+
+
+def fused_experts_up_backward(
+    grad_pre_activation: Tensor,
+    hidden_states: Tensor | None,
+    gate_up_proj: Tensor,
+    topk_weights: Tensor | None,
+    token_counts: Tensor,
+    gather_indices: Tensor,
+    scatter_indices: Tensor,
+    top_k: int,
+    needs: list[bool],
+    transposed: bool,
+    kernel_config: str | None = None,
+) -> tuple[Tensor | None, ...]:
+    num_rows, hidden_size = grad_pre_activation.shape[0], gate_up_proj.shape[2]
+    x = hidden_states
+    if x is None:
+        # No gradient asked for depends on it.
+        x = grad_pre_activation.new_zeros(num_rows // top_k, hidden_size)
+
+    def from_input(
+        hidden_states: Tensor,
+        gate_up_proj: Tensor,
+        gate_up_bias: Tensor,
+        topk_weights: Tensor | None = None,
+    ) -> Tensor:
+        return up_projection(
+            hidden_states, gate_up_proj, topk_weights, gate_up_bias, token_counts, gather_indices,
+            top_k,
+        )  # fmt: skip
+
+    arguments = {
+        "hidden_states": x,
+        "gate_up_proj": gate_up_proj,
+        "topk_weights": topk_weights,
+        "gate_up_bias": grad_pre_activation.new_zeros(gate_up_proj.shape[:2]),
+    }
+    # Rows that belong to no expert may hold anything, NaN too: there is no z of theirs.
+    tangent = grad_pre_activation.clone()
+    tangent[int(token_counts.sum()) :] = 0
+    return needed_gradients(from_input, arguments, list(arguments), tangent, needs)

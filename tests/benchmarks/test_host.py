@@ -93,7 +93,8 @@ def test_every_op_is_right():
     json.dumps(records, allow_nan=False)
     assert {record["op"] for record in records} >= {
         "routing_indices", "grouped_gemm", "grouped_gemm_dx", "grouped_gemm_dw", "fused_experts",
-        "fused_experts_forward", "fused_experts_backward", "permute", "unpermute",
+        "fused_experts_forward", "fused_experts_down_backward", "fused_experts_up_backward",
+        "permute", "unpermute",
     }  # fmt: skip
     for record in records:
         assert "wrong" not in record, record
@@ -111,30 +112,34 @@ def test_what_is_wrong_is_not_timed(error):
     assert record["host_ratio"] == {}
 
 
-@pytest.mark.parametrize("which", range(4))
-def test_a_wrong_gradient_of_the_op_is_found(monkeypatch, which):
+# The gradient of z, output 0 of the first op, shows in the results of the second.
+GRADIENTS = [
+    ("down", 0, "up"), ("down", 1, "down"), ("down", 2, "down"), ("up", 0, "up"), ("up", 1, "up"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("projection", "which", "wrong"), GRADIENTS)
+def test_a_wrong_gradient_of_the_op_is_found(monkeypatch, projection, which, wrong):
     torch.manual_seed(0)
-    original = torch.ops.moe.fused_experts_backward.default
+    op = f"fused_experts_{projection}_backward"
+    original = getattr(torch.ops.moe, op).default
 
     def spoiled(*args):
         return tuple(
             result * 1.1 if i == which else result for i, result in enumerate(original(*args))
         )
 
-    moe = types.SimpleNamespace(
-        **{
-            name: getattr(torch.ops.moe, name)
-            for name in (
-                "routing_indices", "grouped_gemm", "grouped_gemm_dx", "grouped_gemm_dw",
-                "fused_experts", "fused_experts_forward", "permute", "unpermute",
-            )
-        },
-        fused_experts_backward=types.SimpleNamespace(default=spoiled),
+    names = (
+        "routing_indices", "grouped_gemm", "grouped_gemm_dx", "grouped_gemm_dw", "fused_experts",
+        "fused_experts_forward", "fused_experts_down_backward", "fused_experts_up_backward",
+        "permute", "unpermute",
     )  # fmt: skip
-    monkeypatch.setattr(host, "moe", moe)
+    ops = {name: getattr(torch.ops.moe, name) for name in names}
+    ops[op] = types.SimpleNamespace(default=spoiled)
+    monkeypatch.setattr(host, "moe", types.SimpleNamespace(**ops))
     records = {record["op"]: record for record in host.run_ops(bench(), TINY)}
     assert [name for name, record in records.items() if "wrong" in record] == [
-        "fused_experts_backward"
+        f"fused_experts_{wrong}_backward"
     ]
 
 

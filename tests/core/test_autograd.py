@@ -28,17 +28,37 @@ EXPERTS = [
 ]  # fmt: skip
 
 
+def experts_needs(down: list[bool], up: list[bool] | None = None) -> dict[str, list[bool]]:
+    """Return what the backward ops of fused_experts are asked for; without `up` only one runs."""
+    asked = {"fused_experts_down_backward": down}
+    return asked if up is None else {**asked, "fused_experts_up_backward": up}
+
+
+# By the one argument of fused_experts that needs its gradient. Outputs of the first op: gradients of
+# z, down_proj, topk_weights and down_bias; of the second: of hidden_states, gate_up_proj, topk_weights
+# (with weights_before) and gate_up_bias.
+DZ = [True, False, False, False]
+EXPERTS_NEEDS = {
+    "hidden_states": experts_needs(DZ, [True, False, False, False]),
+    "gate_up_proj": experts_needs(DZ, [False, True, False, False]),
+    "down_proj": experts_needs([False, True, False, False]),
+    "topk_weights": experts_needs([False, False, True, False]),
+    "gate_up_bias": experts_needs(DZ, [False, False, False, True]),
+    "down_bias": experts_needs([False, False, False, True]),
+}
+
+
 def floating(output):
     return output[0] if isinstance(output, tuple) else output
 
 
-def every_argument(name: str, seed: int = 0) -> Sample:
+def every_argument(name: str, seed: int = 0, **chosen: Any) -> Sample:
     """Return a sample of several rows in fp64, with every optional tensor given."""
     optional = {a.name: PRESENT for a in SCHEMAS[name].tensors if a.is_optional}
     sizes = {"T": 5, "H": 3, "I": 4, "D": 3, "N": 8, "G": 4}
     fixed: dict[str, Any] = {k: v for k, v in sizes.items() if k in SCHEMAS[name].dims}
     fixed |= {"dtype": torch.float64, "layout": "contiguous", "routing": "uniform"}
-    return seeded_sample(SCHEMAS[name], seed, **optional, **fixed)
+    return seeded_sample(SCHEMAS[name], seed, **optional, **fixed, **chosen)
 
 
 def selects_firmly(sample: Sample) -> bool:
@@ -125,7 +145,9 @@ def test_double_backward_is_refused_where_the_backward_is_opaque(name):
         expected = reference(index, leaf)
         if expected is None or not expected.any():
             continue
-        with pytest.raises(NotImplementedError, match=f"moe::{name}_(dx|dw|backward): "):
+        with pytest.raises(
+            NotImplementedError, match=f"moe::{name}_(dx|dw|(down_|up_)?backward): "
+        ):
             second(index, leaf)
         refused += 1
     assert refused >= len(names)
@@ -146,7 +168,9 @@ def test_double_backward_of_frozen_experts_is_refused(name, recompute):
     leaf = arguments[name].requires_grad_()
     output = torch.ops.moe.fused_experts(**arguments, recompute=recompute)
     (first,) = torch.autograd.grad(output.sum(), leaf, create_graph=True)
-    with pytest.raises(NotImplementedError, match="moe::fused_experts_backward: has no gradient"):
+    with pytest.raises(
+        NotImplementedError, match="moe::fused_experts_up_backward: has no gradient"
+    ):
         torch.autograd.grad(first.square().sum(), leaf)
 
 
@@ -199,11 +223,8 @@ def test_gradients_not_needed_are_none(name):
         ("grouped_gemm_fp8", ["input"], {"grouped_gemm_fp8_dx": [True, False]}),
         ("grouped_gemm_fp8", ["topk_weights"], {"grouped_gemm_fp8_dx": [False, True]}),
         ("grouped_gemm_fp8", ["input", "topk_weights"], {"grouped_gemm_fp8_dx": [True, True]}),
-        *(
-            ("fused_experts", [n], {"fused_experts_backward": [n == m for m in EXPERTS]})
-            for n in EXPERTS
-        ),
-        ("fused_experts", EXPERTS, {"fused_experts_backward": [True] * 6}),
+        *(("fused_experts", [name], needs) for name, needs in EXPERTS_NEEDS.items()),
+        ("fused_experts", EXPERTS, experts_needs([True] * 4, [True, True, False, True])),
         ("unpermute", ["input"], {"unpermute_backward": [True, False]}),
         ("unpermute", ["topk_weights"], {"unpermute_backward": [False, True]}),
         ("unpermute", ["input", "topk_weights"], {"unpermute_backward": [True, True]}),
@@ -211,7 +232,24 @@ def test_gradients_not_needed_are_none(name):
     ids=str,
 )
 def test_backward_computes_what_is_needed_alone(name, wanted, expected):
-    sample = every_argument(name)
+    chosen = {"weights_before": False} if name == "fused_experts" else {}
+    check_needs(every_argument(name, **chosen), wanted, expected)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        (["topk_weights"], experts_needs(DZ, [False, False, True, False])),
+        (EXPERTS, experts_needs([True, True, False, True], [True] * 4)),
+    ],
+    ids=str,
+)
+def test_weights_before_move_their_gradient_to_the_other_op(wanted, expected):
+    sample = every_argument("fused_experts", weights_before=True)
+    check_needs(sample, wanted, expected)
+
+
+def check_needs(sample: Sample, wanted: list[str], expected: dict[str, list[bool]]) -> None:
     arguments = sample.requiring_grad()
     for argument in sample.differentiable():
         arguments[argument].requires_grad_(argument in wanted)
@@ -253,7 +291,7 @@ def test_another_op_may_run_where_a_gradient_is_recorded():
     assert torch.equal(output, expected)
     with MoeOps() as counted:
         output.sum().backward()
-    assert counted.counts == {"fused_experts_backward": 1}
+    assert counted.names == ["fused_experts_down_backward", "fused_experts_up_backward"]
 
 
 def test_an_op_that_runs_in_place_of_another_says_so_and_takes_its_arguments():

@@ -265,38 +265,38 @@ def test_rejects_with_grad_and_under_autocast():
 
 def test_rejects_a_list_of_too_few_flags():
     """For a bool[N] the dispatcher takes a list of any length."""
-    sample = seeded_sample(SCHEMAS["fused_experts_backward"], 0, T=3)
+    sample = seeded_sample(SCHEMAS["fused_experts_down_backward"], 0, T=3)
     checks.assert_rejects(
-        ValueError, ("moe::fused_experts_backward: expected len(needs) == 6, got 2",),
+        ValueError, ("moe::fused_experts_down_backward: expected len(needs) == 4, got 2",),
         sample.overload, {**sample.arguments, "needs": [True, True]},
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("missing", "needs", "text"),
-    [
-        (
-            ["hidden_states"],
-            [1, 3],
-            "hidden_states is not None or not (needs[1] or (weights_before",
-        ),
-        (
-            ["hidden_states", "pre_activation"],
-            [0, 1, 2, 3, 4],
-            "hidden_states is not None or pre_activation is not None or (not (needs[0] or",
-        ),
-    ],
-)
-def test_rejects_gradients_without_what_they_are_taken_from(missing, needs, text):
-    sample = seeded_sample(
-        SCHEMAS["fused_experts_backward"], 0, T=3, weights_before=True,
-        hidden_states=PRESENT, pre_activation=PRESENT,
-    )  # fmt: skip
-    arguments = {**sample.arguments, **dict.fromkeys(missing)}
-    for needed in range(6):
-        arguments["needs"] = [i == needed for i in range(6)]
-        if needed in needs:
-            expected = f"moe::fused_experts_backward: expected {text}"
+# Of each backward op of fused_experts: what is missing, the outputs that are then refused, and why.
+MISSING = [
+    (
+        "down",
+        {"hidden_states": None, "pre_activation": None, "weights_before": False},
+        [0, 1, 2],
+        "hidden_states is not None or pre_activation is not None or (not (needs[0] or",
+    ),
+    ("down", {"weights_before": True}, [2], "not (weights_before and needs[2])"),
+    ("up", {"hidden_states": None}, [1, 2], "hidden_states is not None or not (needs[1] or"),
+    ("up", {"topk_weights": None}, [2], "topk_weights is not None or not needs[2]"),
+]
+
+
+@pytest.mark.parametrize(("projection", "missing", "refused", "text"), MISSING, ids=str)
+def test_rejects_gradients_without_what_they_are_taken_from(projection, missing, refused, text):
+    name = f"fused_experts_{projection}_backward"
+    schema = SCHEMAS[name]
+    given = {a.name: PRESENT for a in schema.tensors if a.is_optional}
+    sample = seeded_sample(schema, 0, T=3, **given)
+    arguments = {**sample.arguments, **missing}
+    for needed in range(4):
+        arguments["needs"] = [i == needed for i in range(4)]
+        if needed in refused:
+            expected = f"moe::{name}: expected {text}"
             checks.assert_rejects(ValueError, (expected,), sample.overload, arguments)
         else:
             sample.overload(**arguments)

@@ -68,14 +68,15 @@ def test_fp8_weights_count_as_others_do():
 
 
 EXPERTS_GRADS = {
-    # The unit is a GEMM of R x H x I. Gate and up are two of them.
-    ("hidden_states",): 1 + 2,
-    ("gate_up_proj",): 1 + 2,
-    ("down_proj",): 1,
-    ("topk_weights",): 1,
-    ("gate_up_bias",): 1,
-    ("down_bias",): 0,
-    ("hidden_states", "gate_up_proj", "down_proj", "topk_weights"): 6,
+    # GEMMs in the backward of the down and of the up projection, None where that op does not run. The
+    # unit is a GEMM of R x H x I. Gate and up are two of them.
+    ("hidden_states",): (1, 2),
+    ("gate_up_proj",): (1, 2),
+    ("down_proj",): (1, None),
+    ("topk_weights",): (1, None),
+    ("gate_up_bias",): (1, 0),
+    ("down_bias",): (0, None),
+    ("hidden_states", "gate_up_proj", "down_proj", "topk_weights"): (2, 4),
 }
 
 
@@ -103,15 +104,33 @@ def test_fused_experts(grads, gated, recompute):
     for name in grads:
         tensors[name].requires_grad_()
     found = count(lambda: moe_ops.fused_experts(**tensors, **call).sum().backward())
-    backward = EXPERTS_GRADS[grads]
-    if not gated and backward > 1:
-        # z is half as wide: grad_hidden_states and grad_gate_up_proj take one GEMM less each.
-        backward -= sum(name in grads for name in ("hidden_states", "gate_up_proj"))
-    if recompute == "pre_activation" and backward:
-        backward += up
+    of_down, of_up = EXPERTS_GRADS[grads]
+    if recompute == "pre_activation" and of_down:
+        of_down += up
     expected = {"moe.fused_experts_forward": (up + 1) * unit}
-    expected["moe.fused_experts_backward"] = backward * unit
+    expected["moe.fused_experts_down_backward"] = of_down * unit
+    if of_up is not None:
+        # z is half as wide where there is no gate.
+        expected["moe.fused_experts_up_backward"] = of_up // (1 if gated else 2) * unit
     assert found == expected
+
+
+def test_router_weights_before_the_up_projection():
+    x, gate_up, down = torch.randn(6, 8), torch.randn(3, 10, 8), torch.randn(3, 8, 5)
+    ids, weights = torch.randint(3, (6, 2)), torch.randn(6, 2, requires_grad=True)
+    unit = 2 * 6 * 2 * 8 * 5
+    found = count(
+        lambda: (
+            moe_ops.fused_experts(x, gate_up, down, ids, weights, weights_before=True)
+            .sum()
+            .backward()
+        )
+    )
+    assert found == {
+        "moe.fused_experts_forward": 3 * unit,
+        "moe.fused_experts_down_backward": unit,
+        "moe.fused_experts_up_backward": 2 * unit,
+    }
 
 
 def test_other_ops_count_nothing():

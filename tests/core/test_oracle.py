@@ -239,7 +239,7 @@ def test_activations(activation, reference):
 
 @pytest.mark.parametrize("weights_before", [False, True])
 def test_fused_experts_gradients(weights_before):
-    """They pass gradcheck. The backward op equals them, with z given and without."""
+    """They pass gradcheck. The backward ops equal them, with z given and without."""
     generator = torch.Generator().manual_seed(1)
     ids = oracle.random_topk_ids("dropped", 3, 3, 2, generator)
 
@@ -260,8 +260,18 @@ def test_fused_experts_gradients(weights_before):
     )
     for given in (None, z.detach()):
         arguments: Any = [x, up, down, topk_weights, up_bias, down_bias, given, *routing, *flags]
-        arguments += [[True] * 6, [False, False]]
-        found = oracle.fused_experts_backward(torch.ones(3, 4), *arguments)
+        arguments += [[True, True, not weights_before, True], False]
+        dz, grad_down, grad_weights, grad_down_bias = oracle.fused_experts_down_backward(
+            torch.ones(3, 4), *arguments
+        )
+        assert dz is not None
+        arguments = [x, up, topk_weights if weights_before else None, *routing, 2]
+        arguments += [[True, True, weights_before, True], False]
+        grad_x, grad_up, grad_before, grad_up_bias = oracle.fused_experts_up_backward(
+            dz, *arguments
+        )
+        grad_weights = grad_before if weights_before else grad_weights
+        found = [grad_x, grad_up, grad_down, grad_weights, grad_up_bias, grad_down_bias]
         for got, want in zip(found, expected, strict=True):
             assert got is not None
             torch.testing.assert_close(got, want)

@@ -86,14 +86,16 @@ def test_variants_of_grouped_gemm():
 
 def test_where_variants_are_many_any_two_options_occur_together():
     """Each valid pair occurs, and no pair that `where` forbids."""
-    found = list(variants(SCHEMAS["fused_experts_backward"]))
+    found = list(variants(SCHEMAS["fused_experts_down_backward"]))
     assert len(found) < 100
-    for i, j in itertools.combinations(range(6), 2):
+    for i, j in itertools.combinations(range(4), 2):
         flags = {(variant["needs"][i], variant["needs"][j]) for variant in found}
         assert len(flags) == 4
     gated = {(variant["activation"], variant["gated"]) for variant in found}
     assert len(gated) == 2 * 6 - 1
     assert ("swiglu_oai", False) not in gated
+    weights = {(variant["weights_before"], variant["needs"][2]) for variant in found}
+    assert weights == {(False, False), (False, True), (True, False)}
     given = {(v["hidden_states"], v["pre_activation"]) for v in found}
     assert len(given) == 4
 

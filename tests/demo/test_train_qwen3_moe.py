@@ -33,7 +33,10 @@ TINY = (
     *("--num-experts", "4", "--context", "64", "--device", "cpu"),
 )
 FORWARD_OPS = {"moe.fused_experts_forward.default": 1}
-BACKWARD_OPS = {"moe.fused_experts_backward.default": 1}
+BACKWARD_OPS = {
+    "moe.fused_experts_down_backward.default": 1,
+    "moe.fused_experts_up_backward.default": 1,
+}
 
 
 @pytest.fixture

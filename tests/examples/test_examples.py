@@ -14,7 +14,11 @@ import torch
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 # What a script prints, and the ops that it calls if it is not compiled.
-EXPERTS = {"moe::fused_experts", "moe::fused_experts_backward"}
+EXPERTS = {
+    "moe::fused_experts",
+    "moe::fused_experts_down_backward",
+    "moe::fused_experts_up_backward",
+}
 GROUPED_GEMM = {
     "moe::routing_indices",
     "moe::grouped_gemm",

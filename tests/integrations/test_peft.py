@@ -102,7 +102,7 @@ def test_no_merged_weight_and_no_base_gradient(input_ids):
         run_step(model, input_ids[:1, :4])
     shapes, hidden, inter = [], 32, 24
     for name, args in calls.calls:
-        assert name != "fused_experts_backward"
+        assert not (name.startswith("fused_experts") and name.endswith("backward"))
         if name == "grouped_gemm_dw":
             grad_output, x = args[:2]
             shapes.append((grad_output.shape[1], x.shape[1]))

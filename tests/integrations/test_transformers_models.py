@@ -131,5 +131,8 @@ def test_compiled_training(name, dtype, backend):
     if backend == "aot":
         assert graphs == [
             {"moe.fused_experts_forward.default": 1},
-            {"moe.fused_experts_backward.default": 1},
+            {
+                "moe.fused_experts_down_backward.default": 1,
+                "moe.fused_experts_up_backward.default": 1,
+            },
         ]

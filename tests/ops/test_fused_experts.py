@@ -9,7 +9,7 @@ import functools
 import io
 import itertools
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -298,18 +298,57 @@ def test_saves_what_the_needed_gradients_need_alone(
     assert total == index_bytes + (4 * num_rows * width if z else 0)
 
 
-def test_frozen_arguments_cost_nothing():
-    sample = experts()
+def needs_of(wanted: list[bool], weights_before: bool) -> tuple[list[bool], list[bool]]:
+    """Return what the backward ops are asked for, where these gradients, in the order of GRADS, are wanted."""
+    x, up, down, weights, up_bias, down_bias = wanted
+    of_up = [x, up, weights and weights_before, up_bias]
+    return [any(of_up), down, weights and not weights_before, down_bias], of_up
+
+
+class Kernels(NamedTuple):
+    """The two backward ops, or functions that take the same arguments."""
+
+    down: Any = moe.fused_experts_down_backward
+    up: Any = moe.fused_experts_up_backward
+
+    def gradients(
+        self,
+        grad_output: Tensor,
+        inputs: list[Tensor],
+        z: Tensor | None,
+        routing: list[Tensor],
+        wanted: list[bool],
+        weights_before: bool,
+    ) -> list[Tensor | None]:
+        """Return the gradients in the order of GRADS, as fused_experts' own backward makes them."""
+        x, gate_up, _, weights, *_ = inputs
+        of_down, of_up = needs_of(wanted, weights_before)
+        flags = ("silu", True, False, None, weights_before, of_down, False)
+        dz, grad_down, grad_weights, grad_down_bias = self.down(
+            grad_output, *inputs, z, *routing, *flags
+        )
+        grad_x = grad_up = grad_up_bias = None
+        if any(of_up):
+            before, top_k = weights if weights_before else None, weights.shape[1]
+            grad_x, grad_up, grad_before, grad_up_bias = self.up(
+                dz, x, gate_up, before, *routing, top_k, of_up, False
+            )
+            grad_weights = grad_before if weights_before else grad_weights
+        return [grad_x, grad_up, grad_down, grad_weights, grad_up_bias, grad_down_bias]
+
+
+@both_orders
+def test_frozen_arguments_cost_nothing(weights_before):
+    sample = experts(weights_before=weights_before)
     leaves = [sample.arguments[name] for name in GRADS]
     output, z, *routing = moe.fused_experts_forward(*sample.arguments.values())
-    flags = ("silu", True, False, None, False)
-    for needs in itertools.product([False, True], repeat=6):
-        found = moe.fused_experts_backward(
-            torch.ones_like(output), *leaves, z, *routing, *flags, list(needs), [False, False]
+    for wanted in itertools.product([False, True], repeat=6):
+        found = Kernels().gradients(
+            torch.ones_like(output), leaves, z, routing, list(wanted), weights_before
         )
-        for needed, grad, leaf in zip(needs, found, leaves, strict=True):
-            assert (grad.untyped_storage().nbytes() > 0) == needed
-            if needed:
+        for needed, grad, leaf in zip(wanted, found, leaves, strict=True):
+            assert (grad is not None and grad.untyped_storage().nbytes() > 0) == needed
+            if grad is not None and needed:
                 assert grad.shape == leaf.shape
 
 
@@ -339,12 +378,11 @@ def test_each_gradient_takes_its_own_products_alone(
     sample = experts(H=8, I=8, weights_before=weights_before, recompute=recompute, biased=False)
     output, z, *routing = moe.fused_experts_forward(*sample.arguments.values())
     leaves = [sample.arguments[n] for n in GRADS]
-    needs = [other == name for other in GRADS]
+    wanted = [other == name for other in GRADS]
     kept = z if recompute == "none" else None
-    flags = ("silu", True, False, None, weights_before, needs, [False, False])
-    arguments: Any = (torch.ones_like(output), *leaves, kept, *routing, *flags)
+    kernels = Kernels(pytorch.fused_experts_down_backward, pytorch.fused_experts_up_backward)
     with CountAten() as aten:
-        pytorch.fused_experts_backward(*arguments)
+        kernels.gradients(torch.ones_like(output), leaves, kept, routing, wanted, weights_before)
     again = recompute != "none" and name != "down_bias"
     assert aten.calls["_grouped_mm"] == products + again
     assert bool(aten.calls["silu_backward"]) == derives
@@ -394,7 +432,6 @@ def test_frozen_arguments_are_not_read(weights_before):
     """NaN in what a gradient is not taken from does not show, for each gradient alone."""
     sample = experts(weights_before=weights_before)
     output, z, *routing = moe.fused_experts_forward(*sample.arguments.values())
-    flags = ("silu", True, False, None, weights_before)
     inputs = {name: sample.arguments[name] for name in GRADS} | {"z": z}
     reads = {
         "hidden_states": ["gate_up_proj", "down_proj", "z", "topk_weights"],
@@ -411,11 +448,13 @@ def test_frozen_arguments_are_not_read(weights_before):
     for needed, name in enumerate(GRADS):
 
         def gradient(inputs: dict[str, Tensor], needed: int = needed) -> Tensor:
-            needs = [i == needed for i in range(6)]
-            found = moe.fused_experts_backward(
-                torch.ones_like(output), *inputs.values(), *routing, *flags, needs, [False, False]
-            )
-            return found[needed]
+            wanted = [i == needed for i in range(6)]
+            *leaves, z = inputs.values()
+            found = Kernels().gradients(
+                torch.ones_like(output), leaves, z, routing, wanted, weights_before
+            )[needed]
+            assert found is not None
+            return found
 
         expected = gradient(inputs)
         for other in inputs:
@@ -517,11 +556,13 @@ def test_unbacked_token_count():
 
 
 def test_graphs():
-    """Forward and backward are one node each. No tensor that is recomputed goes between them."""
+    """The forward is one node, the backward two. No tensor that is recomputed goes between them."""
     routing = ["moe.topk_routing.default: float32[3, 2], int32[3, 2]"]
-    grads = "float32[3, 8], float32[4, 12, 8], float32[4, 8, 6], float32[3, 2]"
+    down = "float32[6, 12], float32[4, 8, 6], float32[3, 2], float32[0]"
+    up = "float32[3, 8], float32[4, 12, 8], float32[0], float32[0]"
     backward = [
-        f"moe.fused_experts_backward.default: {grads}, float32[0], float32[0]",
+        f"moe.fused_experts_down_backward.default: {down}",
+        f"moe.fused_experts_up_backward.default: {up}",
         "moe.topk_routing_backward.default: float32[3, 4]",
     ]
     for block, z in ((experts_block, "6, 12"), (recomputing_block, "0")):

@@ -227,6 +227,8 @@ class DownBackward:
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Return dz, the weighted h, and parts of the router gradient, (any number, R) by slot.
 
+        Rows of no expert are zeros in dz, and are not written in h.
+
         Args:
             dy: dY, in expert order if the divisor is 0, else in token order.
             divisor: GroupedGemm.x_divisor.
@@ -249,7 +251,7 @@ class DownBackward:
         if at_once and not rows.is_empty:
             assert z is not None
             assert dz is not None
-            gemm.make_schedule()
+            gemm.make_schedule(dz)
             self._pingpong(gemm, z, dz, h, dots)
         else:
             dh = gemm.new_operand() if h is None else h

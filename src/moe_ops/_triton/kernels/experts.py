@@ -188,9 +188,9 @@ def _expert_activation_bwd_kernel(
 
     s is the router weight of the row's slot, or 1 without HAS_SCALE. Without LOAD_DH only sh is
     made. Grid (cdiv(num_rows, ROWS),): one program owns ROWS rows. Needs nothing initialised. Rows
-    from used_ptr[0] on belong to no expert: their dots are zeros, their dz and sh are not written.
-    sh may be dh itself, since a block is read before it is written. width and the stride
-    of the rows of dh and sh are in units (rows.py).
+    from used_ptr[0] on belong to no expert: their dz and dots are zeros, their sh is not written.
+    sh may be dh itself, since a block is read before it is written. width and the stride of the
+    rows of dh and sh are in units (rows.py).
     """
     width *= UNIT
     stride_h *= UNIT
@@ -235,17 +235,20 @@ def _expert_activation_bwd_kernel(
             sh = (h * scale[:, None]).to(sh_ptr.dtype.element_ty)
             tl.store(sh_ptr + h_rows + i[None, :], sh, mask=mask)
         if STORE_DZ:
+            # Where nothing was loaded, dh and so dz are zero.
             dh *= scale[:, None]
+            stored = in_rows[:, None] & (i < width)[None, :]
             if GATED and INTERLEAVED:
                 dz = tl.join(dh * d_gate, dh * d_up).reshape(ROWS, 2 * BLOCK_I)
                 dz = dz.to(dz_ptr.dtype.element_ty)
+                in_w = in_rows[:, None] & (w < W)[None, :]
                 tl.store(dz_ptr + z_rows + w[None, :], dz, mask=in_w)
             elif GATED:
                 out = dz_ptr + z_rows + i[None, :]
-                tl.store(out, (dh * d_gate).to(dz_ptr.dtype.element_ty), mask=mask)
-                tl.store(out + width, (dh * d_up).to(dz_ptr.dtype.element_ty), mask=mask)
+                tl.store(out, (dh * d_gate).to(dz_ptr.dtype.element_ty), mask=stored)
+                tl.store(out + width, (dh * d_up).to(dz_ptr.dtype.element_ty), mask=stored)
             else:
                 dz = (dh * d_z).to(dz_ptr.dtype.element_ty)
-                tl.store(dz_ptr + z_rows + i[None, :], dz, mask=mask)
+                tl.store(dz_ptr + z_rows + i[None, :], dz, mask=stored)
     if STORE_DOTS:
         tl.store(dots_ptr + slots, dots.to(dots_ptr.dtype.element_ty), mask=in_slots)

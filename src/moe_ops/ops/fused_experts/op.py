@@ -2,7 +2,8 @@
 """Register fused_experts: a whole layer of experts, from hidden states to hidden states.
 
 If a gradient is recorded, fused_experts_forward runs in its place and also returns what the
-backward needs. Without a gradient none of that is kept.
+backward needs. Without a gradient none of that is kept. The backward is two ops: between them the
+pre-activation is freed.
 """
 
 from __future__ import annotations
@@ -22,9 +23,15 @@ _forward_op = Op("fused_experts_forward")
 _forward_op.implement("pytorch", pytorch.fused_experts, for_backward=True)
 _forward_op.implement("triton", "moe_ops.ops.fused_experts.triton:fused_experts", for_backward=True)
 
-_backward_op = Op("fused_experts_backward")
-_backward_op.implement("pytorch", pytorch.fused_experts_backward)
-_backward_op.implement("triton", "moe_ops.ops.fused_experts.triton:fused_experts_backward")
+_down_backward_op = Op("fused_experts_down_backward")
+_down_backward_op.implement("pytorch", pytorch.fused_experts_down_backward)
+_down_backward_op.implement(
+    "triton", "moe_ops.ops.fused_experts.triton:fused_experts_down_backward"
+)
+
+_up_backward_op = Op("fused_experts_up_backward")
+_up_backward_op.implement("pytorch", pytorch.fused_experts_up_backward)
+_up_backward_op.implement("triton", "moe_ops.ops.fused_experts.triton:fused_experts_up_backward")
 
 
 def _save(ctx: Any, args: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> None:
@@ -32,31 +39,52 @@ def _save(ctx: Any, args: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) ->
     *activation, weights_before, recompute, config = flags
     _, pre_activation, *routing = outputs
     need_x, need_up, need_down, _, need_weights, need_up_bias, need_down_bias, *_ = ctx.needs
+    # The gradient of topk_weights comes from the projection whose rows they multiply.
+    weights_in_up = need_weights and weights_before
+    weights_in_down = need_weights and not weights_before
+    needs_of_up = [need_x, need_up, weights_in_up, need_up_bias]
+    needs_of_down = [any(needs_of_up), need_down, weights_in_down, need_down_bias]
     # Of these gradients only down_bias's does not go through the activation.
-    reads_activation = need_x or need_up or need_down or need_weights or need_up_bias
+    reads_activation = any(needs_of_down[:3])
     recomputes = reads_activation and recompute == "pre_activation"
-    reads_hidden_states = need_up or (need_weights and weights_before) or recomputes
+    reads_hidden_states = need_up or weights_in_up or recomputes
     # Inputs of the pre-activation that need a gradient are kept, even if the backward does not read
-    # them. From them the backward op sees that somebody asks for a second derivative.
+    # them. From them the backward ops see that somebody asks for a second derivative.
     ctx.save_for_backward(
         hidden_states if reads_hidden_states or need_x else None,
         gate_up_proj,
         down_proj,
         topk_weights,
         gate_up_bias if recomputes or need_up_bias else None,
-        down_bias if need_weights and not weights_before else None,
+        down_bias if weights_in_down else None,
         pre_activation if reads_activation and not recomputes else None,
         *routing,
     )
-    needs = [need_x, need_up, need_down, need_weights, need_up_bias, need_down_bias]
-    transposed = [is_transposed(gate_up_proj), is_transposed(down_proj)]
-    ctx.flags = (*activation, weights_before, needs, transposed, config)
+    ctx.down_flags = (*activation, weights_before, needs_of_down, is_transposed(down_proj), config)
+    ctx.up_flags = (topk_weights.shape[1], needs_of_up, is_transposed(gate_up_proj), config)
+    ctx.weights_before, ctx.needs_up = weights_before, any(needs_of_up)
 
 
 def _backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    grads = _backward_op.overload(grad_output, *ctx.saved_tensors, *ctx.flags)
-    x, gate_up, down, weights, gate_up_bias, down_bias = grads
-    return x, gate_up, down, None, weights, gate_up_bias, down_bias
+    x, gate_up_proj, down_proj, topk_weights, *biases, z, counts, gather, scatter = (
+        ctx.saved_tensors
+    )
+    # Unless somebody retains the graph, nothing but z itself holds the pre-activation from here on.
+    ctx.maybe_clear_saved_tensors()
+    dz, grad_down, grad_weights, grad_down_bias = _down_backward_op.overload(
+        grad_output, x, gate_up_proj, down_proj, topk_weights, *biases, z, counts, gather, scatter,
+        *ctx.down_flags,
+    )  # fmt: skip
+    # It is freed here: the largest gradient is not made yet.
+    del z
+    grad_x = grad_up = grad_up_bias = None
+    if ctx.needs_up:
+        before = topk_weights if ctx.weights_before else None
+        grad_x, grad_up, grad_before, grad_up_bias = _up_backward_op.overload(
+            dz, x, gate_up_proj, before, counts, gather, scatter, *ctx.up_flags
+        )
+        grad_weights = grad_before if ctx.weights_before else grad_weights
+    return grad_x, grad_up, grad_down, None, grad_weights, grad_up_bias, grad_down_bias
 
 
 _op.differentiate(_save, _backward, forward=_forward_op)

@@ -44,21 +44,22 @@ def fused_experts(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the output, and with for_backward what fused_experts_forward returns."""
     token_counts, gather_indices, scatter_indices = routing_indices(topk_ids, gate_up_proj.shape[0])
-    routing = _Routing(token_counts, gather_indices, scatter_indices, topk_weights)
+    routing = _Routing(token_counts, gather_indices, scatter_indices, topk_weights.shape[1])
+    weights = routing.without_dropped(topk_weights)
+    before, after = (weights, None) if weights_before else (None, weights)
     act = Activation(activation, gated, interleaved, activation_limit)
-    z = _up_projection(hidden_states, gate_up_proj, gate_up_bias, routing, weights_before)
+    z = _up_projection(hidden_states, gate_up_proj, gate_up_bias, routing, before)
     h = _activated(z, act, routing.products.tail)
     if recompute != "none" or not for_backward:
         z = z.new_empty(0)
     y = routing.products.multiply(h, down_proj.mT, down_bias)  # (R, H)
-    after = None if weights_before else routing.weights
     output = sum_slots(y, routing.rows, after, routing.top_k)
     if not for_backward:
         return output
     return output, z, token_counts, gather_indices, scatter_indices
 
 
-def fused_experts_backward(
+def fused_experts_down_backward(
     grad_output: Tensor,
     hidden_states: Tensor | None,
     gate_up_proj: Tensor,
@@ -76,51 +77,84 @@ def fused_experts_backward(
     activation_limit: float | None,
     weights_before: bool,
     needs: list[bool],
-    transposed: list[bool],
+    transposed: bool,
     kernel_config: str | None = None,
 ) -> tuple[Tensor, ...]:
-    need_x, need_gate_up, need_down, need_weights, need_gate_up_bias, need_down_bias = needs
-    need_dx_dots = need_weights and weights_before
-    need_dh_dots = need_weights and not weights_before
-    need_dz = need_x or need_gate_up or need_gate_up_bias or need_dx_dots
-    grads = [grad_output.new_empty(0) for _ in needs]
+    need_dz, need_down, need_dots, need_bias = needs
+    dz, grad_down, grad_weights, grad_bias = (grad_output.new_empty(0) for _ in needs)
     if not any(needs):
-        return tuple(grads)
+        return dz, grad_down, grad_weights, grad_bias
 
-    routing = _Routing(token_counts, gather_indices, scatter_indices, topk_weights)
+    routing = _Routing(token_counts, gather_indices, scatter_indices, topk_weights.shape[1])
     products = routing.products
-    after = None if weights_before else weights_of_rows(routing.weights, gather_indices)  # (R, 1)
+    weights = routing.without_dropped(topk_weights)
+    after = None if weights_before else weights_of_rows(weights, gather_indices)  # (R, 1)
     dy = grad_output.index_select(0, routing.tokens)  # (R, H), without the weights
-    if need_down_bias:
-        grads[5] = products.sum_by_expert(dy if after is None else dy * after, dy.dtype)
-    if not any(needs[:5]):
-        return tuple(grads)
+    if need_bias:
+        grad_bias = products.sum_by_expert(dy if after is None else dy * after, dy.dtype)
+    if not any(needs[:3]):
+        return dz, grad_down, grad_weights, grad_bias
 
     act = Activation(activation, gated, interleaved, activation_limit)
     z = pre_activation
     if z is None:
         assert hidden_states is not None  # the schema's `where` says so
-        z = _up_projection(hidden_states, gate_up_proj, gate_up_bias, routing, weights_before)
-    dh = products.multiply(dy, down_proj) if need_dz or need_dh_dots else None
+        before = weights if weights_before else None
+        z = _up_projection(hidden_states, gate_up_proj, gate_up_bias, routing, before)
+    dh = products.multiply(dy, down_proj) if need_dz or need_dots else None
     h, dz, dots = _activated_backward(
-        z, dh, after, act, products.tail, need_down, need_dz, need_dh_dots
+        z, dh, after, act, products.tail, need_down, need_dz, need_dots
     )
     del z, dh
     if need_down:
-        grads[2] = _grad_weight(products, dy, h, transposed[1])
-    del dy, h
-    if need_dz:
-        of_up = [need_x, need_gate_up, need_gate_up_bias, need_dx_dots]
-        grads[0], grads[1], grads[4], dx_dots = _up_projection_backward(
-            dz, hidden_states, gate_up_proj, routing, weights_before, of_up, transposed[0]
-        )
-        dots = dx_dots if need_dx_dots else dots
-    if need_weights:
-        by_slot = dots.index_select(0, routing.rows).view(-1, routing.top_k)
-        if need_dh_dots and down_bias is not None:
+        grad_down = _grad_weight(products, dy, h, transposed)
+    if need_dots:
+        by_slot = routing.by_slot(dots)
+        if down_bias is not None:
             by_slot += routing.bias_dots(grad_output, down_bias)
-        grads[3] = by_slot.masked_fill(routing.dropped, 0.0).to(topk_weights.dtype)
-    return tuple(grads)
+        grad_weights = routing.without_dropped(by_slot).to(topk_weights.dtype)
+    return dz, grad_down, grad_weights, grad_bias
+
+
+def fused_experts_up_backward(
+    grad_pre_activation: Tensor,
+    hidden_states: Tensor | None,
+    gate_up_proj: Tensor,
+    topk_weights: Tensor | None,
+    token_counts: Tensor,
+    gather_indices: Tensor,
+    scatter_indices: Tensor,
+    top_k: int,
+    needs: list[bool],
+    transposed: bool,
+    kernel_config: str | None = None,
+) -> tuple[Tensor, ...]:
+    need_x, need_up, need_dots, need_bias = needs
+    dz = grad_pre_activation
+    grad_x, grad_up, grad_weights, grad_bias = (dz.new_empty(0) for _ in needs)
+    if not any(needs):
+        return grad_x, grad_up, grad_weights, grad_bias
+
+    routing = _Routing(token_counts, gather_indices, scatter_indices, top_k)
+    products = routing.products
+    before = None if topk_weights is None else routing.without_dropped(topk_weights)
+    if need_bias:
+        grad_bias = products.sum_by_expert(dz, dz.dtype)
+    if need_up:
+        assert hidden_states is not None  # the schema's `where` says so
+        x = routing.rows_of(hidden_states, before)
+        grad_up = _grad_weight(products, dz, x, transposed)
+        del x
+    if need_x or need_dots:
+        dx = products.multiply(dz, gate_up_proj)  # (R, H)
+        if need_x:
+            grad_x = sum_slots(dx, routing.rows, before, top_k)
+        if need_dots:
+            assert hidden_states is not None
+            assert topk_weights is not None
+            by_slot = routing.by_slot(routing.dots_with_tokens(dx, hidden_states))
+            grad_weights = routing.without_dropped(by_slot).to(topk_weights.dtype)
+    return grad_x, grad_up, grad_weights, grad_bias
 
 
 class _Routing:
@@ -131,25 +165,29 @@ class _Routing:
         tokens: the token of each row, (R,).
         rows: the row of each slot, (R,).
         dropped: which slots belong to no expert, (T, K).
-        weights: topk_weights, zero for dropped slots, where NaN may stand.
     """
 
-    def __init__(
-        self, token_counts: Tensor, gather: Tensor, scatter: Tensor, topk_weights: Tensor
-    ) -> None:
-        self.top_k = topk_weights.shape[1]
+    def __init__(self, token_counts: Tensor, gather: Tensor, scatter: Tensor, top_k: int) -> None:
+        self.top_k = top_k
         self.gather = gather
         self.products = Products(token_counts, gather.shape[0])
-        self.tokens = tokens_of_rows(gather, self.top_k)
+        self.tokens = tokens_of_rows(gather, top_k)
         self.rows = rows_of_slots(gather, scatter)
-        self.dropped = (scatter >= self.products.tail).view(-1, self.top_k)
-        self.weights = topk_weights.masked_fill(self.dropped, 0.0)
+        self.dropped = (scatter >= self.products.tail).view(-1, top_k)
 
-    def rows_of(self, x: Tensor, weighted: bool) -> Tensor:
-        """Return x[t] of each row, or topk_weights[t, k] * x[t] in fp32 (fp64 for fp64), (R, H)."""
-        if not weighted:
+    def without_dropped(self, of_slots: Tensor) -> Tensor:
+        """Return a value of each slot (T, K), zero for dropped slots, where NaN may stand."""
+        return of_slots.masked_fill(self.dropped, 0.0)
+
+    def by_slot(self, of_rows: Tensor) -> Tensor:
+        """Return a value of each row (R,) in the order of slots, (T, K)."""
+        return of_rows.index_select(0, self.rows).view(-1, self.top_k)
+
+    def rows_of(self, x: Tensor, weights: Tensor | None) -> Tensor:
+        """Return x[t] of each row, or weights[t, k] * x[t] in fp32 (fp64 for fp64), (R, H)."""
+        if weights is None:
             return x.index_select(0, self.tokens)
-        scale = weights_of_rows(self.weights, self.gather)
+        scale = weights_of_rows(weights, self.gather)
         rows = x.new_empty(len(self.tokens), x.shape[1])
         for part in chunks(*rows.shape):
             rows[part] = x.index_select(0, self.tokens[part]) * scale[part]
@@ -178,45 +216,13 @@ def _up_projection(
     gate_up_proj: Tensor,
     bias: Tensor | None,
     routing: _Routing,
-    weights_before: bool,
+    weights: Tensor | None,
 ) -> Tensor:
-    """Return z (R, U)."""
+    """Return z (R, U). Weights, if they are given, multiply the rows before the product."""
     products, matrices = routing.products, gate_up_proj.mT
-    if weights_before:
-        return products.multiply(routing.rows_of(hidden_states, weighted=True), matrices, bias)
+    if weights is not None:
+        return products.multiply(routing.rows_of(hidden_states, weights), matrices, bias)
     return products.multiply(hidden_states, matrices, bias, sources=routing.tokens)
-
-
-def _up_projection_backward(
-    dz: Tensor,
-    hidden_states: Tensor | None,
-    gate_up_proj: Tensor,
-    routing: _Routing,
-    weights_before: bool,
-    needs: list[bool],
-    transposed: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of hidden_states, gate_up_proj and the bias, and <dx[i], x[t]> (R,).
-
-    Those that are not needed are empty.
-    """
-    need_x, need_gate_up, need_bias, need_dots = needs
-    grad_x, grad_gate_up, grad_bias, dots = (dz.new_empty(0) for _ in needs)
-    if need_bias:
-        grad_bias = routing.products.sum_by_expert(dz, dz.dtype)
-    if need_gate_up:
-        assert hidden_states is not None  # the schema's `where` says so
-        x = routing.rows_of(hidden_states, weights_before)
-        grad_gate_up = _grad_weight(routing.products, dz, x, transposed)
-    if need_x or need_dots:
-        dx = routing.products.multiply(dz, gate_up_proj)  # (R, H)
-        if need_x:
-            before = routing.weights if weights_before else None
-            grad_x = sum_slots(dx, routing.rows, before, routing.top_k)
-        if need_dots:
-            assert hidden_states is not None
-            dots = routing.dots_with_tokens(dx, hidden_states)
-    return grad_x, grad_gate_up, grad_bias, dots
 
 
 def _activated(z: Tensor, act: Activation, tail: int) -> Tensor:

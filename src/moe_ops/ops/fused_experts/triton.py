@@ -4,10 +4,10 @@
 Forward: route; multiply by the up projection, with the activation on top; multiply by the down
 projection; sum each token's rows. The first GEMM gathers its rows. One tile schedule serves both.
 
-Backward: dh = dY @ down_proj. The activation's backward goes row by row: it makes dz, the router
-gradient, and the weighted h in dh's memory. On Hopper one kernel may do both, and stores no dh.
-Then come the gradients of down_proj, hidden_states and gate_up_proj. In this order few row matrices
-live at a time.
+Backward, in two ops. First dh = dY @ down_proj. The activation's backward goes row by row: it makes
+dz, the router gradient, and the weighted h in dh's memory. On Hopper one kernel may do both, and
+stores no dh. Then comes the gradient of down_proj. z can go now. The second op makes the gradients
+of hidden_states and gate_up_proj from dz. In this order few row matrices live at a time.
 
 z is the pre-activation, h the activation's output, dY grad_output, x hidden_states. T num_tokens,
 H hidden_size.
@@ -19,7 +19,7 @@ import torch
 
 from moe_ops._triton.experts import Activation, DownBackward, RoutedRows, UpProjection
 from moe_ops._triton.gemm import GroupedGemm, grad_bias, grad_weight
-from moe_ops._triton.rows import copy_rows, new_rows, sum_parts, sum_rows
+from moe_ops._triton.rows import copy_rows, gather_rows, new_rows, sum_parts, sum_rows
 from moe_ops._triton.schedule import Rows, expert_offsets
 from moe_ops.ops.routing_indices.triton import routing_indices
 
@@ -73,7 +73,7 @@ def fused_experts(
     return output, hidden_states.new_empty(0) if z is None else z, token_counts, gather, scatter
 
 
-def fused_experts_backward(
+def fused_experts_down_backward(
     grad_output: torch.Tensor,
     hidden_states: torch.Tensor | None,
     gate_up_proj: torch.Tensor,
@@ -91,15 +91,13 @@ def fused_experts_backward(
     activation_limit: float | None,
     weights_before: bool,
     needs: list[bool],
-    transposed: list[bool],
+    transposed: bool,
     kernel_config: str | None = None,
 ) -> tuple[torch.Tensor, ...]:
     grads = [grad_output.new_empty(0) for _ in needs]
     if not any(needs):
         return tuple(grads)
-    need_x, need_up, need_down, need_weights, need_up_bias, need_down_bias = needs
-    need_dots, need_dx_dots = need_weights and not weights_before, need_weights and weights_before
-    need_dz = need_x or need_up or need_up_bias or need_dx_dots
+    need_dz, need_down, need_dots, need_bias = needs
     num_rows, top_k = gather_indices.shape[0], topk_weights.shape[1]
     routed = RoutedRows(
         Rows.of(token_counts, num_rows, gather_indices, top_k), scatter_indices,
@@ -111,9 +109,8 @@ def fused_experts_backward(
 
     # dW and dbias sum over an expert's rows, which are copied into order first. dX gathers its own.
     dy, divisor = grad_output, top_k
-    if need_down or need_down_bias:
+    if need_down or need_bias:
         dy, divisor = copy_rows(grad_output, scatter_indices, top_k, is_operand=True), 0
-    dz = h = dots = None
     if need_dz or need_down or need_dots:
         z = pre_activation
         if z is None and hidden_states is not None:
@@ -122,49 +119,63 @@ def fused_experts_backward(
             up.launch(z, None)
         dz, h, dots = down(dy, divisor, z, need_dz, need_down, need_dots)
         del z
-    if need_down and h is not None:
-        grads[2] = grad_weight(dy, h, offsets, transposed[1], kernel_config)
-    if need_down_bias:
-        grads[5] = grad_bias(dy, offsets, after, gather_indices)
-    del dy, h
-    if dz is not None:
-        if need_x or need_dx_dots:
-            x = hidden_states if need_dx_dots else None
-            grads[0], dx_dots = _grad_input(routed, dz, gate_up_proj, x, before, offsets, need_x)
-            dots = dx_dots if need_dx_dots else dots
-        if need_up and hidden_states is not None:
-            x = routed.in_expert_order(hidden_states, before)
-            grads[1] = grad_weight(dz, x, offsets, transposed[0], kernel_config)
-        if need_up_bias:
-            grads[4] = grad_bias(dz, offsets)
-    if dots is not None:
-        grads[3] = sum_parts(dots, topk_weights)
+        if dz is not None:
+            grads[0] = dz
+        if h is not None:
+            grads[1] = grad_weight(dy, h, offsets, transposed, kernel_config)
+        if dots is not None:
+            grads[2] = sum_parts(dots, topk_weights)
+    if need_bias:
+        grads[3] = grad_bias(dy, offsets, after, gather_indices)
     return tuple(grads)
 
 
-def _grad_input(
-    routed: RoutedRows,
-    dz: torch.Tensor,
+def fused_experts_up_backward(
+    grad_pre_activation: torch.Tensor,
+    hidden_states: torch.Tensor | None,
     gate_up_proj: torch.Tensor,
-    x: torch.Tensor | None,
-    weights: torch.Tensor | None,
-    offsets: torch.Tensor,
-    need_x: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the gradient of hidden_states (T, H); if x is given, also parts of <dx, x> by slot."""
-    rows = routed.rows
-    gemm = GroupedGemm(
-        "backward_dX",
-        dz,
-        gate_up_proj,
-        rows,
-        has_dots=x is not None,
-        can_describe_y=True,
-        kernel_config=routed.kernel_config,
-    )
-    dx = gemm.new_operand() if need_x else None
-    dots = None if x is None else gemm.new_dots(has_bias=False)
-    gemm.launch(dx, other=x, gather_other=True, dots=dots, zeros_tail=False)
-    if dx is None:
-        return dz.new_empty(0), dots
-    return sum_rows(dx, routed.scatter_indices, weights, rows.top_k, offsets[1, -1:]), dots
+    topk_weights: torch.Tensor | None,
+    token_counts: torch.Tensor,
+    gather_indices: torch.Tensor,
+    scatter_indices: torch.Tensor,
+    top_k: int,
+    needs: list[bool],
+    transposed: bool,
+    kernel_config: str | None = None,
+) -> tuple[torch.Tensor, ...]:
+    dz = grad_pre_activation
+    grads = [dz.new_empty(0) for _ in needs]
+    if not any(needs):
+        return tuple(grads)
+    need_x, need_up, need_dots, need_bias = needs
+    num_rows = gather_indices.shape[0]
+    rows = Rows.of(token_counts, num_rows, gather_indices, top_k)
+    offsets = expert_offsets(token_counts, num_rows)
+    if need_x or need_dots:
+        gemm = GroupedGemm(
+            "backward_dX",
+            dz,
+            gate_up_proj,
+            rows,
+            has_dots=need_dots,
+            can_describe_y=True,
+            kernel_config=kernel_config,
+        )
+        dx = gemm.new_operand() if need_x else None
+        dots = gemm.new_dots(has_bias=False) if need_dots else None
+        other = hidden_states if need_dots else None
+        gemm.launch(dx, other=other, gather_other=True, dots=dots, zeros_tail=False)
+        if dx is not None:
+            grads[0] = sum_rows(dx, scatter_indices, topk_weights, top_k, offsets[1, -1:])
+            del dx
+        if dots is not None and topk_weights is not None:
+            grads[2] = sum_parts(dots, topk_weights)
+    if need_up and hidden_states is not None:
+        if topk_weights is None:
+            x = copy_rows(hidden_states, scatter_indices, top_k, is_operand=True)
+        else:
+            x = gather_rows(hidden_states, rows.gather, topk_weights, top_k, top_k)
+        grads[1] = grad_weight(dz, x, offsets, transposed, kernel_config)
+    if need_bias:
+        grads[3] = grad_bias(dz, offsets)
+    return tuple(grads)
