@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sweep over drawn shapes: its flow on a CPU, what the sample finds, and how a run goes on."""
+"""The sweep over drawn shapes: its flow on a CPU, and how a run goes on."""
 
 import functools
 import json
@@ -9,7 +9,6 @@ import subprocess
 import sys
 import types
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -17,11 +16,10 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import suite
-from benchmarks.cuda import ahead, gpt_oss, sampled, sweep
-from benchmarks.cuda.experts import BOTH, COMPILED, EAGER, FORWARD, PASSES, ROOT, Implementation
+from benchmarks.cuda import ahead, sweep
+from benchmarks.cuda.experts import BOTH, COMPILED, EAGER, PASSES, ROOT
 from benchmarks.cuda.timing import OURS, Bench
 from benchmarks.draws import Draw, num_bytes
-from testing import reference
 
 TINY = suite.TINY_SUITE[0]
 GPT_OSS = replace(TINY, name="gpt-oss", is_gpt_oss=True)
@@ -49,121 +47,6 @@ def bench(kind=Bench):
 
 def facts(**more):
     return {**FACTS, "repeated": [], **more}
-
-
-# The sample
-
-
-@pytest.mark.parametrize("shape", [TINY, GPT_OSS], ids=lambda shape: shape.name)
-@pytest.mark.parametrize("routing", ["uniform", "zipf", "hot_and_empty"])
-def test_the_sample_is_the_whole_reference(monkeypatch, shape, routing):
-    """Taken in pieces of a few tokens, against autograd on the whole block."""
-    monkeypatch.setattr(sampled, "_CHUNK", 5 * shape.hidden_size)
-    torch.manual_seed(0)
-    block = sweep.make_block(bench(), shape)
-    topk_ids = block.route(routing)
-    sample = sampled.Sample(block, topk_ids)
-    leaves = [leaf.detach().double().requires_grad_() for leaf in block.leaves]
-    arguments: dict[str, Any] = {
-        **block.parameters(leaves),
-        **block.options,
-        "rounds_to": block.bench.dtype if shape.is_gpt_oss else torch.float64,
-    }
-    output = reference.fused_experts(
-        leaves[0], topk_ids=topk_ids, topk_weights=leaves[3], **arguments
-    )
-    expected = (output, *torch.autograd.grad(output, leaves, block.grad_output.double()))
-    assert sample.error(expected) < 1e-6
-    assert sample.error(expected[:1]) < 1e-6
-
-
-@pytest.mark.parametrize("shape", [TINY, GPT_OSS], ids=lambda shape: shape.name)
-@pytest.mark.parametrize("which", range(5))
-def test_the_sample_finds_a_wrong_result(shape, which):
-    torch.manual_seed(0)
-    block = sweep.make_block(bench(), shape)
-    topk_ids = block.route("uniform")
-    results = list(gpt_oss.ours(block).call(BOTH, topk_ids, block.grad_output)())
-    sample = sampled.Sample(block, topk_ids)
-    assert sample.error(results) <= block.bench.tolerance
-    for spoiled in (1.1, math.nan):
-        wrong = [result * spoiled if i == which else result for i, result in enumerate(results)]
-        assert not sample.error(wrong) <= block.bench.tolerance
-
-
-@pytest.mark.parametrize("which", range(7))
-def test_gpt_oss_biases_and_all_are_judged(which):
-    torch.manual_seed(0)
-    block = sweep.make_block(bench(), GPT_OSS)
-    topk_ids = block.route("uniform")
-    results = list(gpt_oss.ours(block).call(BOTH, topk_ids, block.grad_output)())
-    assert len(results) == 7
-    results[which] = results[which] * 1.1
-    assert sampled.Sample(block, topk_ids).error(results) > block.bench.tolerance
-
-
-def test_what_the_sample_leaves_out_is_compared_with_the_peer(monkeypatch):
-    """One element of the gradients of the weights, outside of the sampled columns."""
-    monkeypatch.setattr(sampled, "NUM_COLUMNS", 2)
-    monkeypatch.setattr(sampled, "NUM_TOKENS", 2)
-    torch.manual_seed(0)
-    block = sweep.make_block(bench(), TINY)
-    topk_ids = block.route("uniform")
-    columns = sampled.Sample(block, topk_ids).columns.tolist()
-    outside = next(i for i in range(TINY.intermediate_size) if i not in columns)
-    right = sweep.implementations_of(block, None)
-
-    class Spoil(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            grad = grad.clone()
-            grad[0, outside] += 10
-            return grad
-
-    def forward(ids):
-        parameters = (Spoil.apply(block.gate_up_proj), block.down_proj)
-        return reference.fused_experts(
-            block.hidden_states, *parameters, ids, block.topk_weights
-        ).to(block.bench.dtype)
-
-    found = {**right, OURS: Implementation(forward, block.leaves)}
-    comparison = sampled.SampledComparison(block, topk_ids, found)
-    assert not comparison.failed
-    assert comparison.is_right(OURS, FORWARD)
-    assert not comparison.is_right(OURS, BOTH)
-    assert comparison.is_right(EAGER, BOTH)
-
-
-def test_a_failure_is_told_and_the_other_is_measured():
-    block = sweep.make_block(bench(), TINY)
-
-    def fail(topk_ids):
-        raise RuntimeError("out of memory\nand more")
-
-    right = sweep.implementations_of(block, None)
-    found = {**right, EAGER: Implementation(fail, block.leaves)}
-    comparison = sampled.SampledComparison(block, block.route("uniform"), found)
-    record = comparison.measure(BOTH, {EAGER: (EAGER, OURS)})
-    json.dumps(record, allow_nan=False)
-    assert record["failed"] == {EAGER: "RuntimeError: out of memory"}
-    assert record["wrong"] == [EAGER]
-    assert set(record["milliseconds"]) == {OURS}
-    assert record["ratio"] == {}
-
-
-def test_a_sketch_is_of_every_element():
-    result = torch.randn(3, 4, 5)
-    (before,) = sampled.sketch([result])
-    assert before.shape == (12,)
-    for i in range(60):
-        changed = result.flatten().clone()
-        changed[i] += 1
-        (after,) = sampled.sketch([changed.view(3, 4, 5)])
-        assert (after != before).nonzero().flatten().tolist() == [i // 5]
 
 
 # One shape
