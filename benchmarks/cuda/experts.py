@@ -359,7 +359,8 @@ class Comparison:
         shape, more = self.block.shape, more or {}
         num_flops = self.block.flops(name)
         errors = {**self.errors[name], **dict.fromkeys(more, 0.0)}
-        record = compare(self.bench, {**self.calls(name), **more}, errors, ratios)
+        right = {who for who in self.implementations if self.is_right(who, name)} | set(more)
+        record = compare(self.bench, {**self.calls(name), **more}, errors, ratios, right)
         for who in more:
             del record["errors"][who]
         if self.failed:

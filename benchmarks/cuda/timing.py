@@ -20,7 +20,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -167,6 +167,7 @@ def compare(
     calls: Mapping[str, Call],
     errors: Mapping[str, float],
     ratios: Mapping[str, tuple[str, str]],
+    right: Collection[str] | None = None,
 ) -> Record:
     """Times the calls in turns; the record that is written to the results.
 
@@ -176,16 +177,19 @@ def compare(
         errors: of each call, its relative error. A call that is wrong is named in the record's
             `wrong`; it is not timed and has no ratio.
         ratios: by the name of the ratio, the calls whose times are divided.
+        right: the calls that are right; by default those whose error is within the tolerance.
     """
     # JSON has no NaN.
     told = {name: rounded(e) if math.isfinite(e := errors[name]) else str(e) for name in calls}
     record: Record = {"errors": told}
-    # A NaN is not within the tolerance.
-    right = {name: call for name, call in calls.items() if errors[name] <= bench.tolerance}
-    if len(right) < len(calls):
-        record["wrong"] = sorted(set(calls) - set(right))
-    times = bench.take_turns(right) if right else {}
-    for name, call in right.items():
+    if right is None:
+        # A NaN is not within the tolerance.
+        right = {name for name in calls if errors[name] <= bench.tolerance}
+    timed = {name: call for name, call in calls.items() if name in right}
+    if len(timed) < len(calls):
+        record["wrong"] = sorted(set(calls) - set(timed))
+    times = bench.take_turns(timed) if timed else {}
+    for name, call in timed.items():
         times[name] = [elapsed / getattr(call, "calls", 1) for elapsed in times[name]]
     record["turns"] = len(next(iter(times.values()), []))
     record["milliseconds"] = {name: quartiles(each) for name, each in times.items()}

@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
+import moe_ops
 from benchmarks import suite
 from benchmarks.cuda import gpt_oss, sampled, sweep
 from benchmarks.cuda.experts import BOTH, EAGER, FORWARD, Implementation
@@ -20,6 +21,16 @@ from testing import reference
 TINY = suite.TINY_SUITE[0]
 GPT_OSS = replace(TINY, name="gpt-oss", is_gpt_oss=True)
 CEILINGS = {"dense_tflops": 790.0, "copy_tbs": 4.3, "read_tbs": 4.4}
+
+
+# 512 rows an expert, in whose sums bf16 loses more than in a product.
+MANY_ROWS = replace(GPT_OSS, name="many rows", num_tokens=1024)
+
+
+class Bf16Bench(Bench):
+    """transformers' bf16, whose sums of the biases' gradients are rounded after each addition."""
+
+    dtype = torch.bfloat16
 
 
 def bench(kind=Bench):
@@ -136,3 +147,116 @@ def test_a_sketch_is_of_every_element():
         changed[i] += 1
         (after,) = sampled.sketch([changed.view(3, 4, 5)])
         assert (after != before).nonzero().flatten().tolist() == [i // 5]
+
+
+# A peer that is less exact
+
+
+class Scaled(torch.autograd.Function):
+    """Its gradient is too large by a factor, in all of its rows or in one."""
+
+    @staticmethod
+    def forward(ctx, x, factor, row):
+        ctx.factor, ctx.row = factor, row
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        grad[ctx.row] *= ctx.factor
+        return grad, None, None
+
+
+def spoiled(block, which, factor, row=slice(None)):
+    """Our own way to compute a block, with a gradient that is wrong."""
+    leaves = list(block.leaves)
+
+    def forward(topk_ids):
+        given = list(leaves)
+        given[which] = Scaled.apply(given[which], factor, row)
+        return moe_ops.fused_experts(
+            given[0],
+            topk_ids=topk_ids,
+            topk_weights=given[3],
+            **block.parameters(given),
+            **block.options,
+        )
+
+    return Implementation(forward, block.leaves)
+
+
+def compared(**others):
+    """What is found of a block with many rows; `others` make implementations of it."""
+    torch.manual_seed(0)
+    block = sweep.make_block(bench(Bf16Bench), MANY_ROWS)
+    found = {OURS: gpt_oss.ours(block)} | {who: make(block) for who, make in others.items()}
+    return sampled.SampledComparison(block, block.route("uniform"), found)
+
+
+def transformers_way(block):
+    pytest.importorskip("transformers")
+    return sweep.implementations_of(block, None)[EAGER]
+
+
+def test_sums_of_the_biases_in_bf16_are_timed():
+    comparison = compared(eager=transformers_way)
+    record = comparison.measure(BOTH, {EAGER: (EAGER, OURS)})
+    json.dumps(record, allow_nan=False)
+    assert "wrong" not in record
+    assert set(record["milliseconds"]) == {OURS, EAGER}
+    assert record["errors"][OURS] < comparison.bench.tolerance < record["errors"][EAGER]
+    less_exact = record["less_exact"][EAGER]
+    assert set(less_exact) == set(sampled.BIASES)
+    for told in less_exact.values():
+        assert comparison.bench.tolerance < told["error"] < told["tolerance"] < 0.05
+    assert "less_exact" not in comparison.measure(FORWARD, {EAGER: (EAGER, OURS)})
+
+
+@pytest.mark.parametrize(
+    ("which", "factor"),
+    [(0, 1.03), (1, 1.03), (2, 1.03), (3, 1.03), (4, 1.1), (5, 1.1), (4, math.nan), (5, math.nan)],
+)
+def test_a_peer_that_is_wrong_is_refused(which, factor):
+    """Of the biases' gradients one tenth is too much, and of the others three hundredths."""
+    comparison = compared(eager=lambda block: spoiled(block, which, factor))
+    assert comparison.is_right(OURS, BOTH)
+    assert comparison.is_right(EAGER, FORWARD)
+    record = comparison.measure(BOTH, {EAGER: (EAGER, OURS)})
+    assert record["wrong"] == [EAGER]
+    assert set(record["milliseconds"]) == {OURS}
+    assert "less_exact" not in record
+
+
+def test_a_peer_without_the_rows_of_one_expert_is_refused():
+    comparison = compared(eager=lambda block: spoiled(block, 5, 0.0, row=0))
+    assert not comparison.is_right(EAGER, BOTH)
+
+
+@pytest.mark.parametrize("which", range(6))
+def test_ours_has_no_tolerance_of_its_own(which, monkeypatch):
+    monkeypatch.setattr(gpt_oss, "ours", lambda block: spoiled(block, which, 1.03))
+    comparison = compared(eager=transformers_way)
+    assert comparison.errors[BOTH][OURS] < 0.05
+    assert not comparison.is_right(OURS, BOTH)
+    assert comparison.is_right(EAGER, BOTH)
+
+
+def test_ours_is_compared_with_a_less_exact_peer_outside_of_the_sample(monkeypatch):
+    """A column of gate_up_bias, whose gradient the sample does not have."""
+    monkeypatch.setattr(sampled, "NUM_COLUMNS", 2)
+    block = sweep.make_block(bench(), MANY_ROWS)
+    columns = sampled.Sample(block, block.route("uniform")).columns.tolist()
+    outside = next(i for i in range(MANY_ROWS.intermediate_size) if i not in columns)
+    row = (slice(None), 2 * outside)
+    monkeypatch.setattr(gpt_oss, "ours", lambda block: spoiled(block, 4, 2.0, row))
+    comparison = compared(eager=transformers_way)
+    assert not comparison.is_right(OURS, BOTH)
+    assert comparison.is_right(EAGER, BOTH)
+
+
+def test_the_tolerance_of_a_peer_grows_with_its_rows():
+    one_expert = torch.zeros(4096, 1, dtype=torch.int32)
+    few = sampled.peer_tolerances(bench(Bf16Bench), one_expert[:16])
+    many = sampled.peer_tolerances(bench(Bf16Bench), one_expert)
+    assert set(few.values()) == {bench(Bf16Bench).tolerance}
+    assert many == few | dict.fromkeys(sampled.BIASES, 0.125)
