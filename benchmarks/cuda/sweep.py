@@ -19,12 +19,10 @@ import functools
 import json
 import logging
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -34,6 +32,7 @@ from benchmarks.cuda.ahead import compile_within
 from benchmarks.cuda.experts import BOTH, COMPILED, EAGER, PASSES, Block, Implementation
 from benchmarks.cuda.gpt_oss import GptOssBlock
 from benchmarks.cuda.sampled import SampledComparison
+from benchmarks.cuda.sweep_file import Results, summary
 from benchmarks.cuda.timing import (
     OURS,
     Bench,
@@ -45,7 +44,6 @@ from benchmarks.cuda.timing import (
 )
 from benchmarks.draws import GB, Draw, draw_shapes, num_bytes, sizes
 from benchmarks.suite import Shape
-from benchmarks.timing import write
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 logger = logging.getLogger("moe_ops.benchmarks")
@@ -54,8 +52,6 @@ logger = logging.getLogger("moe_ops.benchmarks")
 TURNS, CASE_SECONDS = 12, 0.3
 # Of what a shape needs, for what it takes at most while it is compiled.
 MARGIN = 1.5
-# Records of one file agree in these facts.
-SAME = ("gpu", "dtype", "torch", "triton", "kernel_sha256", "limit_gb")
 
 
 # One shape
@@ -164,50 +160,6 @@ def compile_shape(bench: Bench, draw: Draw) -> None:
 # All shapes
 
 
-class Results:
-    """The file of a sweep: what is in it, and what is added."""
-
-    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
-        """Read the file; ValueError where it was measured otherwise."""
-        self.path, self.facts = path, facts
-        self.records: list[Record] = []
-        self.failed: dict[str, str] = {}
-        if not path.exists():
-            return
-        found = json.loads(path.read_text(encoding="utf-8"))
-        before = found["environment"]
-        if differing := [key for key in SAME if before.get(key) != facts.get(key)]:
-            told = ", ".join(f"{key} {before.get(key)}, now {facts.get(key)}" for key in differing)
-            raise ValueError(f"{path} is of {told}: remove it, or use --results")
-        self.records = found["cases"]
-        # What an earlier seed drew twice.
-        earlier = [line for line in before.get("repeated", []) if line not in facts["repeated"]]
-        facts["repeated"] = [*earlier, *facts["repeated"]]
-
-    def has(self, draw: Draw) -> bool:
-        """Whether both passes of a shape were measured, right or wrong."""
-        of_shape = [record for record in self.records if _is_of(record, draw)]
-        return {record["pass"] for record in of_shape} >= set(PASSES)
-
-    def add(self, draw: Draw, records: Sequence[Record]) -> None:
-        """Add the records of a shape, in place of what there is of it."""
-        others = [record for record in self.records if not _is_of(record, draw)]
-        self.records = [*others, *records]
-        self.write()
-
-    def fail(self, draw: Draw, error: Exception) -> None:
-        self.failed[draw.shape.name] = experts.first_line(error)
-        self.write()
-
-    def write(self) -> None:
-        told = {"failed": self.failed} if self.failed else {}
-        write(self.path, {**self.facts, **told}, self.records)
-
-
-def _is_of(record: Record, draw: Draw) -> bool:
-    return (record["shape"], record["routing"]) == (draw.shape.name, draw.routing)
-
-
 def run(
     bench: Bench,
     draws: Sequence[Draw],
@@ -263,23 +215,6 @@ def _line(records: Sequence[Record]) -> Iterator[str]:
         peaks = {who: mib["peak"] for who, mib in record.get("mib", {}).items() if mib}
         if peaks:
             yield f"peak {peaks} MiB,"
-
-
-def summary(records: Sequence[Record]) -> Iterator[str]:
-    """By pass: how many shapes, the geometric mean of the ratios, and the least of them."""
-    for name in PASSES:
-        ratios = {
-            record["shape"]: next(iter(record["ratio"].values()))[1]
-            for record in records
-            if record["pass"] == name and record["ratio"]
-        }
-        if ratios:
-            least = ", ".join(
-                f"{shape} {ratio:.2f}"
-                for shape, ratio in sorted(ratios.items(), key=lambda item: item[1])[:8]
-            )
-            mean = statistics.geometric_mean(ratios.values())
-            yield f"{name}: {len(ratios)} shapes, geometric mean {mean:.3f}, least: {least}"
 
 
 # The command

@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import suite
-from benchmarks.cuda import ahead, sweep
+from benchmarks.cuda import ahead, sweep, sweep_file
 from benchmarks.cuda.experts import BOTH, COMPILED, EAGER, PASSES, ROOT
 from benchmarks.cuda.timing import OURS, Bench
 from benchmarks.draws import Draw, num_bytes
@@ -115,25 +115,25 @@ def measured(monkeypatch):
 
 def test_a_run_goes_on_where_the_last_one_ended(tmp_path, measured):
     path = tmp_path / "h200_sweep.json"
-    results = sweep.Results(path, facts())
+    results = sweep_file.Results(path, facts())
     results.add(DRAWS[1], both(DRAWS[1]))
     # Cut short between the passes.
     results.add(DRAWS[2], both(DRAWS[2])[:1])
-    again = sweep.Results(path, facts())
+    again = sweep_file.Results(path, facts())
     assert sweep.run(bench(), DRAWS, again, math.inf, 0) == []
     assert measured == ["0/00", "0/02", "0/03", "0/04"]
     found = json.loads(path.read_text())
     assert found["environment"] == facts()
     assert {case["shape"] for case in found["cases"]} == {draw.shape.name for draw in DRAWS}
     assert len(found["cases"]) == 10
-    sweep.run(bench(), DRAWS, sweep.Results(path, facts()), math.inf, 0)
+    sweep.run(bench(), DRAWS, sweep_file.Results(path, facts()), math.inf, 0)
     assert len(measured) == 4
 
 
 def test_a_run_stops_at_its_deadline(tmp_path, measured, monkeypatch):
     now = iter(range(100))
     monkeypatch.setattr(sweep, "time", types.SimpleNamespace(monotonic=lambda: next(now)))
-    results = sweep.Results(tmp_path / "h200_sweep.json", facts())
+    results = sweep_file.Results(tmp_path / "h200_sweep.json", facts())
     left = sweep.run(bench(), DRAWS, results, 4, 0)
     assert measured == ["0/00", "0/01"]
     assert left == ["0/02", "0/03", "0/04"]
@@ -150,7 +150,7 @@ def test_each_batch_is_compiled_before_it_is_measured(tmp_path, measured, monkey
         assert job_bytes == sweep.MARGIN * num_bytes(TINY)
 
     on_gpu = replace(bench(), device=torch.device("cuda"))
-    results = sweep.Results(tmp_path / "h200_sweep.json", facts())
+    results = sweep_file.Results(tmp_path / "h200_sweep.json", facts())
     assert sweep.run(on_gpu, DRAWS, results, math.inf, 2, compile_batch) == []
     names = [draw.shape.name for draw in DRAWS]
     assert asked == [(names[:4], 2, 80e9, 0), (names[4:], 2, 80e9, 4)]
@@ -167,29 +167,29 @@ def test_a_shape_that_fails_is_told_and_tried_again(tmp_path, measured, monkeypa
         return right(bench, draw)
 
     monkeypatch.setattr(sweep, "run_shape", fail)
-    sweep.run(bench(), DRAWS[:3], sweep.Results(path, facts()), math.inf, 0)
+    sweep.run(bench(), DRAWS[:3], sweep_file.Results(path, facts()), math.inf, 0)
     environment = json.loads(path.read_text())["environment"]
     assert environment["failed"] == {"0/01": "RuntimeError: out of memory"}
     assert measured == ["0/00", "0/02"]
     monkeypatch.setattr(sweep, "run_shape", right)
-    sweep.run(bench(), DRAWS[:3], sweep.Results(path, facts()), math.inf, 0)
+    sweep.run(bench(), DRAWS[:3], sweep_file.Results(path, facts()), math.inf, 0)
     assert measured == ["0/00", "0/02", "0/01"]
     assert "failed" not in json.loads(path.read_text())["environment"]
 
 
-@pytest.mark.parametrize("key", sweep.SAME)
+@pytest.mark.parametrize("key", sweep_file.SAME)
 def test_results_of_another_kind_are_not_mixed(tmp_path, key):
     path = tmp_path / "h200_sweep.json"
-    sweep.Results(path, facts()).add(DRAWS[0], both(DRAWS[0]))
+    sweep_file.Results(path, facts()).add(DRAWS[0], both(DRAWS[0]))
     with pytest.raises(ValueError, match=f"is of {key} "):
-        sweep.Results(path, facts(**{key: "another"}))
+        sweep_file.Results(path, facts(**{key: "another"}))
 
 
 def test_repeated_draws_of_every_seed_are_listed(tmp_path):
     path = tmp_path / "h200_sweep.json"
-    sweep.Results(path, facts(repeated=["0/03 T 1: 70 GB"])).add(DRAWS[0], both(DRAWS[0]))
+    sweep_file.Results(path, facts(repeated=["0/03 T 1: 70 GB"])).add(DRAWS[0], both(DRAWS[0]))
     for _ in range(2):
-        results = sweep.Results(path, facts(repeated=["1/07 T 2: 80 GB"]))
+        results = sweep_file.Results(path, facts(repeated=["1/07 T 2: 80 GB"]))
         results.write()
     found = json.loads(path.read_text())["environment"]["repeated"]
     assert found == ["0/03 T 1: 70 GB", "1/07 T 2: 80 GB"]
@@ -202,7 +202,7 @@ def test_the_summary_has_the_mean_and_the_least():
         for name in PASSES
     ]
     records.append(record(BOTH, "d", wrong=[OURS]) | {"ratio": {}})
-    assert list(sweep.summary(records)) == [
+    assert list(sweep_file.summary(records)) == [
         f"{name}: 3 shapes, geometric mean 1.000, least: b 0.50, c 1.00, a 2.00" for name in PASSES
     ]
 
