@@ -92,6 +92,8 @@ BLOCK_AIMS = {
     "fine-grained": 1.55,
     "large": 1.15,
 }
+# At most so much of grouped_mm's peak of memory, and so many MiB on top.
+PEAK_FACTOR, PEAK_MIB = 1.02, 16.0
 BLOCK_ROUTINGS = ("uniform", "zipf")
 # LoRA on frozen experts: the same of adapters on both projections.
 LORA_AIMS = {"qwen3-30b": 1.2}
@@ -101,6 +103,11 @@ BLOCKS = ("qwen3-30b", "olmoe", "fine-grained")
 # What Triton's interpreter can run.
 TINY_SUITE = (Shape("tiny", 12, 32, 16, 4, 2),)
 TINY_DECODE, TINY_DECODE_TOKENS = TINY_SUITE[0], (1,)
+
+
+def exceeds_peak(ours: float, theirs: float) -> bool:
+    """Tell whether our peak of memory is more than is allowed beside a peer's, in MiB."""
+    return ours > PEAK_FACTOR * theirs + PEAK_MIB
 
 
 @dataclass(frozen=True)

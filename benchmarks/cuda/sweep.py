@@ -3,11 +3,15 @@
 
     python -m benchmarks.cuda.sweep [--seed 0] [--shapes 48] [--limit-gb 60] [--deadline 480]
     python -m benchmarks.cuda.sweep --named
+    python -m benchmarks.cuda.sweep --join FILE FILE
 
 It writes benchmarks/results/<gpu>_sweep.json (or _named.json) after each shape. A shape that stands
 there is not measured again, so a run that was cut short goes on. Each batch of shapes is compiled
 by several processes before it is measured. A shape that has begun is finished after the deadline:
 leave it half a minute.
+
+Several GPUs of one host share the shapes: each runs its own (--only, --device, --results), and
+--join makes one file of theirs.
 
 Without a GPU, `--device cpu --tiny --results DIR` runs its flow and measures nothing.
 """
@@ -32,7 +36,7 @@ from benchmarks.cuda.ahead import compile_within
 from benchmarks.cuda.experts import BOTH, COMPILED, EAGER, PASSES, Block, Implementation
 from benchmarks.cuda.gpt_oss import GptOssBlock
 from benchmarks.cuda.sampled import SampledComparison
-from benchmarks.cuda.sweep_file import Results, summary
+from benchmarks.cuda.sweep_file import Results, join, summary
 from benchmarks.cuda.timing import (
     OURS,
     Bench,
@@ -235,7 +239,18 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--tiny", action="store_true", help="sizes for Triton's interpreter")
     parser.add_argument("--results", type=Path, help="default: benchmarks/results")
+    parser.add_argument(
+        "--join",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="measure nothing, make one file of these",
+    )
     args = parser.parse_args()
+    if args.join:
+        if len({path.name for path in args.join}) > 1:
+            parser.error("the files of one part have one name")
+        return args
     if torch.device(args.device).type != "cuda" and args.results is None:
         parser.error("without a GPU nothing is measured: --results says where to put that")
     args.draws, args.repeated = _draws(args)
@@ -257,6 +272,8 @@ def _draws(args: argparse.Namespace) -> tuple[list[Draw], list[str]]:
 def main() -> int | str:
     until = time.monotonic()
     args = _parse()
+    if args.join:
+        return _join(args)
     until += args.deadline
     torch.manual_seed(0)
     device = torch.device(args.device)
@@ -279,14 +296,30 @@ def main() -> int | str:
     free()
     print(json.dumps(facts), flush=True)
     left = run(bench, args.draws, results, until, args.compilers)
-    print(*summary(results.records), sep="\n")
     if left:
         print(f"left, no time: {', '.join(left)}")
-    wrong = [record["shape"] for record in results.records if "wrong" in record]
-    for what, names in (("failed", results.failed), ("wrong", wrong)):
-        if names:
-            print(f"{what}: {names}")
-    return 1 if left or wrong or results.failed else 0
+    if results.failed:
+        print(f"failed: {results.failed}")
+    return 1 if _tell(results.records) or left or results.failed else 0
+
+
+def _tell(records: Sequence[Record]) -> list[str]:
+    """Print the summary, and return the shapes whose results were wrong."""
+    print(*summary(records), sep="\n")
+    wrong = [record["shape"] for record in records if "wrong" in record]
+    if wrong:
+        print(f"wrong: {wrong}")
+    return wrong
+
+
+def _join(args: argparse.Namespace) -> int | str:
+    path = (args.results or RESULTS) / args.join[0].name
+    try:
+        _tell(join(args.join, path))
+    except (OSError, ValueError) as error:
+        return f"{error}"
+    print(f"wrote {path}")
+    return 0
 
 
 if __name__ == "__main__":

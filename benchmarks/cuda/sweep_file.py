@@ -9,13 +9,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import suite
 from benchmarks.cuda.experts import PASSES, first_line
-from benchmarks.cuda.timing import Record
+from benchmarks.cuda.timing import OURS, Record
 from benchmarks.draws import Draw
 from benchmarks.timing import write
 
 # Records of one file agree in these facts.
 SAME = ("gpu", "dtype", "torch", "triton", "kernel_sha256", "limit_gb")
+# And in these not, where several GPUs of one host measured them.
+OF_GPU = ("date", "clock now", "ceilings")
+# How many shapes the summary names.
+MOST_NAMED = 8
 
 
 class Results:
@@ -55,15 +60,65 @@ class Results:
 
     def write(self) -> None:
         told = {"failed": self.failed} if self.failed else {}
-        write(self.path, {**self.facts, **told}, self.records)
+        write(self.path, {**self.facts, **told}, in_order(self.records))
 
 
 def _is_of(record: Record, draw: Draw) -> bool:
     return (record["shape"], record["routing"]) == (draw.shape.name, draw.routing)
 
 
+def in_order(records: Sequence[Record]) -> list[Record]:
+    """The records by seed and number, or as the named shapes stand; a shape's stay together."""
+    named = {shape.name: i for i, shape in enumerate(suite.NAMED)}
+
+    def place(record: Record) -> tuple[int, ...]:
+        seed, _, number = record["shape"].partition("/")
+        if seed.isdecimal() and number.isdecimal():
+            return int(seed), int(number)
+        return (named.get(record["shape"], len(named)),)
+
+    return sorted(records, key=place)
+
+
+def join(paths: Sequence[Path], path: Path) -> list[Record]:
+    """Write to one file what several GPUs of one host measured, and return its records.
+
+    Raises:
+        ValueError: the files differ in a fact other than `OF_GPU`, or two have the same shape.
+    """
+    results = [json.loads(each.read_text(encoding="utf-8")) for each in paths]
+    told = [dict(result["environment"]) for result in results]
+    repeated = [each.pop("repeated", []) for each in told]
+    failed = [each.pop("failed", {}) for each in told]
+    facts: dict[str, Any] = {}
+    for key in dict.fromkeys(key for each in told for key in each):
+        values: list[Any] = [each.get(key) for each in told]
+        if all(value == values[0] for value in values):
+            facts[key] = values[0]
+        elif key not in OF_GPU:
+            raise ValueError(f"the files differ in {key}: {', '.join(map(str, values))}")
+        elif isinstance(values[0], dict):
+            facts[key] = {name: [value[name] for value in values] for name in values[0]}
+        else:
+            facts[key] = values
+    shapes = [shape for result in results for shape in {c["shape"] for c in result["cases"]}]
+    if twice := sorted({shape for shape in shapes if shapes.count(shape) > 1}):
+        raise ValueError(f"several files have {', '.join(twice)}")
+    facts["gpus of one host"] = len(paths)
+    facts["repeated"] = list(dict.fromkeys(line for lines in repeated for line in lines))
+    if any(failed):
+        facts["failed"] = {name: why for each in failed for name, why in each.items()}
+    records = in_order([case for result in results for case in result["cases"]])
+    write(path, facts, records)
+    return records
+
+
 def summary(records: Sequence[Record]) -> Iterator[str]:
-    """By pass: how many shapes, the geometric mean of the ratios, and the least of them."""
+    """What a sweep comes to.
+
+    By pass how many shapes, the geometric mean of the ratios and the least; then how many shapes
+    take more memory than they may, and which the most.
+    """
     for name in PASSES:
         ratios = {
             record["shape"]: next(iter(record["ratio"].values()))[1]
@@ -73,7 +128,34 @@ def summary(records: Sequence[Record]) -> Iterator[str]:
         if ratios:
             least = ", ".join(
                 f"{shape} {ratio:.2f}"
-                for shape, ratio in sorted(ratios.items(), key=lambda item: item[1])[:8]
+                for shape, ratio in sorted(ratios.items(), key=lambda item: item[1])[:MOST_NAMED]
             )
             mean = statistics.geometric_mean(ratios.values())
-            yield f"{name}: {len(ratios)} shapes, geometric mean {mean:.3f}, least: {least}"
+            below = sum(ratio < 1 for ratio in ratios.values())
+            yield (
+                f"{name}: {len(ratios)} shapes, geometric mean {mean:.3f}, below 1: {below}, "
+                f"least: {least}"
+            )
+    peaks = _peaks(records)
+    if peaks:
+        above = {shape: both for shape, both in peaks.items() if suite.exceeds_peak(*both)}
+        most = sorted(above.items(), key=lambda item: -item[1][0] / item[1][1])[:MOST_NAMED]
+        named = ", ".join(
+            f"{shape} {ours / theirs:.2f}x ({ours:.0f} to {theirs:.0f} MiB)"
+            for shape, (ours, theirs) in most
+        )
+        yield (
+            f"peak: {len(above)} of {len(peaks)} shapes exceed {suite.PEAK_FACTOR}x of the peer's "
+            f"plus {suite.PEAK_MIB:.0f} MiB" + (f", most: {named}" if named else "")
+        )
+
+
+def _peaks(records: Sequence[Record]) -> dict[str, tuple[float, float]]:
+    """By shape, the MiB at most, ours and the peer's, where both were measured."""
+    found = {}
+    for record in records:
+        mib = {who: each["peak"] for who, each in record.get("mib", {}).items() if each}
+        peers = [peak for who, peak in mib.items() if who != OURS]
+        if OURS in mib and peers:
+            found[record["shape"]] = (mib[OURS], peers[0])
+    return found

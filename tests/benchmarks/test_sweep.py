@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 from benchmarks import suite
 from benchmarks.cuda import ahead, sweep, sweep_file
-from benchmarks.cuda.experts import BOTH, COMPILED, EAGER, PASSES, ROOT
+from benchmarks.cuda.experts import BOTH, COMPILED, EAGER, FORWARD, PASSES, ROOT
 from benchmarks.cuda.timing import OURS, Bench
 from benchmarks.draws import Draw, num_bytes
 
@@ -195,6 +195,19 @@ def test_repeated_draws_of_every_seed_are_listed(tmp_path):
     assert found == ["0/03 T 1: 70 GB", "1/07 T 2: 80 GB"]
 
 
+@pytest.mark.parametrize(
+    "names", [["0/09", "0/10", "0/100", "1/00"], ["gpt-oss-120b", "granite", "odd", "tiny"]]
+)
+def test_the_file_is_in_the_order_of_the_shapes(tmp_path, names):
+    results = sweep_file.Results(tmp_path / "h200_sweep.json", facts())
+    for name in names[::-1]:
+        draw = Draw(replace(TINY, name=name), "uniform")
+        results.add(draw, both(draw))
+    cases = json.loads(results.path.read_text())["cases"]
+    found = [(case["shape"], case["pass"]) for case in cases]
+    assert found == [(name, of_pass) for name in names for of_pass in PASSES]
+
+
 def test_the_summary_has_the_mean_and_the_least():
     records = [
         record(name, shape, ratio=ratio)
@@ -203,8 +216,105 @@ def test_the_summary_has_the_mean_and_the_least():
     ]
     records.append(record(BOTH, "d", wrong=[OURS]) | {"ratio": {}})
     assert list(sweep_file.summary(records)) == [
-        f"{name}: 3 shapes, geometric mean 1.000, least: b 0.50, c 1.00, a 2.00" for name in PASSES
+        f"{name}: 3 shapes, geometric mean 1.000, below 1: 1, least: b 0.50, c 1.00, a 2.00"
+        for name in PASSES
     ]
+
+
+def with_peaks(shape, ours, theirs):
+    return record(BOTH, shape, mib={OURS: {"peak": ours}, COMPILED: {"peak": theirs}})
+
+
+def test_the_summary_counts_the_peaks_that_are_too_high():
+    """1.02 times the peer's and 16 MiB are allowed, and what the CPU has no number of is not told."""
+    records = [
+        with_peaks("allowed", 1036.0, 1000.0),
+        with_peaks("large", 1500.0, 1000.0),
+        with_peaks("small", 36.5, 20.0),
+        with_peaks("least", 1036.1, 1000.0),
+        record(BOTH, "alone", mib={OURS: {"peak": 9.0}}),
+        record(BOTH, "of a CPU", mib={OURS: {}, COMPILED: {}}),
+        record(FORWARD, "allowed"),
+    ]
+    *_, told = sweep_file.summary(records)
+    assert told == (
+        "peak: 3 of 4 shapes exceed 1.02x of the peer's plus 16 MiB, most: small 1.82x "
+        "(36 to 20 MiB), large 1.50x (1500 to 1000 MiB), least 1.04x (1036 to 1000 MiB)"
+    )
+    *_, told = sweep_file.summary(records[:1])
+    assert told == "peak: 0 of 1 shapes exceed 1.02x of the peer's plus 16 MiB"
+
+
+# Several GPUs
+
+
+@pytest.fixture
+def halves(tmp_path):
+    """Files of two GPUs of a host, of which the first measured the first and the last shape."""
+    paths = []
+    for name, draws, clock in (("0", [DRAWS[4], DRAWS[0]], 345), ("1", DRAWS[1:4], 1980)):
+        path = tmp_path / name / "h200_sweep.json"
+        more = {"clock now": f"{clock} MHz", "ceilings": {"dense_tflops": float(clock)}}
+        results = sweep_file.Results(path, facts(**more, repeated=[f"0/0{name}"]))
+        for draw in draws:
+            results.add(draw, both(draw, errors={OURS: float(name)}, configs={"up": "computed"}))
+        paths.append(path)
+    return paths
+
+
+def change(path, **facts):
+    found = json.loads(path.read_text())
+    found["environment"] |= facts
+    path.write_text(json.dumps(found))
+
+
+def test_what_two_gpus_measured_is_joined(tmp_path, halves):
+    change(halves[1], failed={"0/07": "why"})
+    path = tmp_path / "h200_sweep.json"
+    records = sweep_file.join(halves, path)
+    found = json.loads(path.read_text())
+    assert found["environment"] == {
+        **FACTS,
+        "clock now": ["345 MHz", "1980 MHz"],
+        "ceilings": {"dense_tflops": [345.0, 1980.0]},
+        "gpus of one host": 2,
+        "repeated": ["0/00", "0/01"],
+        "failed": {"0/07": "why"},
+    }
+    assert found["cases"] == records
+    of_halves = [json.loads(half.read_text())["cases"] for half in halves]
+    assert [case["shape"] for case in records] == [d.shape.name for d in DRAWS for _ in PASSES]
+    assert all(case in of_halves[0] + of_halves[1] for case in records)
+    assert len(records) == sum(map(len, of_halves))
+
+
+@pytest.mark.parametrize("key", ["gpu", "kernel_sha256", "torch", "part"])
+def test_what_was_measured_otherwise_is_not_joined(tmp_path, halves, key):
+    change(halves[1], **{key: "another"})
+    with pytest.raises(ValueError, match=f"the files differ in {key}: .*, another"):
+        sweep_file.join(halves, tmp_path / "h200_sweep.json")
+    assert not (tmp_path / "h200_sweep.json").exists()
+
+
+def test_a_shape_of_two_files_is_not_joined(tmp_path, halves):
+    with pytest.raises(ValueError, match="several files have 0/00, 0/04"):
+        sweep_file.join([*halves, halves[0]], tmp_path / "h200_sweep.json")
+
+
+def test_the_command_joins_files(tmp_path, halves, monkeypatch, capsys):
+    def call(*paths):
+        options = ["--results", str(tmp_path / "results"), "--join", *map(str, paths)]
+        monkeypatch.setattr(sys, "argv", ["sweep", *options])
+        return sweep.main()
+
+    assert call(*halves) == 0
+    found = json.loads((tmp_path / "results" / "h200_sweep.json").read_text())
+    assert len(found["cases"]) == 2 * len(DRAWS)
+    assert "forward: 5 shapes, geometric mean 1.500" in capsys.readouterr().out
+    assert "several files have" in str(call(halves[0], halves[0]))
+    assert "No such file" in str(call(tmp_path / "h200_sweep.json"))
+    with pytest.raises(SystemExit):
+        call(halves[0], tmp_path / "h200_named.json")
 
 
 def test_a_line_of_a_shape():
