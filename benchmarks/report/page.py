@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fills the page between its markers."""
+"""Fills the page between its markers, and writes the pages of tables beside it."""
 
 from __future__ import annotations
 
@@ -12,27 +12,31 @@ from typing import Any
 
 from benchmarks.report.columns import Record, markdown
 from benchmarks.report.plots import PLOTS, draw
-from benchmarks.report.tables import CPU, TABLES
+from benchmarks.report.tables import CPU, OWN_PAGES, TABLES
 
 CPU_MARKERS = ("<!-- tables: begin -->", "<!-- tables: end -->")
 CUDA_MARKERS = ("<!-- cuda tables: begin -->", "<!-- cuda tables: end -->")
 # These facts of a result's environment are about its part. The others are about the whole run.
 PART_FACTS = (
     "part", "grouped_mm", "model", "present", "absent", "limit_gb", "repeated", "failed",
-    "left out, no time",
+    "left out, no time", "gpus of one host",
 )  # fmt: skip
 
 Result = dict[str, Any]
 
 
 def write(results: Path, page: Path) -> None:
-    """Rewrite the page and the images beside it."""
+    """Rewrite the page, and the images and the pages of tables beside it."""
     images = page.parent / "images"
     write_plots(results, images)
     text = page.read_text(encoding="utf-8")
     text = between(text, CPU_MARKERS, cpu_tables(results))
     text = between(text, CUDA_MARKERS, cuda_tables(results, images))
     page.write_text(text, encoding="utf-8")
+    for name, lines in own_pages(results, images):
+        path = page.parent / "results" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join(lines), encoding="utf-8")
 
 
 def between(text: str, markers: tuple[str, str], lines: Iterable[str]) -> str:
@@ -70,19 +74,47 @@ def cuda_tables(results: Path, images: Path) -> Iterator[str]:
     for device, parts in cuda_results(results).items():
         told = ""
         for part in (part for part in TABLES if part in parts):
-            environment, cases = parts[part]["environment"], parts[part]["cases"]
+            environment = parts[part]["environment"]
             yield f"### {device}: {part}\n"
             # The facts stand once for all parts of a run.
             if (facts := _facts(environment)) != told:
                 yield f"{facts}\n"
             told = facts
-            if about := _part_facts(environment):
-                yield f"{about}\n"
-            image = images / f"{device}_{part}.png"
-            if image.exists():
-                yield f"![{PLOTS[part].about}](images/{image.name})\n"
-            for table in TABLES[part]:
-                yield from markdown(table, cases)
+            if part not in OWN_PAGES:
+                yield from _tables(device, part, parts[part], images, "images")
+                continue
+            yield from markdown(TABLES[part][0], parts[part]["cases"])
+            name = _own_page(device, part)
+            yield f"Every shape stands in [results/{name}](results/{name}).\n"
+
+
+def own_pages(results: Path, images: Path) -> Iterator[tuple[str, Iterator[str]]]:
+    """Yield the name and the lines of each page that has the tables of one part."""
+    for device, parts in cuda_results(results).items():
+        for part in (part for part in OWN_PAGES if part in parts):
+            yield _own_page(device, part), _lines_of(device, part, parts[part], images)
+
+
+def _lines_of(device: str, part: str, result: Result, images: Path) -> Iterator[str]:
+    yield f"# {device}: {part}\n"
+    yield "`python -m benchmarks.report` writes this page. [What it shows](../performance.md#cuda).\n"
+    yield f"{_facts(result['environment'])}\n"
+    yield from _tables(device, part, result, images, "../images")
+
+
+def _own_page(device: str, part: str) -> str:
+    return f"{device}_{part.replace('-', '_')}.md"
+
+
+def _tables(device: str, part: str, result: Result, images: Path, folder: str) -> Iterator[str]:
+    """Yield the facts, the plot and the tables of a part; `folder` leads to the images."""
+    if about := _part_facts(result["environment"]):
+        yield f"{about}\n"
+    image = images / f"{device}_{part}.png"
+    if image.exists():
+        yield f"![{PLOTS[part].about}]({folder}/{image.name})\n"
+    for table in TABLES[part]:
+        yield from markdown(table, result["cases"])
 
 
 def cuda_results(results: Path) -> dict[str, dict[str, Result]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.report.columns import Record, Take, at, median
 from benchmarks.report.records import PASSES, shapes
+from benchmarks.report.tables.sweep import rows_per_expert
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,27 @@ class Plot:
     panel_height: float = 3.0
 
 
+@dataclass(frozen=True)
+class Scatter:
+    """A plot has its panels side by side, with a point for each of their cases.
+
+    Attributes:
+        about: what the image shows, in words.
+        label: the label of the y axes.
+        x_label: the label of the x axes.
+        x: takes the place along them.
+        panels: the panels. One that shows no case is left out.
+        series: takes the name of the cases that share a colour.
+    """
+
+    about: str
+    label: str
+    x_label: str
+    x: Callable[[Record], float]
+    panels: Sequence[Panel]
+    series: Callable[[Record], str]
+
+
 def _is_uniform(case: Record) -> bool:
     return bool(case["routing"] == "uniform")
 
@@ -67,6 +89,21 @@ def _of_experts(peer: str) -> Panel:
     )
 
 
+def _of_pass(name: str) -> Panel:
+    return Panel(
+        title=f"{name}: above 1 ours is faster",
+        height=median("ratio", "compiled"),
+        where=lambda case: case["pass"] == name and bool(case["ratio"]),
+    )
+
+
+def _widths(case: Record) -> str:
+    """Name a case by where its rows begin: a sector of the L2 cache has 16 elements of bf16."""
+    if case["H"] % 16 == 0 and case["I"] % 16 == 0:
+        return "both widths are multiples of 16"
+    return "a width is a multiple of 8 and not of 16"
+
+
 def _of_block(peer: str, name: str) -> Panel:
     return Panel(
         title=f"transformers' {name}: above 1 ours is faster",
@@ -75,8 +112,10 @@ def _of_block(peer: str, name: str) -> Panel:
     )
 
 
+Shown = list[tuple[Panel, list[Record]]]
+
 # By part of a GPU run.
-PLOTS: dict[str, Plot] = {
+PLOTS: dict[str, Plot | Scatter] = {
     "gemm": Plot(
         about="grouped_gemm against torch._grouped_mm by shape",
         label="torch._grouped_mm / ours",
@@ -111,14 +150,29 @@ PLOTS: dict[str, Plot] = {
         ),
         order=("forward", "forward+backward"),
     ),
+    "sweep": Scatter(
+        about="the expert block against compiled grouped_mm by the mean rows of an expert",
+        label="compiled grouped_mm / ours",
+        x_label="mean rows of an expert",
+        x=rows_per_expert,
+        panels=(_of_pass("forward"), _of_pass("forward+backward")),
+        series=_widths,
+    ),
 }
 
 
-def draw(plot: Plot, cases: list[Record], plt: Any) -> Any:
+def draw(plot: Plot | Scatter, cases: list[Record], plt: Any) -> Any:
     """Return the figure, or None where no panel has a case to show."""
     shown = [(panel, here) for panel in plot.panels if (here := list(filter(panel.where, cases)))]
     if not shown:
         return None
+    figure = (_points if isinstance(plot, Scatter) else _panels_of_bars)(plot, shown, plt)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
+    return figure
+
+
+def _panels_of_bars(plot: Any, shown: Shown, plt: Any) -> Any:
     figure, grid = plt.subplots(
         len(shown),
         figsize=(9, plot.panel_height * len(shown)),
@@ -132,8 +186,28 @@ def draw(plot: Plot, cases: list[Record], plt: Any) -> Any:
         _bars(axes, heights, shapes(here), order)
         axes.set_ylabel(plot.label)
         axes.set_title(panel.title, fontsize=10)
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
+    return figure
+
+
+def _points(plot: Any, shown: Shown, plt: Any) -> Any:
+    """Draw both axes in logarithms, and a line at 1."""
+    figure, grid = plt.subplots(
+        1, len(shown), figsize=(10, 4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, (panel, here) in zip(grid[0], shown, strict=True):
+        for name in sorted({plot.series(case) for case in here}):
+            of_series = [case for case in here if plot.series(case) == name]
+            x, y = ([take(case) for case in of_series] for take in (plot.x, panel.height))
+            axes.scatter(x, y, s=18, label=name, zorder=2)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        ticks = (0.7, 0.8, 1.0, 1.2, 1.5, 2.0, 3.0)
+        axes.set_yticks(ticks, map(str, ticks), minor=False)
+        axes.set_yticks([], minor=True)
+        axes.axhline(1.0, color="black", linewidth=1, zorder=1)
+        axes.set_xlabel(plot.x_label)
+        axes.set_title(panel.title, fontsize=10)
+    grid[0][0].set_ylabel(plot.label)
     return figure
 
 

@@ -41,6 +41,7 @@ def sweep_case(shape, name, ratio, routing="uniform", **more):
         "pass": name,
         "errors": {"moe_ops": 0.01, "compiled": 0.01},
         "milliseconds": {"moe_ops": quartiles(1.234)},
+        "tflops": {"moe_ops": 345.6},
         "ratio": {} if ratio is None else {"compiled": quartiles(ratio)},
         "of_floor": 1.35,
         **more,
@@ -93,9 +94,24 @@ CASES: dict[str, list[dict[str, Any]]] = {
         sweep_case("0/00", "forward", 1.5),
         sweep_case("0/00", "forward+backward", 1.25, mib=PEAKS, configs=CONFIGS),
         sweep_case("0/01", "forward", 0.96, routing="zipf"),
-        sweep_case("0/01", "forward+backward", None, routing="zipf", wrong=["compiled"]),
+        sweep_case(
+            "0/01",
+            "forward+backward",
+            None,
+            routing="zipf",
+            wrong=["compiled"],
+            errors={"moe_ops": 0.01, "compiled": 0.02663},
+        ),
     ],
-    "named": [sweep_case("odd", "forward+backward", 0.98)],
+    "named": [
+        sweep_case(
+            "odd",
+            "forward+backward",
+            0.98,
+            mib={"moe_ops": {"peak": 1036.1}, "compiled": {"peak": 1000.0}},
+            errors={"moe_ops": 0.01, "compiled": "nan"},
+        )
+    ],
     "model": [
         model_case(checkpoints=False),
         model_case(
@@ -130,10 +146,11 @@ def page(tmp_path):
     path = tmp_path / "performance.md"
     path.write_text(PAGE)
     report.write(results, path)
-    return path.read_text()
+    return path
 
 
 def test_tables(page):
+    text = page.read_text()
     for row in (
         "| experts | small | forward+backward | 2304 | 1952 | 1500 | 1039 | 1.54 (1.44-1.64) | 2.22 (2.12-2.32) | 1.88 (1.78-1.98) | 1.08 (0.98-1.18) | - |",
         "| lora | small | forward | 500 | - | 400 | - | 1.25 (1.15-1.35) | - | - | - | - |",
@@ -141,22 +158,76 @@ def test_tables(page):
         "| permute | small | 12.3 | 1 | 2 |",
         "| unpermute | small | 5.0 | - | - |",
         "| experts | small | forward | moe_ops | 7 | 9 |",
-        "| forward | 2 | 0 | 1.200 | 0.960 | 1 | 1 | 1 |",
-        "| forward+backward | 2 | 1 | 1.250 | 1.250 | 0 | 0 | 0 |",
-        "| 0/00 | uniform | 1076 | 4776 | 3544 | 21 | 6 | 1.50 (1.40-1.60) | 1.25 (1.15-1.35) | 1.234 | 1.35 | 1030 | 1000 | 1.03 | 2 computed |",
-        "| 0/01 | zipf | 1076 | 4776 | 3544 | 21 | 6 | 0.96 (0.86-1.06) | wrong | 1.234 | 1.35 | - | - | - | - |",
-        "| forward+backward | 1 | 0 | 0.980 | 0.980 | 1 | 1 | 0 |",
-        "| odd | uniform | 1076 | 4776 | 3544 | 21 | 6 | - | 0.98 (0.88-1.08) |",
+        "| forward | 2 | 0 | 1.200 | 0.960 | 1 | 1 | 1 | - |",
+        "| forward+backward | 2 | 1 | 1.250 | 1.250 | 0 | 0 | 0 | 0 |",
+        "| forward+backward | 1 | 0 | 0.980 | 0.980 | 1 | 1 | 0 | 1 |",
         "| 16384 | no | 114.0 | 123.5 | 1.08 (0.98-1.18) | 143719 | 132664 | 14.65 | 18.84 | 0.78 | 31.2 | 28.0 |",
         "| 16384 | yes | 114.0 | 123.5 | wrong | 143719 | 132664 | - | - | - | 31.2 | 28.0 |",
         "| qwen3-30b | 1 | 200.0 | 160.0 | 1.25 | 400.0 | 2.00 (1.90-2.10) | - | - | - | - |",
-        "limit_gb 60.0, repeated 0/03 T 1: 70 GB, failed 0/07: memory",
+        "[results/h100_sweep.md](results/h100_sweep.md)",
+        "[results/h100_named.md](results/h100_named.md)",
     ):
-        assert row in page, row
+        assert row in text, row
+    assert "0/00" not in text
+
+
+def test_pages_of_one_part(page):
+    results = page.parent / "results"
+    assert sorted(path.name for path in results.glob("*.md")) == ["h100_named.md", "h100_sweep.md"]
+    text = (results / "h100_sweep.md").read_text()
+    assert text.startswith("# h100: sweep\n")
+    sizes = "1076 | 4776 | 3544 | 21 | 6 | 307"
+    ms = "1.234 | 346"
+    for row in (
+        "date 2026-01-02, gpu NVIDIA H100",
+        "limit_gb 60.0, repeated 0/03 T 1: 70 GB, failed 0/07: memory",
+        "| forward+backward | 2 | 1 | 1.250 | 1.250 | 0 | 0 | 0 | 0 |",
+        f"| 0/00 | uniform | {sizes} | {ms} | 1.50 (1.40-1.60) | {ms} | 1.25 (1.15-1.35) | 1.35 | 1030 | 1000 | 1.03 | 0.0100 / 0.0100 | 2 computed |",
+        f"| 0/01 | zipf | {sizes} | {ms} | 0.96 (0.86-1.06) | {ms} | wrong | 1.35 | - | - | - | 0.0100 / 0.0266 | - |",
+    ):
+        assert row in text, row
+    named = (results / "h100_named.md").read_text()
+    ours = f"| odd | uniform | {sizes} | - | - | - | {ms} | 0.98 (0.88-1.08) | 1.35 |"
+    assert ours in named
+    assert " 0.0100 / nan | - |" in named
+
+
+def test_a_plot_of_a_part_with_its_own_page(page):
+    pytest.importorskip("matplotlib")
+    assert (page.parent / "images" / "h100_sweep.png").read_bytes().startswith(b"\x89PNG")
+    report.write(page.parent / "results", page)
+    text = (page.parent / "results" / "h100_sweep.md").read_text()
+    assert text.count("(../images/h100_sweep.png)") == 1
+
+
+def test_points_of_a_plot():
+    mpl = pytest.importorskip("matplotlib")
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    aligned = {**sweep_case("0/02", "forward", 2.0), "H": 4768, "I": 3552, "T": 7}
+    figure = report.draw(report.PLOTS["sweep"], [*CASES["sweep"], aligned], plt)
+    found = []
+    for axes in figure.axes:
+        points = {
+            series.get_label(): [tuple(map(float, point)) for point in series.get_offsets()]
+            for series in axes.collections
+        }
+        found.append((axes.get_title(), points))
+    plt.close(figure)
+    rows = pytest.approx(1076 * 6 / 21)
+    narrow, wide = "a width is a multiple of 8 and not of 16", "both widths are multiples of 16"
+    assert found == [
+        (
+            "forward: above 1 ours is faster",
+            {narrow: [(rows, 1.5), (rows, 0.96)], wide: [(2.0, 2.0)]},
+        ),
+        ("forward+backward: above 1 ours is faster", {narrow: [(rows, 1.25)]}),
+    ]
 
 
 def test_the_facts_of_a_run_are_told_once(page):
-    assert page.count("gpu NVIDIA H100") == 1
+    assert page.read_text().count("gpu NVIDIA H100") == 1
 
 
 def test_a_part_without_a_result_has_no_table(tmp_path):
