@@ -413,13 +413,18 @@ def test_a_plot_without_cases():
     assert report.draw(report.PLOTS["gemm"], skewed, plt) is None
 
 
-def test_the_page_is_what_the_committed_results_give(tmp_path):
-    """It is so byte for byte, but for the images, since matplotlib's pixels may change."""
+def test_the_pages_are_what_the_committed_results_give(tmp_path):
+    """They are so byte for byte, but for the images, since matplotlib's pixels may change."""
     page = ROOT / "docs" / "performance.md"
     shutil.copy(page, tmp_path)
     shutil.copytree(page.parent / "images", tmp_path / "images")
     report.write(ROOT / "benchmarks" / "results", tmp_path / page.name)
     assert (tmp_path / page.name).read_bytes() == page.read_bytes()
+    written, committed = (
+        {path.name: path.read_bytes() for path in (folder / "results").iterdir()}
+        for folder in (tmp_path, page.parent)
+    )
+    assert written == committed
 
 
 def test_page_without_markers(folder):
