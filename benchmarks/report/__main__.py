@@ -4,8 +4,8 @@
     python -m benchmarks.report
 
 The results of CPUs fill the page between `<!-- tables: begin/end -->`, and those of GPUs between
-`<!-- cuda tables: begin/end -->`. A part of the page without results stays as it is. Plots go to
-docs/images/ where matplotlib is installed.
+`<!-- cuda tables: begin/end -->`. A part of the page without results stays as it is. Long tables go
+to pages in docs/results/, and plots to docs/images/ where matplotlib is installed.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def own_pages(results: Path, images: Path) -> Iterator[tuple[str, Iterator[str]]
 
 def _lines_of(device: str, part: str, result: Result, images: Path) -> Iterator[str]:
     yield f"# {device}: {part}\n"
-    yield "`python -m benchmarks.report` writes this page. [What it shows](../performance.md#cuda).\n"
+    yield "`python -m benchmarks.report` writes this page. [What it shows](../performance.md).\n"
     yield f"{_facts(result['environment'])}\n"
     yield from _tables(device, part, result, images, "../images")
 
