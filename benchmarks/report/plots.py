@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.report.columns import Record, Take, at, median
 from benchmarks.report.records import PASSES, shapes
-from benchmarks.report.tables.sweep import rows_per_expert
+from benchmarks.report.tables.sweep import ALIGNED, MISALIGNED, is_aligned, rows_per_expert
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,6 @@ def _of_pass(name: str) -> Panel:
     )
 
 
-def _widths(case: Record) -> str:
-    """Name a case by where its rows begin: a sector of the L2 cache has 16 elements of bf16."""
-    if case["H"] % 16 == 0 and case["I"] % 16 == 0:
-        return "both widths are multiples of 16"
-    return "a width is a multiple of 8 and not of 16"
-
-
 def _of_block(peer: str, name: str) -> Panel:
     return Panel(
         title=f"transformers' {name}: above 1 ours is faster",
@@ -156,7 +149,7 @@ PLOTS: dict[str, Plot | Scatter] = {
         x_label="mean rows of an expert",
         x=rows_per_expert,
         panels=(_of_pass("forward"), _of_pass("forward+backward")),
-        series=_widths,
+        series=lambda case: ALIGNED if is_aligned(case) else MISALIGNED,
     ),
 }
 

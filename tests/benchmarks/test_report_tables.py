@@ -10,7 +10,8 @@ pytest.importorskip("triton")
 
 from benchmarks import report
 from benchmarks.cuda.__main__ import PARTS
-from benchmarks.report.tables import TABLES
+from benchmarks.report.columns import markdown
+from benchmarks.report.tables import TABLES, sweep
 
 PAGE = "\n".join([*report.CPU_MARKERS, *report.CUDA_MARKERS, ""])
 
@@ -158,9 +159,12 @@ def test_tables(page):
         "| permute | small | 12.3 | 1 | 2 |",
         "| unpermute | small | 5.0 | - | - |",
         "| experts | small | forward | moe_ops | 7 | 9 |",
-        "| forward | 2 | 0 | 1.200 | 0.960 | 1 | 1 | 1 | - |",
-        "| forward+backward | 2 | 1 | 1.250 | 1.250 | 0 | 0 | 0 | 0 |",
-        "| forward+backward | 1 | 0 | 0.980 | 0.980 | 1 | 1 | 0 | 1 |",
+        "| all | forward | 2 | 0 | 1.200 | 0.960 | 1 | 1 | 1 | - |",
+        "| all | forward+backward | 2 | 1 | 1.250 | 1.250 | 0 | 0 | 0 | 0 |",
+        "| uniform routing | forward | 1 | 0 | 1.500 | 1.500 | 0 | 0 | 0 | - |",
+        "| Zipf routing | forward | 1 | 0 | 0.960 | 0.960 | 1 | 1 | 1 | - |",
+        "| Zipf routing | forward+backward | 1 | 1 | - | - | - | - | - | - |",
+        "| all | forward+backward | 1 | 0 | 0.980 | 0.980 | 1 | 1 | 0 | 1 |",
         "| 16384 | no | 114.0 | 123.5 | 1.08 (0.98-1.18) | 143719 | 132664 | 14.65 | 18.84 | 0.78 | 31.2 | 28.0 |",
         "| 16384 | yes | 114.0 | 123.5 | wrong | 143719 | 132664 | - | - | - | 31.2 | 28.0 |",
         "| qwen3-30b | 1 | 200.0 | 160.0 | 1.25 | 400.0 | 2.00 (1.90-2.10) | - | - | - | - |",
@@ -169,6 +173,18 @@ def test_tables(page):
     ):
         assert row in text, row
     assert "0/00" not in text
+    # All of these cases have such widths.
+    assert sweep.MISALIGNED not in text
+
+
+def test_means_of_widths():
+    wide = [{**sweep_case("0/02", name, 2.0), "H": 4768, "I": 3552} for name in ("forward", "dX")]
+    half = {**sweep_case("0/03", "forward", 0.5), "H": 4768, "I": 3544}
+    lines = list(markdown(sweep.MEANS, [*wide, half]))
+    assert "| all | forward | 2 | 0 | 1.000 | 0.500 | 1 | 1 | 1 | - |" in lines
+    assert f"| {sweep.ALIGNED} | forward | 1 | 0 | 2.000 | 2.000 | 0 | 0 | 0 | - |" in lines
+    assert f"| {sweep.MISALIGNED} | forward | 1 | 0 | 0.500 | 0.500 | 1 | 1 | 1 | - |" in lines
+    assert not any("routing" in line for line in lines)
 
 
 def test_pages_of_one_part(page):
@@ -181,7 +197,7 @@ def test_pages_of_one_part(page):
     for row in (
         "date 2026-01-02, gpu NVIDIA H100",
         "limit_gb 60.0, repeated 0/03 T 1: 70 GB, failed 0/07: memory",
-        "| forward+backward | 2 | 1 | 1.250 | 1.250 | 0 | 0 | 0 | 0 |",
+        "| all | forward+backward | 2 | 1 | 1.250 | 1.250 | 0 | 0 | 0 | 0 |",
         f"| 0/00 | uniform | {sizes} | {ms} | 1.50 (1.40-1.60) | {ms} | 1.25 (1.15-1.35) | 1.35 | 1030 | 1000 | 1.03 | 0.0100 / 0.0100 | 2 computed |",
         f"| 0/01 | zipf | {sizes} | {ms} | 0.96 (0.86-1.06) | {ms} | wrong | 1.35 | - | - | - | 0.0100 / 0.0266 | - |",
     ):
@@ -216,7 +232,7 @@ def test_points_of_a_plot():
         found.append((axes.get_title(), points))
     plt.close(figure)
     rows = pytest.approx(1076 * 6 / 21)
-    narrow, wide = "a width is a multiple of 8 and not of 16", "both widths are multiples of 16"
+    narrow, wide = sweep.MISALIGNED, sweep.ALIGNED
     assert found == [
         (
             "forward: above 1 ours is faster",

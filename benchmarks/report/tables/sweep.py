@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
+from collections.abc import Callable, Iterator
 
 from benchmarks import suite
 from benchmarks.report.columns import Column, Record, Table, Take, at, keys, median, ratio, spread
@@ -45,16 +46,41 @@ def _num_peaks_above(record: Record) -> int | None:
     return sum(suite.exceeds_peak(*peaks) for peaks in found) if found else None
 
 
+def is_aligned(case: Record) -> bool:
+    """Tell whether all rows begin at a sector of the L2 cache, which has 16 elements of bf16."""
+    return bool(case["H"] % 16 == 0 and case["I"] % 16 == 0)
+
+
+ALIGNED, MISALIGNED = "both widths multiples of 16", "a width a multiple of 8, not of 16"
+_GROUPS: dict[str, Callable[[Record], bool]] = {
+    "all": lambda _: True,
+    "uniform routing": lambda case: bool(case["routing"] == "uniform"),
+    "Zipf routing": lambda case: bool(case["routing"] == "zipf"),
+    ALIGNED: is_aligned,
+    MISALIGNED: lambda case: not is_aligned(case),
+}
+
+
+def _groups(cases: list[Record]) -> Iterator[Record]:
+    """Group the cases by pass: all, and those of one kind, where there are others beside them."""
+    for of, belongs in _GROUPS.items():
+        group = [case for case in cases if belongs(case)]
+        if group and (of == "all" or len(group) < len(cases)):
+            for record in by_value("pass")(group):
+                yield {"of": of, **record}
+
+
 MEANS = Table(
     about=(
         "Shapes of the whole expert block that no table was tuned for: transformers' grouped_mm, "
         "compiled for the very sizes, over ours. The last column counts the shapes whose peak of "
         f"memory is above {suite.PEAK_FACTOR} times compiled grouped_mm's plus {suite.PEAK_MIB:.0f} MiB."
     ),
-    rows=by_value("pass"),
+    rows=_groups,
     columns=(
+        Column("shapes", "of"),
         *keys("pass"),
-        Column("shapes", lambda record: len(record["group"])),
+        Column("number", lambda record: len(record["group"])),
         Column("wrong", lambda record: sum("wrong" in case for case in record["group"])),
         Column("geomean", over_group(statistics.geometric_mean, RATIO), ".3f"),
         Column("least", over_group(min, RATIO), ".3f"),
