@@ -176,7 +176,7 @@ def experts(
     )  # fmt: skip
     dz = _empty(num_tokens * top_k, width, dtype=dtype)
     up_backward: tuple[Any, ...] = (
-        dz, x, up, weights, *routing, weights_before,
+        dz, x, up, weights if weights_before else None, *routing, top_k,
         [True, True, weights_before, bias], transposed, kernel_config,
     )  # fmt: skip
     return {
