@@ -69,7 +69,9 @@ def test_a_product_has_at_most_six_configurations(model):
             ):
                 config = choose.choose(problem, device).config
                 found.setdefault((projection, index), set()).add(config)
-        assert len(found) == (11 if device.capability[0] == 9 else 10)
+        # Hopper's activation backward reads by TMA.
+        is_at_once = device.capability[0] == 9 and layer.down[1] % 8 == 0
+        assert len(found) == (11 if is_at_once else 10)
         for product, configs in found.items():
             assert 1 <= len(configs) <= MAX_CONFIGURATIONS, (gpu, product, configs)
 

@@ -157,7 +157,15 @@ def _gemm_tile(problem: Problem, device: Device, operands: Operands) -> _Tile:
         return _Tile(m, n, k, 8, loads=loads, stores=stores)
     if loads:
         tile = _tma_tile(problem, device, operands)
-        return tile if operands.y else replace(tile, stores=False)
+        if operands.y:
+            return tile
+        # Pointers store number by number. The addresses take the registers of a wider tile, and a
+        # flattened loop keeps them. Above a bias, or two outputs as wide as the tile, less is left.
+        has_little = problem.has_activation and (problem.bias or problem.epilogue == "activation")
+        n = min(tile.n, 64 if has_little else 128)
+        return replace(
+            tile, n=n, warps=8, subtile=2, programs_per_sm=1, stores=False, flatten=False
+        )
     return _Tile(128, 128 if is_even else 64, 32, 8)
 
 
