@@ -11,7 +11,8 @@ routing.py        routing_indices, and random topk_ids
 rows.py           permute and unpermute
 gemm.py           grouped_gemm and grouped_gemm_fp8
 experts.py        fused_experts and its activations
-differentiate.py  gradients of all of these
+quantized.py      quantised weights, bit by bit
+differentiate.py  gradients of the ops
 
 A slot is t*K + k: choice k of token t. Expert order is the rows grouped by expert, in slot order
 within an expert, dropped slots last.

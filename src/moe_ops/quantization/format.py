@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a format of quantised weights is.
+
+E num_experts, N out_features, D in_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_ops.quantization.codes import Codes
+from moe_ops.quantization.scales import Scale, Stored
+
+
+class Layout(NamedTuple):
+    """Say how to read the stored tensors of a weight. All of it is constant to a compiler."""
+
+    format: str
+    shape: tuple[int, ...]
+    group_size: int
+    scale_encoding: str
+
+
+@dataclass(frozen=True)
+class Format:
+    """Store a weight (E, N, D) as codes, and a scale for each block.
+
+        weight[e, n, d] = codes[e, n, d] * scale[e, n // block_rows, d // group_size]
+
+    That product is rounded to fp32, whatever the dtype that it is then rounded to. A block ends with
+    its row, its column and its expert, so the last ones may be smaller.
+
+    A kernel reads this declaration too: the codes, the scale's encoding and the block are its
+    constants.
+
+    Args:
+        name: what users call the format.
+        codes: how bytes become numbers.
+        scales: the encodings that its scales may have. `encode` gives the first.
+        group_sizes: the sizes along in_features that a block may have. The first is the default.
+        block_rows: the size of a block along out_features.
+        encode: makes the stored tensors of one expert from (its weight (N, D) in fp32,
+            group_size).
+    """
+
+    name: str
+    codes: Codes
+    scales: tuple[Scale, ...]
+    group_sizes: tuple[int, ...]
+    encode: Callable[[Tensor, int], Mapping[str, Tensor]]
+    block_rows: int = 1
+
+    def scale(self, name: str) -> Scale:
+        """Return the scales' encoding that is called name."""
+        return next(scale for scale in self.scales if scale.name == name)
+
+    def stored(self, layout: Layout) -> dict[str, Stored]:
+        """Return the dtype and the shape of each stored tensor, by name. Experts come first."""
+        _, (num_experts, rows, width), group_size, encoding = layout
+        tensors = {
+            "codes": Stored(torch.uint8, (rows, self.codes.row_bytes(width, group_size))),
+            **self.scale(encoding).stored(-(-rows // self.block_rows), -(-width // group_size)),
+        }
+        return {
+            name: Stored(dtype, (num_experts, *sizes)) for name, (dtype, sizes) in tensors.items()
+        }
+
+    def decode(self, tensors: Mapping[str, Tensor], layout: Layout) -> Tensor:
+        """Return one expert's weight (N, D) in fp32, from its stored tensors."""
+        _, (_, rows, width), group_size, encoding = layout
+        values = self.codes.decode(tensors["codes"])[:, :width]
+        scales = self.scale(encoding).decode(tensors)
+        scales = scales.repeat_interleave(self.block_rows, 0)[:rows]
+        return values * scales.repeat_interleave(group_size, 1)[:, :width]
+
+
+def blocks(weight: Tensor, group_size: int) -> Tensor:
+    """Return the rows of weight (N, D) in blocks (N, ceil(D / group_size), group_size).
+
+    Zeros fill the last block.
+    """
+    padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % group_size))
+    return padded.unflatten(1, (-1, group_size))

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantised weights as plain tensors, and how to make and read them.
+
+E num_experts, N out_features, D in_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_ops.quantization.format import Layout
+from moe_ops.quantization.formats import FORMATS
+from moe_ops.quantization.scales import Stored
+
+
+class Packed(NamedTuple):
+    """Hold a quantised weight: its layout and its stored tensors by name."""
+
+    layout: Layout
+    tensors: Mapping[str, Tensor]
+
+
+def layout_of(
+    function: str,
+    format: str,
+    shape: tuple[int, ...],
+    group_size: int | None = None,
+    scale_encoding: str | None = None,
+) -> Layout:
+    """Return the layout of a weight that `function` makes. None chooses the format's default.
+
+    Raises:
+        ValueError: an unknown format; a group_size or a scale_encoding that it has not; a shape that
+            is not (E, N, D).
+    """
+    if format not in FORMATS:
+        raise ValueError(
+            f"{function}: expected format to be one of {', '.join(FORMATS)}, got {format!r}"
+        )
+    declared = FORMATS[format]
+    encodings = [scale.name for scale in declared.scales]
+    for name, value, allowed in (
+        ("group_size", group_size, declared.group_sizes),
+        ("scale_encoding", scale_encoding, encodings),
+    ):
+        if value is not None and value not in allowed:
+            raise ValueError(
+                f"{function}: expected {name} of {format} to be one of "
+                f"{', '.join(map(str, allowed))}, got {value!r}"
+            )
+    if len(shape) != 3 or min(shape) < 0:
+        raise ValueError(
+            f"{function}: expected shape to be (num_experts, out_features, in_features), "
+            f"got {tuple(shape)}"
+        )
+    return Layout(
+        format, tuple(shape), group_size or declared.group_sizes[0], scale_encoding or encodings[0]
+    )
+
+
+def stored(layout: Layout) -> dict[str, Stored]:
+    """Return the dtype and the shape of each stored tensor of a layout, by name."""
+    return FORMATS[layout.format].stored(layout)
+
+
+def empty(layout: Layout, device: torch.device | str | None = None) -> Packed:
+    """Return a weight whose stored tensors are not initialised."""
+    return Packed(
+        layout,
+        {
+            name: torch.empty(shape, dtype=dtype, device=device)
+            for name, (dtype, shape) in stored(layout).items()
+        },
+    )
+
+
+def quantized(weight: Tensor, layout: Layout) -> Packed:
+    """Return weight (E, N, D) in the layout. It quantises one expert at a time."""
+    packed = empty(layout, weight.device)
+    if weight.is_meta:
+        return packed
+    if not weight.numel():
+        for tensor in packed.tensors.values():
+            tensor.zero_()
+        return packed
+    encode = FORMATS[layout.format].encode
+    for expert, matrix in enumerate(weight.detach()):
+        for name, tensor in encode(matrix.float(), layout.group_size).items():
+            packed.tensors[name][expert].copy_(tensor)
+    return packed
+
+
+def dequantized(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """Return the weight (E, N, D) in dtype. It dequantises one expert at a time."""
+    layout, tensors = packed
+    output = torch.empty(layout.shape, dtype=dtype, device=tensors["codes"].device)
+    decode = FORMATS[layout.format].decode
+    for expert, matrix in enumerate(output):
+        mine = {name: tensor[expert] for name, tensor in tensors.items()}
+        matrix.copy_(decode(mine, layout))
+    return output
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype without "torch."."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_weight_dtype(function: str, dtype: torch.dtype, name: str = "dtype") -> None:
+    """Refuse a dtype that a weight cannot have.
+
+    Raises:
+        TypeError: it is not a floating one of 16 bits or more.
+    """
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise TypeError(
+            f"{function}: expected {name} in (bfloat16, float16, float32, float64), "
+            f"got {dtype_name(dtype)}"
+        )

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads quantised weights, one element at a time, bits by arithmetic.
+
+All numbers are Python floats. A code has at most 24 bits and so has a scale: their product is exact.
+
+E num_experts, N out_features, D in_features.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+def float_of_bits(bits: int, exponent_bits: int, mantissa_bits: int) -> float:
+    """Return the number whose sign, exponent and mantissa these bits are, as in IEEE 754."""
+    bits %= 1 << (1 + exponent_bits + mantissa_bits)
+    sign = -1.0 if bits >> (exponent_bits + mantissa_bits) else 1.0
+    exponent = (bits >> mantissa_bits) % (1 << exponent_bits)
+    mantissa = bits % (1 << mantissa_bits)
+    bias = (1 << (exponent_bits - 1)) - 1
+    if exponent == (1 << exponent_bits) - 1:
+        return math.nan if mantissa else sign * math.inf
+    if exponent == 0:
+        return sign * math.ldexp(mantissa, 1 - bias - mantissa_bits)
+    return sign * math.ldexp((1 << mantissa_bits) + mantissa, exponent - bias - mantissa_bits)
+
+
+def fp32(bits: int) -> float:
+    return float_of_bits(bits, 8, 23)
+
+
+def bf16(bits: int) -> float:
+    return float_of_bits(bits, 8, 7)
+
+
+def e4m3(code: int) -> float:
+    """Return the value of a float8_e4m3fn. It has no infinities: only 127 and 255 are NaN."""
+    if code % 128 == 127:
+        return math.nan
+    if code % 128 >= 120:
+        return math.ldexp(8 + code % 8, 8 - 3) * (-1.0 if code >= 128 else 1.0)
+    return float_of_bits(code, 4, 3)
+
+
+def e8m0(byte: int) -> float:
+    return math.nan if byte == 255 else 2.0 ** (byte - 127)
+
+
+def e2m1(code: int) -> float:
+    """Return the value of a float of one sign, two exponent bits and one of mantissa, all finite."""
+    sign = -1.0 if code & 8 else 1.0
+    exponent, mantissa = (code >> 1) & 3, code & 1
+    return sign * (mantissa / 2 if exponent == 0 else 2.0 ** (exponent - 1) * (1 + mantissa / 2))
+
+
+def dynamic_code() -> list[float]:
+    """Return bitsandbytes' signed dynamic code of eight bits, exact but for fp64's rounding."""
+    values = [0.0, 1.0]
+    for decade in range(7):
+        count = 2**decade
+        for i in range(count):
+            value = 10.0 ** (decade - 6) * (0.1 + 0.9 * (i + 0.5) / count)
+            values += [value, -value]
+    return sorted(values)
+
+
+def rounded(value: float) -> float:
+    """Return the fp32 number nearest to value."""
+    return torch.tensor(value, dtype=torch.float64).float().item()
+
+
+def code_value(format: str, row: Sequence[int], d: int) -> float:
+    """Return the value of element d of a row of bytes."""
+    if format == "fp8_block":
+        return e4m3(row[d])
+    byte = row[d // 2]
+    if format == "nf4":
+        return NF4[byte >> 4 if d % 2 == 0 else byte & 15]
+    code = byte & 15 if d % 2 == 0 else byte >> 4
+    return e2m1(code) if format == "mxfp4" else float(code - 8)
+
+
+def dequantize(
+    tensors: Mapping[str, Tensor],
+    format: str,
+    shape: Sequence[int],
+    group_size: int,
+    scale_encoding: str,
+    dynamic: Sequence[float] | None = None,
+) -> Tensor:
+    """Return the weight (E, N, D) in fp64, each element a code times a scale, not rounded.
+
+    `dynamic` replaces dynamic_code(), whose numbers lack the rounding of fp32.
+    """
+    num_experts, rows, width = shape
+    dynamic = dynamic_code() if dynamic is None else dynamic
+    output = torch.zeros(num_experts, rows, width, dtype=torch.float64)
+    columns = math.ceil(width / group_size)
+    for e, n, d in itertools.product(range(num_experts), range(rows), range(width)):
+        row, column = n // 128 if format == "fp8_block" else n, d // group_size
+        stored = int(tensors["scale"][e, row, column])
+        if scale_encoding == "nested":
+            nested = fp32(int(tensors["nested_scale"][e, (n * columns + column) // 256]))
+            offset = fp32(int(tensors["nested_offset"][e]))
+            scale = rounded(rounded(dynamic[stored] * nested) + offset)
+        else:
+            scale = {"float32": fp32, "bfloat16": bf16, "e8m0": e8m0}[scale_encoding](stored)
+        output[e, n, d] = code_value(format, tensors["codes"][e, n].tolist(), d) * scale
+    return output
+
+
+def block_scale(format: str, largest: float) -> float:
+    """Return the scale of a block whose largest absolute value is given, before it is stored."""
+    if format == "nf4":
+        return largest
+    if largest == 0:
+        return 1.0
+    if not math.isfinite(largest):
+        return math.nan
+    if format == "mxfp4":
+        exponent = -127
+        while 7 * 2.0**exponent < largest:
+            exponent += 1
+        return 2.0**exponent
+    return max(largest / {"fp8_block": 448, "int4": 7.5}[format], 2.0**-126)
+
+
+def code_values(format: str) -> list[float]:
+    """Return the values of all finite codes."""
+    if format == "fp8_block":
+        return [e4m3(code) for code in range(256) if code % 128 != 127]
+    if format == "nf4":
+        return list(NF4)
+    return [e2m1(c) if format == "mxfp4" else float(c - 8) for c in range(16)]
