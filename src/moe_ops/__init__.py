@@ -22,6 +22,7 @@ from moe_ops.ops.permute import permute
 from moe_ops.ops.routing_indices import routing_indices
 from moe_ops.ops.topk_routing import topk_routing
 from moe_ops.ops.unpermute import unpermute
+from moe_ops.quantization import QuantizedWeight, quantize_weight
 
 if TYPE_CHECKING:
     from moe_ops.tuning import tune
@@ -30,6 +31,7 @@ __all__ = [
     "KernelConfigBackward_dW",
     "KernelConfigBackward_dX",
     "KernelConfigForward",
+    "QuantizedWeight",
     "dequantize_fp8",
     "fused_experts",
     "grouped_gemm",
@@ -37,6 +39,7 @@ __all__ = [
     "kernel_config",
     "permute",
     "quantize_fp8",
+    "quantize_weight",
     "routing_indices",
     "topk_routing",
     "tune",

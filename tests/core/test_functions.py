@@ -41,6 +41,8 @@ def test_every_op_is_known():
     others = {
         "dequantize_fp8",
         "quantize_fp8",
+        "QuantizedWeight",
+        "quantize_weight",
         "KernelConfigBackward_dW",
         "KernelConfigBackward_dX",
         "KernelConfigForward",

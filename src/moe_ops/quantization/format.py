@@ -73,10 +73,10 @@ class Format:
     def decode(self, tensors: Mapping[str, Tensor], layout: Layout) -> Tensor:
         """Return one expert's weight (N, D) in fp32, from its stored tensors."""
         _, (_, rows, width), group_size, encoding = layout
-        values = self.codes.decode(tensors["codes"])[:, :width]
+        values = blocks(self.codes.decode(tensors["codes"]), group_size)
         scales = self.scale(encoding).decode(tensors)
         scales = scales.repeat_interleave(self.block_rows, 0)[:rows]
-        return values * scales.repeat_interleave(group_size, 1)[:, :width]
+        return (values * scales[..., None]).flatten(1)[:, :width]
 
 
 def blocks(weight: Tensor, group_size: int) -> Tensor:

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read the quantised weights of other libraries, without a copy where experts are stacked already.
+
+Each function returns the tensors that it gets, seen through another dtype and shape. A sequence with
+a tensor for each expert is stacked first, which copies the packed bytes once. So is a tensor whose
+strides have gaps. Values are not checked.
+
+E num_experts, N out_features, D in_features, G D / group_size blocks of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moe_ops.fp8 import BLOCK
+from moe_ops.quantization.packed import Packed, dtype_name, layout_of, stored
+from moe_ops.quantization.scales import BFLOAT16, E8M0_SCALE, FLOAT32
+
+Tensors = Tensor | Sequence[Tensor]
+
+# Powers of two as torch's dtype, or as its bytes.
+_E8M0 = (torch.float8_e8m0fnu, torch.uint8)
+_REQUANTIZE = "dequantise it and call moe_ops.quantize_weight"
+
+
+def from_mxfp4(function: str, blocks: Tensors, scales: Tensors) -> Packed:
+    """Return (E, N, D) of blocks (E, N, G, 16) or (E, N, D / 2), and scales (E, N, G)."""
+    blocks, scales = stacked(function, "blocks", blocks), stacked(function, "scales", scales)
+    check_dtype(function, "blocks", blocks, torch.uint8, torch.int8, torch.float4_e2m1fn_x2)
+    check_dtype(function, "scales", scales, *_E8M0)
+    if not (blocks.dim() == 3 or (blocks.dim() == 4 and blocks.shape[3] == 16)):
+        raise ValueError(
+            f"{function}: expected blocks.shape to be (num_experts, out_features, "
+            f"in_features / 32, 16) or (num_experts, out_features, in_features / 2), "
+            f"got {tuple(blocks.shape)}"
+        )
+    if blocks.dim() == 3 and blocks.shape[2] % 16:
+        raise ValueError(
+            f"{function}: expected blocks.shape[2] to be a multiple of 16, since 16 bytes are a "
+            f"block of 32 weights, got {blocks.shape[2]}; {_REQUANTIZE}"
+        )
+    codes = bits(blocks, torch.uint8).flatten(2)
+    layout = layout_of(function, "mxfp4", (*codes.shape[:2], 2 * codes.shape[2]))
+    check_beside(function, "scales", scales, stored(layout)["scale"].shape, codes.device)
+    return Packed(layout, {"codes": codes, "scale": bits(scales, torch.uint8)})
+
+
+def from_fp8_block(function: str, weight: Tensors, weight_scale_inv: Tensors) -> Packed:
+    """Return (E, N, D) of weight (E, N, D) and scales (E, ceil(N / 128), ceil(D / 128))."""
+    weight = stacked(function, "weight", weight)
+    scale = stacked(function, "weight_scale_inv", weight_scale_inv)
+    check_dtype(function, "weight", weight, torch.float8_e4m3fn)
+    check_dtype(function, "weight_scale_inv", scale, torch.float32, *_E8M0)
+    if weight.dim() != 3:
+        raise ValueError(
+            f"{function}: expected weight.shape to be (num_experts, out_features, in_features), "
+            f"got {tuple(weight.shape)}"
+        )
+    encoding = FLOAT32 if scale.dtype == torch.float32 else E8M0_SCALE
+    layout = layout_of(function, "fp8_block", tuple(weight.shape), BLOCK, encoding.name)
+    kind = stored(layout)["scale"]
+    check_beside(function, "weight_scale_inv", scale, kind.shape, weight.device)
+    return Packed(layout, {"codes": bits(weight, torch.uint8), "scale": bits(scale, kind.dtype)})
+
+
+def from_compressed_int4(
+    function: str,
+    weight_packed: Tensors,
+    weight_scale: Tensors,
+    shape: Sequence[int] | Tensor,
+    group_size: int,
+) -> Packed:
+    """Return (E, N, D) of words (E, N, D / 8) and scales (E, N, G)."""
+    words = stacked(function, "weight_packed", weight_packed)
+    scale = stacked(function, "weight_scale", weight_scale)
+    check_dtype(function, "weight_packed", words, torch.int32)
+    check_dtype(function, "weight_scale", scale, torch.bfloat16, torch.float16, torch.float32)
+    sizes = tuple(int(size) for size in shape)
+    if len(sizes) == 2:
+        # compressed-tensors' weight_shape is that of one expert.
+        sizes = (words.shape[0], *sizes)
+    if scale.dtype == torch.float16:
+        scale = scale.float()
+    encoding = BFLOAT16 if scale.dtype == torch.bfloat16 else FLOAT32
+    layout = layout_of(function, "int4", sizes, group_size, encoding.name)
+    if sizes[2] % group_size:
+        raise ValueError(
+            f"{function}: expected shape[-1] to be a multiple of group_size ({group_size}), "
+            f"got {sizes[2]}; {_REQUANTIZE}"
+        )
+    check_beside(function, "weight_packed", words, (*sizes[:2], sizes[2] // 8), words.device)
+    kind = stored(layout)["scale"]
+    check_beside(function, "weight_scale", scale, kind.shape, words.device)
+    return Packed(layout, {"codes": bits(words, torch.uint8), "scale": bits(scale, kind.dtype)})
+
+
+def bits(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the bits of a tensor as another dtype, without a copy if it is contiguous."""
+    return tensor.contiguous().view(dtype)
+
+
+def stacked(function: str, name: str, tensors: Tensors) -> Tensor:
+    """Return the tensor (E, ...), or the tensors of E experts stacked.
+
+    Raises:
+        ValueError: there are none, or their shapes or dtypes differ.
+    """
+    if isinstance(tensors, Tensor):
+        return tensors.detach()
+    kinds = {(tuple(tensor.shape), dtype_name(tensor.dtype)) for tensor in tensors}
+    if len(kinds) != 1:
+        raise ValueError(
+            f"{function}: expected {name} to have tensors of one shape and dtype, an expert each, "
+            f"got {sorted(kinds) or 'none'}"
+        )
+    return torch.stack([tensor.detach() for tensor in tensors])
+
+
+def check_dtype(function: str, name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
+    """Refuse a tensor of another dtype.
+
+    Raises:
+        TypeError: its dtype is none of dtypes.
+    """
+    if tensor.dtype not in dtypes:
+        names = ", ".join(map(dtype_name, dtypes))
+        expected = f"in ({names})" if len(dtypes) > 1 else f"== {names}"
+        raise TypeError(
+            f"{function}: expected {name}.dtype {expected}, got {dtype_name(tensor.dtype)}"
+        )
+
+
+def check_beside(
+    function: str, name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device
+) -> None:
+    """Refuse a tensor of another shape, or on another device than the codes.
+
+    Raises:
+        ValueError: its shape or its device is another.
+    """
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{function}: expected {name}.shape == {shape}, got {tuple(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(
+            f"{function}: expected {name}.device == {device}, as its codes, got {tensor.device}"
+        )

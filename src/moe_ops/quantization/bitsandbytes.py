@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read bitsandbytes' NF4 weights. bitsandbytes is not imported.
+
+Its quant_state has .quant_type, .blocksize, .shape, .absmax and, if absmax is quantised too, .offset
+and .state2. Blocks run through the whole weight, row after row, so rows of whole blocks are blocks
+along in_features, as ours are.
+
+E num_experts, N out_features, D in_features, G D / 64 blocks of a row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_ops.quantization.adopt import bits, check_beside, check_dtype
+from moe_ops.quantization.packed import Packed, layout_of, stored
+from moe_ops.quantization.scales import DYNAMIC_CODE, FLOAT32, NESTED, NESTED_BLOCK
+
+_BLOCK = 64
+
+
+def from_bitsandbytes(
+    function: str, data: Tensor | Sequence[Tensor], quant_state: Any | Sequence[Any]
+) -> Packed:
+    """Return (E, N, D) of the bytes and the state of all experts, or of those of each."""
+    # A Params4bit iterates over its rows, but is no Sequence.
+    datas = list(data) if isinstance(data, Sequence) else [data]
+    states = list(quant_state) if isinstance(quant_state, Sequence) else [quant_state]
+    if len(datas) != len(states):
+        raise ValueError(
+            f"{function}: expected len(data) == len(quant_state) ({len(states)}), got {len(datas)}"
+        )
+    sizes = _sizes(function, states)
+    codes = [_codes(function, *pair, sizes) for pair in zip(datas, states, strict=True)]
+    layout = layout_of(function, "nf4", (len(states) * sizes[0], *sizes[1:]), _BLOCK, NESTED.name)
+    scales = [_nested(state, sizes[0]) for state in states]
+    if not all(scales):
+        layout = layout._replace(scale_encoding=FLOAT32.name)
+        scales = [{"scale": bits(_absmax(state), torch.int32)} for state in states]
+    tensors = {name: [scale[name] for scale in scales] for name in scales[0]} | {"codes": codes}
+    kinds = stored(layout)
+    return Packed(layout, {n: _joined(parts).view(kinds[n].shape) for n, parts in tensors.items()})
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _sizes(function: str, states: list[Any]) -> tuple[int, int, int]:
+    """Return the (E, N, D) that every state has. A state of (N, D) has one expert.
+
+    Raises:
+        ValueError: there is no state, a state is not NF4 in blocks of 64, or their shapes differ.
+    """
+    for state in states:
+        for name, expected in (("quant_type", "nf4"), ("blocksize", _BLOCK)):
+            if (value := getattr(state, name)) != expected:
+                raise ValueError(
+                    f"{function}: expected quant_state.{name} == {expected!r}, got {value!r}"
+                )
+    shapes = {tuple(state.shape) for state in states}
+    if len(shapes) != 1:
+        raise ValueError(
+            f"{function}: expected quant_state to have states of one shape, "
+            f"got {sorted(shapes) or 'none'}"
+        )
+    (shape,) = shapes
+    if len(shape) not in (2, 3):
+        raise ValueError(
+            f"{function}: expected quant_state.shape to be (out_features, in_features), or that "
+            f"after num_experts, got {shape}"
+        )
+    if shape[-1] % _BLOCK:
+        raise ValueError(
+            f"{function}: expected quant_state.shape[-1] to be a multiple of {_BLOCK}, since other "
+            f"rows share blocks, got {shape[-1]}; dequantise it with bitsandbytes and call "
+            "moe_ops.quantize_weight"
+        )
+    return (1, *shape) if len(shape) == 2 else shape
+
+
+def _codes(function: str, data: Tensor, state: Any, sizes: tuple[int, int, int]) -> Tensor:
+    """Return the bytes (E, N, D / 2) of data, after a look at the lengths of the state's tensors.
+
+    quant_storage may be a dtype of more bytes; the bytes are the same.
+    """
+    codes = bits(data.detach().as_subclass(Tensor), torch.uint8).flatten()
+    count = math.prod(sizes)
+    check_beside(function, "data in bytes", codes, (count // 2,), codes.device)
+    absmax = state.absmax
+    check_beside(function, "quant_state.absmax", absmax, (count // _BLOCK,), codes.device)
+    check_dtype(
+        function,
+        "quant_state.absmax",
+        absmax,
+        torch.float32 if state.state2 is None else torch.uint8,
+    )
+    if state.state2 is not None:
+        outer = state.state2.absmax
+        number = -(-absmax.numel() // state.state2.blocksize)
+        check_beside(function, "quant_state.state2.absmax", outer, (number,), codes.device)
+        check_dtype(function, "quant_state.state2.absmax", outer, torch.float32)
+    return codes.view(*sizes[:2], sizes[2] // 2)
+
+
+def _nested(state: Any, num_experts: int) -> dict[str, Tensor]:
+    """Return the stored tensors of a quantised absmax, or nothing where it cannot stay so.
+
+    In one state of several experts, blocks of 256 may run on from an expert to the next.
+    """
+    inner = state.state2
+    if inner is None or inner.blocksize != NESTED_BLOCK:
+        return {}
+    if num_experts > 1 and state.absmax.numel() // num_experts % NESTED_BLOCK:
+        return {}
+    if not inner.code.is_meta and tuple(inner.code.tolist()) != DYNAMIC_CODE:
+        return {}
+    return {
+        "scale": state.absmax,
+        "nested_scale": bits(inner.absmax, torch.int32),
+        "nested_offset": bits(state.offset.to(inner.absmax).expand(num_experts), torch.int32),
+    }
+
+
+def _absmax(state: Any) -> Tensor:
+    """Return absmax in fp32, as bitsandbytes computes it."""
+    inner = state.state2
+    if inner is None:
+        return state.absmax
+    outer = inner.absmax.repeat_interleave(inner.blocksize)[: state.absmax.numel()]
+    return inner.code[state.absmax.int()] * outer + state.offset

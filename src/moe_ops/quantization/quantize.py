@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make quantised weights.
+
+E num_experts, N out_features, D in_features.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moe_ops.quantization import packed
+from moe_ops.quantization.weight import QuantizedWeight
+
+
+def quantize_weight(
+    weight: Tensor,
+    format: str,
+    group_size: int | None = None,
+) -> QuantizedWeight:
+    """Quantise the weights of experts in fp32, in blocks along in_features.
+
+        weight[e, n, d] ~ codes[e, n, d] * scale[e, n, d // group_size]
+
+    | format      | codes          | scale of a block           | block     | bits a weight |
+    | ----------- | -------------- | -------------------------- | --------- | ------------- |
+    | `fp8_block` | float8_e4m3fn  | fp32                       | 128 x 128 | 8.002         |
+    | `nf4`       | NormalFloat4   | absmax in 8 bits, nested   | 64        | 4.127         |
+    | `mxfp4`     | e2m1           | a power of two, 8 bits     | 32        | 4.25          |
+    | `int4`      | -8 .. 7        | bf16                       | 32 or 128 | 4.5 or 4.125  |
+
+    A block ends with its row, so the last one of a row may be smaller, and no two experts share one.
+    fp8_block's also spans 128 out_features. A row of four-bit codes fills its last block with zeros.
+
+    A NaN or an infinity makes its block NaN; with nf4, its expert. A block of zeros stays zero. A
+    scale is at least fp32's or e8m0's least one, so subnormal weights may become zero.
+
+    Args:
+        weight (Tensor (E, N, D), floating): the experts' weights, in any strides.
+        format (str): one of the table's.
+        group_size (int or None): the size of int4's blocks, 32 where it is None. Other formats have
+            but one.
+
+    Returns:
+        quantised (QuantizedWeight (E, N, D)): on the weight's device; its dtype is weight's.
+
+    Raises:
+        TypeError: weight is not floating, or has 8 bits or fewer.
+        ValueError: weight has not three dimensions; an unknown format; a group_size that it has not.
+
+    Not differentiable. Deterministic bit for bit. A temporary is as large as one expert in fp32. A
+    weight on the meta device makes a quantised one there.
+
+    Source: each format's file in moe_ops/quantization/formats names its own.
+    """
+    function = "moe_ops.quantize_weight"
+    packed.check_weight_dtype(function, weight.dtype, "weight.dtype")
+    if weight.dim() != 3:
+        raise ValueError(
+            f"{function}: expected weight.dim() == 3, got {weight.dim()} {tuple(weight.shape)}"
+        )
+    layout = packed.layout_of(function, format, tuple(weight.shape), group_size)
+    return QuantizedWeight(packed.quantized(weight, layout), weight.dtype)
