@@ -8,7 +8,7 @@ E num_experts, N out_features, D in_features.
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -41,6 +41,11 @@ def fp32(bits: int) -> float:
 
 def bf16(bits: int) -> float:
     return float_of_bits(bits, 8, 7)
+
+
+def bits_at(stored: Sequence[int], index: int, size: int) -> int:
+    """Return number `index` of those that lie in bytes, each of `size` bytes, the lowest first."""
+    return int.from_bytes(bytes(stored[size * index : size * (index + 1)]), "little")
 
 
 def e4m3(code: int) -> float:
@@ -79,6 +84,15 @@ def rounded(value: float) -> float:
     return torch.tensor(value, dtype=torch.float64).float().item()
 
 
+# The bytes of a scale, and what reads them; a nested one needs more than its byte.
+SCALES: dict[str, tuple[int, Callable[[int], float] | None]] = {
+    "float32": (4, fp32),
+    "bfloat16": (2, bf16),
+    "e8m0": (1, e8m0),
+    "nested": (1, None),
+}
+
+
 def code_value(format: str, row: Sequence[int], d: int) -> float:
     """Return the value of element d of a row of bytes."""
     if format == "fp8_block":
@@ -108,13 +122,15 @@ def dequantize(
     columns = math.ceil(width / group_size)
     for e, n, d in itertools.product(range(num_experts), range(rows), range(width)):
         row, column = n // 128 if format == "fp8_block" else n, d // group_size
-        stored = int(tensors["scale"][e, row, column])
-        if scale_encoding == "nested":
-            nested = fp32(int(tensors["nested_scale"][e, (n * columns + column) // 256]))
-            offset = fp32(int(tensors["nested_offset"][e]))
-            scale = rounded(rounded(dynamic[stored] * nested) + offset)
+        size, read = SCALES[scale_encoding]
+        bits = bits_at(tensors["scale"][e, row].tolist(), column, size)
+        if read is None:
+            block = (n * columns + column) // 256
+            nested = fp32(bits_at(tensors["nested_scale"][e].tolist(), block, 4))
+            offset = fp32(bits_at(tensors["nested_offset"][e].tolist(), 0, 4))
+            scale = rounded(rounded(dynamic[bits] * nested) + offset)
         else:
-            scale = {"float32": fp32, "bfloat16": bf16, "e8m0": e8m0}[scale_encoding](stored)
+            scale = read(bits)
         output[e, n, d] = code_value(format, tensors["codes"][e, n].tolist(), d) * scale
     return output
 

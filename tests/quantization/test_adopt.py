@@ -25,7 +25,7 @@ def nested_state(weight, shape, **changed):
         "blocksize": 256,
         "code": torch.tensor(DYNAMIC_CODE),
     }
-    offset = weight.nested_offset.view(torch.float32)[0]
+    offset = weight.nested_offset.view(torch.float32)[0, 0]
     state2 = SimpleNamespace(**{**inner, **changed})
     state = state_of(weight.scale.flatten(), shape, state2=state2, offset=offset)
     return weight.codes.view(-1, 1), state
@@ -107,22 +107,33 @@ def test_experts_one_by_one():
     same(adopted, QuantizedWeight.from_bitsandbytes(data, state_of(absmax, (E, N, D))))
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_nested_absmax_of_each_expert(kept):
+def test_nested_absmax_of_each_expert_is_kept():
     weights = [quantize_weight(torch.randn(1, N, D), "nf4") for _ in range(E)]
-    # Half of the code: absmax is another, and no longer our code times a scale.
-    changed = {} if kept else {"code": torch.tensor(DYNAMIC_CODE) / 2}
+    datas, states = zip(*(nested_state(weight, (N, D)) for weight in weights), strict=True)
+    adopted = QuantizedWeight.from_bitsandbytes(datas, states)
+    assert adopted.scale_encoding == "nested"
+    expected = torch.cat([weight.dequantize() for weight in weights])
+    assert torch.equal(adopted.dequantize(), expected.bfloat16())
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"code": torch.tensor(DYNAMIC_CODE) / 2},
+        {"blocksize": 512, "absmax": torch.tensor([0.5, 2.0])},
+    ],
+    ids=["code", "blocksize"],
+)
+def test_absmax_of_another_code_or_block_becomes_fp32(changed):
+    weights = [quantize_weight(torch.randn(1, N, D), "nf4") for _ in range(E)]
     pairs = [nested_state(weight, (N, D), **changed) for weight in weights]
     datas, states = zip(*pairs, strict=True)
     adopted = QuantizedWeight.from_bitsandbytes(datas, states)
-    assert adopted.scale_encoding == ("nested" if kept else "float32")
-    if kept:
-        expected = torch.cat([weight.dequantize() for weight in weights])
-        assert torch.equal(adopted.dequantize(), expected.bfloat16())
-        return
-    for expert, (_, state) in enumerate(pairs):
-        inner = state.state2.absmax.repeat_interleave(256)[: N * D // 64]
-        expected = state.state2.code[state.absmax.int()] * inner + state.offset
+    assert adopted.scale_encoding == "float32"
+    for expert, state in enumerate(states):
+        inner = state.state2
+        outer = inner.absmax.repeat_interleave(inner.blocksize)[: N * D // 64]
+        expected = inner.code[state.absmax.int()] * outer + state.offset
         assert torch.equal(adopted.scale[expert].view(torch.float32).flatten(), expected)
 
 

@@ -17,9 +17,12 @@ import sys
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_model_state_dict, set_model_state_dict
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from moe_ops import quantize_weight
+from moe_ops import QuantizedWeight, quantize_weight
 from moe_ops.quantization.formats import FORMATS
 
 rank = int(sys.argv[2])
@@ -60,9 +63,14 @@ for format in FORMATS:
             assert seen[name].dtype == tensor.dtype and torch.equal(seen[name], tensor), (format, name)
         loss.backward()
         assert model.adapter.grad.full_tensor().eq(1).all()
-        state = model.weight.state_dict()
-        assert torch.equal(state["codes"].full_tensor(), tensors["codes"])
-        model.weight.load_state_dict(state)
+        state = {key: value.clone() for key, value in get_model_state_dict(model).items()}
+        for parameter in model.weight.parameters():
+            parameter.to_local().zero_()
+        set_model_state_dict(model, state)
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        if rank == 0:
+            loaded = QuantizedWeight.from_state_dict(state, "weight.")
+            assert torch.equal(loaded.dequantize(), whole)
 dist.destroy_process_group()
 print("done")
 """

@@ -7,20 +7,30 @@ import pytest
 import torch
 
 from moe_ops.quantization.format import Layout
-from moe_ops.quantization.packed import Packed, dequantized, stored
+from moe_ops.quantization.packed import Packed, dequantized, shapes
 from moe_ops.quantization.scales import DYNAMIC_CODE
 from testing.oracle import quantized as oracle
 
+# The bytes of a number in a stored tensor.
+SIZES = {"float32": 4, "bfloat16": 2, "e8m0": 1, "nested": 1}
 
-def both(layout, **tensors):
+
+def in_bytes(values, size):
+    """Return numbers in nested lists as the bytes of each, lowest first, along the last dimension."""
+    if isinstance(values[0], list):
+        return [in_bytes(value, size) for value in values]
+    return list(b"".join(value.to_bytes(size, "little") for value in values))
+
+
+def both(layout, codes, scale, **nested):
     """Return what the oracle and dequantized make of the tensors of one expert, as lists."""
-    kinds = stored(layout)
-    made = {
-        name: torch.tensor(value, dtype=kinds[name].dtype)[None] for name, value in tensors.items()
+    lists = {
+        "codes": codes,
+        "scale": in_bytes(scale, SIZES[layout.scale_encoding]),
+        **{name: in_bytes(values, 4) for name, values in nested.items()},
     }
-    assert {name: tuple(t.shape) for name, t in made.items()} == {
-        name: kind.shape for name, kind in kinds.items()
-    }
+    made = {name: torch.tensor(value, dtype=torch.uint8)[None] for name, value in lists.items()}
+    assert {name: tuple(tensor.shape) for name, tensor in made.items()} == shapes(layout)
     judged = oracle.dequantize(made, **layout._asdict(), dynamic=DYNAMIC_CODE)
     ours = dequantized(Packed(layout, made), torch.float32)
     return judged[0].tolist(), ours[0].tolist()
@@ -86,7 +96,7 @@ def test_nested_absmax_by_hand():
         codes=[[0xFF] * (257 * 32)],
         scale=[[255] + [127] * 255 + [255]],
         nested_scale=[0x40000000, 0x41000000],
-        nested_offset=0x40400000,
+        nested_offset=[0x40400000],
     )
     for (row,) in weights:
         assert [row[0], row[63], row[64], row[255 * 64], row[256 * 64]] == [
@@ -106,7 +116,7 @@ def test_nested_blocks_run_from_row_to_row():
         codes=[[0xFF] * (129 * 32)] * 2,
         scale=[[255] * 129] * 2,
         nested_scale=[0x3F800000, 0x40000000],
-        nested_offset=0,
+        nested_offset=[0],
     )
     for weight in weights:
         assert set(weight[0]) == {1.0}

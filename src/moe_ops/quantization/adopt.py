@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read the quantised weights of other libraries, without a copy where experts are stacked already.
 
-Each function returns the tensors that it gets, seen through another dtype and shape. A sequence with
+Each function returns the tensors that it gets, seen as bytes. A sequence with
 a tensor for each expert is stacked first, which copies the packed bytes once. So is a tensor whose
 strides have gaps. Values are not checked.
 
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from moe_ops.fp8 import BLOCK
-from moe_ops.quantization.packed import Packed, dtype_name, layout_of, stored
+from moe_ops.quantization.format import Layout
+from moe_ops.quantization.formats import FORMATS
+from moe_ops.quantization.packed import Packed, dtype_name, layout_of
 from moe_ops.quantization.scales import BFLOAT16, E8M0_SCALE, FLOAT32
 
 Tensors = Tensor | Sequence[Tensor]
@@ -42,10 +44,10 @@ def from_mxfp4(function: str, blocks: Tensors, scales: Tensors) -> Packed:
             f"{function}: expected blocks.shape[2] to be a multiple of 16, since 16 bytes are a "
             f"block of 32 weights, got {blocks.shape[2]}; {_REQUANTIZE}"
         )
-    codes = bits(blocks, torch.uint8).flatten(2)
+    codes = as_bytes(blocks).flatten(2)
     layout = layout_of(function, "mxfp4", (*codes.shape[:2], 2 * codes.shape[2]))
-    check_beside(function, "scales", scales, stored(layout)["scale"].shape, codes.device)
-    return Packed(layout, {"codes": codes, "scale": bits(scales, torch.uint8)})
+    check_beside(function, "scales", scales, scale_shape(layout), codes.device)
+    return Packed(layout, {"codes": codes, "scale": as_bytes(scales)})
 
 
 def from_fp8_block(function: str, weight: Tensors, weight_scale_inv: Tensors) -> Packed:
@@ -61,9 +63,8 @@ def from_fp8_block(function: str, weight: Tensors, weight_scale_inv: Tensors) ->
         )
     encoding = FLOAT32 if scale.dtype == torch.float32 else E8M0_SCALE
     layout = layout_of(function, "fp8_block", tuple(weight.shape), BLOCK, encoding.name)
-    kind = stored(layout)["scale"]
-    check_beside(function, "weight_scale_inv", scale, kind.shape, weight.device)
-    return Packed(layout, {"codes": bits(weight, torch.uint8), "scale": bits(scale, kind.dtype)})
+    check_beside(function, "weight_scale_inv", scale, scale_shape(layout), weight.device)
+    return Packed(layout, {"codes": as_bytes(weight), "scale": as_bytes(scale)})
 
 
 def from_compressed_int4(
@@ -92,14 +93,21 @@ def from_compressed_int4(
             f"got {sizes[2]}; {_REQUANTIZE}"
         )
     check_beside(function, "weight_packed", words, (*sizes[:2], sizes[2] // 8), words.device)
-    kind = stored(layout)["scale"]
-    check_beside(function, "weight_scale", scale, kind.shape, words.device)
-    return Packed(layout, {"codes": bits(words, torch.uint8), "scale": bits(scale, kind.dtype)})
+    check_beside(function, "weight_scale", scale, scale_shape(layout), words.device)
+    return Packed(layout, {"codes": as_bytes(words), "scale": as_bytes(scale)})
 
 
-def bits(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the bits of a tensor as another dtype, without a copy if it is contiguous."""
-    return tensor.contiguous().view(dtype)
+def as_bytes(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor (..., n), (..., n * itemsize); no copy if it is contiguous."""
+    if not tensor.is_contiguous() or tensor.stride(-1) != 1:
+        # The stride of a size of one may be any. Then there is no view as bytes.
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.view(torch.uint8)
+
+
+def scale_shape(layout: Layout) -> tuple[int, ...]:
+    """Return the shape of a weight's scales, one for each block: (E, rows of blocks, G)."""
+    return (layout.shape[0], *FORMATS[layout.format].blocks(layout))
 
 
 def stacked(function: str, name: str, tensors: Tensors) -> Tensor:

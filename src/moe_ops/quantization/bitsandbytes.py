@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops.quantization.adopt import bits, check_beside, check_dtype
-from moe_ops.quantization.packed import Packed, layout_of, stored
+from moe_ops.quantization.adopt import as_bytes, check_beside, check_dtype
+from moe_ops.quantization.packed import Packed, layout_of, shapes
 from moe_ops.quantization.scales import DYNAMIC_CODE, FLOAT32, NESTED, NESTED_BLOCK
 
 _BLOCK = 64
@@ -41,10 +41,10 @@ def from_bitsandbytes(
     scales = [_nested(state, sizes[0]) for state in states]
     if not all(scales):
         layout = layout._replace(scale_encoding=FLOAT32.name)
-        scales = [{"scale": bits(_absmax(state), torch.int32)} for state in states]
+        scales = [{"scale": as_bytes(_absmax(state))} for state in states]
     tensors = {name: [scale[name] for scale in scales] for name in scales[0]} | {"codes": codes}
-    kinds = stored(layout)
-    return Packed(layout, {n: _joined(parts).view(kinds[n].shape) for n, parts in tensors.items()})
+    sizes_of = shapes(layout)
+    return Packed(layout, {n: _joined(parts).view(sizes_of[n]) for n, parts in tensors.items()})
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:
@@ -89,7 +89,7 @@ def _codes(function: str, data: Tensor, state: Any, sizes: tuple[int, int, int])
 
     quant_storage may be a dtype of more bytes; the bytes are the same.
     """
-    codes = bits(data.detach().as_subclass(Tensor), torch.uint8).flatten()
+    codes = as_bytes(data.detach().as_subclass(Tensor)).flatten()
     count = math.prod(sizes)
     check_beside(function, "data in bytes", codes, (count // 2,), codes.device)
     absmax = state.absmax
@@ -122,8 +122,8 @@ def _nested(state: Any, num_experts: int) -> dict[str, Tensor]:
         return {}
     return {
         "scale": state.absmax,
-        "nested_scale": bits(inner.absmax, torch.int32),
-        "nested_offset": bits(state.offset.to(inner.absmax).expand(num_experts), torch.int32),
+        "nested_scale": as_bytes(inner.absmax),
+        "nested_offset": as_bytes(state.offset.to(inner.absmax).expand(num_experts)),
     }
 
 

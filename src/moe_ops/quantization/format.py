@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.quantization.codes import Codes
-from moe_ops.quantization.scales import Scale, Stored
+from moe_ops.quantization.scales import Scale
 
 
 class Layout(NamedTuple):
@@ -59,27 +59,30 @@ class Format:
         """Return the scales' encoding that is called name."""
         return next(scale for scale in self.scales if scale.name == name)
 
-    def stored(self, layout: Layout) -> dict[str, Stored]:
-        """Return the dtype and the shape of each stored tensor, by name. Experts come first."""
+    def blocks(self, layout: Layout) -> tuple[int, int]:
+        """Return how many blocks an expert has: rows and columns of them."""
+        _, (_, rows, width), group_size, _ = layout
+        return -(-rows // self.block_rows), -(-width // group_size)
+
+    def shapes(self, layout: Layout) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the stored tensors, by name. Experts come first."""
         _, (num_experts, rows, width), group_size, encoding = layout
-        tensors = {
-            "codes": Stored(torch.uint8, (rows, self.codes.row_bytes(width, group_size))),
-            **self.scale(encoding).stored(-(-rows // self.block_rows), -(-width // group_size)),
+        shapes = {
+            "codes": (rows, self.codes.row_bytes(width, group_size)),
+            **self.scale(encoding).shapes(*self.blocks(layout)),
         }
-        return {
-            name: Stored(dtype, (num_experts, *sizes)) for name, (dtype, sizes) in tensors.items()
-        }
+        return {name: (num_experts, *shape) for name, shape in shapes.items()}
 
     def decode(self, tensors: Mapping[str, Tensor], layout: Layout) -> Tensor:
         """Return one expert's weight (N, D) in fp32, from its stored tensors."""
         _, (_, rows, width), group_size, encoding = layout
-        values = blocks(self.codes.decode(tensors["codes"]), group_size)
+        values = in_blocks(self.codes.decode(tensors["codes"]), group_size)
         scales = self.scale(encoding).decode(tensors)
         scales = scales.repeat_interleave(self.block_rows, 0)[:rows]
         return (values * scales[..., None]).flatten(1)[:, :width]
 
 
-def blocks(weight: Tensor, group_size: int) -> Tensor:
+def in_blocks(weight: Tensor, group_size: int) -> Tensor:
     """Return the rows of weight (N, D) in blocks (N, ceil(D / group_size), group_size).
 
     Zeros fill the last block.

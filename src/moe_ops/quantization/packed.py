@@ -14,7 +14,6 @@ from torch import Tensor
 
 from moe_ops.quantization.format import Layout
 from moe_ops.quantization.formats import FORMATS
-from moe_ops.quantization.scales import Stored
 
 
 class Packed(NamedTuple):
@@ -62,9 +61,9 @@ def layout_of(
     )
 
 
-def stored(layout: Layout) -> dict[str, Stored]:
-    """Return the dtype and the shape of each stored tensor of a layout, by name."""
-    return FORMATS[layout.format].stored(layout)
+def shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a weight's stored tensors, by name."""
+    return FORMATS[layout.format].shapes(layout)
 
 
 def empty(layout: Layout, device: torch.device | str | None = None) -> Packed:
@@ -72,8 +71,8 @@ def empty(layout: Layout, device: torch.device | str | None = None) -> Packed:
     return Packed(
         layout,
         {
-            name: torch.empty(shape, dtype=dtype, device=device)
-            for name, (dtype, shape) in stored(layout).items()
+            name: torch.empty(shape, dtype=torch.uint8, device=device)
+            for name, shape in shapes(layout).items()
         },
     )
 
@@ -98,6 +97,8 @@ def dequantized(packed: Packed, dtype: torch.dtype) -> Tensor:
     """Return the weight (E, N, D) in dtype. It dequantises one expert at a time."""
     layout, tensors = packed
     output = torch.empty(layout.shape, dtype=dtype, device=tensors["codes"].device)
+    if not output.numel():
+        return output
     decode = FORMATS[layout.format].decode
     for expert, matrix in enumerate(output):
         mine = {name: tensor[expert] for name, tensor in tensors.items()}

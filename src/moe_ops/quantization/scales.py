@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The encodings of scales: how stored tensors become one fp32 number for each block.
+"""The encodings of scales: how stored bytes become one fp32 number for each block.
 
-Every tensor has an integer dtype, since module.bfloat16() and its like change floating ones only.
+Every stored tensor is uint8. No cast of a module changes it, and every backend of torch.distributed
+sends it, which is not so of int16.
 
 The functions here take the tensors of one expert. R rows and G columns of blocks.
 """
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,28 +38,20 @@ def _make_dynamic_code() -> tuple[float, ...]:
 DYNAMIC_CODE = _make_dynamic_code()
 
 
-class Stored(NamedTuple):
-    """The dtype and the shape of a stored tensor."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
 @dataclass(frozen=True)
 class Float:
-    """A scale is a number in `dtype`. Its bits are stored."""
+    """A scale is a number in `dtype`."""
 
     name: str
     dtype: torch.dtype
-    bits: torch.dtype
 
-    def stored(self, rows: int, columns: int) -> dict[str, Stored]:
-        """Return the stored tensors."""
-        return {"scale": Stored(self.bits, (rows, columns))}
+    def shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the stored tensors."""
+        return {"scale": (rows, columns * self.dtype.itemsize)}
 
     def encode(self, scale: Tensor) -> dict[str, Tensor]:
         """Return the stored tensors of scales (R, G)."""
-        return {"scale": scale.to(self.dtype).view(self.bits)}
+        return {"scale": scale.to(self.dtype).view(torch.uint8)}
 
     def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the scales (R, G) in fp32."""
@@ -72,9 +64,9 @@ class E8M0:
 
     name = "e8m0"
 
-    def stored(self, rows: int, columns: int) -> dict[str, Stored]:
-        """Return the stored tensors."""
-        return {"scale": Stored(torch.uint8, (rows, columns))}
+    def shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the stored tensors."""
+        return {"scale": (rows, columns)}
 
     def encode(self, exponent: Tensor) -> dict[str, Tensor]:
         """Return the stored tensors of integer exponents (R, G). One of 128 becomes NaN."""
@@ -103,12 +95,12 @@ class Nested:
 
     name = "nested"
 
-    def stored(self, rows: int, columns: int) -> dict[str, Stored]:
-        """Return the stored tensors."""
+    def shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the stored tensors."""
         return {
-            "scale": Stored(torch.uint8, (rows, columns)),
-            "nested_scale": Stored(torch.int32, (-(-rows * columns // NESTED_BLOCK),)),
-            "nested_offset": Stored(torch.int32, ()),
+            "scale": (rows, columns),
+            "nested_scale": (4 * -(-rows * columns // NESTED_BLOCK),),
+            "nested_offset": (4,),
         }
 
     def encode(self, scale: Tensor) -> dict[str, Tensor]:
@@ -124,8 +116,8 @@ class Nested:
         codes = nearest(rest / nested.where(nested > 0, 1.0)[:, None], _dynamic_code(scale.device))
         return {
             "scale": codes.flatten()[: scale.numel()].view(scale.shape).to(torch.uint8),
-            "nested_scale": nested.view(torch.int32),
-            "nested_offset": offset.where(offset.isfinite(), torch.nan).view(torch.int32),
+            "nested_scale": nested.view(torch.uint8),
+            "nested_offset": offset.where(offset.isfinite(), torch.nan)[None].view(torch.uint8),
         }
 
     def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -137,8 +129,8 @@ class Nested:
         return product + tensors["nested_offset"].view(torch.float32)
 
 
-FLOAT32 = Float("float32", torch.float32, torch.int32)
-BFLOAT16 = Float("bfloat16", torch.bfloat16, torch.int16)
+FLOAT32 = Float("float32", torch.float32)
+BFLOAT16 = Float("bfloat16", torch.bfloat16)
 E8M0_SCALE = E8M0()
 NESTED = Nested()
 

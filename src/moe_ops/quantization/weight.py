@@ -33,16 +33,16 @@ class QuantizedWeight(nn.Module):
 
     moe_ops.quantize_weight makes one, and the from_ methods adopt the tensors of other libraries.
 
-    The stored tensors are parameters without gradient, experts first. Their dtypes are integers, and
-    so hold the bits of FP8 codes and of scales: casting a model changes none of them, and fully_shard
-    shards them by expert (before torch 2.12 it takes floating parameters only). What says how to read them is plain attributes, constants to a compiler. A
-    state dict has it too, as the bytes `_extra_state`.
+    The stored tensors are parameters without gradient, experts first, and bytes: FP8 codes and scales
+    in fp32 are seen as uint8. So casting a model changes none of them, and fully_shard shards them by
+    expert (before torch 2.12 it takes floating parameters only). What says how to read them is plain
+    attributes, constants to a compiler. A state dict has it too, as the bytes `_extra_state`.
 
-    Parameters:
-        codes (E, N, bytes of a row), uint8.
-        scale (E, rows of blocks, G), the scales or their bits.
-        nested_scale (E, ceil(N * G / 256)), int32, the bits of fp32; None where scales are not nested.
-        nested_offset (E,), int32, the bits of fp32; None where scales are not nested.
+    Parameters, all uint8:
+        codes (E, N, bytes of a row).
+        scale (E, rows of blocks, bytes of G scales).
+        nested_scale (E, 4 * ceil(N * G / 256)) in fp32, or None where scales are not nested.
+        nested_offset (E, 4) in fp32, or None where scales are not nested.
 
     Attributes:
         format (str): as of moe_ops.quantize_weight.
@@ -306,11 +306,9 @@ class QuantizedWeight(nn.Module):
         try:
             if prefix + _DESCRIPTION in state_dict:
                 self.set_extra_state(state_dict[prefix + _DESCRIPTION])
-            for name, mine in self.packed.tensors.items():
-                theirs = state_dict.get(prefix + name, mine)
-                if theirs.dtype != mine.dtype:
-                    expected, got = dtype_name(mine.dtype), dtype_name(theirs.dtype)
-                    raise ValueError(f"expected {prefix}{name}.dtype == {expected}, got {got}")
+            for key in (prefix + name for name in self.packed.tensors):
+                if key in state_dict and (dtype := state_dict[key].dtype) != torch.uint8:
+                    raise ValueError(f"expected {key}.dtype == uint8, got {dtype_name(dtype)}")
         except ValueError as error:
             error_msgs.append(f"{prefix.removesuffix('.') or _HERE}: {error}")
             return

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.quantization.codes import Nibbles
-from moe_ops.quantization.format import Format, blocks
+from moe_ops.quantization.format import Format, in_blocks
 from moe_ops.quantization.scales import BFLOAT16, FLOAT32
 
 CODES = Nibbles(tuple(float(code - 8) for code in range(16)), low_first=True)
@@ -22,7 +22,7 @@ def encode(weight: Tensor, group_size: int) -> dict[str, Tensor]:
     Ties go to the even code. The error of a weight is at most 0.53 of its scale. The least scale is
     2**-126. A block of zeros gets 1. A NaN or an infinity makes its block NaN.
     """
-    rows = blocks(weight, group_size)
+    rows = in_blocks(weight, group_size)
     largest = rows.abs().amax(2)
     scale = (largest / 7.5).clamp_min(torch.finfo(torch.float32).tiny)
     scale = scale.where(largest > 0, 1.0).where(largest.isfinite(), torch.nan)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.quantization.codes import Nibbles
-from moe_ops.quantization.format import Format, blocks
+from moe_ops.quantization.format import Format, in_blocks
 from moe_ops.quantization.scales import E8M0_SCALE
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -27,7 +27,7 @@ def encode(weight: Tensor, group_size: int) -> dict[str, Tensor]:
     weights ours has 5% less squared error. A block of zeros gets 1. A NaN or an infinity makes its
     block NaN.
     """
-    rows = blocks(weight, group_size)
+    rows = in_blocks(weight, group_size)
     largest = rows.abs().amax(2)
     # largest == mantissa * 2**exponent, mantissa in [0.5, 1); 7 is 0.875 * 2**3.
     mantissa, exponent = torch.frexp(largest)

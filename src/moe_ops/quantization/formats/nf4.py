@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.quantization.codes import Nibbles, nearest
-from moe_ops.quantization.format import Format, blocks
+from moe_ops.quantization.format import Format, in_blocks
 from moe_ops.quantization.scales import FLOAT32, NESTED
 
 NF4 = (
@@ -40,7 +40,7 @@ def encode(weight: Tensor, group_size: int) -> dict[str, Tensor]:
 
     A NaN or an infinity makes the expert NaN. A block of zeros keeps its zeros.
     """
-    rows = blocks(weight, group_size)
+    rows = in_blocks(weight, group_size)
     absmax = rows.abs().amax(2)
     scaled = rows / absmax.where(absmax > 0, 1.0)[..., None]
     table = torch.tensor(NF4, dtype=torch.float32, device=weight.device)
