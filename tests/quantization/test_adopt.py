@@ -309,7 +309,7 @@ def bad_calls():
         ),
     )
     yield from_bnb, (data[1:], state_of(absmax, shape)), ValueError, (
-        at + "data in bytes.shape == (49920,), got (49919,)"
+        at + "data to have 49920 bytes, two weights of (3, 130, 256) in each, got 49919"
     )  # fmt: skip
     yield from_bnb, (data, state_of(absmax[1:], shape)), ValueError, (
         at + "quant_state.absmax.shape == (1560,), got (1559,)"

@@ -9,9 +9,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from moe_ops.fp8 import dequantize_fp8, quantize_fp8
-from moe_ops.quantization.format import Layout
+from moe_ops.quantization.codes import Nibbles, nearest
+from moe_ops.quantization.format import Format, Layout, in_blocks
 from moe_ops.quantization.formats import FORMATS
-from moe_ops.quantization.packed import (
+from moe_ops.quantization.scales import DYNAMIC_CODE, FLOAT32
+from moe_ops.quantization.storage import (
     Packed,
     dequantized,
     empty,
@@ -19,7 +21,6 @@ from moe_ops.quantization.packed import (
     quantized,
     shapes,
 )
-from moe_ops.quantization.scales import DYNAMIC_CODE
 from testing.oracle import quantized as oracle
 
 # Every format with every encoding of its scales and every group size.
@@ -331,3 +332,23 @@ def test_any_strides_and_dtypes(format, group_size):
     # No two experts share a block.
     alone = quantized_as(weight[1:2], format, group_size)
     torch.testing.assert_close(alone, expected[1:2], rtol=0, atol=0)
+
+
+def test_a_fifth_format_is_a_declaration():
+    # bitsandbytes' FP4, without its order of codes.
+    table = (*(m / 12 for m in (0, 0.0625, 2, 3, 4, 6, 8, 12)), *[0.0] * 8)
+    codes = Nibbles(table, low_first=False)
+
+    def encode(weight, group_size):
+        rows = in_blocks(weight, group_size)
+        absmax = rows.abs().amax(2)
+        chosen = nearest(rows / absmax[..., None], torch.tensor(table[:8]))
+        return {"codes": codes.pack(chosen.flatten(1)), **FLOAT32.encode(absmax)}
+
+    fp4 = Format("fp4", codes, scales=(FLOAT32,), group_sizes=(64,), encode=encode)
+    layout = Layout("fp4", (1, 2, 70), 64, "float32")
+    weight = torch.tensor([12.0, 8.2, 5.9, 0.06, 0.0]).repeat(28).view(2, 70)
+    tensors = fp4.encode(weight, 64)
+    assert {n: (1, *tensor.shape) for n, tensor in tensors.items()} == fp4.shapes(layout)
+    expected = torch.tensor([12.0, 8.0, 6.0, 0.0625, 0.0]).repeat(28).view(2, 70)
+    torch.testing.assert_close(fp4.decode(tensors, layout), expected)

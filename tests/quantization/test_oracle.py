@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from moe_ops.quantization.format import Layout
-from moe_ops.quantization.packed import Packed, dequantized, shapes
 from moe_ops.quantization.scales import DYNAMIC_CODE
+from moe_ops.quantization.storage import Packed, dequantized, shapes
 from testing.oracle import quantized as oracle
 
 # The bytes of a number in a stored tensor.

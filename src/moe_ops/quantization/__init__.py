@@ -5,7 +5,7 @@ codes.py         how bytes become numbers
 scales.py        how stored tensors become scales
 format.py        codes, scales and blocks make a format
 formats/         one file for each format, and the table of them
-packed.py        a quantised weight as plain tensors
+storage.py       a quantised weight as plain tensors
 adopt.py, bitsandbytes.py   other libraries' tensors
 weight.py        QuantizedWeight
 quantize.py      quantize_weight

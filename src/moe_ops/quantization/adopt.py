@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read the quantised weights of other libraries, without a copy where experts are stacked already.
 
-Each function returns the tensors that it gets, seen as bytes. A sequence with
-a tensor for each expert is stacked first, which copies the packed bytes once. So is a tensor whose
-strides have gaps. Values are not checked.
+Each function returns the tensors that it gets, seen as bytes. A sequence with a tensor for each
+expert is stacked first, which copies the bytes once. A tensor that is not contiguous is copied too.
+Values are not checked.
 
 E num_experts, N out_features, D in_features, G D / group_size blocks of a row.
 """
@@ -18,13 +18,13 @@ from torch import Tensor
 from moe_ops.fp8 import BLOCK
 from moe_ops.quantization.format import Layout
 from moe_ops.quantization.formats import FORMATS
-from moe_ops.quantization.packed import Packed, dtype_name, layout_of
-from moe_ops.quantization.scales import BFLOAT16, E8M0_SCALE, FLOAT32
+from moe_ops.quantization.scales import BFLOAT16, E8M0, FLOAT32
+from moe_ops.quantization.storage import Packed, dtype_name, layout_of
 
 Tensors = Tensor | Sequence[Tensor]
 
 # Powers of two as torch's dtype, or as its bytes.
-_E8M0 = (torch.float8_e8m0fnu, torch.uint8)
+_E8M0_DTYPES = (torch.float8_e8m0fnu, torch.uint8)
 _REQUANTIZE = "dequantise it and call moe_ops.quantize_weight"
 
 
@@ -32,7 +32,7 @@ def from_mxfp4(function: str, blocks: Tensors, scales: Tensors) -> Packed:
     """Return (E, N, D) of blocks (E, N, G, 16) or (E, N, D / 2), and scales (E, N, G)."""
     blocks, scales = stacked(function, "blocks", blocks), stacked(function, "scales", scales)
     check_dtype(function, "blocks", blocks, torch.uint8, torch.int8, torch.float4_e2m1fn_x2)
-    check_dtype(function, "scales", scales, *_E8M0)
+    check_dtype(function, "scales", scales, *_E8M0_DTYPES)
     if not (blocks.dim() == 3 or (blocks.dim() == 4 and blocks.shape[3] == 16)):
         raise ValueError(
             f"{function}: expected blocks.shape to be (num_experts, out_features, "
@@ -55,13 +55,13 @@ def from_fp8_block(function: str, weight: Tensors, weight_scale_inv: Tensors) ->
     weight = stacked(function, "weight", weight)
     scale = stacked(function, "weight_scale_inv", weight_scale_inv)
     check_dtype(function, "weight", weight, torch.float8_e4m3fn)
-    check_dtype(function, "weight_scale_inv", scale, torch.float32, *_E8M0)
+    check_dtype(function, "weight_scale_inv", scale, torch.float32, *_E8M0_DTYPES)
     if weight.dim() != 3:
         raise ValueError(
             f"{function}: expected weight.shape to be (num_experts, out_features, in_features), "
             f"got {tuple(weight.shape)}"
         )
-    encoding = FLOAT32 if scale.dtype == torch.float32 else E8M0_SCALE
+    encoding = FLOAT32 if scale.dtype == torch.float32 else E8M0
     layout = layout_of(function, "fp8_block", tuple(weight.shape), BLOCK, encoding.name)
     check_beside(function, "weight_scale_inv", scale, scale_shape(layout), weight.device)
     return Packed(layout, {"codes": as_bytes(weight), "scale": as_bytes(scale)})
@@ -87,9 +87,9 @@ def from_compressed_int4(
         scale = scale.float()
     encoding = BFLOAT16 if scale.dtype == torch.bfloat16 else FLOAT32
     layout = layout_of(function, "int4", sizes, group_size, encoding.name)
-    if sizes[2] % group_size:
+    if sizes[2] % layout.group_size:
         raise ValueError(
-            f"{function}: expected shape[-1] to be a multiple of group_size ({group_size}), "
+            f"{function}: expected shape[-1] to be a multiple of group_size ({layout.group_size}), "
             f"got {sizes[2]}; {_REQUANTIZE}"
         )
     check_beside(function, "weight_packed", words, (*sizes[:2], sizes[2] // 8), words.device)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from moe_ops.quantization.adopt import as_bytes, check_beside, check_dtype
-from moe_ops.quantization.packed import Packed, layout_of, shapes
 from moe_ops.quantization.scales import DYNAMIC_CODE, FLOAT32, NESTED, NESTED_BLOCK
+from moe_ops.quantization.storage import Packed, layout_of, shapes
 
 _BLOCK = 64
 
@@ -85,26 +85,26 @@ def _sizes(function: str, states: list[Any]) -> tuple[int, int, int]:
 
 
 def _codes(function: str, data: Tensor, state: Any, sizes: tuple[int, int, int]) -> Tensor:
-    """Return the bytes (E, N, D / 2) of data, after a look at the lengths of the state's tensors.
+    """Return the bytes (E, N, D / 2) of data, whatever its dtype, which quant_storage chose.
 
-    quant_storage may be a dtype of more bytes; the bytes are the same.
+    Raises:
+        ValueError, TypeError: data or a tensor of its state has another length, dtype or device.
     """
     codes = as_bytes(data.detach().as_subclass(Tensor)).flatten()
     count = math.prod(sizes)
-    check_beside(function, "data in bytes", codes, (count // 2,), codes.device)
-    absmax = state.absmax
-    check_beside(function, "quant_state.absmax", absmax, (count // _BLOCK,), codes.device)
-    check_dtype(
-        function,
-        "quant_state.absmax",
-        absmax,
-        torch.float32 if state.state2 is None else torch.uint8,
-    )
+    if codes.numel() != count // 2:
+        raise ValueError(
+            f"{function}: expected data to have {count // 2} bytes, two weights of "
+            f"{tuple(state.shape)} in each, got {codes.numel()}"
+        )
+    tensors = [("quant_state.absmax", state.absmax, count // _BLOCK)]
     if state.state2 is not None:
-        outer = state.state2.absmax
-        number = -(-absmax.numel() // state.state2.blocksize)
-        check_beside(function, "quant_state.state2.absmax", outer, (number,), codes.device)
-        check_dtype(function, "quant_state.state2.absmax", outer, torch.float32)
+        check_dtype(function, tensors[0][0], state.absmax, torch.uint8)
+        length = -(-state.absmax.numel() // state.state2.blocksize)
+        tensors.append(("quant_state.state2.absmax", state.state2.absmax, length))
+    check_dtype(function, tensors[-1][0], tensors[-1][1], torch.float32)
+    for name, tensor, length in tensors:
+        check_beside(function, name, tensor, (length,), codes.device)
     return codes.view(*sizes[:2], sizes[2] // 2)
 
 
@@ -121,7 +121,7 @@ def _nested(state: Any, num_experts: int) -> dict[str, Tensor]:
     if not inner.code.is_meta and tuple(inner.code.tolist()) != DYNAMIC_CODE:
         return {}
     return {
-        "scale": state.absmax,
+        "scale": as_bytes(state.absmax),
         "nested_scale": as_bytes(inner.absmax),
         "nested_offset": as_bytes(state.offset.to(inner.absmax).expand(num_experts)),
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moe_ops.quantization import packed
+from moe_ops.quantization import storage
 from moe_ops.quantization.weight import QuantizedWeight
 
 
@@ -53,10 +53,10 @@ def quantize_weight(
     Source: each format's file in moe_ops/quantization/formats names its own.
     """
     function = "moe_ops.quantize_weight"
-    packed.check_weight_dtype(function, weight.dtype, "weight.dtype")
+    storage.check_weight_dtype(function, weight.dtype, "weight.dtype")
     if weight.dim() != 3:
         raise ValueError(
             f"{function}: expected weight.dim() == 3, got {weight.dim()} {tuple(weight.shape)}"
         )
-    layout = packed.layout_of(function, format, tuple(weight.shape), group_size)
-    return QuantizedWeight(packed.quantized(weight, layout), weight.dtype)
+    layout = storage.layout_of(function, format, tuple(weight.shape), group_size)
+    return QuantizedWeight(storage.quantized(weight, layout), weight.dtype)

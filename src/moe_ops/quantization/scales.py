@@ -59,8 +59,8 @@ class Float:
 
 
 @dataclass(frozen=True)
-class E8M0:
-    """A scale is a power of two, 2 ** (byte - 127). 255 is NaN."""
+class PowerOfTwo:
+    """A scale is 2 ** (byte - 127). The byte 255 is NaN."""
 
     name = "e8m0"
 
@@ -131,10 +131,10 @@ class Nested:
 
 FLOAT32 = Float("float32", torch.float32)
 BFLOAT16 = Float("bfloat16", torch.bfloat16)
-E8M0_SCALE = E8M0()
+E8M0 = PowerOfTwo()
 NESTED = Nested()
 
-Scale = Float | E8M0 | Nested
+Scale = Float | PowerOfTwo | Nested
 
 
 def _dynamic_code(device: torch.device) -> Tensor:

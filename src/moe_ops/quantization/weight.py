@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_ops.quantization import adopt, packed
+from moe_ops.quantization import adopt, storage
 from moe_ops.quantization.adopt import Tensors
 from moe_ops.quantization.bitsandbytes import from_bitsandbytes
 from moe_ops.quantization.format import Layout
-from moe_ops.quantization.packed import Packed, dtype_name, layout_of
+from moe_ops.quantization.storage import Packed, dtype_name, layout_of
 
 _HERE = "moe_ops.QuantizedWeight"
 # What torch.nn.Module calls the state that get_extra_state returns.
@@ -60,7 +60,7 @@ class QuantizedWeight(nn.Module):
     def __init__(self, weight: Packed, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
         layout, tensors = weight
-        packed.check_weight_dtype(_HERE, dtype)
+        storage.check_weight_dtype(_HERE, dtype)
         self.format, _, self.group_size, self.scale_encoding = layout
         self.shape = torch.Size(layout.shape)
         self.dtype = dtype
@@ -95,7 +95,7 @@ class QuantizedWeight(nn.Module):
             TypeError: dtype is not a floating one of 16 bits or more.
         """
         layout = layout_of(f"{_HERE}.empty", format, tuple(shape), group_size, scale_encoding)
-        return cls(packed.empty(layout, device), dtype)
+        return cls(storage.empty(layout, device), dtype)
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], prefix: str = "") -> QuantizedWeight:
@@ -111,7 +111,7 @@ class QuantizedWeight(nn.Module):
                 f"got {', '.join(state) or 'nothing'}"
             )
         layout, dtype = _described(state[prefix + _DESCRIPTION])
-        weight = cls(packed.empty(layout, "meta"), dtype)
+        weight = cls(storage.empty(layout, "meta"), dtype)
         mine = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
         weight.load_state_dict(mine, assign=True)
         return weight
@@ -221,7 +221,7 @@ class QuantizedWeight(nn.Module):
         It is codes times scale in fp32, which is then rounded to `.dtype`. It is not differentiable,
         and deterministic bit for bit. A temporary is as large as one expert in fp32.
         """
-        return packed.dequantized(self.packed, self.dtype)
+        return storage.dequantized(self.packed, self.dtype)
 
     @property
     def packed(self) -> Packed:

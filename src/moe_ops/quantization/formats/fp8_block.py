@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_ops.fp8 import BLOCK, quantize_fp8
 from moe_ops.quantization.codes import E4M3
 from moe_ops.quantization.format import Format
-from moe_ops.quantization.scales import E8M0_SCALE, FLOAT32
+from moe_ops.quantization.scales import E8M0, FLOAT32
 
 
 def encode(weight: Tensor, group_size: int) -> dict[str, Tensor]:  # noqa: ARG001 - Format.encode's
@@ -24,7 +24,7 @@ def encode(weight: Tensor, group_size: int) -> dict[str, Tensor]:  # noqa: ARG00
 FORMAT = Format(
     name="fp8_block",
     codes=E4M3(),
-    scales=(FLOAT32, E8M0_SCALE),
+    scales=(FLOAT32, E8M0),
     group_sizes=(BLOCK,),
     encode=encode,
     block_rows=BLOCK,

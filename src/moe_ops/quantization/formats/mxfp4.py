@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_ops.quantization.codes import Nibbles
 from moe_ops.quantization.format import Format, in_blocks
-from moe_ops.quantization.scales import E8M0_SCALE
+from moe_ops.quantization.scales import E8M0
 
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 CODES = Nibbles((*_MAGNITUDES, *(-value for value in _MAGNITUDES)), low_first=True)
@@ -33,8 +33,8 @@ def encode(weight: Tensor, group_size: int) -> dict[str, Tensor]:
     mantissa, exponent = torch.frexp(largest)
     exponent = exponent - 3 + (mantissa > 0.875).int()
     exponent = exponent.where(largest > 0, 0).where(largest.isfinite(), 128)
-    scale = E8M0_SCALE.encode(exponent)
-    magnitudes = rows.abs() / E8M0_SCALE.decode(scale)[..., None]
+    scale = E8M0.encode(exponent)
+    magnitudes = rows.abs() / E8M0.decode(scale)[..., None]
     codes = _nearest_even(magnitudes) | (rows < 0).int() << 3
     return {"codes": CODES.pack(codes.flatten(1)), **scale}
 
@@ -51,7 +51,7 @@ def _nearest_even(magnitudes: Tensor) -> Tensor:
 FORMAT = Format(
     name="mxfp4",
     codes=CODES,
-    scales=(E8M0_SCALE,),
+    scales=(E8M0,),
     group_sizes=(32,),
     encode=encode,
 )
