@@ -31,8 +31,8 @@ def quantize_weight(
     A block ends with its row, so the last one of a row may be smaller, and no two experts share one.
     fp8_block's also spans 128 out_features. A row of four-bit codes fills its last block with zeros.
 
-    A NaN or an infinity makes its block NaN; with nf4, its expert. A block of zeros stays zero. A
-    scale is at least fp32's or e8m0's least one, so subnormal weights may become zero.
+    A NaN or an infinity makes its block NaN; with nf4, its expert. A block of zeros stays zero. Scales
+    are at least 2**-126 (fp8_block, int4) or 2**-127 (mxfp4), so subnormal weights may become zero.
 
     Args:
         weight (Tensor (E, N, D), floating): the experts' weights, in any strides.
@@ -47,8 +47,8 @@ def quantize_weight(
         TypeError: weight is not floating, or has 8 bits or fewer.
         ValueError: weight has not three dimensions; an unknown format; a group_size that it has not.
 
-    Not differentiable. Deterministic bit for bit. A temporary is as large as one expert in fp32. A
-    weight on the meta device makes a quantised one there.
+    Not differentiable. Deterministic bit for bit. It takes one expert at a time, and temporaries a few
+    times as large as that in fp32. A weight on the meta device makes a quantised one there.
 
     Source: each format's file in moe_ops/quantization/formats names its own.
     """

@@ -22,10 +22,6 @@ from moe_ops.quantization.storage import Packed, dtype_name, layout_of
 _HERE = "moe_ops.QuantizedWeight"
 # What torch.nn.Module calls the state that get_extra_state returns.
 _DESCRIPTION = "_extra_state"
-_NO_GRADIENT = (
-    "False, since a quantised weight has no gradient, got True; train LoRA adapters beside it "
-    "(moe_ops.layers.lora), or a parameter made of its .dequantize()"
-)
 
 
 class QuantizedWeight(nn.Module):
@@ -218,8 +214,9 @@ class QuantizedWeight(nn.Module):
     def dequantize(self) -> Tensor:
         """Return the weight (E, N, D) in `.dtype`.
 
-        It is codes times scale in fp32, which is then rounded to `.dtype`. It is not differentiable,
-        and deterministic bit for bit. A temporary is as large as one expert in fp32.
+        It is codes times scale in fp32, which is then rounded to `.dtype`. Scales that are NaN or
+        infinite propagate. It is not differentiable, and deterministic bit for bit. It takes one
+        expert at a time, and temporaries a few times as large as that in fp32.
         """
         return storage.dequantized(self.packed, self.dtype)
 
@@ -261,7 +258,11 @@ class QuantizedWeight(nn.Module):
             ValueError: requires_grad is True.
         """
         if requires_grad:
-            raise ValueError(f"{_HERE}.requires_grad_: expected requires_grad to be {_NO_GRADIENT}")
+            raise ValueError(
+                f"{_HERE}.requires_grad_: expected requires_grad to be False, since a quantised weight "
+                "has no gradient, got True; train LoRA adapters beside it (moe_ops.layers.lora), or a "
+                "parameter made of its .dequantize()"
+            )
         return self
 
     def __getitem__(self, experts: slice) -> QuantizedWeight:
