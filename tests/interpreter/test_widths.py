@@ -42,3 +42,34 @@ def test_experts(rows, layout, descriptors):
     )
     experts_problem.check(given)
     assert len(descriptors) >= (3 if rows == "few" else 6)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_what_descriptors_cannot_read_is_copied(layout, descriptors):
+    shape = (*ROWS["many"], 2, 201, 89)
+    given = gemm_problem.problem(shape, torch.float16, routing="dropped", layout=layout, device=CPU)
+    gemm_problem.check(given)
+    assert descriptors
+    given = experts_problem.problem(
+        shape, torch.float16, routing="dropped", layout=layout, device=CPU
+    )
+    descriptors.clear()
+    experts_problem.check(given)
+    assert descriptors
+
+
+@pytest.mark.parametrize("width", [1, 3, 8, 1001])
+@pytest.mark.parametrize("begin", range(5))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int16, torch.float32])
+def test_rows_that_begin_anywhere_are_gathered(width, begin, dtype):
+    from moe_ops._triton.rows import gather_rows
+
+    source = torch.arange(begin + 3 * (width + 2), dtype=dtype)[begin:].view(3, -1)[:, :width]
+    gather = torch.tensor([5, 0, 6, 3, 1, -1])
+    found = gather_rows(source, gather, None, 2, 2)
+    expected = torch.stack(
+        [source[slot // 2] if 0 <= slot < 6 else 0 * source[0] for slot in gather]
+    )
+    assert torch.equal(found, expected)
+    assert found.stride(0) * found.itemsize % 32 == 0
+    assert torch.equal(gather_rows(source, None, None, 1), source)

@@ -27,7 +27,7 @@ from moe_ops._triton.hopper import describe_b, describe_parts, kernels
 from moe_ops._triton.kernels.experts import _expert_activation_bwd_kernel, _expert_up_kernel
 from moe_ops._triton.launch import cdiv, launch, next_power_of_2, strides, unit_of
 from moe_ops._triton.plan import PERSISTENT
-from moe_ops._triton.rows import copy_rows, gather_rows, new_rows
+from moe_ops._triton.rows import in_expert_order, new_rows
 from moe_ops._triton.schedule import Rows, TileSchedule
 from moe_ops.configs.device import device_of
 from moe_ops.configs.footprint import epilogue_columns, epilogue_slots
@@ -79,10 +79,8 @@ class RoutedRows:
 
     def in_expert_order(self, x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         """Copy the rows of x (T, H) into expert order, (R, H), times their weights if given."""
-        rows = self.rows
-        if weights is None:
-            return copy_rows(x, self.scatter_indices, rows.top_k, is_operand=True)
-        return gather_rows(x, rows.gather, weights, rows.top_k, rows.top_k)
+        assert self.rows.gather is not None
+        return in_expert_order(x, self.rows.gather, self.scatter_indices, self.rows.top_k, weights)
 
 
 class UpProjection:

@@ -12,6 +12,7 @@ from moe_ops._triton.kernels.rows import (
     copy_rows_kernel,
     gather_rows_kernel,
     invert_permutation_kernel,
+    shift_rows_kernel,
     sum_parts_kernel,
     sum_rows_kernel,
 )
@@ -29,9 +30,8 @@ def new_rows(like: torch.Tensor, num_rows: int, width: int) -> torch.Tensor:
     """
     per_sector = _SECTOR // like.itemsize
     stride = cdiv(width, per_sector) * per_sector
-    if stride == width:
-        return like.new_empty(num_rows, width)
-    return like.new_empty_strided((num_rows, width), (stride, 1))
+    rows = like.new_empty(num_rows, stride)
+    return rows if stride == width else rows[:, :width]
 
 
 def inverse_permutation(indices: torch.Tensor) -> torch.Tensor:
@@ -124,6 +124,16 @@ def gather_rows(
     output = new_rows(input, num_rows, hidden_size)
     if output.numel() == 0:
         return output
+    if weights is None and _must_shift(input):
+        block = min(512, next_power_of_2(cdiv(hidden_size, 4)))
+        launch(
+            shift_rows_kernel, (num_rows, cdiv(hidden_size, 4 * block)),
+            input, None if gather_indices is None else gather_indices.contiguous(), output,
+            input.stride(0), output.stride(0), num_rows, hidden_size, max(divisor, 1),
+            HAS_GATHER=gather_indices is not None, MOVES=divisor > 0, BLOCK=block,
+            on=input,
+        )  # fmt: skip
+        return output
     block_h = min(2048, next_power_of_2(hidden_size))
     stride, stride_out = input.stride(0), output.stride(0)
     unit = unit_of(stride, stride_out, hidden_size)
@@ -137,6 +147,29 @@ def gather_rows(
         on=input,
     )  # fmt: skip
     return output
+
+
+def in_expert_order(
+    input: torch.Tensor,
+    gather_indices: torch.Tensor,
+    scatter_indices: torch.Tensor,
+    top_k: int,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Copy the rows of tokens (T, H) into expert order (R, H), times the slots' weights if given.
+
+    The result's rows begin at sectors.
+    """
+    if weights is None and not _must_shift(input):
+        return copy_rows(input, scatter_indices, top_k, is_operand=True)
+    return gather_rows(input, gather_indices, weights, top_k, top_k)
+
+
+def _must_shift(rows: torch.Tensor) -> bool:
+    """Return whether rows of 16 bits begin elsewhere than at multiples of 16 bytes."""
+    stride, (_, width) = rows.stride(), rows.shape
+    is_aligned = rows.data_ptr() % 16 == 0 and stride[0] % 8 == 0 and width % 8 == 0
+    return rows.itemsize == 2 and stride[1] == 1 and not is_aligned
 
 
 def sum_parts(parts: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -118,6 +118,41 @@ def gather_rows_kernel(
     tl.store(output_ptr + i * stride_o + h, x, mask=h < hidden_size)
 
 
+@triton.jit(do_not_specialize=["num_rows"])
+def shift_rows_kernel(
+    input_ptr, gather_ptr, output_ptr, stride_r, stride_o, num_rows, width, divisor,
+    HAS_GATHER: tl.constexpr, MOVES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Do what gather_rows_kernel does without weights, for rows of 16 bits that begin anywhere.
+
+    It loads aligned words of 8 bytes and shifts them into place. Of a word that holds a byte of the
+    row it may read all 8, and nobody uses the others. The output's rows begin at words, and may hold
+    anything past `width` in their last one. Grid (num_rows, cdiv(width, 4 * BLOCK)): one program
+    owns BLOCK words of a row.
+    """
+    i = tl.program_id(0).to(tl.int64)
+    slot = i
+    if HAS_GATHER:
+        slot = tl.load(gather_ptr + i).to(tl.int64)
+    is_slot = (slot >= 0) & (slot < num_rows)
+    row = i
+    if MOVES:
+        row = tl.where(is_slot, slot, 0) // divisor
+    start = input_ptr.to(tl.int64) + row * stride_r * 2
+    shift = (start & 7) * 8
+    words = (start & -8).to(tl.pointer_type(tl.uint64))
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    num_bytes = tl.minimum(2 * (tl.where(is_slot, width, 0) - 4 * j), 8)
+    low = tl.load(words + j, mask=num_bytes > 0, other=0)
+    # The next word has the end of this one's bytes.
+    high = tl.load(words + j + 1, mask=(num_bytes > 0) & (shift // 8 + num_bytes > 8), other=0)
+    shift = shift.to(tl.uint64)
+    # In two steps: a shift by 64 is not defined.
+    word = (low >> shift) | (high << (63 - shift) << 1)
+    output = (output_ptr + i * stride_o).to(tl.pointer_type(tl.uint64), bitcast=True)
+    tl.store(output + j, word, mask=4 * j < width)
+
+
 @triton.jit(do_not_specialize=["num_parts", "width"])
 def sum_parts_kernel(parts_ptr, output_ptr, num_parts, width, BLOCK: tl.constexpr):
     """Sum the rows of a contiguous matrix of fp32 in order: output[j] = sum_i parts[i, j].

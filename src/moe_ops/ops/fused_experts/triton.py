@@ -19,7 +19,7 @@ import torch
 
 from moe_ops._triton.experts import Activation, DownBackward, RoutedRows, UpProjection
 from moe_ops._triton.gemm import GroupedGemm, grad_bias, grad_weight
-from moe_ops._triton.rows import copy_rows, gather_rows, new_rows, sum_parts, sum_rows
+from moe_ops._triton.rows import in_expert_order, new_rows, sum_parts, sum_rows
 from moe_ops._triton.schedule import Rows, expert_offsets
 from moe_ops.ops.routing_indices.triton import routing_indices
 
@@ -110,7 +110,7 @@ def fused_experts_down_backward(
     # dW and dbias sum over an expert's rows, which are copied into order first. dX gathers its own.
     dy, divisor = grad_output, top_k
     if need_down or need_bias:
-        dy, divisor = copy_rows(grad_output, scatter_indices, top_k, is_operand=True), 0
+        dy, divisor = routed.in_expert_order(grad_output, None), 0
     if need_dz or need_down or need_dots:
         z = pre_activation
         if z is None and hidden_states is not None:
@@ -171,10 +171,7 @@ def fused_experts_up_backward(
         if dots is not None and topk_weights is not None:
             grads[2] = sum_parts(dots, topk_weights)
     if need_up and hidden_states is not None:
-        if topk_weights is None:
-            x = copy_rows(hidden_states, scatter_indices, top_k, is_operand=True)
-        else:
-            x = gather_rows(hidden_states, rows.gather, topk_weights, top_k, top_k)
+        x = in_expert_order(hidden_states, gather_indices, scatter_indices, top_k, topk_weights)
         grads[1] = grad_weight(dz, x, offsets, transposed, kernel_config)
     if need_bias:
         grads[3] = grad_bias(dz, offsets)
