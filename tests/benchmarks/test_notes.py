@@ -21,7 +21,7 @@ def test_links_lead_somewhere():
 
 
 def test_files_that_are_named_exist():
-    folders = [ROOT / "src" / "moe_ops", ROOT / "benchmarks"]
+    folders = [ROOT / "src" / "moe_ops", ROOT / "benchmarks", ROOT / "tests"]
     known = [str(path) for folder in folders for path in folder.rglob("*")]
     found, missing = 0, []
     for page in PAGES:

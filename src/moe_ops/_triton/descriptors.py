@@ -15,17 +15,18 @@ def can_describe(tensor: torch.Tensor, inner: int = -1) -> bool:
     """Return whether TMA can describe the tensor.
 
     It must have elements. Its address and its strides must be multiples of 16 bytes, but for the
-    stride of `inner`, which must be 1.
+    stride of `inner`, which must be 1. The stride of a dimension of size 1 does not matter.
 
     Args:
         tensor: the operand.
         inner: the dimension whose elements are neighbours.
     """
-    strides, itemsize = list(tensor.stride()), tensor.itemsize
+    shape, strides, itemsize = list(tensor.shape), list(tensor.stride()), tensor.itemsize
     if strides.pop(inner) != 1 or tensor.data_ptr() % 16 != 0:
         return False
-    for stride in strides:
-        if stride <= 0 or stride * itemsize % 16 != 0:
+    shape.pop(inner)
+    for size, stride in zip(shape, strides, strict=True):
+        if size != 1 and (stride <= 0 or stride * itemsize % 16 != 0):
             return False
     return tensor.numel() > 0
 
@@ -58,7 +59,12 @@ def _descriptor_fields(
     ragged: bool,
 ) -> dict[str, Any]:
     """Return the fields of a TensorDescriptor, without its tensor."""
-    alike = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    strides, of_16_bytes = list(stride), 16 // dtype.itemsize
+    for i in reversed(range(len(shape) - 1)):
+        if shape[i] == 1:
+            # Views give it any stride, and TMA's rule holds for it, too.
+            strides[i] = -(-shape[i + 1] * strides[i + 1] // of_16_bytes) * of_16_bytes
+    alike = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
     make = create_ragged_descriptor if ragged else TensorDescriptor.from_tensor
     return dict(vars(make(alike, list(block))))
 

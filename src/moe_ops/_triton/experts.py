@@ -114,7 +114,8 @@ class UpProjection:
             bias=bias,
             epilogue="gated_activation" if routed.gated else "activation",
             # Rows that are moved lie where TMA can describe them.
-            can_describe_x=weights is not None or can_describe_rows(x.shape[1], x.dtype),
+            can_describe_x=can_describe_rows(x.shape[1], x.dtype)
+            or (weights is not None and x.shape[1] > 0),
             can_describe_y=can_describe_rows(width, x.dtype),
             kernel_config=routed.kernel_config,
         )
@@ -250,6 +251,7 @@ class DownBackward:
             assert z is not None
             assert dz is not None
             gemm.make_schedule(dz)
+            gemm.copy_operands()
             self._pingpong(gemm, z, dz, h, dots)
         else:
             dh = gemm.new_operand() if h is None else h

@@ -330,7 +330,10 @@ def grad_weight(
 
 
 def _copied(matrices: torch.Tensor) -> torch.Tensor:
-    """Copy matrices (E, rows, columns) into rows that begin at sectors, which TMA can load."""
+    """Copy matrices (E, rows, columns) into rows that begin at sectors, which TMA can load.
+
+    Matrices that are not one behind the other are first made contiguous, which is a second copy.
+    """
     num_experts, num_rows, _ = matrices.shape
     return gather_rows(matrices.flatten(0, 1), None, None, 1).unflatten(0, (num_experts, num_rows))
 

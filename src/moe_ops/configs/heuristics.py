@@ -159,13 +159,14 @@ def _gemm_tile(problem: Problem, device: Device, operands: Operands) -> _Tile:
         tile = _tma_tile(problem, device, operands)
         if operands.y:
             return tile
-        # Pointers store number by number. The addresses take the registers of a wider tile, and a
-        # flattened loop keeps them. Above a bias, or two outputs as wide as the tile, less is left.
-        has_little = problem.has_activation and (problem.bias or problem.epilogue == "activation")
-        n = min(tile.n, 64 if has_little else 128)
-        return replace(
-            tile, n=n, warps=8, subtile=2, programs_per_sm=1, stores=False, flatten=False
-        )
+        # Pointers store number by number. The addresses take the registers of a wider tile.
+        tile = replace(tile, warps=8, subtile=2, programs_per_sm=1, stores=False)
+        if not problem.has_activation:
+            # A flattened loop keeps the addresses.
+            return replace(tile, n=min(tile.n, 128), flatten=False)
+        # Beside a bias, or two outputs as wide as the tile, less is left.
+        has_little = problem.bias or problem.epilogue == "activation"
+        return replace(tile, n=64 if has_little else min(tile.n, 128))
     return _Tile(128, 128 if is_even else 64, 32, 8)
 
 

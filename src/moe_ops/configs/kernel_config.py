@@ -40,8 +40,8 @@ class KernelConfig:
             It helps short launches. It applies to forward and dX from compute capability 9.0 on.
 
     Descriptors (`use_tma_*`) apply from compute capability 9.0 on, where addresses and strides are
-    multiples of 16 bytes and no row is gathered or scattered. Elsewhere the kernel uses pointers,
-    with the same result.
+    multiples of 16 bytes and no row is gathered or scattered. Operands of many rows that break this
+    are copied first. Elsewhere the kernel uses pointers, with the same result.
 
     `warp_specialize` applies to 16-bit operands that descriptors load. Cooperative kernels compute
     bare products. Ping-pong kernels also take a bias, router weights and scattered rows. They also

@@ -79,7 +79,9 @@ def sum_rows_kernel(
             input_ptr + row * stride_r + h.to(tl.int64) * stride_h, mask=h < width, other=0
         ).to(tl.float32)
         if HAS_WEIGHTS:
-            x *= tl.load(weights_ptr + token * stride_wt + k * stride_wk).to(tl.float32)
+            # The weight of a dropped slot may be NaN.
+            pointer = weights_ptr + token * stride_wt + k * stride_wk
+            x *= tl.load(pointer, mask=(row >= 0) & (row < num_rows), other=0).to(tl.float32)
         total += x
     tl.store(output_ptr + token * hidden_size + h, total.to(output_ptr.dtype.element_ty), mask=mask)
 
