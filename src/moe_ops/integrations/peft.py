@@ -23,8 +23,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from moe_ops.integrations.default_experts import IMPLEMENTATION
 from moe_ops.integrations.transformers import (
-    IMPLEMENTATION,
     Experts,
     in_dtype_of,
     up_name,

@@ -9,8 +9,9 @@ own code, and so does an activation that moe::fused_experts does not know.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +19,20 @@ from torch.nn import functional as F
 
 from moe_ops import fused_experts
 from moe_ops._pytorch.activation import Activation
+from moe_ops.integrations import default_experts
+from moe_ops.integrations.default_experts import IMPLEMENTATION
 from moe_ops.layers.functional import composed_experts, projection
 
-IMPLEMENTATION = "moe_ops"
 MINIMUM_VERSION = "5.17"
 
 
-def register() -> None:
+def register(*, default: bool = False) -> None:
     """Make `experts_implementation="moe_ops"` known to transformers.
 
     Call it once before a model is built or switched; calling it again changes nothing. It holds
     for the process, for every model class that goes through transformers' experts interface, in
-    `from_pretrained`, `from_config` and `model.set_experts_implementation`. Each such class then
-    computes
+    `from_pretrained`, `from_config` and `model.set_experts_implementation`. unregister() undoes
+    it. Each such class then computes
 
         rows          = hidden_states gathered in expert order
         rows          = act(rows @ gate_up_proj.T + gate_up_proj_bias), act being the class's own
@@ -44,6 +46,15 @@ def register() -> None:
 
     Differentiable in hidden_states, top_k_weights and every parameter of the experts. The same
     inputs give the same bits.
+
+    A saved model does not keep the implementation that it ran with. The logger "moe_ops" says once
+    for each family of models which one a model got that names none.
+
+    Args:
+        default: whether every such model that is built from now on, and names no implementation,
+            gets "moe_ops" in place of transformers' "grouped_mm". Classes that have a default of
+            their own keep it. False leaves an earlier register(default=True) as it is. Fine-grained
+            FP8 experts, which moe_ops does not compute, then take transformers' "grouped_mm".
 
     Raises:
         ImportError: transformers is missing, older than 5.17, or has no experts interface.
@@ -72,6 +83,26 @@ def register() -> None:
         from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 
         FP8ExpertsInterface.register(IMPLEMENTATION, refuse_fp8_experts)
+    default_experts.install(default)
+
+
+def unregister() -> None:
+    """Undo every register(), its default too, and leave nothing of it in transformers.
+
+    Without a register() before it does nothing. A model that runs with "moe_ops" has to be switched
+    first, as by `model.set_experts_implementation("grouped_mm")`: its next forward would otherwise
+    raise transformers' KeyError.
+    """
+    default_experts.uninstall()
+    _forget("moe", "ExpertsInterface", experts_forward)
+    _forget("finegrained_fp8", "FP8ExpertsInterface", refuse_fp8_experts)
+
+
+def _forget(module: str, name: str, function: Callable[..., Any]) -> None:
+    interface = getattr(sys.modules.get(f"transformers.integrations.{module}"), name, None)
+    # The interface has no public way to take a name back.
+    if interface is not None and interface._global_mapping.get(IMPLEMENTATION) is function:
+        interface._global_mapping.pop(IMPLEMENTATION, None)
 
 
 class Experts(Protocol):
@@ -205,8 +236,19 @@ def _name_of(activation: Any) -> str | None:
     return _FUNCTIONS.get(activation)
 
 
-def refuse_fp8_experts(self: object, *args: object, **kwargs: object) -> NoReturn:
-    """Refuse to compute fine-grained FP8 experts, and say what to do."""
+def refuse_fp8_experts(self: object, *args: object, **kwargs: object) -> Any:
+    """Refuse to compute fine-grained FP8 experts, and say what to do.
+
+    Where moe_ops is the default, the model need not have asked for it: transformers' own
+    "grouped_mm" computes them, which they would have got without us.
+
+    Raises:
+        NotImplementedError: moe_ops is not the default, so the model asked for it.
+    """
+    if default_experts.is_default():
+        from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
+
+        return FP8ExpertsInterface()["grouped_mm"](self, *args, **kwargs)
     raise NotImplementedError(
         f'experts_implementation="{IMPLEMENTATION}" does not compute fine-grained FP8 experts '
         f"({type(self).__name__}); load with FineGrainedFP8Config(dequantize=True), or use "
