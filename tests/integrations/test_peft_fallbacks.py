@@ -120,11 +120,29 @@ def test_targeted_biases_fall_back(name, targets, reason, input_ids, caplog):
     assert_same_step(run_step(model, input_ids), expected)
 
 
+OTHER_TARGETS = peft.LoraConfig(target_modules=["q_proj"])
+
+
 @pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"use_dora": True}])
 def test_peft_refuses(options):
     """PEFT itself refuses what split LoRA does not compute."""
     with pytest.raises(ValueError, match="ParamWrapper does not work"):
         wrapped_model(**options)
+
+
+@pytest.mark.parametrize("how", ["pissa", "pissa_niter_4", "olora", "orthogonal", "corda"])
+def test_peft_refuses_initialisations_that_read_a_weight(how):
+    """They look for the base layer's `weight`, which experts do not have."""
+    with pytest.raises(AttributeError, match="Experts' object has no attribute 'weight'"):
+        wrapped_model(init_lora_weights=how)
+
+
+@pytest.mark.parametrize("how", [True, "gaussian"])
+def test_other_initialisations_are_computed(how, input_ids):
+    model = wrapped_model(init_lora_weights=how)
+    expected = run_step(model, input_ids)[0]
+    assert moe_ops_peft.enable(model) == [PREFIX]
+    assert relative_error(run_step(model, input_ids)[0], expected) <= MODULE_NORM[torch.float32]
 
 
 class OtherExperts(torch.nn.Module):
@@ -162,7 +180,16 @@ def test_forward_of_another_library_stays(input_ids, caplog):
     assert torch.equal(run_step(model, input_ids)[0], expected)
 
 
-def test_rejects_models_without_adapted_experts():
-    model = peft.get_peft_model(make_model("qwen3_moe"), peft.LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match=r"^moe_ops\.integrations\.peft\.enable: expected a model"):
-        moe_ops_peft.enable(model)
+def test_says_once_that_there_is_nothing_to_do(caplog):
+    """A model without adapters on its experts is left as it is."""
+    models = [peft.get_peft_model(make_model("qwen3_moe"), OTHER_TARGETS) for _ in range(2)]
+    with caplog.at_level(logging.WARNING, logger="moe_ops"):
+        assert [moe_ops_peft.enable(model) for model in models] == [[], []]
+        assert moe_ops_peft.enable(make_model("qwen3_moe")) == []
+    texts = [record.getMessage() for record in caplog.records]
+    expected = (
+        "moe_ops.integrations.peft: enable: expected a model with LoRA adapters on its experts, got a "
+        "{} without: nothing to do; pass peft LoraConfig(target_parameters=[...])"
+    )
+    assert texts == [expected.format("PeftModel"), expected.format("Qwen3MoeForCausalLM")]
+    assert not any("forward" in vars(module) for model in models for module in model.modules())

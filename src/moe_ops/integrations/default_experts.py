@@ -11,17 +11,15 @@ import functools
 import inspect
 import logging
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from moe_ops.integrations.patch import MethodPatch
+
 IMPLEMENTATION = "moe_ops"
-_NAME = "get_correct_experts_implementation"
 
 logger = logging.getLogger("moe_ops")
-
-_lock = threading.Lock()
 
 
 @dataclass
@@ -30,14 +28,10 @@ class _State:
 
     Attributes:
         is_default: whether models that name no implementation get moe_ops.
-        method: what we put into PreTrainedModel, or None.
-        original: what stood there before.
         told: modules of model classes that the log has spoken of.
     """
 
     is_default: bool = False
-    method: Callable[..., str] | None = None
-    original: Callable[..., str] | None = None
     told: set[str] = field(default_factory=set)
 
 
@@ -57,42 +51,27 @@ def install(default: bool) -> None:
     """
     from transformers import PreTrainedModel
 
-    with _lock:
-        _state.is_default = _state.is_default or default
-        if _state.method is None:
-            _state.original = PreTrainedModel.get_correct_experts_implementation
-            _state.method = _choosing(_state.original)
-            setattr(PreTrainedModel, _NAME, _state.method)
+    _state.is_default = _state.is_default or default
+    _patch.install(PreTrainedModel)
 
 
 def uninstall() -> None:
-    """Undo install(), however often it was called.
-
-    Where another library has wrapped our method since, the wrapper stays, and ours under it hands
-    everything on.
-    """
-    with _lock:
-        if _state.method is None:
-            return
-        from transformers import PreTrainedModel
-
-        if PreTrainedModel.get_correct_experts_implementation is _state.method:
-            setattr(PreTrainedModel, _NAME, _state.original)
-        _state.is_default, _state.method, _state.original = False, None, None
-        _state.told.clear()
+    """Undo install(), however often it was called."""
+    _patch.remove()
+    _state.is_default = False
+    _state.told.clear()
 
 
-def _choosing(original: Callable[..., str]) -> Callable[..., str]:
-    @functools.wraps(original)
-    def get_correct_experts_implementation(self: Any, requested_experts: str | None) -> str:
-        is_ours = _state.method is get_correct_experts_implementation
-        if requested_experts is not None or not is_ours or not _has_experts(type(self)):
-            return original(self, requested_experts)
-        chosen = original(self, IMPLEMENTATION if _state.is_default else None)
-        _tell(type(self), chosen)
-        return chosen
+def _choose(original: Callable[..., str], self: Any, requested_experts: str | None) -> str:
+    """Return the implementation of a model, as get_correct_experts_implementation does."""
+    if requested_experts is not None or not _has_experts(type(self)):
+        return original(self, requested_experts)
+    chosen = original(self, IMPLEMENTATION if _state.is_default else None)
+    _tell(type(self), chosen)
+    return chosen
 
-    return get_correct_experts_implementation
+
+_patch = MethodPatch("get_correct_experts_implementation", _choose)
 
 
 def _tell(model_class: type, chosen: str) -> None:

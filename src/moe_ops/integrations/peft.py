@@ -7,9 +7,9 @@ on the way back to the adapters. enable() gives the wrappers of one model anothe
 reads the same adapters and computes with moe_ops.layers.lora. Everything else stays PEFT's own:
 configuration, parameters, saving, loading, merging, switching adapters off.
 
-It is a call for one model, and not a registration, since PEFT offers no place to register a forward
-for its ParamWrapper, and since it then reaches models that are wrapped or loaded already. The wrappers
-keep their class, whose name PEFT compares when it adds another adapter; they get an attribute
+PEFT offers no place to register a forward for its ParamWrapper. So enable() is a call for one model,
+which also reaches models that are wrapped or loaded already, and auto() makes that call wherever PEFT
+adds an adapter. The wrappers keep their class, whose name PEFT compares when it adds another adapter; they get an attribute
 `forward`, as accelerate's hooks do it.
 """
 
@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from moe_ops.integrations.default_experts import IMPLEMENTATION
+from moe_ops.integrations.patch import MethodPatch
 from moe_ops.integrations.transformers import (
     Experts,
     in_dtype_of,
@@ -38,6 +39,7 @@ _needs = f"moe_ops.integrations.peft: expected peft >= {MINIMUM_VERSION}"
 try:
     import peft
     from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.tuners_utils import BaseTuner
 except ImportError as error:
     raise ImportError(
         f"{_needs}, got none that can be imported ({error}); pip install 'peft>={MINIMUM_VERSION}'"
@@ -63,6 +65,8 @@ def enable(model: nn.Module) -> list[str]:
     or sharded weights, experts with a norm of their own, and hooks on modules that would be passed
     by. PEFT itself refuses dropout, DoRA and an adapter for each sample where parameters are adapted.
 
+    Where no adapter sits on the experts, there is nothing to do: the logger "moe_ops" says so once.
+
     Args:
         model: a PeftModel, or any module that holds one's layers.
 
@@ -70,15 +74,55 @@ def enable(model: nn.Module) -> list[str]:
         names: of the experts modules that split LoRA computes from now on.
 
     Raises:
-        ValueError: the model has no experts with adapters on their parameters.
         ImportError: on import of this module, if peft is missing or older than 0.21.
+
+    Source: PEFT's ParamWrapper, peft/tuners/lora/layer.py, for what its adapters mean.
     """
     wrappers = dict(_outermost_wrappers(model))
     if not wrappers:
-        raise ValueError(
-            "moe_ops.integrations.peft.enable: expected a model with LoRA adapters on its experts, "
-            f"got a {type(model).__name__} without; pass peft LoraConfig(target_parameters=[...])"
+        _log_once(
+            "enable: expected a model with LoRA adapters on its experts, got a "
+            f"{type(model).__name__} without: nothing to do; pass peft "
+            "LoraConfig(target_parameters=[...])"
         )
+    return _enable(wrappers)
+
+
+def auto(on: bool = True) -> None:
+    """Call enable() for every adapter that PEFT adds from now on, or stop doing so.
+
+    It holds for the process: for get_peft_model, PeftModel.from_pretrained, add_adapter,
+    load_adapter, and transformers' own model.add_adapter, also where they were imported before.
+    Adapters that sit on no experts are left to PEFT without a word. Models that are wrapped already
+    stay as they are.
+
+    Args:
+        on: False undoes auto(): PEFT is as it was, and models that were enabled stay so until
+            disable(). Calling it twice changes nothing.
+
+    Raises:
+        ImportError: on import of this module, if peft is missing or older than 0.21.
+
+    Source: PEFT's BaseTuner.inject_adapter, peft/tuners/tuners_utils.py, through which all of them go.
+    """
+    if on:
+        _patch.install(BaseTuner)
+    else:
+        _patch.remove()
+
+
+def _inject_and_enable(
+    original: Callable[..., None], self: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any
+) -> None:
+    original(self, model, *args, **kwargs)
+    _enable(dict(_outermost_wrappers(model)))
+
+
+_patch = MethodPatch("inject_adapter", _inject_and_enable)
+
+
+def _enable(wrappers: dict[str, ParamWrapper]) -> list[str]:
+    """Give outermost wrappers our forward. Return the names of those that it computes split."""
     enabled = []
     for name, wrapper in wrappers.items():
         reason = _obstacle(list(_chain(wrapper)))
@@ -90,7 +134,7 @@ def enable(model: nn.Module) -> list[str]:
         if reason is None:
             enabled.append(name)
         else:
-            _log_once(reason)
+            _log_merged(reason)
     return enabled
 
 
@@ -127,7 +171,7 @@ def forward(self: ParamWrapper, hidden_states: Tensor, *args: Any, **kwargs: Any
             return _split(wrappers, hidden_states, *args)
         # Dynamo would break the graph there, and enable() has said what does not change.
         if not torch.compiler.is_compiling():
-            _log_once(reason)
+            _log_merged(reason)
     output: Tensor = ParamWrapper.forward(self, hidden_states, *args, **kwargs)
     return output
 
@@ -261,6 +305,10 @@ def _is_ours(wrapper: ParamWrapper) -> bool:
     return getattr(wrapper.__dict__.get("forward"), "func", None) is forward
 
 
+def _log_merged(reason: str) -> None:
+    _log_once(f"PEFT's own path merges the adapters: {reason}")
+
+
 @functools.cache
-def _log_once(reason: str) -> None:
-    logger.warning("moe_ops.integrations.peft: PEFT's own path merges the adapters: %s", reason)
+def _log_once(text: str) -> None:
+    logger.warning("moe_ops.integrations.peft: %s", text)
