@@ -4,31 +4,81 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 import moe_ops
 from moe_ops._core import library
 from moe_ops.cli.env import env
 from moe_ops.cli.show import fitted, show
 
+# What a shell reports of a program that a signal ended: 128 and the signal's number.
+_INTERRUPTED, _NO_READER = 128 + 2, 128 + 13
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the arguments. `--help` has the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the program with status 2."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+if TYPE_CHECKING:
+    _Commands = argparse._SubParsersAction[_Parser]
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command, and return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m moe_ops", description=moe_ops.__doc__)
+    """Run one command, and return the exit status.
+
+    Without a command it prints the help. Where nobody reads on, as after `| head`, it ends without
+    a word, as other programs do.
+
+    Args:
+        arguments: those of the command line, or None for this process's own.
+
+    Returns:
+        status: 0; 130 after Ctrl-C; 141 where the reader of the output has gone.
+
+    Raises:
+        SystemExit: with one line that says what is wrong (status 1), or status 2 where it is an
+            argument.
+    """
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("python -m moe_ops: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes once more when it ends, and would say there what we have just caught.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _NO_READER
+    return status
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    parser = _Parser(prog="python -m moe_ops", description=moe_ops.__doc__)
     parser.add_argument("--version", action="version", version=f"moe_ops {moe_ops.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     about_env = "versions, devices, and which implementation serves which op and why"
     commands.add_parser("env", help=about_env).set_defaults(run=lambda _: env())
     _add_show(commands)
     _add_explain(commands)
     _add_tune(commands)
     options = parser.parse_args(arguments)
+    if options.command is None:
+        # print_help() would keep a BrokenPipeError to itself.
+        print(parser.format_help(), end="")
+        return 0
     lines: Iterable[str] = options.run(options)
     print("\n".join(lines))
     return 0
 
 
-def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_show(commands: _Commands) -> None:
     parser = commands.add_parser(
         "show", help="what an op's schema says, and the code generated from it"
     )
@@ -39,7 +89,7 @@ def _add_show(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.set_defaults(run=lambda options: fitted(show(options.op, not options.no_code)))
 
 
-def _add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_explain(commands: _Commands) -> None:
     from moe_ops.cli import explain
 
     parser = commands.add_parser(
@@ -52,7 +102,7 @@ def _add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.set_defaults(run=lambda options: explain.explain(options, parser))
 
 
-def _add_tune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_tune(commands: _Commands) -> None:
     from moe_ops.cli import tune
 
     parser = commands.add_parser(

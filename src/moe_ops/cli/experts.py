@@ -103,8 +103,19 @@ def _of_config(options: argparse.Namespace) -> list[Experts]:
             "CONFIG is read by transformers, which is not installed: give --hidden-size "
             "--intermediate-size --num-experts --top-k instead"
         ) from error
-    config = transformers.AutoConfig.from_pretrained(file)
-    with torch.device("meta"):
-        model = transformers.AutoModel.from_config(config)
+    try:
+        config = transformers.AutoConfig.from_pretrained(file)
+        with torch.device("meta"):
+            model = transformers.AutoModel.from_config(config)
+    except Exception as error:  # a config's fields can be wrong in any way
+        raise ValueError(f"transformers cannot use {file}: {_in_one_line(error)}") from error
     dtype = options.dtype or getattr(config.get_text_config(), "dtype", None) or "bfloat16"
     return find_experts(model, getattr(torch, str(dtype).removeprefix("torch.")))
+
+
+def _in_one_line(error: Exception) -> str:
+    """Return the first sentence of an error that a library wrote in several lines."""
+    first, _, rest = str(error).strip().partition("\n")
+    if first.endswith(":"):
+        first += " " + rest.strip().partition("\n")[0]
+    return first or type(error).__name__

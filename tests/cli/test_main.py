@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m moe_ops` helps without a command, ends quietly after `| head`, and errs in one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from moe_ops import cli
+
+SIZES = ["--hidden-size=64", "--intermediate-size=32", "--num-experts=8", "--top-k=2"]
+
+
+def failure(capsys, *arguments):
+    """Return the exit status and all that stderr gets of a failing command."""
+    with pytest.raises(SystemExit) as raised:
+        cli.main([*map(str, arguments)])
+    out, err = capsys.readouterr()
+    assert out == ""
+    if isinstance(raised.value.code, str):
+        assert err == ""
+        return 1, raised.value.code
+    return raised.value.code, err.removesuffix("\n")
+
+
+def test_without_a_command_it_helps(capsys):
+    assert cli.main([]) == 0
+    bare, err = capsys.readouterr()
+    with pytest.raises(SystemExit, match=r"^0$"):
+        cli.main(["--help"])
+    assert capsys.readouterr().out == bare
+    assert err == ""
+    for command in ("env", "show", "explain", "tune"):
+        assert f"\n    {command} " in bare
+
+
+@pytest.mark.parametrize(
+    ("command", "buffering"),
+    [(["show", "grouped_gemm"], ""), (["show", "grouped_gemm"], "1"), (["env"], ""), ([], "1")],
+)
+def test_no_traceback_where_nobody_reads_on(command, buffering):
+    environment = {**os.environ, "PYTHONUNBUFFERED": buffering}
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    process = subprocess.run(
+        [sys.executable, "-m", "moe_ops", *command],
+        stdout=write_end,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    os.close(write_end)
+    assert process.stderr == ""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
+def test_ctrl_c(capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "show", interrupted)
+    assert cli.main(["show", "permute"]) == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "python -m moe_ops: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["nope"], "argument COMMAND: invalid choice: 'nope'"),
+        (["env", "--x"], "unrecognized arguments: --x"),
+        (["show"], "the following arguments are required: OP"),
+        (["show", "nope"], "argument OP: invalid choice: 'nope'"),
+        (["explain"], "expected CONFIG, or --hidden-size"),
+        (["explain", *SIZES[:3]], "--top-k missing"),
+        (["explain", "--hidden-size=x"], "argument --hidden-size: invalid int value: 'x'"),
+        (["explain", *SIZES, "--dtype=int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["explain", *SIZES, "--kernel-config={"], "--kernel-config: not JSON: "),
+        (["tune", *SIZES, "--output=/no/such/folder/x.json"], "expected --output in an existing"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_arguments_are_one_line(arguments, reason, capsys):
+    status, line = failure(capsys, *arguments)
+    assert status == 2
+    assert line.startswith("python -m moe_ops")
+    assert f": error: {reason}" in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({}, "cannot use"),
+        ({"model_type": "nope"}, "model type `nope`"),
+        ({"model_type": "llama", "hidden_size": "x"}, "field 'hidden_size'"),
+        ({"model_type": "qwen3_moe", "num_attention_heads": 0}, "cannot use"),
+        ([], "cannot use"),
+        ("{", "is not a valid JSON file"),
+    ],
+    ids=str,
+)
+def test_a_bad_config_is_one_line(fields, reason, capsys, tmp_path):
+    pytest.importorskip("transformers")
+    text = fields if isinstance(fields, str) else json.dumps(fields)
+    (tmp_path / "config.json").write_text(text)
+    status, line = failure(capsys, "explain", tmp_path, "--gpu=H100")
+    assert status == 1
+    assert line.startswith("python -m moe_ops explain: transformers cannot use ")
+    assert reason in line
+    assert "\n" not in line
