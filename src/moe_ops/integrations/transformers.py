@@ -211,7 +211,7 @@ def known_activation(experts: Experts) -> Activation | None:
         return None
     gate = type(experts)._apply_gate if experts.has_gate else None
     if gate is None or gate.__module__ == "transformers.integrations.moe":
-        name = _name_of(experts.act_fn)
+        name = activation_name(experts.act_fn)
         return None if name is None else Activation(name, gated=experts.has_gate)
     known = _GATES.get(type(experts).__name__)
     if known is None or not gate.__module__.startswith("transformers.models."):
@@ -224,11 +224,12 @@ def known_activation(experts: Experts) -> Activation | None:
         is_oai = getattr(experts, slope_name, None) == _OAI_SLOPE
         name = "swiglu_oai" if is_oai else None
     else:
-        name = "silu" if _name_of(getattr(experts, "act_fn", F.silu)) == "silu" else None
+        name = "silu" if activation_name(getattr(experts, "act_fn", F.silu)) == "silu" else None
     return None if name is None else Activation(name, interleaved=interleaved, limit=limit)
 
 
-def _name_of(activation: Any) -> str | None:
+def activation_name(activation: Any) -> str | None:
+    """Return what fused_experts calls an activation module or function, or None if it has none."""
     if isinstance(activation, nn.GELU):
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(activation.approximate)
     if isinstance(activation, nn.Module):
