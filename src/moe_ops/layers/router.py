@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from moe_ops import topk_routing
+from moe_ops.layers.balance import update_selection_bias_
 
 
 class Router(nn.Module):
@@ -34,7 +35,7 @@ class Router(nn.Module):
         scaling_factor (float): multiplies the weights.
         selection_bias (bool): whether there is a buffer e_score_correction_bias, which is added to
             the scores for the selection alone (DeepSeek-V3). It begins at zero and has no gradient:
-            a training loop moves it by the experts' load.
+            update_selection_bias_() moves it by the experts' load.
         logits_dtype (torch.dtype or None): what the linear map is computed in; None is the dtype of
             weight. DeepSeek-V3 has fp32 here. Autocast has the last word, as in transformers.
         device, dtype: of the parameters. The buffer is made in fp32 whatever dtype is;
@@ -118,7 +119,67 @@ class Router(nn.Module):
         router_logits and topk_weights are differentiable in hidden_states, weight and bias.
         """
         router_logits = self._logits(hidden_states)
-        topk_weights, topk_ids = topk_routing(
+        return router_logits, *self._choose(router_logits)
+
+    @torch.no_grad()
+    def token_counts(self, router_logits: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Count the tokens that each expert gets, for update_selection_bias_.
+
+            token_counts[e] = number of counted tokens that choose expert e
+
+        The experts are chosen from the logits again, as forward chose them while the bias was the
+        same: call it before update_selection_bias_. So nothing is counted twice where activation
+        checkpointing computes a layer twice, and padding can be left out.
+
+        Args:
+            router_logits (Tensor (T, num_experts), floating): as forward or MoE returns them.
+            attention_mask (Tensor, T elements in any shape, or None): tokens where it is zero are
+                not counted.
+
+        Returns:
+            token_counts (Tensor (num_experts,), int64): add them up over the batches of a step.
+
+        Raises:
+            ValueError: a mask of another size; logits of another shape, or an option that
+                moe::topk_routing does not take.
+
+        Not differentiable. It synchronises nothing with the host.
+        """
+        if attention_mask is not None and attention_mask.numel() != router_logits.shape[0]:
+            raise ValueError(
+                "moe_ops.layers.Router.token_counts: expected attention_mask to have one element "
+                f"per token ({router_logits.shape[0]}), got {attention_mask.numel()}"
+            )
+        counted = torch.ones(1, 1, dtype=torch.bool, device=router_logits.device)
+        if attention_mask is not None:
+            counted = attention_mask.reshape(-1, 1).to(router_logits.device) != 0
+            # Padding may be NaN.
+            router_logits = router_logits.masked_fill(~counted, 0.0)
+        _, topk_ids = self._choose(router_logits)
+        counts = topk_ids.new_zeros(router_logits.shape[1], dtype=torch.long)
+        counted = counted.long().expand_as(topk_ids).flatten()
+        return counts.scatter_add_(0, topk_ids.long().flatten(), counted)
+
+    def update_selection_bias_(
+        self, token_counts: Tensor, rate: float, group: distributed.ProcessGroup | None = None
+    ) -> None:
+        """Move the selection bias by the experts' load, in place.
+
+        This is moe_ops.layers.update_selection_bias_ for e_score_correction_bias, with its
+        arguments and errors.
+
+        Raises:
+            ValueError: a router without selection_bias.
+        """
+        if self.e_score_correction_bias is None:
+            raise ValueError(
+                "moe_ops.layers.Router.update_selection_bias_: expected a router with a selection "
+                "bias, got one without; make it with selection_bias=True"
+            )
+        update_selection_bias_(self.e_score_correction_bias, token_counts, rate, group)
+
+    def _choose(self, router_logits: Tensor) -> tuple[Tensor, Tensor]:
+        return topk_routing(
             router_logits,
             self.top_k,
             self.e_score_correction_bias,
@@ -130,7 +191,6 @@ class Router(nn.Module):
             self.group_score,
             self.scaling_factor,
         )
-        return router_logits, topk_weights, topk_ids
 
     def _logits(self, hidden_states: Tensor) -> Tensor:
         dtype = self.logits_dtype
