@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn import functional as F
 
 from moe_ops import topk_routing
@@ -17,6 +17,7 @@ def load_balancing_loss(
     num_experts: int,
     top_k: int,
     attention_mask: Tensor | None = None,
+    group: distributed.ProcessGroup | None = None,
 ) -> Tensor:
     """Compute how unevenly a router spreads its tokens over the experts.
 
@@ -35,6 +36,10 @@ def load_balancing_loss(
         top_k (int): experts per token.
         attention_mask (Tensor, T elements in any shape, or None): tokens where it is zero are not
             counted, in any layer.
+        group (ProcessGroup or None): ranks whose tokens are counted together: each calls this, with
+            any number of tokens. Each gets the loss of all tokens and the gradient of its own
+            logits, so a parameter's gradient is the sum over the ranks. Where it is their mean (DDP,
+            FSDP), multiply the loss by the size of the group.
 
     Returns:
         loss (scalar, fp32, or fp64 for fp64 logits): not yet multiplied by a coefficient.
@@ -57,6 +62,8 @@ def load_balancing_loss(
         torch.stack([each.to(device) for each in values]).sum(0)
         for values in zip(*sums, strict=True)
     )
+    if group is not None:
+        slots, probabilities, num_tokens = _over_ranks(slots, probabilities, num_tokens, group)
     num_tokens = num_tokens.clamp(min=1)
     f = slots.to(probabilities.dtype) / num_tokens
     return num_experts * (f * (probabilities / num_tokens)).sum()
@@ -201,6 +208,18 @@ def _layer_sums(
         0, topk_ids.long().flatten(), counted[:, None].expand(-1, top_k).flatten()
     )
     return slots, probabilities.sum(0), counted.sum()
+
+
+def _over_ranks(
+    slots: Tensor, probabilities: Tensor, num_tokens: Tensor, group: distributed.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add up over the ranks. The gradient is that of this rank's terms."""
+    numbers = torch.cat([slots, num_tokens.view(1)])
+    total = probabilities.detach().clone()
+    distributed.all_reduce(numbers, group=group)
+    distributed.all_reduce(total, group=group)
+    # x - x.detach() is an exact zero with the gradient of x.
+    return numbers[:-1], total + (probabilities - probabilities.detach()), numbers[-1]
 
 
 def _counted(logits: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
