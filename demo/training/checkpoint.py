@@ -50,6 +50,7 @@ def save_checkpoint(path: Path, run: Run, settings: Settings, text: Text) -> Non
         "step": run.step,
         "train_losses": run.train_losses,
         "heldout_losses": run.heldout_losses,
+        "imbalances": run.imbalances,
     }
     unfinished = path.with_suffix(".unfinished")
     with unfinished.open("wb") as file:
@@ -81,3 +82,5 @@ def restore(run: Run, checkpoint: dict[str, Any], text: Text, name_of_text: str)
     run.step = checkpoint["step"]
     run.train_losses = checkpoint["train_losses"]
     run.heldout_losses = checkpoint["heldout_losses"]
+    # Checkpoints of before the demo drew them have none.
+    run.imbalances = checkpoint.get("imbalances", [])

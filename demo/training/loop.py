@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import Qwen3MoeForCausalLM
 
 from training.compiler import Compiler
-from training.model import evaluate, forward, imbalance
+from training.model import evaluate, forward, imbalances
 from training.settings import Settings
 from training.text import Text, training_batch
 
@@ -37,6 +37,8 @@ class Run:
     step: int = 0
     train_losses: list[float] = dataclasses.field(default_factory=list)
     heldout_losses: dict[int, float] = dataclasses.field(default_factory=dict)
+    # One list a step, with one number for each layer.
+    imbalances: list[list[float]] = dataclasses.field(default_factory=list)
 
 
 def make_optimizer(model: Qwen3MoeForCausalLM, settings: Settings) -> torch.optim.Optimizer:
@@ -78,6 +80,7 @@ def train(
             run.optimizer.zero_grad()
             run.step += 1
             run.train_losses.append(cross_entropy.item())
+            run.imbalances.append(imbalances(expert_loads))
 
             if ctrl_c.is_compiling:
                 ctrl_c.is_compiling = False
@@ -87,7 +90,7 @@ def train(
                 tokens_per_second = tokens.numel() / statistics.median(step_seconds)
                 bar.set_postfix_str(
                     f"loss {run.train_losses[-1]:.3f}, {tokens_per_second:,.0f} tokens/s, "
-                    f"load {imbalance(expert_loads):.2f}",
+                    f"load {statistics.fmean(run.imbalances[-1]):.2f}",
                     refresh=False,
                 )
                 bar.update()

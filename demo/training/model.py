@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from moe_ops.layers import load_balance_metrics
 from training.settings import Settings
 from training.text import VOCAB_SIZE
 
@@ -64,10 +66,15 @@ def load_balancing_loss(router_probs: Tensor, expert_loads: Tensor) -> Tensor:
     return router_probs.shape[-1] * (shares * router_probs.mean(1)).sum(-1).mean()
 
 
+def imbalances(expert_loads: Tensor) -> list[float]:
+    """Divide the load of each layer's busiest expert by the mean load. 1.0 is perfect."""
+    values: list[float] = load_balance_metrics(expert_loads)["max_over_mean"].tolist()
+    return values
+
+
 def imbalance(expert_loads: Tensor) -> float:
-    """Divide the busiest expert's load by the mean load; average over layers. 1.0 is perfect."""
-    loads = expert_loads.double()
-    return (loads.amax(-1) / loads.mean(-1)).mean().item()
+    """Average the imbalances over the layers."""
+    return statistics.fmean(imbalances(expert_loads))
 
 
 @torch.no_grad()

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Say what is trained and what came out of it, and plot the losses."""
+"""Say what is trained and what came out of it, and plot the losses and the experts' load."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -15,6 +16,9 @@ from training.loop import Run
 from training.model import evaluate, imbalance, sample
 from training.settings import Settings
 from training.text import Text, bigram_entropy
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def describe(run: Run, settings: Settings, text: Text, compiler: Compiler) -> None:
@@ -87,14 +91,14 @@ def print_moe_ops(compiler: Compiler) -> None:
 
 
 def plot(run: Run, bigram: float, path: Path) -> None:
-    """Draw the losses over the steps, if matplotlib is here to do it."""
+    """Draw the losses and the load over the steps, if matplotlib is here to do it."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         print(f"  loss curve             skipped: {error}")
         return
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    axes, load_axes = figure.subplots(2, sharex=True, height_ratios=(2, 1))
     axes.plot(
         range(1, run.step + 1), run.train_losses, color="C0", alpha=0.6, label="training batch"
     )
@@ -102,9 +106,23 @@ def plot(run: Run, bigram: float, path: Path) -> None:
     losses = [run.heldout_losses[step] for step in steps]
     axes.plot(steps, losses, "o", color="C1", label="held-out text")
     axes.axhline(bigram, color="black", linestyle="--", label="bigram entropy of the held-out text")
-    axes.set(xlabel="step", ylabel="loss (nats per byte)", title="Qwen3-MoE on torch.ops.moe.*")
+    axes.set(ylabel="loss (nats per byte)", title="Qwen3-MoE on torch.ops.moe.*")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
+    plot_load(run, load_axes)
     figure.savefig(path, dpi=120)
     print(f"  loss curve             {path}")
+
+
+def plot_load(run: Run, axes: Axes) -> None:
+    """Draw each layer's busiest expert over its experts' mean, by training step."""
+    steps = range(run.step - len(run.imbalances) + 1, run.step + 1)
+    for layer, values in enumerate(zip(*run.imbalances, strict=True)):
+        axes.plot(steps, values, color=f"C{layer}", linewidth=0.8, label=f"layer {layer}")
+    axes.axhline(1, color="black", linestyle="--")
+    axes.set(xlabel="step", ylabel="expert load, max/mean")
+    axes.set_ylim(bottom=0.9)
+    axes.grid(alpha=0.3)
+    if run.imbalances:
+        axes.legend()

@@ -21,7 +21,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 
 import train_qwen3_moe
 from training import loop
-from training.model import imbalance, load_balancing_loss
+from training.model import imbalance, imbalances, load_balancing_loss
 from training.settings import Settings
 from training.text import bigram_entropy, read_text, training_batch
 
@@ -101,6 +101,9 @@ def test_beats_bigram(run_demo, no_compiler, monkeypatch, tmp_path):
     png = (tmp_path / "a/b/loss.png").read_bytes()
     assert png.startswith(b"\x89PNG")
     assert len(png) > 10_000
+    imbalances = load(tmp_path / "a/b")["imbalances"]
+    assert len(imbalances) == 200
+    assert all(len(step) == 1 and 1 <= step[0] <= 4 for step in imbalances)
 
     # The checkpoint of the complete run gives the same report, trains and compiles nothing.
     again = run_demo("--resume", tmp_path / "a/b/checkpoint.pt")
@@ -219,6 +222,7 @@ def test_resumed_run_equals_uninterrupted(run_demo, no_compiler, monkeypatch, tm
     assert len(set(whole["train_losses"])) == 16
     assert parts["train_losses"] == whole["train_losses"]
     assert parts["heldout_losses"] == whole["heldout_losses"]
+    assert parts["imbalances"] == whole["imbalances"]
     for name, tensor in whole["model"].items():
         assert torch.equal(parts["model"][name], tensor), name
 
@@ -401,4 +405,6 @@ def test_load_balancing_loss():
 
 
 def test_imbalance():
-    assert imbalance(torch.tensor([[5, 5, 5, 5], [20, 0, 0, 0]])) == (1 + 4) / 2
+    expert_loads = torch.tensor([[5, 5, 5, 5], [20, 0, 0, 0]])
+    assert imbalances(expert_loads) == [1, 4]
+    assert imbalance(expert_loads) == (1 + 4) / 2
