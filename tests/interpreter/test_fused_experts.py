@@ -30,3 +30,20 @@ def test_descriptors(mode, layout, descriptors):
     kinds = [kind for kind, _ in descriptors]
     assert kinds.count("ragged") >= 2
     assert kinds.count("plain") >= 2
+
+
+@pytest.mark.parametrize("weights_before", [False, True])
+def test_the_weights_of_dropped_slots_are_not_read(weights_before):
+    given = problem(
+        DECODE, torch.float32, routing="dropped", device=CPU, weights_before=weights_before
+    )
+    ids = given.arguments["topk_ids"]
+    dropped = (ids < 0) | (ids >= DECODE[2])
+    assert dropped.any()
+    output, gradients = given.run()
+    weights = given.arguments["topk_weights"].detach()
+    given.arguments["topk_weights"] = weights.masked_fill(dropped, float("nan"))
+    found, found_gradients = given.run()
+    assert torch.equal(found, output)
+    for name, gradient in gradients.items():
+        assert torch.equal(found_gradients[name], gradient), name
