@@ -16,7 +16,7 @@ DIFFERENTIABLE = sorted(name for name, s in SCHEMAS.items() if any(a.grad for a 
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INDEX = (torch.int32, torch.int64)
 FAST_OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
-INDEX_OPS = sorted(name for name, s in SCHEMAS.items() if any(a.values for a in s.tensors))
+INDEX_OPS = sorted(name for name, s in SCHEMAS.items() if any(a.is_index for a in s.tensors))
 
 
 def opcheck(sample: Sample, tests: str | tuple[str, ...] = "ALL") -> None:
@@ -37,7 +37,7 @@ def opcheck(sample: Sample, tests: str | tuple[str, ...] = "ALL") -> None:
 
 def corruptions(sample: Sample) -> Iterator[dict[str, Tensor]]:
     """Yield the index arguments of a call with values that their contract excludes."""
-    names = [a.name for a in sample.schema.tensors if a.values]
+    names = [a.name for a in sample.schema.tensors if a.is_index]
     given = {n: sample.arguments[n] for n in names if sample.arguments[n] is not None}
     largest = {n: torch.iinfo(t.dtype).max for n, t in given.items()}
     for fill in (

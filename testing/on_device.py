@@ -114,7 +114,7 @@ def corrupt_indices(sample: Sample) -> Iterator[dict[str, Tensor]]:
     yield from corruptions(sample)
     for a in sample.schema.tensors:
         given = sample.arguments[a.name]
-        if a.values and given is not None:
+        if a.is_index and given is not None:
             for value in (-1, given.numel(), given.numel() - 1):
                 yield {a.name: torch.full_like(given, value)}
 

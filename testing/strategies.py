@@ -11,6 +11,7 @@ import functools
 import itertools
 import math
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -165,6 +166,8 @@ def _options(schema: OpSchema) -> dict[str, Sequence[Any]]:
             options[argument.name] = all_flags(argument.num_flags)
         elif argument.type == "float?":
             options[argument.name] = (None, FLOATS[0])
+        elif argument.type == "ScalarType":
+            options[argument.name] = [getattr(torch, dtype) for dtype in argument.choices]
         elif argument.choices:
             options[argument.name] = argument.choices
         elif argument.is_tensor and argument.is_optional:
@@ -257,6 +260,8 @@ class _Builder:
         return frozenset().union(*(bound.names for bound in bounds if bound is not None))
 
     def options(self, argument: Argument) -> Sequence[Any]:
+        if argument.type == "ScalarType":
+            return [getattr(torch, dtype) for dtype in argument.choices]
         if argument.choices:
             return (None, *argument.choices) if argument.is_optional else argument.choices
         if argument.type == "bool":
@@ -272,7 +277,9 @@ class _Builder:
         if argument.type == "SymInt":
             low = 0 if argument.minimum is None else self.size(argument.minimum)
             if argument.maximum is None:
-                return [i for i in UNBOUNDED_INTS if i >= low]
+                # A width may be none, or several blocks of a quantised weight.
+                widths = (70, 0) if argument.minimum is not None and low == 0 else ()
+                return [i for i in UNBOUNDED_INTS if i >= low] + [*widths]
             return range(low, self.size(argument.maximum) + 1)
         return (argument.default,) if argument.default is not REQUIRED else ("",)
 
@@ -361,6 +368,8 @@ class _Builder:
         match = VALUES.fullmatch(argument.values)
         if match is None:
             raise ValueError(f"no rule draws values {argument.values!r}")
+        if argument.dtype == "uint8":
+            return self.stored(match, shape)
         if match["counts"]:
             return self.token_counts
         if match["ids"]:
@@ -368,6 +377,19 @@ class _Builder:
         if match["inverse"]:
             return torch.argsort(self.tensors[match["inverse"]].long())
         return self.gather_indices
+
+    def stored(self, match: re.Match[str], shape: tuple[int, ...]) -> Tensor:
+        """Return bytes of a quantised weight whose numbers are finite, and not far from 1."""
+        encoding = self.known.get(match["scales"], "float32")
+        if match["format"] or encoding in ("nested", "e8m0"):
+            low, high = (124, 127) if encoding == "e8m0" else (0, 256)
+            codes = torch.randint(low, high, shape, generator=self.generator, dtype=torch.uint8)
+            # FP8 codes from 0.5 to 1.875, of either sign.
+            return codes & 143 | 48 if self.known.get(match["format"]) == "fp8_block" else codes
+        dtype = getattr(torch, encoding)
+        count = (*shape[:-1], shape[-1] // dtype.itemsize)
+        scales = torch.rand(count, generator=self.generator) * 0.2 + 0.1
+        return scales.to(dtype).view(torch.uint8)
 
 
 def lay_out(content: Tensor, layout: str) -> Tensor:
@@ -379,6 +401,7 @@ def lay_out(content: Tensor, layout: str) -> Tensor:
         return content.transpose(-2, -1).contiguous().transpose(-2, -1)
     if layout == "sliced":
         filler = float("nan") if content.is_floating_point() else 2**30
+        filler = 255 if content.dtype == torch.uint8 else filler
         buffer = content.new_full([2 * size + 1 for size in content.shape], filler)
         view = buffer[tuple(slice(1, 2 * size + 1, 2) for size in content.shape)]
         return view.copy_(content)

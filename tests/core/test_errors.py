@@ -388,12 +388,16 @@ def test_rejects_every_wrong_rank_dtype_and_range(name, data):
         else:
             arguments[wrong.name] = value.bool()
             error = TypeError
+    elif wrong.type == "ScalarType":
+        arguments[wrong.name] = torch.int8
+        error = TypeError
     elif wrong.choices:
-        arguments[wrong.name] = "no such choice"
+        arguments[wrong.name] = 1 if wrong.type == "SymInt" else "no such choice"
     elif wrong.format:
         arguments[wrong.name] = data.draw(st.sampled_from(["", "{", "[]", '{"forward": {"a": 1}}']))
     else:
-        beyond = [-1, 0] if wrong.minimum else []
+        beyond = [-1] if wrong.minimum else []
+        beyond += [0] if wrong.minimum and wrong.minimum.text != "0" else []
         arguments[wrong.name] = data.draw(st.sampled_from([*beyond, *[99] * bool(wrong.maximum)]))
     start = f"moe::{sample.schema.called}: expected "
     text = checks.assert_rejects(error, (start,), sample.overload, arguments)
@@ -408,7 +412,8 @@ def sizes_agree(sample: Sample, arguments: dict[str, Any]) -> bool:
     found = {size for a in schema.tensors if a.name and arguments[a.name] is not None
              for size in arguments[a.name].shape}  # fmt: skip
     divisors = {scalars[a.name] for a in schema.scalars if a.type == "SymInt"}
-    candidates = sorted(found | {size // divisor for size in found for divisor in divisors})
+    divided = {size // divisor for size in found for divisor in divisors if divisor}
+    candidates = sorted(found | divided)
     for values in itertools.product(candidates, repeat=len(schema.dims)):
         letters = dict(zip(schema.dims, values, strict=True))
         names = {**scalars, **letters}

@@ -228,7 +228,10 @@ MISTAKES = {
     "range of a bool": (changed(arguments__flip__min=0), "arguments.flip.min", "no range"),
     "range of an unknown letter": (changed(arguments__top_k__max="Q"), "arguments.top_k.max", "'Q'"),
     "choices of a number": (
-        changed(arguments__top_k__choices=["a"]), "arguments.top_k.choices", "no choices",
+        changed(arguments__top_k__choices=["a"]), "arguments.top_k.choices", "list of integers",
+    ),
+    "choices of a bool": (
+        changed(arguments__flip__choices=["a"]), "arguments.flip.choices", "no choices",
     ),
     "default not among the choices": (
         changed(arguments__mode__choices=["max", "min"]), "arguments.mode.choices", "'sum'",

@@ -41,7 +41,7 @@ _GLOBALS: dict[str, Any] = {
     "_why_not_kernel_config": why_not_kernel_config,
     "_dtype_name": lambda dtype: str(dtype).removeprefix("torch."),
     **{f"_group_{g}": frozenset(getattr(torch, d) for d in names) for g, names in DTYPES.items()},
-    **{f"_{name}": getattr(torch, name) for name in ("float32", "float64", "int32")},
+    **{f"_{name}": getattr(torch, name) for name in (*DTYPES["floating"], "int32")},
 }
 
 
@@ -334,7 +334,12 @@ class _Body:
                 f"if len({name}) != {argument.num_flags}:",
                 f"    raise ValueError({message})",
             ]
-        if argument.choices:
+        if argument.type == "ScalarType":
+            dtypes = ", ".join(argument.choices)
+            message = self.message(f"{name} in ({dtypes})", f"{{_dtype_name({name})}}")
+            known = ", ".join(f"_{dtype}" for dtype in argument.choices)
+            lines += [f"if {name} not in ({known},):", f"    raise TypeError({message})"]
+        elif argument.choices:
             allowed = (None, *argument.choices) if argument.is_optional else argument.choices
             message = self.message(f"{name} in {allowed}", f"{{{name}!r}}")
             lines += [f"if {name} not in {allowed}:", f"    raise ValueError({message})"]
@@ -391,11 +396,13 @@ def _factors(node: ast.expr, letter: str) -> str:
     return "1"
 
 
-def _dtype_source(dtype: str) -> str:
-    """Return the source of a dtype: a fixed one, an argument's, or an argument's accumulator's."""
+def _dtype_source(schema: OpSchema, dtype: str) -> str:
+    """Return the source of a dtype: fixed, an argument, or an argument's or its accumulator's."""
     if accumulator := ACCUMULATOR.fullmatch(dtype):
         return f"(_float64 if {accumulator[1]}.dtype is _float64 else _float32)"
-    return f"_{dtype}" if dtype in DTYPES else f"{dtype}.dtype"
+    if dtype in DTYPES:
+        return f"_{dtype}"
+    return f"{dtype}.dtype" if schema.argument(dtype).is_tensor else dtype
 
 
 def _outputs(schema: OpSchema) -> list[str]:
@@ -409,7 +416,7 @@ def _outputs(schema: OpSchema) -> list[str]:
 def _output(schema: OpSchema, output: Output) -> list[str]:
     first = schema.arguments[0].name
     sizes = [expr.source for expr in output.shape]
-    dtype = f", dtype={_dtype_source(output.dtype)}" if output.dtype != first else ""
+    dtype = f", dtype={_dtype_source(schema, output.dtype)}" if output.dtype != first else ""
     full = f"{first}.new_empty(({', '.join(sizes)},){dtype})"
     if output.column_major is not None:
         swapped = ", ".join([*sizes[:-2], sizes[-1], sizes[-2]])

@@ -138,26 +138,28 @@ def _shape(shape: tuple[Expr, ...]) -> str:
     return f"({sizes},)" if len(shape) == 1 else f"({sizes})"
 
 
-def _dtype(dtype: str) -> str:
+def _dtype(schema: OpSchema, dtype: str) -> str:
     if accumulator := ACCUMULATOR.fullmatch(dtype):
         return f"fp32, or fp64 for fp64 {accumulator[1]}"
     if dtype == "floating":
         return dtype
-    return " or ".join(DTYPES[dtype]) if dtype in DTYPES else f"dtype of {dtype}"
+    if dtype in DTYPES:
+        return " or ".join(DTYPES[dtype])
+    return f"dtype of {dtype}" if schema.argument(dtype).is_tensor else f"in {dtype}"
 
 
 def _arguments(schema: OpSchema) -> Iterator[tuple[str, str, str]]:
     for argument in schema.arguments:
-        yield argument.name, _what(argument), argument.doc
+        yield argument.name, _what(schema, argument), argument.doc
 
 
-def _what(argument: Argument) -> str:
+def _what(schema: OpSchema, argument: Argument) -> str:
     if argument.is_tensor:
-        what = f"Tensor {_shape(argument.shape)}, {_dtype(argument.dtype)}"
+        what = f"Tensor {_shape(argument.shape)}, {_dtype(schema, argument.dtype)}"
         return what + (", optional" if argument.is_optional else "")
     what = argument.type.replace("SymInt", "int").replace("?", " or None")
     if argument.choices:
-        what = "one of " + ", ".join(argument.choices)
+        what = "one of " + ", ".join(map(str, argument.choices))
     bounds = [
         f"{sign} {bound.text}"
         for bound, sign in ((argument.minimum, ">="), (argument.maximum, "<="))
@@ -170,7 +172,11 @@ def _what(argument: Argument) -> str:
 
 def _outputs(schema: OpSchema) -> Iterator[tuple[str, str, str]]:
     for output in schema.outputs:
-        yield output.name, f"Tensor {_shape(output.shape)}, {_dtype(output.dtype)}", _said(output)
+        yield (
+            output.name,
+            f"Tensor {_shape(output.shape)}, {_dtype(schema, output.dtype)}",
+            _said(output),
+        )
 
 
 def _said(output: Output) -> str:
@@ -189,7 +195,11 @@ def _errors(schema: OpSchema) -> Iterator[tuple[str, str, str]]:
         yield from _advice(argument)
     if refused := [a.name for a in schema.without_gradient if not a.ignores_grad]:
         yield "ValueError", "", f"{_list(refused, 'or')} requires grad, and a gradient is recorded."
-    limited = [a.name for a in schema.scalars if a.minimum or a.maximum or a.choices or a.format]
+    limited = [
+        a.name
+        for a in schema.scalars
+        if a.type != "ScalarType" and (a.minimum or a.maximum or a.choices or a.format)
+    ]
     if limited:
         yield "ValueError", "", f"A value out of range or unknown: {', '.join(limited)}."
     for where in schema.where:

@@ -19,6 +19,7 @@ DTYPES: Mapping[str, tuple[str, ...]] = {
     "float32": ("float32",),
     "int32": ("int32",),
     "float8_e4m3fn": ("float8_e4m3fn",),
+    "uint8": ("uint8",),
 }
 FLOAT64_DEVICES = ("cpu", "meta")
 # The dtypes in which quantised weights come. `advice` may be for one of them or for all.
@@ -31,6 +32,7 @@ QUANTISED = (
 VALUES = re.compile(
     r"permutation|inverse of (?P<inverse>\w+)|counts of (?P<counts>\w+)"
     r"|(?:distinct )?ids below (?P<ids>\w+)"
+    r"|weights in (?P<format>\w+)|scales in (?P<scales>\w+)|nested scales"
 )
 # What a string argument may have to be; codegen.py asks the question that belongs to each.
 FORMATS = ("kernel_config",)
@@ -56,7 +58,7 @@ class Argument:
     autocast: bool = False
     minimum: Expr | None = None
     maximum: Expr | None = None
-    choices: tuple[str, ...] = ()
+    choices: tuple[Any, ...] = ()
     format: str = ""
     # What to do about an error: by the given dtype, for any wrong "dtype", or for "any" error.
     advice: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -64,6 +66,10 @@ class Argument:
     @property
     def is_tensor(self) -> bool:
         return self.type.startswith("Tensor")
+
+    @property
+    def is_index(self) -> bool:
+        return self.dtype == "index"
 
     @property
     def is_optional(self) -> bool:
@@ -152,7 +158,7 @@ class OpSchema:
     def _is_floating(self, argument: Argument) -> bool:
         if argument.dtype not in DTYPES:
             return self._is_floating(self.argument(argument.dtype))
-        return argument.dtype not in ("index", "int32")
+        return argument.dtype not in ("index", "int32", "uint8")
 
     def spell(self, expr: Expr) -> str:
         """Return `expr` with its letters replaced by the names of the dimensions."""

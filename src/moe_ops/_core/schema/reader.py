@@ -260,9 +260,7 @@ class _Reader:
         }
         if bounds and argument.type not in ("SymInt", "float"):
             self.fail(f"{key}.{min(bounds)}", f"a {argument.type} has no range")
-        choices = tuple(self.names(f"{key}.choices", entry.get("choices", [])))
-        if choices and not argument.type.startswith("str"):
-            self.fail(f"{key}.choices", f"a {argument.type} has no choices")
+        choices = self.choices(f"{key}.choices", entry.get("choices", []), argument)
         if choices and isinstance(argument.default, str) and argument.default not in choices:
             self.fail(f"{key}.choices", f"the default {argument.default!r} is not among them")
         text_format = entry.get("format", "")
@@ -279,6 +277,19 @@ class _Reader:
             choices=choices,
         )
 
+    def choices(self, key: str, value: Any, argument: Argument) -> tuple[Any, ...]:
+        if argument.type == "SymInt":
+            if not isinstance(value, list) or not all(type(v) is int for v in value):
+                self.fail(key, f"expected a list of integers, got {value!r}")
+            return tuple(value)
+        names = tuple(self.names(key, value))
+        if argument.type == "ScalarType":
+            if not names or not set(names) <= set(DTYPES["floating"]):
+                self.fail(key, f"expected some of {', '.join(DTYPES['floating'])}, got {value!r}")
+        elif names and not argument.type.startswith("str"):
+            self.fail(key, f"a {argument.type} has no choices")
+        return names
+
     def values(self, key: str, value: Any, arguments: list[str]) -> str:
         if value is None:
             return ""
@@ -286,8 +297,9 @@ class _Reader:
         match = VALUES.fullmatch(text)
         if match is None:
             self.fail(key, f"unknown kind of values {text!r}; the pattern is {VALUES.pattern}")
-        if match["inverse"] and match["inverse"] not in arguments:
-            self.fail(key, f"{match['inverse']!r} is not an argument")
+        for other in filter(None, (match["inverse"], match["format"], match["scales"])):
+            if other not in arguments:
+                self.fail(key, f"{other!r} is not an argument")
         for letter in filter(None, (match["counts"], match["ids"])):
             self.expr(key, letter)
         return text
@@ -298,7 +310,8 @@ class _Reader:
             self.fail("outputs", f"expected {returns} in this order, got {list(declared)}")
         if not returns and len(declared) != 1:
             self.fail("outputs", f"the schema returns one Tensor, got {list(declared)}")
-        tensors = [name for name, kind in self.types.items() if kind.startswith("Tensor")]
+        kinds = ("Tensor", "Tensor?", "ScalarType")
+        named = [name for name, kind in self.types.items() if kind in kinds]
         for name, value in declared.items():
             key = f"outputs.{name}"
             entry = self.mapping(key, value, self.OUTPUT_KEYS)
@@ -313,7 +326,7 @@ class _Reader:
             yield Output(
                 name,
                 self.exprs(f"{key}.shape", entry["shape"]),
-                self.output_dtype(f"{key}.dtype", entry["dtype"], tensors),
+                self.output_dtype(f"{key}.dtype", entry["dtype"], named),
                 self.text(f"{key}.doc", entry.get("doc")),
                 condition=conditions.get("if"),
                 column_major=conditions.get("column_major"),

@@ -11,10 +11,13 @@ from typing import Any
 from .errors import MalformedError
 from .model import FLAGS, REQUIRED
 
-_TYPES = ("Tensor", "Tensor?", "SymInt", "bool", "float", "float?", "str", "str?")
+_TYPES = (
+    "Tensor", "Tensor?", "SymInt", "bool", "float", "float?", "str", "str?", "ScalarType",
+)  # fmt: skip
 # What a default may be, by type without its question mark.
 _DEFAULTS: Mapping[str, tuple[type, ...]] = {
     "Tensor": (), "SymInt": (int,), "bool": (bool,), "float": (float,), "str": (str,),
+    "ScalarType": (),
 }  # fmt: skip
 
 
