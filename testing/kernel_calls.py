@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_ops._triton import dequantize
 from moe_ops.ops.fused_experts import triton as fused_experts
 from moe_ops.ops.grouped_gemm import triton as gemm
 from moe_ops.ops.grouped_gemm_fp8 import triton as gemm_fp8
@@ -19,6 +20,8 @@ from moe_ops.ops.permute import triton as permute
 from moe_ops.ops.routing_indices import triton as routing_indices
 from moe_ops.ops.topk_routing import triton as topk_routing
 from moe_ops.ops.unpermute import triton as unpermute
+from moe_ops.quantization import storage
+from moe_ops.quantization.formats import FORMATS
 
 Call = Callable[[], object]
 
@@ -129,6 +132,20 @@ def grouped_gemm_fp8(
         "dx": dx(False),
     }
     return {**calls, "dx-dots": dx(True)} if weights else calls
+
+
+def dequantize_weight(sizes: Sizes, dtype: torch.dtype, format: str) -> dict[str, Call]:
+    """Return the call for each encoding of scales that the format has, by its name."""
+    shape = (sizes.num_experts, sizes.out_features, sizes.in_features)
+    calls: dict[str, Call] = {}
+    for scale in FORMATS[format].scales:
+        layout = storage.layout_of("kernel_calls", format, shape, scale_encoding=scale.name)
+        stored = storage.empty(layout, "meta").tensors
+        names = ("codes", "scale", "nested_scale", "nested_offset")
+        arguments: list[Any] = [*(stored.get(name) for name in names), format, layout.group_size]
+        arguments += [scale.name, shape[2], dtype]
+        calls[scale.name] = functools.partial(dequantize.dequantize_weight, *arguments)
+    return calls
 
 
 def experts(

@@ -15,6 +15,7 @@ from moe_ops.configs.kernel_config import (
 )
 from moe_ops.configs.kernel_string import kernel_config
 from moe_ops.fp8 import dequantize_fp8, quantize_fp8
+from moe_ops.ops import dequantize_weight as _dequantize_weight  # noqa: F401 - registers the op
 from moe_ops.ops.fused_experts import fused_experts
 from moe_ops.ops.grouped_gemm import grouped_gemm
 from moe_ops.ops.grouped_gemm_fp8 import grouped_gemm_fp8

@@ -35,6 +35,7 @@ from testing.oracle.gemm import (
     grouped_gemm_fp8,
     grouped_gemm_fp8_dx,
 )
+from testing.oracle.quantized import dequantize_weight, plain_call
 from testing.oracle.routing import ROUTINGS, dropped_slots, random_topk_ids, routing_indices
 from testing.oracle.rows import permute, unpermute, unpermute_backward
 from testing.oracle.selection import (
@@ -49,6 +50,7 @@ __all__ = [
     "ROUTINGS",
     "activated",
     "activation_of",
+    "dequantize_weight",
     "dropped_slots",
     "expert_layer",
     "fused_experts",
@@ -62,6 +64,7 @@ __all__ = [
     "grouped_gemm_fp8",
     "grouped_gemm_fp8_dx",
     "permute",
+    "plain_call",
     "random_topk_ids",
     "routing_indices",
     "routing_weights",

@@ -9,6 +9,7 @@ E num_experts, N out_features, D in_features.
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,21 +119,87 @@ def dequantize(
     """
     num_experts, rows, width = shape
     dynamic = dynamic_code() if dynamic is None else dynamic
-    output = torch.zeros(num_experts, rows, width, dtype=torch.float64)
     columns = math.ceil(width / group_size)
-    for e, n, d in itertools.product(range(num_experts), range(rows), range(width)):
-        row, column = n // 128 if format == "fp8_block" else n, d // group_size
-        size, read = SCALES[scale_encoding]
-        bits = bits_at(tensors["scale"][e, row].tolist(), column, size)
-        if read is None:
-            block = (n * columns + column) // 256
-            nested = fp32(bits_at(tensors["nested_scale"][e].tolist(), block, 4))
-            offset = fp32(bits_at(tensors["nested_offset"][e].tolist(), 0, 4))
-            scale = rounded(rounded(dynamic[bits] * nested) + offset)
-        else:
-            scale = read(bits)
-        output[e, n, d] = code_value(format, tensors["codes"][e, n].tolist(), d) * scale
-    return output
+    size, read = SCALES[scale_encoding]
+    stored = {name: tensor.tolist() for name, tensor in tensors.items()}
+
+    def scale_of(e: int, row: int, column: int) -> float:
+        bits = bits_at(stored["scale"][e][row], column, size)
+        if read is not None:
+            return read(bits)
+        nested = fp32(bits_at(stored["nested_scale"][e], (row * columns + column) // 256, 4))
+        offset = fp32(bits_at(stored["nested_offset"][e], 0, 4))
+        return rounded(rounded(dynamic[bits] * nested) + offset)
+
+    output: list[float] = []
+    for e, n in itertools.product(range(num_experts), range(rows)):
+        row = n // 128 if format == "fp8_block" else n
+        scales = [scale_of(e, row, column) for column in range(columns)]
+        codes = stored["codes"][e][n]
+        output += [code_value(format, codes, d) * scales[d // group_size] for d in range(width)]
+    return torch.tensor(output, dtype=torch.float64).view(num_experts, rows, width)
+
+
+def rounded_dynamic_code() -> list[float]:
+    """Return the numbers of dynamic_code() in fp32, computed in the order of bitsandbytes."""
+    values = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        middles = ((edges[:-1] + edges[1:]) / 2.0) * 10 ** (decade - 6)
+        values += [*middles.tolist(), *(-middles).tolist()]
+    return sorted(values)
+
+
+def dequantize_weight(
+    codes: Tensor,
+    scale: Tensor,
+    nested_scale: Tensor | None,
+    nested_offset: Tensor | None,
+    format: str,
+    group_size: int,
+    scale_encoding: str,
+    in_features: int,
+    output_dtype: torch.dtype,
+) -> Tensor:
+    """Return the weight (E, N, D) in fp64: the product rounded to fp32 and then to output_dtype."""
+    tensors = {"codes": codes, "scale": scale}
+    if nested_scale is not None and nested_offset is not None:
+        tensors |= {"nested_scale": nested_scale, "nested_offset": nested_offset}
+    shape = (*codes.shape[:2], in_features)
+    dynamic = rounded_dynamic_code()
+    exact = dequantize(tensors, format, shape, group_size, scale_encoding, dynamic)
+    return exact.float().to(output_dtype).double()
+
+
+STORED = (
+    "codes", "scale", "nested_scale", "nested_offset", "format", "group_size", "scale_encoding",
+)  # fmt: skip
+
+
+def plain_call(name: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the call of a plain op that a call of its form for quantised weights stands for.
+
+    Its weights are those that dequantize_weight makes in the dtype of the first argument. A call of
+    another op is returned as it is.
+    """
+    if "_quantized" not in name:
+        return name, dict(arguments)
+    given = dict(arguments)
+
+    def weight(prefix: str, in_features: int, dtype: torch.dtype) -> Tensor:
+        stored = {field: given.pop(prefix + field) for field in STORED}
+        return dequantize_weight(**stored, in_features=in_features, output_dtype=dtype)
+
+    if name == "grouped_gemm_quantized":
+        input = given["input"]
+        given["weight"] = weight("", input.shape[1], input.dtype)
+    else:
+        hidden_states = given["hidden_states"]
+        dtype = hidden_states.dtype
+        up = weight("gate_up_", hidden_states.shape[1], dtype)
+        inner = up.shape[1] // 2 if given["gated"] else up.shape[1]
+        given |= {"gate_up_proj": up, "down_proj": weight("down_", inner, dtype)}
+    return name.replace("_quantized", ""), given
 
 
 def block_scale(format: str, largest: float) -> float:

@@ -17,10 +17,17 @@ from testing.strategies import seeded_sample
 
 # Autograd calls these, users do not.
 INNER_OPS = {
-    "topk_routing_backward", "unpermute_backward", "grouped_gemm_dx", "grouped_gemm_dw",
-    "grouped_gemm_fp8_dx", "fused_experts_forward", "fused_experts_down_backward",
+    "topk_routing_backward",
+    "unpermute_backward",
+    "grouped_gemm_dx",
+    "grouped_gemm_dw",
+    "grouped_gemm_fp8_dx",
+    "fused_experts_forward",
+    "fused_experts_down_backward",
     "fused_experts_up_backward",
-}  # fmt: skip
+}
+# QuantizedWeight's dequantize() calls it.
+INNER_OPS |= {"dequantize_weight"}
 PUBLIC = sorted(set(SCHEMAS) - INNER_OPS)
 ANNOTATIONS = {
     "Tensor": torch.Tensor,

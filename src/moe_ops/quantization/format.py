@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.quantization.codes import Codes
-from moe_ops.quantization.scales import Scale
+from moe_ops.quantization.scales import SCALES, Scale
 
 
 class Layout(NamedTuple):
@@ -55,10 +55,6 @@ class Format:
     encode: Callable[[Tensor, int], Mapping[str, Tensor]]
     block_rows: int = 1
 
-    def scale(self, name: str) -> Scale:
-        """Return the scales' encoding that is called name."""
-        return next(scale for scale in self.scales if scale.name == name)
-
     def blocks(self, layout: Layout) -> tuple[int, int]:
         """Return how many blocks an expert has: rows and columns of them."""
         _, (_, rows, width), group_size, _ = layout
@@ -69,7 +65,7 @@ class Format:
         _, (num_experts, rows, width), group_size, encoding = layout
         shapes = {
             "codes": (rows, self.codes.row_bytes(width, group_size)),
-            **self.scale(encoding).shapes(*self.blocks(layout)),
+            **SCALES[encoding].shapes(*self.blocks(layout)),
         }
         return {name: (num_experts, *shape) for name, shape in shapes.items()}
 
@@ -77,7 +73,7 @@ class Format:
         """Return one expert's weight (N, D) in fp32, from its stored tensors."""
         _, (_, rows, width), group_size, encoding = layout
         values = in_blocks(self.codes.decode(tensors["codes"]), group_size)
-        scales = self.scale(encoding).decode(tensors)
+        scales = SCALES[encoding].decode(tensors)
         scales = scales.repeat_interleave(self.block_rows, 0)[:rows]
         return (values * scales[..., None]).flatten(1)[:, :width]
 

@@ -136,6 +136,14 @@ NESTED = Nested()
 
 Scale = Float | PowerOfTwo | Nested
 
+SCALES: dict[str, Scale] = {scale.name: scale for scale in (FLOAT32, BFLOAT16, E8M0, NESTED)}
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Return bytes that may be seen as numbers: contiguous, and beginning at a multiple of four."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.storage_offset() % 4 else tensor
+
 
 def _dynamic_code(device: torch.device) -> Tensor:
     return torch.tensor(DYNAMIC_CODE, dtype=torch.float32, device=device)

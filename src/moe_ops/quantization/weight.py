@@ -20,6 +20,8 @@ from moe_ops.quantization.format import Layout
 from moe_ops.quantization.storage import Packed, dtype_name, layout_of
 
 _HERE = "moe_ops.QuantizedWeight"
+# How many arguments of an op QuantizedWeight.stored is.
+NUM_STORED = 7
 # What torch.nn.Module calls the state that get_extra_state returns.
 _DESCRIPTION = "_extra_state"
 
@@ -215,10 +217,29 @@ class QuantizedWeight(nn.Module):
         """Return the weight (E, N, D) in `.dtype`.
 
         It is codes times scale in fp32, which is then rounded to `.dtype`. Scales that are NaN or
-        infinite propagate. It is not differentiable, and deterministic bit for bit. It takes one
-        expert at a time, and temporaries a few times as large as that in fp32.
+        infinite propagate. It is not differentiable, and deterministic bit for bit.
+
+        It calls the op moe::dequantize_weight, which a compiler does not look into. In PyTorch, the
+        op takes one expert at a time, and temporaries a few times as large as that in fp32.
         """
-        return storage.dequantized(self.packed, self.dtype)
+        return torch.ops.moe.dequantize_weight.default(*self.stored, self.shape[2], self.dtype)
+
+    @property
+    def stored(self) -> tuple[Tensor | str | int | None, ...]:
+        """Return what ops take of a weight: its four tensors, and what says how to read them."""
+        tensors = (self.codes, self.scale, self.nested_scale, self.nested_offset)
+        return (*tensors, self.format, self.group_size, self.scale_encoding)
+
+    def check_width(self, function: str, name: str, width: int, axis: str) -> None:
+        """Refuse another size than this weight's along in_features.
+
+        Raises:
+            ValueError: it is another.
+        """
+        if self.shape[2] != width:
+            raise ValueError(
+                f"{function}: expected {name}.shape[2] == {axis} ({width}), got {self.shape[2]}"
+            )
 
     @property
     def packed(self) -> Packed:

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dequantise the weights of experts, in any format.
+
+E num_experts, N out_features, D in_features, G blocks of a row, B bytes of a row, P rows of blocks.
+
+A format is constants here: BITS of a code, LOW_FIRST, and the encoding of its scales. Its numbers are
+a table in memory, since no cheap arithmetic gives those of nf4. So a fifth format of four bits needs
+no change here. Another width of codes, or another encoding of scales, is one more function.
+"""
+
+import triton
+import triton.language as tl
+
+# Where the tables lie in memory: the values of codes, then those of the bytes of nested scales.
+NUM_CODES = tl.constexpr(16)
+
+
+@triton.jit
+def _dequantize_write_tables_kernel(
+    tables_ptr, VALUES: tl.constexpr, NUM_VALUES: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Write the fp32 constants VALUES to memory.
+
+    Grid (1,). The one program writes BLOCK numbers, the last of them zeros.
+    """
+    i = tl.arange(0, BLOCK)
+    table = tl.zeros((BLOCK,), dtype=tl.float32)
+    for entry in tl.static_range(NUM_VALUES):
+        table = tl.where(i == entry, VALUES[entry], table)
+    tl.store(tables_ptr + i, table)
+
+
+@triton.jit
+def decode_e4m3(codes, HAS_FP8: tl.constexpr):
+    """Return the exact fp32 values of float8_e4m3fn codes (uint8); NaN stays NaN."""
+    if HAS_FP8:
+        # One instruction decodes two codes to fp16.
+        values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(tl.float32)
+    else:
+        # Shift sign, exponent and mantissa to their places in fp32. The exponents' biases differ by
+        # 120, so this is 2**-120 of the value, for subnormals too. What reads as 480 is NaN.
+        bits = codes.to(tl.int8, bitcast=True).to(tl.int32) << 20
+        values = (bits & -0x78100000).to(tl.float32, bitcast=True) * 1.329227995784916e36
+        values = tl.where(tl.abs(values) == 480, float("nan"), values)
+    return values
+
+
+@triton.jit
+def decode_e8m0(codes):
+    """Return 2**(code - 127) in fp32; 255 is NaN, and 0 a subnormal."""
+    bits = codes.to(tl.int32)
+    values = (bits << 23).to(tl.float32, bitcast=True)
+    values = tl.where(bits == 0, 5.877471754111438e-39, values)
+    return tl.where(bits == 255, float("nan"), values)
+
+
+@triton.jit
+def load_scales(
+    scale_ptr, nested_scale_ptr, nested_offset_ptr, tables_ptr, e, block, mask, num_blocks,
+    ENCODING: tl.constexpr,
+):  # fmt: skip
+    """Return the fp32 scales of blocks, which an expert counts row after row.
+
+    scale_ptr points to fp32 numbers if ENCODING is "float32", to the bits of bf16 numbers if it is
+    "bfloat16", else to bytes. Nested scales are rounded after the product and after the sum, so the
+    kernel must be compiled without FMA.
+    """
+    codes = tl.load(scale_ptr + e * num_blocks + block, mask=mask, other=0)
+    if ENCODING == "nested":
+        num_nested = (num_blocks + 255) // 256
+        nested = tl.load(
+            nested_scale_ptr + e * num_nested + block // 256, mask=mask, other=0.0
+        )  # fmt: skip
+        offset = tl.load(nested_offset_ptr + e, mask=mask, other=0.0)
+        scales = tl.load(tables_ptr + NUM_CODES + codes.to(tl.int32)) * nested + offset
+    elif ENCODING == "e8m0":
+        scales = decode_e8m0(codes)
+    elif ENCODING == "bfloat16":
+        scales = (codes.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        scales = codes
+    return scales
+
+
+@triton.jit(do_not_specialize=["num_rows", "N", "G"])
+def _dequantize_fwd_kernel(
+    codes_ptr, scale_ptr, nested_scale_ptr, nested_offset_ptr, tables_ptr, output_ptr,
+    num_rows, N, D, B, G,
+    BITS: tl.constexpr, LOW_FIRST: tl.constexpr, ENCODING: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, ROWS: tl.constexpr, BLOCK_G: tl.constexpr, UNIT: tl.constexpr,
+    HAS_FP8: tl.constexpr,
+):  # fmt: skip
+    """Write weight[e, n, d] = codes[e, n, d] * scale[e, n // BLOCK_ROWS, d // GROUP].
+
+    The product is rounded to fp32, and then to the output's dtype. All tensors are contiguous; rows
+    of codes of four bits are whole blocks. Widths D and B are passed in UNIT, as in kernels/rows.py.
+
+    Grid (cdiv(num_rows, ROWS), cdiv(G, BLOCK_G)): one program owns BLOCK_G blocks of each of ROWS
+    neighbouring rows. It needs nothing initialised but the tables.
+    """
+    D *= UNIT
+    B *= UNIT
+    PER_BYTE: tl.constexpr = 8 // BITS
+    i = tl.arange(0, ROWS * BLOCK_G)
+    row = tl.program_id(0).to(num_rows.dtype) * ROWS + i // BLOCK_G
+    column = tl.program_id(1) * BLOCK_G + i % BLOCK_G
+    is_row = row < num_rows
+    e = row // N
+    block = (row % N) // BLOCK_ROWS * G + column
+    num_blocks = (N + BLOCK_ROWS - 1) // BLOCK_ROWS * G
+    e, row = e.to(tl.int64), row.to(tl.int64)
+    scales = load_scales(
+        scale_ptr, nested_scale_ptr, nested_offset_ptr, tables_ptr, e, block,
+        is_row & (column < G), num_blocks, ENCODING,
+    )[:, None]  # fmt: skip
+
+    byte = column[:, None] * (GROUP // PER_BYTE) + tl.arange(0, GROUP // PER_BYTE)[None, :]
+    codes = tl.load(codes_ptr + row[:, None] * B + byte, mask=is_row[:, None] & (byte < B), other=0)
+    if BITS == 8:
+        weight = decode_e4m3(codes, HAS_FP8) * scales
+    else:
+        low = tl.load(tables_ptr + (codes & 15).to(tl.int32)) * scales
+        high = tl.load(tables_ptr + (codes >> 4).to(tl.int32)) * scales
+        first, second = (low, high) if LOW_FIRST else (high, low)
+        weight = tl.join(first, second).reshape((ROWS * BLOCK_G, GROUP))
+    d = column[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    tl.store(
+        output_ptr + row[:, None] * D + d,
+        weight.to(output_ptr.dtype.element_ty),
+        mask=is_row[:, None] & (d < D),
+    )
