@@ -12,6 +12,7 @@ Arguments for calls:
     every_op          what is tested of every op: names, opcheck, calls with corrupt indices
     gemm_problem      grouped_gemm and grouped_gemm_fp8 with gradients at any size, and their check
     experts_problem   fused_experts with gradients at any size, and its check
+    quantized_problem layers of quantised experts, beside the same with plain weights
     boundaries        calls exactly at a boundary: of a tail, of a limit, of a chunk of rows
     masked_routing    routings with experts masked by -inf
     dropped_slots     the check that nobody reads the weights of dropped slots

@@ -302,7 +302,10 @@ def test_an_op_that_runs_in_place_of_another_says_so_and_takes_its_arguments():
             theirs, own = (o.schema.schema.partition(" -> ")[0] for o in (op, op._autograd.forward))
             assert own == theirs
     assert found == {name: s.runs_for for name, s in SCHEMAS.items() if s.runs_for}
-    assert found == {"fused_experts_forward": "fused_experts"}
+    assert found == {
+        "fused_experts_forward": "fused_experts",
+        "fused_experts_quantized_forward": "fused_experts_quantized",
+    }
 
 
 def test_integer_outputs_have_no_gradient():

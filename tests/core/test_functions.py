@@ -26,8 +26,15 @@ INNER_OPS = {
     "fused_experts_down_backward",
     "fused_experts_up_backward",
 }
-# QuantizedWeight's dequantize() calls it.
-INNER_OPS |= {"dequantize_weight"}
+# QuantizedWeight's dequantize() calls the first. The functions grouped_gemm and fused_experts call
+# the others for a QuantizedWeight.
+INNER_OPS |= {
+    "dequantize_weight", "grouped_gemm_quantized", "fused_experts_quantized",
+    "fused_experts_quantized_forward",
+}  # fmt: skip
+# Weights that functions take in either form. torch.ops.moe takes tensors alone.
+QUANTISABLE = {("grouped_gemm", "weight"), ("fused_experts", "gate_up_proj"),
+               ("fused_experts", "down_proj")}  # fmt: skip
 PUBLIC = sorted(set(SCHEMAS) - INNER_OPS)
 ANNOTATIONS = {
     "Tensor": torch.Tensor,
@@ -70,7 +77,10 @@ def test_signature_equals_the_schema(name):
         assert not argument.kwarg_only
         default = argument.default_value if argument.has_default_value() else parameter.empty
         assert parameter.default == default, argument.name
-        assert parameter.annotation == ANNOTATIONS[str(argument.type)], argument.name
+        annotation = ANNOTATIONS[str(argument.type)]
+        if (name, argument.name) in QUANTISABLE:
+            annotation |= moe_ops.QuantizedWeight
+        assert parameter.annotation == annotation, argument.name
     returned = signature.return_annotation
     if len(schema.returns) == 1:
         assert returned is torch.Tensor

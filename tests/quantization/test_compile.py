@@ -5,8 +5,13 @@ import pytest
 import torch
 from torch import nn
 
+import moe_ops
 from moe_ops import QuantizedWeight, quantize_weight
 from moe_ops.quantization.formats import FORMATS
+from testing import checks
+from testing.moe_block import compiled_graphs
+from testing.quantized_problem import HIDDEN, NUM_EXPERTS, TOP_K
+from testing.quantized_problem import Layer as ExpertsLayer
 
 SHAPE = (2, 5, 70)
 
@@ -82,3 +87,56 @@ def test_dequantizes_bit_for_bit_when_compiled(format, backend):
         torch.testing.assert_close(compiled(), weight.dequantize(), rtol=0, atol=0)
         doubled = torch.compile(lambda w=weight: w.dequantize() * 2 + 1, backend=backend)
         torch.testing.assert_close(doubled(), weight.dequantize() * 2 + 1, rtol=0, atol=0)
+
+
+def step(function, num_tokens):
+    """Return the output and the gradients of hidden_states and topk_weights."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    hidden_states = torch.randn(num_tokens, HIDDEN, generator=generator).requires_grad_()
+    topk_weights = torch.rand(num_tokens, TOP_K, generator=generator).requires_grad_()
+    topk_ids = torch.randint(0, NUM_EXPERTS, (num_tokens, TOP_K), generator=generator)
+    output = function(hidden_states, topk_ids, topk_weights)
+    return output, *torch.autograd.grad(output.square().sum(), (hidden_states, topk_weights))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_layers_of_experts_share_one_graph(format, backend):
+    """Forward and backward of four layers, compiled one by one, for several token counts."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters["stats"]
+    graphs = []
+    for seed in range(4):
+        layer = ExpertsLayer(format, seed)
+        compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=True)
+        for num_tokens in (9, 11, 12):
+            for got, want in zip(step(compiled, num_tokens), step(layer, num_tokens), strict=True):
+                checks.assert_close(got, want)
+            graphs.append(counters["unique_graphs"])
+    assert len(set(graphs)) == 1
+
+
+def test_the_backward_dequantises_again_right_before_each_product():
+    up, down = (quantize_weight(torch.randn(shape), "nf4") for shape in ((4, 12, 8), (4, 8, 6)))
+
+    def block(hidden, weights):
+        topk_weights, topk_ids = moe_ops.topk_routing(hidden @ weights.router.t(), 2)
+        # What differentiates the block wants a gradient of each weight.
+        others = weights.gate_up_proj.sum() + weights.down_proj.sum()
+        return moe_ops.fused_experts(hidden, up, down, topk_ids, topk_weights) + 0 * others
+
+    graphs = compiled_graphs(block)
+    called = {
+        name: [line.removeprefix("moe.").replace(".default", "") for line in lines]
+        for name, lines in graphs.items()
+    }
+    routing = "int32[4], int32[6], int32[6]"
+    assert called["forward"][1:] == [
+        f"fused_experts_quantized_forward: float32[3, 8], float32[6, 12], {routing}"
+    ]
+    assert called["backward"][:-1] == [
+        "dequantize_weight: float32[4, 8, 6]",
+        "fused_experts_down_backward: float32[6, 12], float32[0], float32[3, 2], float32[0]",
+        "dequantize_weight: float32[4, 12, 8]",
+        "fused_experts_up_backward: float32[3, 8], float32[0], float32[0], float32[0]",
+    ]

@@ -174,7 +174,7 @@ class Op:
         """Return the implementation `name` with its flags bound."""
         function, flags = self.implementations[name], self.flags[name]
         if isinstance(function, str):
-            function = cast(Callable[..., Tensors], _imported(function))
+            function = cast(Callable[..., Tensors], function_of(function))
         return functools.partial(function, **flags) if flags else function
 
     @property
@@ -189,8 +189,8 @@ class _Autograd:
     forward: Op
 
 
-def _imported(name: str) -> Any:
-    """Return what "module:attribute" names."""
+def function_of(name: str) -> Any:
+    """Return what "module:attribute" names, imported when it is asked for."""
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
@@ -208,7 +208,7 @@ def _device_kernel(op: Op, device_type: str) -> Callable[..., Tensors]:
         implementation = op._load(choice.name)
         if device_type == "cpu" or choice.name not in REPLAYS:
             return implementation, None
-        return implementation, _imported(REPLAYS[choice.name])(implementation)
+        return implementation, function_of(REPLAYS[choice.name])(implementation)
 
     # If one tensor is on another device, the dispatcher calls that device's kernel, not the CPU's.
     return op.generated.kernel_of(load, device_type != "cpu")

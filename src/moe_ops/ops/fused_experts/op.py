@@ -14,6 +14,8 @@ import torch
 
 from moe_ops._core.library import Op, documented, is_transposed
 from moe_ops.ops.fused_experts import pytorch
+from moe_ops.ops.fused_experts.quantized import quantized_experts
+from moe_ops.quantization.weight import QuantizedWeight
 
 _op = Op("fused_experts")
 _op.implement("pytorch", pytorch.fused_experts, for_backward=False)
@@ -93,8 +95,8 @@ _op.differentiate(_save, _backward, forward=_forward_op)
 @documented
 def fused_experts(
     hidden_states: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
+    gate_up_proj: torch.Tensor | QuantizedWeight,
+    down_proj: torch.Tensor | QuantizedWeight,
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
     gate_up_bias: torch.Tensor | None = None,
@@ -107,19 +109,10 @@ def fused_experts(
     recompute: str = "none",
     kernel_config: str | None = None,
 ) -> torch.Tensor:
-    return _op.overload(
-        hidden_states,
-        gate_up_proj,
-        down_proj,
-        topk_ids,
-        topk_weights,
-        gate_up_bias,
-        down_bias,
-        activation,
-        gated,
-        interleaved,
-        activation_limit,
-        weights_before,
-        recompute,
-        kernel_config,
-    )
+    others = (
+        topk_ids, topk_weights, gate_up_bias, down_bias, activation, gated, interleaved,
+        activation_limit, weights_before, recompute, kernel_config,
+    )  # fmt: skip
+    if isinstance(gate_up_proj, QuantizedWeight) or isinstance(down_proj, QuantizedWeight):
+        return quantized_experts(hidden_states, gate_up_proj, down_proj, *others)
+    return _op.overload(hidden_states, gate_up_proj, down_proj, *others)

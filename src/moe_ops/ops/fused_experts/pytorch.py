@@ -21,13 +21,14 @@ from moe_ops._pytorch.rows import (
     tokens_of_rows,
     weights_of_rows,
 )
+from moe_ops.ops.fused_experts.weight import Weight, made
 from moe_ops.ops.routing_indices.pytorch import routing_indices
 
 
 def fused_experts(
     hidden_states: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Tensor | Weight,
+    down_proj: Tensor | Weight,
     topk_ids: Tensor,
     topk_weights: Tensor,
     gate_up_bias: Tensor | None = None,
@@ -43,16 +44,19 @@ def fused_experts(
     for_backward: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the output, and with for_backward what fused_experts_forward returns."""
+    gate_up_proj = made(gate_up_proj, hidden_states.shape[1])
     token_counts, gather_indices, scatter_indices = routing_indices(topk_ids, gate_up_proj.shape[0])
     routing = _Routing(token_counts, gather_indices, scatter_indices, topk_weights.shape[1])
     weights = routing.without_dropped(topk_weights)
     before, after = (weights, None) if weights_before else (None, weights)
     act = Activation(activation, gated, interleaved, activation_limit)
     z = _up_projection(hidden_states, gate_up_proj, gate_up_bias, routing, before)
+    # A weight that was made for this call is freed before the next one is made.
+    del gate_up_proj
     h = _activated(z, act, routing.products.tail)
     if recompute != "none" or not for_backward:
         z = z.new_empty(0)
-    y = routing.products.multiply(h, down_proj.mT, down_bias)  # (R, H)
+    y = routing.products.multiply(h, made(down_proj, h.shape[1]).mT, down_bias)  # (R, H)
     output = sum_slots(y, routing.rows, after, routing.top_k)
     if not for_backward:
         return output

@@ -21,13 +21,14 @@ from moe_ops._triton.experts import Activation, DownBackward, RoutedRows, UpProj
 from moe_ops._triton.gemm import GroupedGemm, grad_bias, grad_weight
 from moe_ops._triton.rows import in_expert_order, new_rows, sum_parts, sum_rows
 from moe_ops._triton.schedule import Rows, expert_offsets
+from moe_ops.ops.fused_experts.weight import Weight, made
 from moe_ops.ops.routing_indices.triton import routing_indices
 
 
 def fused_experts(
     hidden_states: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
+    gate_up_proj: torch.Tensor | Weight,
+    down_proj: torch.Tensor | Weight,
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
     gate_up_bias: torch.Tensor | None = None,
@@ -42,6 +43,7 @@ def fused_experts(
     *,
     for_backward: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    gate_up_proj = made(gate_up_proj, hidden_states.shape[1])
     token_counts, gather, scatter = routing_indices(topk_ids, gate_up_proj.shape[0])
     routed = RoutedRows(
         Rows.of(token_counts, gather.shape[0], gather, topk_ids.shape[1]), scatter,
@@ -53,12 +55,15 @@ def fused_experts(
     z = None
     if for_backward and recompute == "none":
         z = hidden_states.new_empty(num_rows, gate_up_proj.shape[1])
-    h = new_rows(hidden_states, num_rows, down_proj.shape[2])
+    width = gate_up_proj.shape[1]
+    h = new_rows(hidden_states, num_rows, width // 2 if gated else width)
     schedule = up.launch(z, h)
+    # A weight that was made for this call is freed before the next one is made.
+    del up, gate_up_proj
     down = GroupedGemm(
         "forward",
         h,
-        down_proj.transpose(1, 2),
+        made(down_proj, h.shape[1]).transpose(1, 2),
         Rows(routed.rows.token_counts, num_rows),
         bias=down_bias,
         can_describe_y=True,

@@ -9,6 +9,8 @@ import torch
 
 from moe_ops._core.library import Op, documented, is_transposed
 from moe_ops.ops.grouped_gemm import pytorch
+from moe_ops.ops.grouped_gemm.quantized import multiply_quantized
+from moe_ops.quantization.weight import QuantizedWeight
 
 _op = Op("grouped_gemm")
 _op.implement("pytorch", pytorch.grouped_gemm)
@@ -66,7 +68,7 @@ _op.differentiate(_save, _backward)
 @documented
 def grouped_gemm(
     input: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeight,
     token_counts: torch.Tensor,
     gather_indices: torch.Tensor | None = None,
     topk_weights: torch.Tensor | None = None,
@@ -76,15 +78,9 @@ def grouped_gemm(
     permute_y: bool = False,
     kernel_config: str | None = None,
 ) -> torch.Tensor:
-    return _op.overload(
-        input,
-        weight,
-        token_counts,
-        gather_indices,
-        topk_weights,
-        bias,
-        top_k,
-        permute_x,
-        permute_y,
-        kernel_config,
-    )
+    others = (
+        token_counts, gather_indices, topk_weights, bias, top_k, permute_x, permute_y, kernel_config
+    )  # fmt: skip
+    if isinstance(weight, QuantizedWeight):
+        return multiply_quantized(input, weight, *others)
+    return _op.overload(input, weight, *others)

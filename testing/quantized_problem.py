@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes quantised layers of experts and calls of grouped_gemm, beside the same with plain weights.
+
+T num_tokens, H hidden_size, I intermediate_size, E num_experts, K top_k.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import moe_ops
+from moe_ops import QuantizedWeight, quantize_weight
+
+NUM_TOKENS, HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 9, 70, 40, 4, 2
+
+
+@dataclass
+class Experts:
+    """Arguments of fused_experts by name. The floating tensors are leaves that require grad."""
+
+    gate_up_proj: QuantizedWeight
+    down_proj: QuantizedWeight
+    leaves: dict[str, Tensor]
+    others: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, plain: bool = False) -> Tensor:
+        """Return fused_experts of the weights as they are, or of their values in the rows' dtype."""
+        weights: list[Any] = [self.gate_up_proj, self.down_proj]
+        if plain:
+            dtype = self.leaves["hidden_states"].dtype
+            weights = [values_of(weight, dtype) for weight in weights]
+        names = ("hidden_states", "gate_up_proj", "down_proj")
+        given = dict(zip(names, (self.leaves["hidden_states"], *weights), strict=True))
+        return moe_ops.fused_experts(**{**given, **self.leaves, **self.others})
+
+    def gradients(self, plain: bool = False) -> list[Tensor]:
+        """Return the output and the gradient of each leaf."""
+        output = self(plain)
+        tangent = torch.linspace(-1, 1, output.numel()).view(output.shape).to(output.dtype)
+        return [output, *torch.autograd.grad(output, list(self.leaves.values()), tangent)]
+
+
+def values_of(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """Return the weight as the ops dequantise it for rows of this dtype."""
+    return torch.ops.moe.dequantize_weight.default(*weight.stored, weight.shape[2], dtype)
+
+
+def make_weights(
+    format: str, down_format: str | None = None, seed: int = 0
+) -> tuple[QuantizedWeight, QuantizedWeight]:
+    """Return gate_up_proj (E, 2I, H) and down_proj (E, H, I)."""
+    generator = torch.Generator().manual_seed(seed)
+    up = torch.randn(NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN, generator=generator) / 8
+    down = torch.randn(NUM_EXPERTS, HIDDEN, INTERMEDIATE, generator=generator) / 8
+    return quantize_weight(up, format), quantize_weight(down, down_format or format)
+
+
+def make_experts(
+    format: str,
+    dtype: torch.dtype = torch.float32,
+    down_format: str | None = None,
+    bias: bool = True,
+    num_tokens: int = NUM_TOKENS,
+    **others: Any,
+) -> Experts:
+    generator = torch.Generator().manual_seed(1)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+
+    topk_ids = torch.randint(0, NUM_EXPERTS, (num_tokens, TOP_K), generator=generator)
+    leaves = {
+        "hidden_states": randn(num_tokens, HIDDEN),
+        "topk_weights": torch.rand(num_tokens, TOP_K, generator=generator).requires_grad_(),
+    }
+    if bias:
+        leaves["gate_up_bias"] = randn(NUM_EXPERTS, 2 * INTERMEDIATE)
+        leaves["down_bias"] = randn(NUM_EXPERTS, HIDDEN)
+    return Experts(
+        *make_weights(format, down_format), leaves=leaves, others={"topk_ids": topk_ids, **others}
+    )
+
+
+class Layer(nn.Module):
+    """A layer of quantised experts, with a grouped_gemm of the first weight beside it."""
+
+    def __init__(self, format: str, seed: int = 0) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = make_weights(format, seed=seed)
+
+    def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        counts, gather, _ = moe_ops.routing_indices(topk_ids, NUM_EXPERTS)
+        rows = moe_ops.grouped_gemm(
+            hidden_states, self.gate_up_proj, counts, gather, top_k=TOP_K, permute_x=True
+        )
+        output = moe_ops.fused_experts(
+            hidden_states, self.gate_up_proj, self.down_proj, topk_ids, topk_weights
+        )
+        return output + rows.square().mean()
