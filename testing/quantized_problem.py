@@ -12,6 +12,17 @@ from torch import Tensor, nn
 
 import moe_ops
 from moe_ops import QuantizedWeight, quantize_weight
+from moe_ops.quantization.formats import FORMATS
+from moe_ops.quantization.storage import empty, layout_of
+from testing.on_device import assert_same_bits
+
+# Each format, with each encoding of its scales and each size of its blocks.
+KINDS = [
+    (format, scale.name, group_size)
+    for format, declared in FORMATS.items()
+    for scale in declared.scales
+    for group_size in declared.group_sizes
+]
 
 NUM_TOKENS, HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 9, 70, 40, 4, 2
 
@@ -99,3 +110,31 @@ class Layer(nn.Module):
             hidden_states, self.gate_up_proj, self.down_proj, topk_ids, topk_weights
         )
         return output + rows.square().mean()
+
+
+def stored(
+    format: str, encoding: str, group_size: int, shape: tuple[int, int, int], seed: int = 0
+) -> list[Any]:
+    """Return the arguments of a weight of random bytes, whose scales are any but NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    layout = layout_of("test", format, shape, group_size, encoding)
+    tensors = {}
+    for name, tensor in empty(layout).tensors.items():
+        bits = torch.randint(0, 256, tensor.shape, generator=generator, dtype=torch.uint8)
+        width = {"float32": 4, "bfloat16": 2}.get(encoding, 1) if name == "scale" else 4
+        if name != "codes" and width > 1:
+            # An exponent in the last byte: numbers from 2**-15 to 2**17, of either sign.
+            bits[..., width - 1 :: width] = bits[..., width - 1 :: width] % 16 + 56
+            bits[..., 1::4] |= 128 * (name == "nested_scale")
+        elif encoding == "e8m0" and name == "scale":
+            bits[bits == 255] = 0
+        tensors[name] = bits
+    names = ("codes", "scale", "nested_scale", "nested_offset")
+    return [*(tensors.get(name) for name in names), format, group_size, encoding, shape[2]]
+
+
+def assert_equal(got: Tensor, want: Tensor) -> None:
+    """Hold values bit for bit, but for the bits of a NaN, which differ among processors."""
+    assert torch.equal(got.isnan(), want.isnan())
+    numbers = ~want.isnan()
+    assert_same_bits(got[numbers], want[numbers])

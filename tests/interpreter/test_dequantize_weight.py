@@ -8,9 +8,8 @@ from moe_ops._pytorch.dequantize import dequantize_weight
 from moe_ops._triton.dequantize import _tile
 from moe_ops.quantization.formats import FORMATS
 from moe_ops.quantization.scales import SCALES
-from moe_ops.quantization.storage import empty, layout_of
 from testing.interpreted import pytestmark as interpreted
-from testing.on_device import assert_same_bits
+from testing.quantized_problem import KINDS, assert_equal, stored
 from testing.strategies import lay_out
 
 pytestmark = [
@@ -20,45 +19,13 @@ pytestmark = [
 
 # Triton's interpreter truncates to bf16. tests/gpu holds bf16.
 DTYPES = (torch.float16, torch.float32, torch.float64)
-KINDS = [
-    (format, scale.name, group_size)
-    for format, declared in FORMATS.items()
-    for scale in declared.scales
-    for group_size in declared.group_sizes
-]
 kinds = pytest.mark.parametrize(("format", "encoding", "group_size"), KINDS)
-
-
-def stored(format, encoding, group_size, shape, seed=0):
-    """Return the arguments of a weight of random bytes, whose scales are any but NaN."""
-    generator = torch.Generator().manual_seed(seed)
-    layout = layout_of("test", format, shape, group_size, encoding)
-    tensors = {}
-    for name, tensor in empty(layout).tensors.items():
-        bits = torch.randint(0, 256, tensor.shape, generator=generator, dtype=torch.uint8)
-        width = {"float32": 4, "bfloat16": 2}.get(encoding, 1) if name == "scale" else 4
-        if name != "codes" and width > 1:
-            # An exponent in the last byte: numbers from 2**-15 to 2**17, of either sign.
-            bits[..., width - 1 :: width] = bits[..., width - 1 :: width] % 16 + 56
-            bits[..., 1::4] |= 128 * (name == "nested_scale")
-        elif encoding == "e8m0" and name == "scale":
-            bits[bits == 255] = 0
-        tensors[name] = bits
-    names = ("codes", "scale", "nested_scale", "nested_offset")
-    return [*(tensors.get(name) for name in names), format, group_size, encoding, shape[2]]
 
 
 def check(arguments, dtype):
     got = torch.ops.moe.dequantize_weight.default(*arguments, dtype)
     assert_equal(got, dequantize_weight(*(*arguments, dtype)))
     assert got.is_contiguous()
-
-
-def assert_equal(got, want):
-    """Hold values bit for bit, but for the bits of a NaN, which differ among processors."""
-    assert torch.equal(got.isnan(), want.isnan())
-    numbers = ~want.isnan()
-    assert_same_bits(got[numbers], want[numbers])
 
 
 @kinds
