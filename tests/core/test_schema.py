@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from moe_ops._core import schema
+from moe_ops._core import codegen, reference, schema
 from moe_ops._core.schema import SchemaError, load, load_all
 
 GOOD = """
@@ -125,6 +125,51 @@ def changed_in(mapping, **paths):
     return mapping
 
 
+def with_a_dtype(**paths):
+    """Return a schema whose output has the dtype that an argument names, with changes."""
+    return changed_in(
+        {
+            **document(),
+            "schema": "(Tensor input, SymInt top_k, ScalarType to) -> Tensor",
+            "dims": {"T": "num_tokens", "H": "hidden_size"},
+            "arguments": {
+                "input": {"shape": ["T", "H"], "dtype": "uint8", "doc": "Bytes."},
+                "top_k": {"choices": [2, 4], "doc": "A size."},
+                "to": {"choices": ["bfloat16", "float32"], "doc": "A dtype."},
+            },
+            "where": [],
+            "outputs": {"output": {"shape": ["T", "top_k"], "dtype": "to", "doc": "Numbers."}},
+            "flops": "T * H",
+        },
+        **paths,
+    )
+
+
+def test_reads_dtypes_and_choices_of_integers():
+    op = read(with_a_dtype())
+    assert op.argument("top_k").choices == (2, 4)
+    assert op.argument("to").choices == ("bfloat16", "float32")
+    fake = codegen.generate(op).fake
+    rows = torch.zeros(3, 5, dtype=torch.uint8, device="meta")
+    output = fake(rows, 4, torch.bfloat16)
+    assert isinstance(output, torch.Tensor)
+    assert (output.shape, output.dtype) == ((3, 4), torch.bfloat16)
+    for arguments, error, expected in (
+        ((rows, 3, torch.float32), ValueError, r"expected top_k in \(2, 4\), got 3"),
+        ((rows, 4, torch.int8), TypeError, r"expected to in \(bfloat16, float32\), got int8"),
+        (
+            (rows.int(), 4, torch.float32),
+            TypeError,
+            r"expected input.dtype in \(uint8\), got int32",
+        ),
+    ):
+        with pytest.raises(error, match=rf"^moe::scale: {expected}$"):
+            fake(*arguments)
+    page = reference.page(op)
+    assert "| to | one of bfloat16, float32 |" in page
+    assert "| output | Tensor (T, top_k), in to |" in page
+
+
 SIGNATURE = document()["schema"]
 INPUT = document()["arguments"]["input"]
 # Each mistake, with the key that the error must name and a piece of the reason that it must give.
@@ -229,6 +274,16 @@ MISTAKES = {
     "range of an unknown letter": (changed(arguments__top_k__max="Q"), "arguments.top_k.max", "'Q'"),
     "choices of a number": (
         changed(arguments__top_k__choices=["a"]), "arguments.top_k.choices", "list of integers",
+    ),
+    "no dtypes to choose from": (
+        with_a_dtype(arguments__to__choices=...), "arguments.to.choices", "expected some of bfloat16",
+    ),
+    "dtypes that are none": (
+        with_a_dtype(arguments__to__choices=["int8"]), "arguments.to.choices", "got ['int8']",
+    ),
+    "bytes in the format of no argument": (
+        with_a_dtype(arguments__input__values="weights in format"), "arguments.input.values",
+        "'format' is not an argument",
     ),
     "choices of a bool": (
         changed(arguments__flip__choices=["a"]), "arguments.flip.choices", "no choices",
