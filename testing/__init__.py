@@ -9,6 +9,7 @@ The judges of numbers, which share no code with moe_ops:
 
 Arguments for calls:
     strategies        any op's arguments, drawn from its schema
+    stored_weights    bytes of quantised weights, for strategies
     every_op          what is tested of every op: names, opcheck, calls with corrupt indices
     gemm_problem      grouped_gemm and grouped_gemm_fp8 with gradients at any size, and their check
     experts_problem   fused_experts with gradients at any size, and its check

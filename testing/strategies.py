@@ -11,7 +11,6 @@ import functools
 import itertools
 import math
 import random
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from moe_ops._core.library import SCHEMAS
 from moe_ops._core.schema import DTYPES, REQUIRED, VALUES, Argument, Expr, OpSchema
-from testing import oracle
+from testing import oracle, stored_weights
 
 Choose = Callable[[Sequence[Any]], Any]
 
@@ -369,7 +368,7 @@ class _Builder:
         if match is None:
             raise ValueError(f"no rule draws values {argument.values!r}")
         if argument.dtype == "uint8":
-            return self.stored(match, shape)
+            return stored_weights.finite_bytes(match, self.known, shape, self.generator)
         if match["counts"]:
             return self.token_counts
         if match["ids"]:
@@ -377,19 +376,6 @@ class _Builder:
         if match["inverse"]:
             return torch.argsort(self.tensors[match["inverse"]].long())
         return self.gather_indices
-
-    def stored(self, match: re.Match[str], shape: tuple[int, ...]) -> Tensor:
-        """Return bytes of a quantised weight whose numbers are finite, and not far from 1."""
-        encoding = self.known.get(match["scales"], "float32")
-        if match["format"] or encoding in ("nested", "e8m0"):
-            low, high = (124, 127) if encoding == "e8m0" else (0, 256)
-            codes = torch.randint(low, high, shape, generator=self.generator, dtype=torch.uint8)
-            # FP8 codes from 0.5 to 1.875, of either sign.
-            return codes & 143 | 48 if self.known.get(match["format"]) == "fp8_block" else codes
-        dtype = getattr(torch, encoding)
-        count = (*shape[:-1], shape[-1] // dtype.itemsize)
-        scales = torch.rand(count, generator=self.generator) * 0.2 + 0.1
-        return scales.to(dtype).view(torch.uint8)
 
 
 def lay_out(content: Tensor, layout: str) -> Tensor:
