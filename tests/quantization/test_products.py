@@ -206,6 +206,19 @@ def test_refuses_another_width(format):
         experts()
 
 
+def test_refuses_rows_of_another_rank():
+    weight, _ = make_weights("nf4")
+    for rows in (torch.ones(()), torch.ones(HIDDEN), torch.ones(2, 9, HIDDEN)):
+        with pytest.raises(
+            ValueError, match=r"^moe::grouped_gemm_quantized: expected input.dim\(\) =="
+        ):
+            moe_ops.grouped_gemm(rows, weight, COUNTS)
+        experts = make_experts("nf4", bias=False)
+        experts.leaves["hidden_states"] = rows
+        with pytest.raises(ValueError, match=r": expected hidden_states.dim\(\) == 2 "):
+            experts()
+
+
 def test_refuses_another_number_of_experts_or_rows():
     experts = make_experts("nf4", bias=False)
     experts.down_proj = experts.down_proj[:3]

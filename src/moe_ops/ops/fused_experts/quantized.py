@@ -208,8 +208,9 @@ def quantized_experts(
     assert isinstance(gate_up_proj, QuantizedWeight)
     assert isinstance(down_proj, QuantizedWeight)
     function = "moe::fused_experts"
-    width = hidden_states.shape[-1]
-    gate_up_proj.check_width(function, "gate_up_proj", width, "hidden_states.shape[1]")
+    if hidden_states.dim() == 2:
+        width = hidden_states.shape[1]
+        gate_up_proj.check_width(function, "gate_up_proj", width, "hidden_states.shape[1]")
     divisor, inner = (2, "gate_up_proj.shape[1] // 2") if gated else (1, "gate_up_proj.shape[1]")
     down_proj.check_width(function, "down_proj", gate_up_proj.shape[1] // divisor, inner)
     output: Tensor = _op.overload(

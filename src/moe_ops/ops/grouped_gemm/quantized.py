@@ -95,7 +95,12 @@ _op.differentiate(_save, _backward)
 
 
 def multiply_quantized(input: Tensor, weight: QuantizedWeight, *others: Any) -> Tensor:
-    """Call the op for grouped_gemm's arguments. A row's padding hides its width from the op."""
-    weight.check_width("moe::grouped_gemm", "weight", input.shape[-1], "input.shape[1]")
+    """Call the op for grouped_gemm's arguments.
+
+    Raises:
+        ValueError: the weight has another width. A row's padding hides it from the op.
+    """
+    if input.dim() == 2:
+        weight.check_width("moe::grouped_gemm", "weight", input.shape[1], "input.shape[1]")
     output: Tensor = _op.overload(input, *weight.stored, *others)
     return output
