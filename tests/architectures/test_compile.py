@@ -124,6 +124,7 @@ def test_every_kernel_compiles(gpu):
         plain["dw"],
         calls.experts(SIZES["training"], dtype, gated=False)["backward"],
         calls.experts(SIZES["uneven"], dtype)["backward"],
+        *calls.dequantize_weight(SIZES["training"], dtype, "nf4").values(),
     ]
     if gpu == "sm_90":
         pingpong = calls.experts(SIZES["training"], dtype, kernel_config=PINGPONG)
