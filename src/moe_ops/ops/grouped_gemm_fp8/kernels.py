@@ -9,6 +9,7 @@ interpreter, the kernel decodes the bits itself.
 import triton
 import triton.language as tl
 
+from moe_ops._triton.kernels.dequantize import decode_e4m3
 from moe_ops._triton.kernels.grouped_gemm import (
     finish_tile,
     follow_on,
@@ -17,22 +18,6 @@ from moe_ops._triton.kernels.grouped_gemm import (
     source_rows,
 )
 from moe_ops._triton.kernels.schedule import begin_walk, walked_tile, zero_tail
-
-
-@triton.jit
-def decode(codes, HAS_FP8: tl.constexpr):
-    """Return the exact fp32 values of float8_e4m3fn codes (uint8); NaN stays NaN."""
-    if HAS_FP8:
-        # There are instructions that decode two codes to fp16 at a time. By way of fp32 we avoid the
-        # slow one from fp16 to bf16.
-        values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(tl.float32)
-    else:
-        # Shift sign, exponent and mantissa to their places in fp32. The exponents' biases differ by
-        # 120, so this is 2**-120 of the value, for subnormals too. What reads as 480 is NaN.
-        bits = codes.to(tl.int8, bitcast=True).to(tl.int32) << 20
-        values = (bits & -0x78100000).to(tl.float32, bitcast=True) * 1.329227995784916e36
-        values = tl.where(tl.abs(values) == 480, float("nan"), values)
-    return values
 
 
 @triton.jit
@@ -68,7 +53,7 @@ def multiply_fp8(
             b_desc, b_pointers, e, n0, k0, in_cols, k0 + k < K,
             TMA_B, B_IS_NK, False, EVEN_K, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        acc += tl.dot(x, decode(b, HAS_FP8).to(x.dtype), input_precision=PRECISION) * scale
+        acc += tl.dot(x, decode_e4m3(b, HAS_FP8).to(x.dtype), input_precision=PRECISION) * scale
         x_pointers += tl.cast(stride_xk, tl.int64) * BLOCK_K
         b_pointers += tl.cast(stride_bk, tl.int64) * BLOCK_K
     return acc
