@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,7 +48,7 @@ def parse(
 ) -> Expr:
     """Read an expression over letters and arguments; `types` has the type of each argument."""
     try:
-        node = ast.parse(text, mode="eval").body
+        node = _tree(text)
     except SyntaxError as error:
         raise MalformedError(f"not an expression: {text!r} ({error.msg})") from None
     compared_with_none = set()
@@ -66,11 +67,19 @@ def parse(
             raise MalformedError(
                 f"{item.id!r} in {text!r} is a tensor: only 'is None' may be asked"
             )
-    return Expr(text, substitute(node, {letter: expr.node for letter, expr in let.items()}))
+    return Expr(text, _substitute(node, {letter: expr.node for letter, expr in let.items()}))
 
 
-def substitute(node: ast.expr, nodes: Mapping[str, ast.expr]) -> ast.expr:
-    """Return a copy of `node` with each name replaced by its entry in `nodes`."""
+@functools.cache
+def _tree(text: str) -> ast.expr:
+    """Return the syntax tree of an expression. The schemas say the same few things many times."""
+    return ast.parse(text, mode="eval").body
+
+
+def _substitute(node: ast.expr, nodes: Mapping[str, ast.expr]) -> ast.expr:
+    """Return `node` with each name replaced by its entry in `nodes`. `node` itself stays as it is."""
+    if not any(isinstance(n, ast.Name) and n.id in nodes for n in ast.walk(node)):
+        return node
     replaced: ast.expr = _Substitute(nodes).visit(ast.parse(ast.unparse(node), mode="eval").body)
     return replaced
 

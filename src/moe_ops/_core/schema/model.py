@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
-from .expressions import Expr, substitute
+from .expressions import Expr
 
 # Every dtype group that a YAML may name. `FLOAT64_DEVICES` narrows `floating` per device.
 DTYPES: Mapping[str, tuple[str, ...]] = {
@@ -39,6 +37,8 @@ FORMATS = ("kernel_config",)
 ACCUMULATOR = re.compile(r"accumulator\((\w+)\)")
 # A list of so many flags.
 FLAGS = re.compile(r"bool\[([1-9]\d*)\]")
+# A word of an expression, or a string as a whole, whose words stay as they are.
+_WORD = re.compile(r"'[^']*'|\w+")
 # Stands for the default of an argument that has none.
 REQUIRED = object()
 
@@ -162,8 +162,4 @@ class OpSchema:
 
     def spell(self, expr: Expr) -> str:
         """Return `expr` with its letters replaced by the names of the dimensions."""
-        return ast.unparse(substitute(expr.node, self._dim_nodes))
-
-    @cached_property
-    def _dim_nodes(self) -> dict[str, ast.expr]:
-        return {letter: ast.Name(name, ast.Load()) for letter, name in self.dims.items()}
+        return _WORD.sub(lambda word: self.dims.get(word[0], word[0]), expr.source)
