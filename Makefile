@@ -90,6 +90,9 @@ reference.write_pages(schema.load_all(pathlib.Path("op_schemas")), pathlib.Path(
 endef
 export WRITE_PAGES
 
+# -n: each name that a page or a docstring links to exists, or conf.py says why not. -W: or it fails.
+SPHINX = $(PY) -m sphinx -q -n -W --keep-going -b html -d build/site.doctrees docs build/site
+
 ##@ Use
 .PHONY: help demo
 help: ## Show this list
@@ -107,7 +110,7 @@ bench: $(DEV_ENV) ## Benchmark the Triton kernels; needs a CUDA GPU
 	$(PY) -m benchmarks.cuda $(ARGS)
 
 ##@ Check
-.PHONY: test test-fast test-interpreter test-gpu gpu-report-check test-transformers-newest lint format types imports docs docs-check ci
+.PHONY: test test-fast test-interpreter test-gpu gpu-report-check test-transformers-newest lint format types imports docs docs-check site ci
 test: $(DEV_ENV) ## Run the whole CPU test suite
 	$(call PYTEST,$(PY)) $(ARGS)
 
@@ -144,18 +147,25 @@ types: $(DEV_ENV) ## Check types (mypy)
 imports: $(DEV_ENV) ## Check the import rules (import-linter)
 	$(PY) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
 
-docs: $(DEV_ENV) ## Write docs/ops/*.md from the op schemas
+docs: $(DEV_ENV) ## Write docs/ops/*.md from the op schemas, draw the picture, and build the site
 	@$(PY) -c "$$WRITE_PAGES" docs/ops
+	@$(PY) docs/picture.py
+	@$(MAKE) --no-print-directory site
 
-docs-check: $(DEV_ENV) ## Fail if docs/ops/*.md is not what the op schemas say
-	@pages=$$(mktemp -d); trap 'rm -rf "$$pages"' EXIT; $(PY) -c "$$WRITE_PAGES" "$$pages"; \
-	  diff -ru docs/ops "$$pages" || { echo "docs/ops is not what op_schemas/ says: run 'make docs'"; exit 1; }
+docs-check: $(DEV_ENV) ## Fail if docs/ops/*.md or the picture is not what `make docs` writes
+	@pages=$$(mktemp -d); trap 'rm -rf "$$pages"' EXIT; $(PY) -c "$$WRITE_PAGES" "$$pages/ops"; \
+	  $(PY) docs/picture.py "$$pages/token_order.svg"; \
+	  diff -ru docs/ops "$$pages/ops" && diff -u docs/images/token_order.svg "$$pages/token_order.svg" \
+	  || { echo "docs/ is not what op_schemas/ and docs/picture.py say: run 'make docs'"; exit 1; }
+
+site: $(DEV_ENV) ## Build the documentation site in build/site; a warning fails it
+	$(SPHINX)
 
 # The checks of one core, and the second environment, beside each other. The suite and the warning
 # about the GPU report come last: they stay on the screen.
 ci: $(DEV_ENV) ## Run everything that CI runs
 	@$(MAKE) --no-print-directory SIDE_BY_SIDE=1 -j 2 --output-sync=target \
-	  types lint imports docs-check $(NEWEST)
+	  types lint imports docs-check site $(NEWEST)
 	@$(MAKE) --no-print-directory test-interpreter test-transformers-newest test gpu-report-check
 
 ##@ Release

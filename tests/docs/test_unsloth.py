@@ -10,5 +10,5 @@ pytest.importorskip("transformers")
 def test_every_code_block_runs():
     """The page's own comparisons are what is asserted."""
     torch.manual_seed(0)
-    assert has_only_python_blocks(DOCS / "compat.md")
-    run_python_blocks(DOCS / "compat.md")
+    assert has_only_python_blocks(DOCS / "unsloth.md")
+    run_python_blocks(DOCS / "unsloth.md")

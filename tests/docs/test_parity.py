@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/seed_parity.md names tests that exist, and has a row for each of its points."""
+"""The table of points in docs/unsloth.md names tests that exist, and has a row for each point."""
 
 import re
 from pathlib import Path
@@ -8,9 +8,10 @@ from testing.pages import DOCS
 
 ROOT = DOCS.parent
 NAMED = re.compile(r"(tests/[\w/]+(?:\.py)?)|::(\w+)")
+TABLE = (DOCS / "unsloth.md").read_text(encoding="utf-8").partition("| point | what |")[2]
 ROWS = [
     [cell.strip() for cell in line.split("|")[1:-1]]
-    for line in (DOCS / "seed_parity.md").read_text(encoding="utf-8").splitlines()
+    for line in TABLE.splitlines()
     if re.match(r"\| *[\d-]", line) and not line.startswith("| ---")
 ]
 

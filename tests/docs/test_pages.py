@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every Python block of README and docs is run by a test, or says why it is not."""
+
+import functools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from testing.pages import DOCS, ROOT, pages_with_python, python_blocks, run_python_blocks
+
+
+def test_every_page_is_run():
+    """A test that runs a page names the page's file."""
+    tests = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+    runs = "\n".join(text for text in tests if "run_python_blocks(" in text)
+    names = [page.name for page in pages_with_python()]
+    assert {"README.md", "start.md", "lora.md"} <= set(names)
+    assert [name for name in names if f'"{name}"' not in runs] == []
+
+
+def test_marks_that_are_read():
+    """A mark that is written in another way would leave its block running, or would mark nothing."""
+    for page in pages_with_python():
+        marks = len(re.findall("not run:", page.read_text(encoding="utf-8")))
+        assert marks == sum(block.why is not None for block in python_blocks(page)), page
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", DOCS / "start.md"], ids=lambda page: page.name
+)
+def test_page_runs(page: Path, monkeypatch):
+    # The ops compile with Inductor in tests/core. A page need not do so again.
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", functools.partial(compile_, backend="aot_eager"))
+    torch.manual_seed(0)
+    run_python_blocks(page)
+
+
+def test_blocks_of_a_page(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# Page\n\n```python\nx = 1\n```\n\n"
+        "<!-- not run: needs a GPU -->\n\n```python\nx = 2\n```\n\n```\nx = 3\n```\n"
+    )
+    assert [(block.line, block.code, block.why) for block in python_blocks(page)] == [
+        (3, "x = 1\n", None),
+        (9, "x = 2\n", "needs a GPU"),
+    ]
+    assert run_python_blocks(page)["x"] == 1
