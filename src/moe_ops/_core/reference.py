@@ -22,6 +22,21 @@ _RULES = (
     "implementation reads no device value on the host; the PyTorch one may."
 )
 
+_FUNC = (
+    "torch.func.grad, vjp and jacrev raise RuntimeError, and jvp and jacfwd NotImplementedError; "
+    "torch.autograd.grad gives the gradient."
+)
+
+_VMAP = (
+    "torch.vmap calls the op once for each element of the batch, and torch warns that this is slow."
+)
+
+_LOAD = (
+    "A program that loads an AOTInductor package or an exported program with this op must "
+    '`import moe_ops` first. Without it torch raises "Could not find schema" or fails to '
+    "deserialise."
+)
+
 _ERRORS = (
     "Each error names {op}, argument, expectation and what was given, and is the same in eager, fake "
     "and meta mode."
@@ -51,7 +66,7 @@ def page(schema: OpSchema) -> str:
         f"<!-- Generated from op_schemas/{schema.file} by `make docs`; edit that file. -->",
         f"# moe::{schema.name}",
         schema.summary,
-        f"```\ntorch.ops.moe.{schema.name}{schema.schema}\n```",
+        f"```\n{_signature(schema)}\n```",
         f"```\n{schema.equation}\n```" if schema.equation else "",
         f"Letters: {_letters(schema)}.",
         _floating(schema),
@@ -64,6 +79,8 @@ def page(schema: OpSchema) -> str:
         _ERRORS.format(op=f"the op {schema.runs_for}" if schema.runs_for else "op"),
         "## Gradient",
         f"{_differentiable(schema)} {_backward(schema)}".strip(),
+        "## With the rest of PyTorch",
+        "\n".join(f"- {text}" for text in _around(schema)),
         "## Rules",
         _RULES,
         schema.notes,
@@ -100,6 +117,48 @@ def _index(schemas: dict[str, OpSchema]) -> str:
         _table(("op", "what it does"), rows),
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def _signature(schema: OpSchema) -> str:
+    """Return the op's signature with a line for each argument, which a phone shows whole."""
+    inside, arrow, result = schema.schema.removeprefix("(").rpartition(") -> ")
+    arguments = "".join(f"    {argument},\n" for argument in inside.split(", "))
+    return f"torch.ops.moe.{schema.name}(\n{arguments}{arrow}{result}"
+
+
+def _around(schema: OpSchema) -> Iterator[str]:
+    """Yield what autocast, torch.func and vmap do, and what a caller must not do."""
+    cast = [argument.name for argument in schema.arguments if argument.autocast]
+    yield (
+        f"Autocast casts {_list(cast)} to its dtype, fp64 excepted, and nothing else."
+        if cast
+        else "Autocast casts nothing."
+    )
+    if any(argument.grad for argument in schema.arguments):
+        if name := saved(schema):
+            yield (
+                f"The backward reads {name} as it was. Changing it in place before the backward, "
+                f"as `{name} += 1` does, makes the backward raise RuntimeError. Write "
+                f"`{name} = {name} + 1`."
+            )
+        yield _FUNC
+    yield _VMAP
+    yield _LOAD
+
+
+def saved(schema: OpSchema) -> str:
+    """Return a tensor that a differentiable op saves, one that callers are tempted to change.
+
+    An op that takes ids makes indices of its own from them, and saves these and the weights.
+    """
+    made = [output.name for output in schema.outputs if output.dtype == "int32"]
+    given = [
+        argument.name
+        for argument in schema.tensors
+        if argument.values.startswith(("counts", "permutation")) and not argument.is_optional
+    ]
+    weights = [argument.name for argument in schema.tensors if argument.name == "topk_weights"]
+    return next(iter(made + given + weights), "")
 
 
 def _paragraph(text: str) -> str:
