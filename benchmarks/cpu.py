@@ -6,7 +6,7 @@
     python -m benchmarks.cpu fused      fused_experts  vs  the ops that it is made of
 
 Each writes benchmarks/results/cpu_<what>.json, from which `python -m benchmarks.report` makes the
-tables of docs/performance.md. Run from the root of the repository.
+tables of docs/results/cpu.md. Run from the root of the repository.
 
 The repeats of a case are spread over `--rounds`, each of which goes through all the cases. What a
 visit of a case found is appended to a log beside the results, cpu_<what>.visits.jsonl, from which

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the tables and plots of docs/performance.md from benchmarks/results/*.json.
+"""Write the tables and plots of docs/performance.md and docs/results.
 
     python -m benchmarks.report
 
-The results of CPUs fill the page between `<!-- tables: begin/end -->`, and those of GPUs between
-`<!-- cuda tables: begin/end -->`. A part of the page without results stays as it is. Long tables go
-to pages in docs/results/, and plots to docs/images/ where matplotlib is installed.
+They come from benchmarks/results/*.json. performance.md gets a table for each card between
+`<!-- cards: begin/end -->`. The pages of docs/results/ are written whole, and the plots go to
+docs/images/ where matplotlib is installed.
 """
 
 from __future__ import annotations

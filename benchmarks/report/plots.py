@@ -105,6 +105,25 @@ def _of_block(peer: str, name: str) -> Panel:
     )
 
 
+def _of_bars(name: str) -> Panel:
+    return Panel(
+        title=f"{name} of a whole block: above 1 ours is faster",
+        height=median("height"),
+        where=lambda bar: bar["pass"] == name,
+    )
+
+
+# Of all parts that time the whole block. The README shows it.
+BLOCK = Plot(
+    about="the expert block against compiled grouped_mm and other libraries by shape",
+    label="theirs / ours",
+    panels=(_of_bars("forward"), _of_bars("forward+backward")),
+    series="peer",
+    panel_height=2.8,
+)
+
+# More names than this would run into each other.
+_NAMES_SIDE_BY_SIDE = 8
 Shown = list[tuple[Panel, list[Record]]]
 
 # By part of a GPU run.
@@ -210,15 +229,25 @@ def _bars(
     names: Sequence[str],
     series: Sequence[str],
 ) -> None:
-    """Draw a group of bars for each shape name, and a line at 1. A wrong result has no bar."""
+    """Draw a group of bars for each shape name, and a line at 1.
+
+    A wrong result has no bar. What was not compared has no label either.
+    """
     width = 0.8 / len(series)
     for i, name in enumerate(series):
         places = [place + (i - (len(series) - 1) / 2) * width for place in range(len(names))]
         values = [heights.get((shape, name)) or 0.0 for shape in names]
         bars = axes.bar(places, values, width, label=name, zorder=2)
-        told = [f"{value:.2f}" if value else "wrong" for value in values]
+        told = [
+            (f"{value:.2f}" if value else "wrong") if (shape, name) in heights else ""
+            for shape, value in zip(names, values, strict=True)
+        ]
         paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
         axes.bar_label(bars, told, fontsize=7, padding=2, bbox=paper, zorder=3)
     axes.axhline(1.0, color="black", linewidth=1, zorder=1)
     axes.set_xticks(range(len(names)), names)
+    if len(names) > _NAMES_SIDE_BY_SIDE:
+        axes.tick_params("x", rotation=30)
+        for label in axes.get_xticklabels():
+            label.set_horizontalalignment("right")
     axes.margins(y=0.15)

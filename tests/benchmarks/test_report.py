@@ -13,7 +13,7 @@ from benchmarks import report
 from benchmarks.report.columns import Column, Table, at, keys, markdown, median, ratio, spread
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = "\n".join(["before", *report.CPU_MARKERS, "between", *report.CUDA_MARKERS, "after", ""])
+PAGE = "\n".join(["before", *report.CARD_MARKERS, "after", ""])
 PART_FACTS: dict[str, dict[str, Any]] = {
     "experts": {"grouped_mm": "transformers 5.17.0"},
     "experts-peers": {"present": {}, "absent": {"liger": "no module liger_kernel"}},
@@ -216,21 +216,23 @@ def write_cuda(folder):
         file.write_text(json.dumps(content))
 
 
-def render(folder):
+def render(folder, name="h200.md"):
+    """Write all pages and return the text of a page of tables."""
     report.write(folder / "results", folder / "performance.md")
-    return (folder / "performance.md").read_text()
+    return (folder / "results" / name).read_text()
 
 
 def test_without_results_nothing_is_written(folder):
-    assert render(folder) == PAGE
+    report.write(folder / "results", folder / "performance.md")
+    assert (folder / "performance.md").read_text() == PAGE
+    assert not list((folder / "results").glob("*.md"))
     assert not (folder / "images").exists()
 
 
 def test_cuda_tables(folder):
     write_cuda(folder)
     text = render(folder)
-    assert text.startswith("before\n" + "\n".join(report.CPU_MARKERS) + "\nbetween\n")
-    assert text.endswith(report.CUDA_MARKERS[1] + "\nafter\n")
+    assert text.startswith("# h200\n")
     for row in (
         "| start | 780.0 | 4.2 | 4.4 |",
         "| olmoe | uniform | up | forward | 654 | 0.87 | 1.25 (1.15-1.35) | - | - | 7% |",
@@ -279,7 +281,7 @@ def test_plots(folder):
     text = render(folder)
     for name in ("h200_gemm.png", "h200_rows.png", "h200_experts.png", "h200_blocks.png"):
         assert (folder / "images" / name).read_bytes().startswith(b"\x89PNG")
-        assert f"(images/{name})" in text
+        assert f"(../images/{name})" in text
 
 
 def test_cpu_tables(folder):
@@ -288,7 +290,7 @@ def test_cpu_tables(folder):
     cases.append(case | {"wrong": ["moe_ops"]})
     file = folder / "results" / "cpu_gemm_bf16.json"
     file.write_text(json.dumps({"environment": {"date": "2026-01-02"}, "cases": cases}))
-    assert "| bf16 | new | dX | 2 | 1.000 | 1.000 | 0.800 | 1 |" in render(folder)
+    assert "| bf16 | new | dX | 2 | 1.000 | 1.000 | 0.800 | 1 |" in render(folder, "cpu.md")
 
 
 def test_a_table_is_a_list_of_columns():
@@ -430,7 +432,7 @@ def test_the_pages_are_what_the_committed_results_give(tmp_path):
 def test_page_without_markers(folder):
     write_cuda(folder)
     (folder / "performance.md").write_text("no markers")
-    with pytest.raises(ValueError, match="has no <!-- cuda tables: begin -->"):
+    with pytest.raises(ValueError, match="has no <!-- cards: begin -->"):
         render(folder)
 
 
@@ -444,5 +446,5 @@ def test_cpu_tables_take_the_routings_of_a_shape_together(tmp_path):
         cases.append({**shape, **case})
     result = {"environment": {"date": "2026-01-02"}, "cases": cases}
     (tmp_path / "cpu_gemm_bf16.json").write_text(json.dumps(result), encoding="utf-8")
-    table = "\n".join(report.cpu_tables(tmp_path))
+    table = "\n".join(report.cpu_page(tmp_path))
     assert "| bf16 | same | dX | 4 | 0.949 | 0.900 | 0.800 | 1 |" in table

@@ -56,7 +56,7 @@ def test_tables_count_what_they_leave_out(tmp_path):
     right = [{**case, "ratio": [0.7, 0.8, 0.9]}]
     for cases, said in ((right, None), (right + wrong, "2 cases (moe_ops 1, peer 2)")):
         (tmp_path / "cpu_gemm.json").write_text(json.dumps({"environment": {}, "cases": cases}))
-        text = "\n".join(report.cpu_tables(tmp_path))
+        text = "\n".join(report.cpu_page(tmp_path))
         assert "| bf16 | same | dX | 1 | 0.800 | 0.800 | 0.800 | 1 |" in text
         assert ("found wrong" in text) == (said is not None)
         assert said is None or f"Left out, since a result was found wrong: {said}." in text

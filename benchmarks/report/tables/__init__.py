@@ -29,5 +29,5 @@ TABLES: dict[str, tuple[Table, ...]] = {
     "model": (model.MODEL,),
     "compiled": (compiled.COMPILED,),
 }
-# Parts whose tables stand on pages of their own. performance.md has the first table of each.
+# Parts whose tables stand on pages of their own. The device's page has the first table of each.
 OWN_PAGES = ("sweep", "named")

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the part of docs/performance.md that has numbers: a table for each card, and its shortfalls.
+
+A card is a GPU. The CPUs share one table.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks import suite
+from benchmarks.report.columns import Column, Record, Table, at, keys, markdown, median
+from benchmarks.report.records import by_shape, cpu_groups, own
+from benchmarks.report.results import Result, cpu_results, cuda_results
+
+FORWARD, BOTH = "forward", "forward+backward"
+# The parts that time the whole expert block, and the peer beside compiled grouped_mm.
+BLOCKS, PEERS, PEER = ("experts", "named"), "experts-peers", "sonicmoe"
+# A decoding step over the read of its weights: at most so much, for one token and for more.
+DECODE_AIM_OF_ONE, DECODE_AIM = 1.8, 1.2
+_SIZES = {shape.name: shape for shape in suite.SUITE}
+
+
+def cards(results: Path) -> Iterator[str]:
+    """Yield the lines of every card."""
+    for device, parts in cuda_results(results).items():
+        if any(part in parts for part in BLOCKS):
+            yield from _gpu(device, parts)
+    yield from _cpus(results)
+
+
+def block_cases(parts: dict[str, Result]) -> list[Record]:
+    """Return the cases of the whole block, uniformly routed, against compiled grouped_mm.
+
+    A case that was measured against SonicMoE too has that ratio under "sonicmoe".
+    """
+    theirs = {
+        (case["shape"], case["pass"]): case["ratio"].get(PEER)
+        for case in parts.get(PEERS, {}).get("cases", [])
+        if case["peer"] == PEER
+    }
+    found = []
+    for part in BLOCKS:
+        for case in own(parts.get(part, {}).get("cases", [])):
+            if case["routing"] == "uniform" and "compiled" in case["errors"]:
+                sonicmoe = theirs.get((case["shape"], case["pass"]))
+                ratios = case["ratio"] | ({PEER: sonicmoe} if sonicmoe else {})
+                found.append({**case, "ratio": ratios})
+    return found
+
+
+def block_bars(parts: dict[str, Result]) -> list[Record]:
+    """Return a record of each ratio in block_cases, whose peer it names."""
+    return [
+        {**case, "peer": told, "height": case["ratio"].get(peer)}
+        for peer, told in (("compiled", "compiled grouped_mm"), (PEER, "SonicMoE"))
+        for case in block_cases(parts)
+        if peer == "compiled" or peer in case["ratio"]
+    ]
+
+
+def _sizes(record: Record) -> str:
+    """Return the sizes of a shape, those of the suite by its name: "16384 x 2048 x 768, 8 of 128"."""
+    if "T" in record:
+        sizes = [record[letter] for letter in "THIKE"]
+    else:
+        of = _SIZES[record["shape"]]
+        sizes = [of.num_tokens, of.hidden_size, of.intermediate_size, of.top_k, of.num_experts]
+    tokens, hidden, intermediate, top_k, experts = sizes
+    return f"{tokens} x {hidden} x {intermediate}, {top_k} of {experts}"
+
+
+def _ratio(name: str, peer: str) -> Column:
+    def cell(record: Record) -> str:
+        case = record["of_pass"].get(name, {"ratio": {}})
+        if peer in case["ratio"]:
+            return f"{case['ratio'][peer][1]:.2f}"
+        return "wrong" if peer in case.get("wrong", []) else "-"
+
+    return Column(f"{name}, {'grouped_mm' if peer == 'compiled' else 'SonicMoE'}", cell)
+
+
+def _mib(who: str) -> Column:
+    take = at("of_pass", BOTH, "mib", who, "peak")
+    return Column(f"MiB, {'ours' if who == 'moe_ops' else 'grouped_mm'}", take, ".0f")
+
+
+def _block(cases: list[Record]) -> Table:
+    peers = ["compiled"]
+    if any(PEER in case["ratio"] for case in cases):
+        peers.append(PEER)
+    return Table(
+        rows=by_shape,
+        columns=(
+            *keys("shape"),
+            Column("tokens x hidden x intermediate, experts", _sizes),
+            Column("ours, ms", median("of_pass", BOTH, "milliseconds", "moe_ops"), ".2f"),
+            *(_ratio(name, peer) for peer in peers for name in (FORWARD, BOTH)),
+            *(_mib(who) for who in ("moe_ops", "compiled")),
+        ),
+    )
+
+
+def _gpu(device: str, parts: dict[str, Result]) -> Iterator[str]:
+    environments = [parts[part]["environment"] for part in BLOCKS if part in parts]
+    environment, dates = environments[0], sorted({of["date"] for of in environments})
+    versions = ", ".join(
+        f"{name} {environment[name]}" for name in ("torch", "triton") if name in environment
+    )
+    yield f"## {environment['gpu']}\n"
+    yield (
+        f"{' and '.join(dates)}, {versions}. Times of others over ours of the whole block, compiled "
+        "for the very sizes; ms of our forward and backward; MiB at most beside the inputs in them. "
+        f"[All tables](results/{device}.md).\n"
+    )
+    cases = block_cases(parts)
+    yield from markdown(_block(cases), cases)
+    if "sweep" in parts:
+        yield f"{_sweep(device, parts['sweep']['cases'])}\n"
+    yield "What falls short:\n"
+    yield from _shortfalls(parts, cases)
+    yield ""
+
+
+def _ratios(cases: list[Record], name: str) -> list[float]:
+    return [
+        case["ratio"]["compiled"][1]
+        for case in cases
+        if case["pass"] == name and "compiled" in case["ratio"]
+    ]
+
+
+def _sweep(device: str, cases: list[Record]) -> str:
+    told = []
+    for name in (FORWARD, BOTH):
+        ratios = _ratios([{**case, "ratio": case.get("ratio", {})} for case in cases], name)
+        if ratios:
+            mean = statistics.geometric_mean(ratios)
+            told.append(f"{name} {mean:.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    number = len({(case["shape"], case["routing"]) for case in cases})
+    return (
+        f"{number} more shapes, drawn at random, that no table was tuned for "
+        f"([each of them](results/{device}_sweep.md)): in the geometric mean {', '.join(told)}."
+    )
+
+
+def _shortfalls(parts: dict[str, Result], cases: list[Record]) -> Iterator[str]:
+    """Yield what the results show to be slower or larger than its peer or its aim."""
+    found = False
+    for line in (*_slower(parts, cases), *_larger(cases), *_decoding(parts)):
+        found = True
+        yield f"- {line}"
+    if not found:
+        yield "- Nothing in these tables."
+
+
+def _slower(parts: dict[str, Result], cases: list[Record]) -> Iterator[str]:
+    for what, group in (
+        ("shapes above", cases),
+        ("drawn shapes", parts.get("sweep", {}).get("cases", [])),
+    ):
+        for name in (FORWARD, BOTH):
+            ratios = _ratios([{**case, "ratio": case.get("ratio", {})} for case in group], name)
+            slow = [ratio for ratio in ratios if ratio < 1]
+            if slow:
+                yield (
+                    f"{name}: slower than compiled grouped_mm on {len(slow)} of {len(ratios)} "
+                    f"{what}, down to {min(slow):.2f}x."
+                )
+
+
+def _larger(cases: list[Record]) -> Iterator[str]:
+    names = []
+    for case in cases:
+        ours, theirs = (at("mib", who, "peak")(case) for who in ("moe_ops", "compiled"))
+        if ours and theirs and suite.exceeds_peak(ours, theirs):
+            names.append(f"{case['shape']} {ours / theirs:.2f}x")
+    if names:
+        yield f"More memory at most than compiled grouped_mm: {', '.join(names)}."
+
+
+def _decoding(parts: dict[str, Result]) -> Iterator[str]:
+    """Compare a decoding step with its floor, the read of the weights that it touches."""
+    slow = [
+        f"{case['T']} token{'s' * (case['T'] > 1)} {case['of_floor']:.2f}x"
+        for case in parts.get("decode-block", {}).get("cases", [])
+        if case.get("of_floor", 0) > (DECODE_AIM_OF_ONE if case["T"] == 1 else DECODE_AIM)
+    ]
+    if slow:
+        yield (
+            "Decoding a block, over the time of reading its weights (the aim is "
+            f"{DECODE_AIM_OF_ONE}x for one token and {DECODE_AIM}x from eight on): "
+            f"{', '.join(slow)}."
+        )
+
+
+def _cpus(results: Path) -> Iterator[str]:
+    """Yield the table of all CPUs: transformers' experts and the bare products, by dtype."""
+    rows: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for file, result in cpu_results(results):
+        what = file.split("_")[1].removesuffix(".json")
+        if what not in {"experts", "gemm"}:
+            continue
+        cpu = result["environment"].get("cpu", "")
+        for group in cpu_groups(result["cases"]):
+            key = (cpu, group["dtype"])
+            name = group["pass"] if what == "experts" else "products"
+            rows[key][name] += group["ratios"]
+    if not rows:
+        return
+    yield "## CPU\n"
+    yield (
+        "transformers' experts, eager: its grouped_mm's time over ours, geometric mean and least "
+        "case. Products: `torch._grouped_mm` over ours, all passes. [All tables](results/cpu.md).\n"
+    )
+    records = [{"cpu": cpu, "dtype": dtype, **of} for (cpu, dtype), of in sorted(rows.items())]
+    yield from markdown(_CPUS, records)
+
+
+def _mean_and_least(name: str) -> Column:
+    def cell(record: Record) -> str | None:
+        ratios = record.get(name)
+        return f"{statistics.geometric_mean(ratios):.2f} ({min(ratios):.2f})" if ratios else None
+
+    return Column(name, cell)
+
+
+_CPUS = Table(columns=(*keys("cpu", "dtype"), *map(_mean_and_least, (FORWARD, BOTH, "products"))))

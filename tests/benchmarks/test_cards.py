@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""performance.md says of each card how fast the block is, and what falls short."""
+
+import json
+
+import pytest
+
+from benchmarks import report
+from benchmarks.report.cards import block_bars, cards
+from benchmarks.report.plots import BLOCK
+
+FACTS = {"date": "2026-01-02", "gpu": "NVIDIA H200", "torch": "2.11.0", "triton": "3.6.0"}
+
+
+def case(shape, name, ratio, **more):
+    return {
+        "shape": shape,
+        "routing": "uniform",
+        "pass": name,
+        "errors": {"moe_ops": 0.01, "compiled": 0.01},
+        "milliseconds": {"moe_ops": [9.0, 9.126, 9.2]},
+        "ratio": {} if ratio is None else {"compiled": [ratio - 0.1, ratio, ratio + 0.1]},
+        **more,
+    }
+
+
+SIZES = {"T": 7, "H": 6, "I": 5, "E": 4, "K": 3}
+PEAKS = {"moe_ops": {"peak": 1030.0}, "compiled": {"peak": 900.0}}
+PARTS = {
+    "experts": [
+        case("olmoe", "forward", 1.5),
+        case("olmoe", "forward+backward", 0.97, mib=PEAKS),
+        case("olmoe", "forward", 3.0, routing="zipf"),
+        case("olmoe", "forward", None, errors={"moe_ops": 0.01, "compiled, dynamic": 0.01}),
+    ],
+    "named": [
+        case("odd", "forward", 1.25, **SIZES),
+        case("odd", "forward+backward", None, wrong=["compiled"], **SIZES),
+    ],
+    "sweep": [
+        case("0/00", "forward", 2.0, **SIZES),
+        case("0/01", "forward", 0.5, **SIZES),
+        {**case("0/02", "forward", None, wrong=["compiled"], **SIZES)},
+    ],
+    "decode-block": [{"T": 1, "of_floor": 2.5}, {"T": 8, "of_floor": 1.1}],
+}
+PEERS = [
+    {"shape": "olmoe", "peer": peer, "pass": "forward+backward", "ratio": {peer: [1.0, ratio, 1.2]}}
+    for peer, ratio in (("sonicmoe", 1.17), ("scattermoe", 1.9))
+]
+
+
+def write(folder, parts):
+    for part, cases in parts.items():
+        content = {"environment": {**FACTS, "part": part}, "cases": cases}
+        (folder / f"h200_{part.replace('-', '_')}.json").write_text(json.dumps(content))
+    return "\n".join(cards(folder))
+
+
+def test_a_card(tmp_path):
+    text = write(tmp_path, PARTS)
+    assert text.startswith("## NVIDIA H200\n\n2026-01-02, torch 2.11.0, triton 3.6.0. ")
+    for line in (
+        "| olmoe | 16384 x 2048 x 1024, 8 of 64 | 9.13 | 1.50 | 0.97 | 1030 | 900 |",
+        "| odd | 7 x 6 x 5, 3 of 4 | 9.13 | 1.25 | wrong | - | - |",
+        "- forward+backward: slower than compiled grouped_mm on 1 of 1 shapes above, down to 0.97x.",
+        "- forward: slower than compiled grouped_mm on 1 of 2 drawn shapes, down to 0.50x.",
+        "- More memory at most than compiled grouped_mm: olmoe 1.14x.",
+        "from eight on): 1 token 2.50x.",
+        "3 more shapes, drawn at random",
+        "in the geometric mean forward 1.00 (0.50 to 2.00).",
+    ):
+        assert line in text, line
+    assert "SonicMoE" not in text
+
+
+def test_sonicmoe_has_columns_where_it_was_measured(tmp_path):
+    text = write(tmp_path, {**PARTS, "experts-peers": PEERS})
+    assert "| forward, SonicMoE | forward+backward, SonicMoE |" in text
+    assert "| olmoe | 16384 x 2048 x 1024, 8 of 64 | 9.13 | 1.50 | 0.97 | - | 1.17 | 1030 |" in text
+
+
+def test_nothing_falls_short(tmp_path):
+    text = write(tmp_path, {"experts": [case("olmoe", "forward", 1.5)]})
+    assert "What falls short:\n\n- Nothing in these tables." in text
+
+
+def test_the_plot_of_the_block(tmp_path):
+    mpl = pytest.importorskip("matplotlib")
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    parts = {part: {"cases": cases} for part, cases in {**PARTS, "experts-peers": PEERS}.items()}
+    figure = report.draw(BLOCK, block_bars(parts), plt)
+    heights = [
+        {bars.get_label(): [bar.get_height() for bar in bars] for bars in axes.containers}
+        for axes in figure.axes
+    ]
+    plt.close(figure)
+    assert heights == [
+        {"compiled grouped_mm": [1.5, 1.25]},
+        {"compiled grouped_mm": [0.97, 0.0], "SonicMoE": [1.17, 0.0]},
+    ]
+
+
+def test_cpus_share_a_table(tmp_path):
+    def cpu(name, passes, **more):
+        cases = [
+            {"dtype": "bf16", "pass": of, "E": 8, "ratio": [0.5, ratio, 2.0], **more}
+            for of, ratio in passes
+        ]
+        content = {"environment": {"cpu": "EPYC"}, "cases": cases}
+        (tmp_path / f"cpu_{name}.json").write_text(json.dumps(content))
+
+    cpu("experts_bf16", [("forward", 1.25), ("forward", 1.0), ("forward+backward", 1.5)])
+    cpu("gemm_bf16", [("forward", 0.5), ("dX", 2.0)], counts="new")
+    cpu("fused", [("forward", 9.0)])
+    assert "| EPYC | bf16 | 1.12 (1.00) | 1.50 (1.50) | 1.00 (0.50) |" in "\n".join(cards(tmp_path))
