@@ -202,14 +202,18 @@ $(VENV)/.torch-$(TORCH_VERSION):
 	$(PY) -m pip install --disable-pip-version-check $(TORCH_PIP_ARGS) torch==$(TORCH_VERSION)
 	@touch $@
 
+# An environment of an older checkout has the distribution under its former name.
+UNINSTALL = @$(PY) -m pip uninstall --disable-pip-version-check --quiet --yes moe_ops 2>/dev/null || true
 INSTALL = $(PY) -m pip install --disable-pip-version-check --quiet \
   torch==$(TORCH_VERSION) transformers==$(TRANSFORMERS_VERSION)
 
 $(VENV)/.demo: $(VENV)/.torch-$(TORCH_VERSION) setup.py pyproject.toml
+	$(UNINSTALL)
 	$(INSTALL) -e '.[demo]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch-$(TORCH_VERSION) setup.py pyproject.toml
+	$(UNINSTALL)
 	$(INSTALL) peft==$(PEFT_VERSION) -e '.[demo,peft,test,dev]'
 	@touch $@ $(VENV)/.demo
 

@@ -7,6 +7,7 @@ documented.
 
 from typing import TYPE_CHECKING, Any
 
+from moe_ops import _distribution
 from moe_ops._version import __version__ as __version__
 from moe_ops.configs.kernel_config import (
     KernelConfigBackward_dW,
@@ -46,6 +47,8 @@ __all__ = [
     "tune",
     "unpermute",
 ]
+
+_distribution.warn_of_the_other()
 
 
 def __getattr__(name: str) -> Any:

@@ -34,7 +34,7 @@ print(json.dumps({
     "schema_files": sorted(item.name for item in schemas.iterdir() if item.name.endswith(".yaml")),
     "typed": importlib.resources.files("moe_ops").joinpath("py.typed").is_file(),
     "version": moe_ops.__version__,
-    "installed_version": importlib.metadata.version("moe_ops"),
+    "installed_version": importlib.metadata.version("torch-moe-ops"),
     "permuted": torch.ops.moe.permute(rows, slots, 2).tolist(),
 }))
 """

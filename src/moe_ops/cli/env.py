@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import moe_ops
+from moe_ops import _distribution
 from moe_ops._core import library
 from moe_ops.configs import cache, choose
 
@@ -19,6 +20,8 @@ from moe_ops.configs import cache, choose
 def env() -> Iterable[str]:
     """Yield the lines of the command."""
     yield f"moe_ops       {moe_ops.__version__}  ({Path(moe_ops.__file__).parent})"
+    if other := _distribution.other_distribution():
+        yield f"{_distribution.OTHER:<13} {_distribution.told(other)}"
     yield f"python        {platform.python_version()}  ({platform.platform()})"
     yield f"torch         {torch.__version__}"
     for package in ("triton", "transformers", "peft"):
