@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_ops import fused_experts
-from moe_ops.integrations.transformers import activation_name, in_dtype_of
+from moe_ops.integrations.transformers import activation_name, in_dtype_for
 
 _FUNCTION = "moe_ops.integrations.llama4.replace_llama4_moe_"
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -95,7 +95,7 @@ def llama4_moe_forward(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor
     topk_ids = torch.topk(router_logits, self.top_k, dim=1).indices
     experts = self.experts
     routed = fused_experts(
-        in_dtype_of(experts.gate_up_proj, tokens),
+        in_dtype_for(experts.gate_up_proj, tokens),
         experts.gate_up_proj.transpose(1, 2),
         experts.down_proj.transpose(1, 2),
         topk_ids,

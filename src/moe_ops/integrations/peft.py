@@ -9,12 +9,15 @@ configuration, parameters, saving, loading, merging, switching adapters off.
 
 PEFT offers no place to register a forward for its ParamWrapper. So enable() is a call for one model,
 which also reaches models that are wrapped or loaded already, and auto() makes that call wherever PEFT
-adds an adapter. The wrappers keep their class, whose name PEFT compares when it adds another adapter; they get an attribute
-`forward`, as accelerate's hooks do it.
+adds an adapter. The wrappers keep their class, whose name PEFT compares when it adds another adapter;
+they get an attribute `forward`, as accelerate's hooks do it.
+
+Quantised experts need no such call: their adapters have no other path (peft_quantised.py).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator
@@ -23,21 +26,25 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from moe_ops.integrations import peft_quantised
 from moe_ops.integrations.default_experts import IMPLEMENTATION
 from moe_ops.integrations.patch import MethodPatch
+from moe_ops.integrations.quantised_experts import check_implementation, is_experts
 from moe_ops.integrations.transformers import (
     Experts,
-    in_dtype_of,
+    in_dtype_for,
     up_name,
     weight_and_bias,
 )
 from moe_ops.layers.lora import LoraWeights, lora_experts
+from moe_ops.quantization import QuantizedWeight
 
 MINIMUM_VERSION = "0.21"
 
 _needs = f"moe_ops.integrations.peft: expected peft >= {MINIMUM_VERSION}"
 try:
     import peft
+    from peft.tuners.lora import LoraModel
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTuner
 except ImportError as error:
@@ -61,9 +68,13 @@ def enable(model: nn.Module) -> list[str]:
     `experts_implementation="moe_ops"`.
 
     What split LoRA does not cover goes through PEFT's own, merged path, and the logger "moe_ops" says
-    why, once for each reason: experts that run on another implementation, targeted biases, quantised
-    or sharded weights, experts with a norm of their own, and hooks on modules that would be passed
-    by. PEFT itself refuses dropout, DoRA and an adapter for each sample where parameters are adapted.
+    why, once for each reason: experts that run on another implementation, targeted biases, weights that
+    another library quantised or that are sharded, experts with a norm of their own, and hooks on
+    modules that would be passed by. PEFT itself refuses dropout, DoRA and an adapter for each sample
+    where parameters are adapted.
+
+    A QuantizedWeight is not merged, so for its adapters the forward raises a ValueError there. They
+    are enabled when PEFT adds them: this call then only returns their names.
 
     Where no adapter sits on the experts, there is nothing to do: the logger "moe_ops" says so once.
 
@@ -105,20 +116,64 @@ def auto(on: bool = True) -> None:
 
     Source: PEFT's BaseTuner.inject_adapter, peft/tuners/tuners_utils.py, through which all of them go.
     """
-    if on:
-        _patch.install(BaseTuner)
+    _state.auto = on
+    _patch()
+
+
+def support_quantised(on: bool) -> None:
+    """Let PEFT adapt the weights of quantised experts from now on, or stop doing so.
+
+    The integration of transformers calls it for whoever quantises experts.
+    """
+    _state.quantised = on
+    _patch()
+
+
+def attach(model: nn.Module) -> None:
+    """Give wrappers whose experts have been quantised after PEFT had wrapped them our forward."""
+    _enable(_quantised(dict(_outermost_wrappers(model))))
+
+
+@dataclasses.dataclass
+class _State:
+    """What auto() and support_quantised() made of this process."""
+
+    auto: bool = False
+    quantised: bool = False
+
+
+_state = _State()
+
+
+def _patch() -> None:
+    if _state.auto or _state.quantised:
+        _inject_patch.install(BaseTuner)
+        _merge_patch.install(LoraModel)
     else:
-        _patch.remove()
+        _inject_patch.remove()
+        _merge_patch.remove()
 
 
 def _inject_and_enable(
     original: Callable[..., None], self: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any
 ) -> None:
-    original(self, model, *args, **kwargs)
-    _enable(dict(_outermost_wrappers(model)))
+    with peft_quantised.stand_ins(model):
+        original(self, model, *args, **kwargs)
+    wrappers = dict(_outermost_wrappers(model))
+    _enable(wrappers if _state.auto else _quantised(wrappers))
 
 
-_patch = MethodPatch("inject_adapter", _inject_and_enable)
+_inject_patch = MethodPatch("inject_adapter", _inject_and_enable)
+_merge_patch = MethodPatch("_check_merge_allowed", peft_quantised.check_merge_allowed)
+
+
+def _quantised(wrappers: dict[str, ParamWrapper]) -> dict[str, ParamWrapper]:
+    return {name: w for name, w in wrappers.items() if any(map(_is_quantised, _chain(w)))}
+
+
+def _is_quantised(wrapper: ParamWrapper) -> bool:
+    weight = getattr(wrapper.get_base_layer(), wrapper.parameter_name)
+    return isinstance(weight, QuantizedWeight)
 
 
 def _enable(wrappers: dict[str, ParamWrapper]) -> list[str]:
@@ -131,9 +186,11 @@ def _enable(wrappers: dict[str, ParamWrapper]) -> list[str]:
         else:
             # Not a method, which would be pickled as the class's own forward.
             wrapper.__dict__["forward"] = functools.partial(forward, wrapper)
+        for inner in filter(_is_quantised, _chain(wrapper)):
+            inner.__dict__["merge"] = functools.partial(peft_quantised.merge, inner)
         if reason is None:
             enabled.append(name)
-        else:
+        elif not any(map(_is_quantised, _chain(wrapper))):
             _log_merged(reason)
     return enabled
 
@@ -141,11 +198,13 @@ def _enable(wrappers: dict[str, ParamWrapper]) -> list[str]:
 def disable(model: nn.Module) -> None:
     """Give the wrappers that enable() changed PEFT's own forward back.
 
+    Those of quantised experts keep ours, since PEFT's own cannot compute them.
+
     Args:
         model: what enable() was called with.
     """
     for _, wrapper in _outermost_wrappers(model):
-        if _is_ours(wrapper):
+        if _is_ours(wrapper) and not any(map(_is_quantised, _chain(wrapper))):
             del wrapper.__dict__["forward"]
 
 
@@ -169,6 +228,8 @@ def forward(self: ParamWrapper, hidden_states: Tensor, *args: Any, **kwargs: Any
             reason = "the experts were called with other arguments than transformers gives them"
         if reason is None:
             return _split(wrappers, hidden_states, *args)
+        if any(map(_is_quantised, wrappers)):
+            peft_quantised.refuse(reason)
         # Dynamo would break the graph there, and enable() has said what does not change.
         if not torch.compiler.is_compiling():
             _log_merged(reason)
@@ -215,11 +276,11 @@ def _split(
         ]
         for wrapper in wrappers
     }
-    up_weight, up_bias = weight_and_bias(experts, up_name(experts))
-    down_weight, down_bias = weight_and_bias(experts, "down_proj")
+    up_weight, up_bias = weight_and_bias(experts, up_name(experts), hidden_states)
+    down_weight, down_bias = weight_and_bias(experts, "down_proj", hidden_states)
     top_k = top_k_index.shape[-1]
     output = lora_experts(
-        in_dtype_of(up_weight, hidden_states.reshape(-1, hidden_states.shape[-1])),
+        in_dtype_for(up_weight, hidden_states.reshape(-1, hidden_states.shape[-1])),
         up_weight,
         down_weight,
         top_k_index.reshape(-1, top_k),
@@ -243,7 +304,7 @@ def _obstacle(wrappers: list[ParamWrapper]) -> str | None:
     """Say why these wrappers, outermost first, cannot go through split LoRA; None where they can."""
     experts = wrappers[-1].base_layer
     name = type(experts).__name__
-    if not _is_experts(experts):
+    if not is_experts(experts):
         return f"{name} does not go through transformers' experts interface"
     implementation = getattr(experts.config, "_experts_implementation", None)
     if implementation != IMPLEMENTATION:
@@ -256,6 +317,8 @@ def _obstacle(wrappers: list[ParamWrapper]) -> str | None:
             return f"{type(module).__name__} in {name} has hooks or a forward of its own"
     for parameter in (up_name(experts), "down_proj"):
         weight = getattr(experts, parameter)
+        if isinstance(weight, QuantizedWeight):
+            continue
         if type(weight) is not nn.Parameter or weight.dtype not in _DTYPES:
             return f"{parameter} of {name} is a {type(weight).__name__} of {weight.dtype}"
     for wrapper in wrappers:
@@ -268,14 +331,10 @@ def _obstacle(wrappers: list[ParamWrapper]) -> str | None:
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def _is_experts(module: nn.Module) -> bool:
-    return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
-
-
 def _is_hooked(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks
-        or module._forward_pre_hooks
+        or any(hook is not check_implementation for hook in module._forward_pre_hooks.values())
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
@@ -297,7 +356,7 @@ def _outermost_wrappers(model: nn.Module) -> Iterator[tuple[str, ParamWrapper]]:
             continue
         # PEFT wraps parameters of any module, such as the weight of a linear layer.
         experts = module.get_base_layer()
-        if _is_experts(experts) or getattr(experts, module.parameter_name).ndim == 3:
+        if is_experts(experts) or getattr(experts, module.parameter_name).ndim == 3:
             yield name, module
 
 

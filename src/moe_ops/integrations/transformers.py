@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,23 @@ from moe_ops import fused_experts
 from moe_ops._pytorch.activation import Activation
 from moe_ops.integrations import default_experts
 from moe_ops.integrations.default_experts import IMPLEMENTATION
+from moe_ops.integrations.quantised_experts import dequantize_experts_, quantize_experts_
+from moe_ops.integrations.transformers_private import forget
 from moe_ops.layers.functional import composed_experts, projection
+from moe_ops.quantization import QuantizedWeight
+
+if TYPE_CHECKING:
+    from moe_ops.integrations.adoption import adopt_config
+    from moe_ops.integrations.quantizer import MoeOpsConfig
+
+__all__ = [
+    "MoeOpsConfig",
+    "adopt_config",
+    "dequantize_experts_",
+    "quantize_experts_",
+    "register",
+    "unregister",
+]
 
 MINIMUM_VERSION = "5.17"
 
@@ -84,6 +100,9 @@ def register(*, default: bool = False) -> None:
 
         FP8ExpertsInterface.register(IMPLEMENTATION, refuse_fp8_experts)
     default_experts.install(default)
+    from moe_ops.integrations import quantizer
+
+    quantizer.register()
 
 
 def unregister() -> None:
@@ -96,13 +115,27 @@ def unregister() -> None:
     default_experts.uninstall()
     _forget("moe", "ExpertsInterface", experts_forward)
     _forget("finegrained_fp8", "FP8ExpertsInterface", refuse_fp8_experts)
+    if quantizer := sys.modules.get("moe_ops.integrations.quantizer"):
+        quantizer.unregister()
 
 
 def _forget(module: str, name: str, function: Callable[..., Any]) -> None:
     interface = getattr(sys.modules.get(f"transformers.integrations.{module}"), name, None)
-    # The interface has no public way to take a name back.
-    if interface is not None and interface._global_mapping.get(IMPLEMENTATION) is function:
-        interface._global_mapping.pop(IMPLEMENTATION, None)
+    if interface is not None:
+        forget(interface, IMPLEMENTATION, function)
+
+
+def __getattr__(name: str) -> Any:
+    # These need transformers, which `import moe_ops.integrations.transformers` does not import.
+    if name == "MoeOpsConfig":
+        from moe_ops.integrations.quantizer import MoeOpsConfig
+
+        return MoeOpsConfig
+    if name == "adopt_config":
+        from moe_ops.integrations.adoption import adopt_config
+
+        return adopt_config
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class Experts(Protocol):
@@ -144,16 +177,16 @@ def experts_forward(
     if activation is not None:
         return _fused(self, activation, hidden_states, top_k_index, top_k_weights)
     top_k = top_k_index.shape[-1]
-    up_weight, up_bias = weight_and_bias(self, up_name(self))
-    down_weight, down_bias = weight_and_bias(self, "down_proj")
+    up_weight, up_bias = weight_and_bias(self, up_name(self), hidden_states)
+    down_weight, down_bias = weight_and_bias(self, "down_proj", hidden_states)
     apply_gate = self._apply_gate if self.has_gate else self.act_fn
     output = composed_experts(
-        in_dtype_of(up_weight, hidden_states.reshape(-1, hidden_states.shape[-1])),
+        in_dtype_for(up_weight, hidden_states.reshape(-1, hidden_states.shape[-1])),
         top_k_index.reshape(-1, top_k),
         top_k_weights.reshape(-1, top_k),
         self.num_experts,
         up=projection(up_weight, up_bias),
-        activation=lambda z: in_dtype_of(down_weight, apply_gate(z)),
+        activation=lambda z: in_dtype_for(down_weight, apply_gate(z), hidden_states),
         down=projection(down_weight, down_bias),
         norm=self.post_expert_norm if getattr(self, "has_post_expert_norm", False) else None,
     )
@@ -168,10 +201,10 @@ def _fused(
     top_k_weights: Tensor,
 ) -> Tensor:
     top_k = top_k_index.shape[-1]
-    up_weight, up_bias = weight_and_bias(self, up_name(self))
-    down_weight, down_bias = weight_and_bias(self, "down_proj")
+    up_weight, up_bias = weight_and_bias(self, up_name(self), hidden_states)
+    down_weight, down_bias = weight_and_bias(self, "down_proj", hidden_states)
     output = fused_experts(
-        in_dtype_of(up_weight, hidden_states.reshape(-1, hidden_states.shape[-1])),
+        in_dtype_for(up_weight, hidden_states.reshape(-1, hidden_states.shape[-1])),
         up_weight,
         down_weight,
         top_k_index.reshape(-1, top_k),
@@ -262,16 +295,29 @@ def up_name(experts: Experts | nn.Module) -> str:
     return "gate_up_proj" if experts.has_gate else "up_proj"
 
 
-def weight_and_bias(experts: Experts, name: str) -> tuple[Tensor, Tensor | None]:
+def weight_and_bias(
+    experts: Experts, name: str, hidden_states: Tensor
+) -> tuple[Tensor | QuantizedWeight, Tensor | None]:
     """Return the weight called name as (num_experts, out_features, in_features), and its bias."""
     weight = getattr(experts, name)
-    bias = in_dtype_of(weight, getattr(experts, f"{name}_bias")) if experts.has_bias else None
-    return weight.transpose(1, 2) if experts.is_transposed else weight, bias
+    bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
+    if bias is not None:
+        bias = in_dtype_for(weight, bias, hidden_states)
+    if isinstance(weight, QuantizedWeight) or not experts.is_transposed:
+        return weight, bias
+    return weight.transpose(1, 2), bias
 
 
-def in_dtype_of(weight: Tensor, tensor: Tensor) -> Tensor:
-    """Cast a tensor to the dtype of the weight: fp32 residual streams and biases meet bf16 weights.
+def in_dtype_for(
+    weight: Tensor | QuantizedWeight, tensor: Tensor, hidden_states: Tensor | None = None
+) -> Tensor:
+    """Cast a tensor to the dtype that is computed in: fp32 residual streams and biases meet bf16 weights.
 
-    Under autocast the op casts both; casting here first would bring bf16 rows to fp32 and back.
+    A weight computes in its own dtype, a quantised one in that of the hidden states. Under autocast
+    the op casts both; casting here first would bring bf16 rows to fp32 and back.
     """
-    return tensor if torch.is_autocast_enabled(tensor.device.type) else tensor.to(weight.dtype)
+    if torch.is_autocast_enabled(tensor.device.type):
+        return tensor
+    if isinstance(weight, QuantizedWeight):
+        return tensor if hidden_states is None else tensor.to(hidden_states.dtype)
+    return tensor.to(weight.dtype)

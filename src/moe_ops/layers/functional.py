@@ -23,6 +23,7 @@ from moe_ops.ops.grouped_gemm_fp8 import grouped_gemm_fp8
 from moe_ops.ops.permute import permute
 from moe_ops.ops.routing_indices import routing_indices
 from moe_ops.ops.unpermute import unpermute
+from moe_ops.quantization import QuantizedWeight
 
 _HERE = "moe_ops.layers.functional"
 
@@ -48,7 +49,7 @@ class Projection(Protocol):
 
 
 def projection(
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     bias: Tensor | None = None,
     weight_scale: Tensor | None = None,
     kernel_config: str | None = None,
@@ -56,8 +57,10 @@ def projection(
     """Return the product with a weight: grouped_gemm, or grouped_gemm_fp8 where it has scales.
 
     Args:
-        weight ((E, out_features, in_features), floating or float8_e4m3fn): one matrix per expert.
-        bias ((E, out_features), dtype of weight): added to each row; not with weight_scale.
+        weight ((E, out_features, in_features), floating or float8_e4m3fn): one matrix per expert, or
+            a QuantizedWeight.
+        bias ((E, out_features), dtype of weight): added to each row; not with weight_scale. Beside
+            a quantised weight it has the dtype of the rows.
         weight_scale ((E, ceil(out_features / 128), ceil(in_features / 128)), float32): the scales of
             a weight in FP8.
         kernel_config: what moe_ops.kernel_config() makes; None chooses by shape.

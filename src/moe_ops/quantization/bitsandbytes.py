@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -45,6 +46,24 @@ def from_bitsandbytes(
     tensors = {name: [scale[name] for scale in scales] for name in scales[0]} | {"codes": codes}
     sizes_of = shapes(layout)
     return Packed(layout, {n: _joined(parts).view(sizes_of[n]) for n, parts in tensors.items()})
+
+
+def joined_rows(states: Sequence[Any]) -> Any:
+    """Return the state (N, D) of weights that stand under each other. Its absmax is in fp32.
+
+    Blocks of 256 scales and their offsets belong to one state, so a quantised absmax does not stay so.
+    One state alone is returned as it is.
+    """
+    if len(states) == 1:
+        return states[0]
+    rows, (width,) = sum(s.shape[0] for s in states), {s.shape[1] for s in states}
+    return SimpleNamespace(
+        quant_type=states[0].quant_type,
+        blocksize=states[0].blocksize,
+        shape=(rows, width),
+        absmax=torch.cat([_absmax(state) for state in states]),
+        state2=None,
+    )
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:

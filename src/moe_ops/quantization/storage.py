@@ -88,9 +88,14 @@ def quantized(weight: Tensor, layout: Layout) -> Packed:
         return packed
     encode = FORMATS[layout.format].encode
     for expert, matrix in enumerate(weight.detach()):
-        for name, tensor in encode(matrix.float(), layout.group_size).items():
+        for name, tensor in encode(_float(matrix), layout.group_size).items():
             packed.tensors[name][expert].copy_(tensor)
     return packed
+
+
+def _float(matrix: Tensor) -> Tensor:
+    """Return a matrix in fp32 and row after row: weights may come transposed."""
+    return matrix.to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def dequantized(packed: Packed, dtype: torch.dtype) -> Tensor:

@@ -9,8 +9,8 @@ For a row x of expert e,
     y = base(x) + scaling * (x @ lora_A[e].T) @ lora_B[e].T
 
 The base weight stays as it is, so a frozen one gets no gradient GEMM and no gradient tensor, and
-nothing of the size of the weight is made in a step. It may be FP8 with a scale for each block of
-128 x 128 weights (moe_ops.quantize_fp8): moe::grouped_gemm_fp8 dequantises it within its product.
+nothing of the size of the weight is kept between the passes. It may be a moe_ops.QuantizedWeight of any
+format, or FP8 with a scale for each block of 128 x 128 weights (moe_ops.quantize_fp8).
 
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
 """
@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from moe_ops.layers.functional import composed_experts, named_activation, projection
 from moe_ops.ops.grouped_gemm import grouped_gemm
+from moe_ops.quantization import QuantizedWeight
 
 _HERE = "moe_ops.layers.lora"
 
@@ -44,7 +45,7 @@ class LoraWeights(NamedTuple):
 
 def lora_grouped_gemm(
     input: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     token_counts: Tensor,
     adapters: Sequence[LoraWeights],
     gather_indices: Tensor | None = None,
@@ -68,14 +69,15 @@ def lora_grouped_gemm(
     Args:
         input ((M, in_features), floating): rows in token order with permute_x, else in expert order.
         weight ((num_experts, out_features, in_features), dtype of input or float8_e4m3fn): the base
-            weight; one in FP8 comes with its weight_scale.
+            weight, or a QuantizedWeight. A tensor in FP8 comes with its weight_scale.
         token_counts ((num_experts,), index): rows of each expert.
         adapters: LoraWeights that are added up; they are multiplied in the dtype of weight, or of
-            input where the weight is FP8. With none of them this is moe_ops.grouped_gemm, or
+            input where the weight is quantised. With none of them this is moe_ops.grouped_gemm, or
             moe_ops.grouped_gemm_fp8.
         gather_indices ((R,), index): slot of each row in expert order.
         topk_weights ((R / top_k, top_k), floating): router weight of each slot.
-        bias ((num_experts, out_features), dtype of weight): bias of the base.
+        bias ((num_experts, out_features), dtype of weight): bias of the base. Beside a quantised
+            weight it has the dtype of input.
         top_k: slots of a token.
         permute_x: gather the rows of input through gather_indices.
         permute_y: store the rows of output through gather_indices.
@@ -92,7 +94,7 @@ def lora_grouped_gemm(
             weight_scale together; what moe_ops.grouped_gemm and moe_ops.grouped_gemm_fp8 refuse.
         TypeError: a dtype that these refuse, such as that of a weight quantised otherwise.
 
-    Differentiable in input, weight, topk_weights, bias and the adapters, but for a weight in FP8. A
+    Differentiable in input, weight, topk_weights, bias and the adapters, but for a quantised weight. A
     gradient that nobody asks for costs no GEMM. Deterministic but for the dropout.
     """
     check_dropout("lora_grouped_gemm", "dropout_p", dropout_p)
@@ -107,7 +109,8 @@ def lora_grouped_gemm(
     output = base(
         input, **routing, topk_weights=topk_weights, permute_x=permute_x, permute_y=permute_y
     )
-    dtype = weight.dtype if weight_scale is None else input.dtype
+    is_plain = weight_scale is None and isinstance(weight, Tensor)
+    dtype = weight.dtype if is_plain else input.dtype
     for adapter in adapters:
         x = F.dropout(input, dropout_p) if dropout_p else input
         low_rank = grouped_gemm(x, adapter.lora_A.to(dtype), **routing, permute_x=permute_x)
@@ -126,8 +129,8 @@ def lora_grouped_gemm(
 
 def lora_experts(
     hidden_states: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Tensor | QuantizedWeight,
+    down_proj: Tensor | QuantizedWeight,
     topk_ids: Tensor,
     topk_weights: Tensor,
     gate_up_lora: Sequence[LoraWeights] = (),
@@ -149,8 +152,10 @@ def lora_experts(
 
     Args:
         hidden_states ((T, H), floating): rows in token order.
-        gate_up_proj ((E, U, H), dtype of hidden_states, or float8_e4m3fn): the frozen up projection.
-        down_proj ((E, H, I), dtype of hidden_states, or float8_e4m3fn): the frozen down projection.
+        gate_up_proj ((E, U, H), dtype of hidden_states, or float8_e4m3fn): the frozen up projection,
+            or a QuantizedWeight.
+        down_proj ((E, H, I), dtype of hidden_states, or float8_e4m3fn): the frozen down projection,
+            or a QuantizedWeight.
         topk_ids ((T, K), int32 or int64): expert of each slot; ids outside [0, E) are dropped.
         topk_weights ((T, K), floating): router weight of each slot.
         gate_up_lora: adapters of gate_up_proj, lora_A (E, r, H) and lora_B (E, U, r).
@@ -175,7 +180,7 @@ def lora_experts(
         TypeError: a dtype that the ops refuse.
 
     Differentiable in hidden_states, topk_weights, the adapters, and the projections and biases if
-    they require it (a projection in FP8 cannot). Deterministic but for the dropout.
+    they require it (a quantised projection cannot). Deterministic but for the dropout.
     """
     if not callable(activation):
         activation = named_activation(
@@ -206,7 +211,7 @@ def check_dropout(function: str, name: str, probability: float) -> None:
         )
 
 
-def _check(adapter: LoraWeights, weight: Tensor) -> None:
+def _check(adapter: LoraWeights, weight: Tensor | QuantizedWeight) -> None:
     for name in ("lora_A", "lora_B"):
         if not (factor := getattr(adapter, name)).is_floating_point():
             raise TypeError(

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How checkpoints of other libraries store quantised experts, and how a QuantizedWeight takes them.
+
+A part is what a checkpoint has of one projection: for each suffix of the weight's name, the tensors
+of the experts in their order. Of a gated one that is stored as gate and up, there are two parts.
+
+E num_experts, N out_features, D in_features.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_ops.fp8 import BLOCK
+from moe_ops.quantization import QuantizedWeight
+from moe_ops.quantization.bitsandbytes import joined_rows
+
+Part = Mapping[str, list[Tensor]]
+Parts = Sequence[Part]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Say how a library's checkpoints call the tensors of a weight.
+
+    Attributes:
+        format: what its experts become.
+        suffixes: what stands behind the weight's name.
+        experts: makes a QuantizedWeight from (the weight's name, its parts, its dtype).
+        check: raises a ValueError for (function, quantization_config) that is not adopted.
+        stacked: names of weights that have all experts in one tensor.
+        linear: whether other modules may be quantised too.
+        renamings: other names for the same suffixes, as pairs of patterns.
+    """
+
+    format: str
+    suffixes: tuple[str, ...]
+    experts: Callable[[str, Parts, torch.dtype], QuantizedWeight]
+    check: Callable[[str, Mapping[str, Any]], None]
+    stacked: tuple[str, ...] = ()
+    linear: bool = True
+    renamings: tuple[tuple[str, str], ...] = ()
+
+
+def check_adoptable(function: str, config: Mapping[str, Any]) -> Source:
+    """Return the source of a checkpoint with this quantization_config.
+
+    Raises:
+        ValueError: its experts are quantised in a way that no format stores.
+    """
+    method = config.get("quant_method")
+    if method is None and (config.get("load_in_4bit") or config.get("load_in_8bit")):
+        method = "bitsandbytes"
+    if method not in SOURCES:
+        raise ValueError(
+            f"{function}: expected quant_method to be one of {', '.join(SOURCES)}, got {method!r}"
+        )
+    SOURCES[method].check(function, config)
+    return SOURCES[method]
+
+
+def _expect(function: str, config: Mapping[str, Any], name: str, *allowed: object) -> None:
+    if (value := config.get(name, allowed[0])) not in allowed:
+        raise ValueError(
+            f"{function}: expected {name} of the quantization_config to be "
+            f"{' or '.join(map(repr, allowed))}, got {value!r}"
+        )
+
+
+def _check_mxfp4(function: str, config: Mapping[str, Any]) -> None:
+    """Take all of them: blocks of 32 are all that there is."""
+
+
+def _mxfp4(name: str, parts: Parts, dtype: torch.dtype) -> QuantizedWeight:
+    (part,) = parts
+    ((blocks,), (scales,)) = _all(name, part, "_blocks", "_scales")
+    return QuantizedWeight.from_mxfp4(blocks, scales, dtype)
+
+
+def _check_fp8(function: str, config: Mapping[str, Any]) -> None:
+    _expect(function, {"size": list(config.get("weight_block_size") or [])}, "size", [BLOCK, BLOCK])
+
+
+def _fp8(name: str, parts: Parts, dtype: torch.dtype) -> QuantizedWeight:
+    found = [_all(name, part, "", "_scale_inv") for part in parts]
+    rows = {codes[0].shape[0] for codes, _ in found[:-1]}
+    if any(row % BLOCK for row in rows):
+        raise ValueError(
+            f"expected the rows of the gate in {name} to be a multiple of {BLOCK}, since its blocks and "
+            f"those of the up projection are stored as one, got {sorted(rows)}"
+        )
+    codes, scales = (
+        [torch.cat(t) for t in zip(*tensors, strict=True)] for tensors in zip(*found, strict=True)
+    )
+    if codes[0].dtype == torch.int8:
+        # DeepSeek-V4 keeps its experts in four bits beside FP8.
+        return QuantizedWeight.from_mxfp4(codes, scales, dtype)
+    if codes[0].dtype != torch.float8_e4m3fn:
+        # transformers may have cast them, which changed no value.
+        codes = [tensor.to(torch.float8_e4m3fn) for tensor in codes]
+    return QuantizedWeight.from_fp8_block(codes, scales, dtype)
+
+
+def _check_bitsandbytes(function: str, config: Mapping[str, Any]) -> None:
+    _expect(function, config, "load_in_4bit", True)
+    _expect(function, config, "bnb_4bit_quant_type", "nf4")
+    _expect(function, config, "bnb_4bit_quant_storage", "uint8")
+
+
+def _bitsandbytes(name: str, parts: Parts, dtype: torch.dtype) -> QuantizedWeight:
+    """Join gate and up in one state, whose absmax stays in fp32: each has an offset of its own."""
+    datas, states = [], []
+    for part in parts:
+        codes, *_ = _all(name, part, "", ".absmax", ".quant_state.bitsandbytes__nf4")
+        datas.append(codes)
+        states.append([_state(part, expert) for expert in range(len(codes))])
+    joined = [
+        (torch.cat([data.flatten() for data in expert[0]]), joined_rows(list(expert[1])))
+        for expert in zip(zip(*datas, strict=True), zip(*states, strict=True), strict=True)
+    ]
+    return QuantizedWeight.from_bitsandbytes([j[0] for j in joined], [j[1] for j in joined], dtype)
+
+
+def _state(part: Part, expert: int) -> Any:
+    """Return the quant_state of an expert, as bitsandbytes.functional.QuantState has it."""
+    packed = json.loads(bytes(part[".quant_state.bitsandbytes__nf4"][expert].tolist()))
+    absmax = part[".absmax"][expert]
+    state2 = offset = None
+    if ".nested_absmax" in part:
+        state2 = SimpleNamespace(
+            absmax=part[".nested_absmax"][expert],
+            code=part[".nested_quant_map"][expert],
+            blocksize=packed["nested_blocksize"],
+        )
+        offset = torch.tensor(packed["nested_offset"], dtype=torch.float32, device=absmax.device)
+    return SimpleNamespace(
+        quant_type=packed["quant_type"],
+        blocksize=packed["blocksize"],
+        shape=tuple(packed["shape"]),
+        absmax=absmax,
+        offset=offset,
+        state2=state2,
+    )
+
+
+def _check_compressed(function: str, config: Mapping[str, Any]) -> None:
+    for group in config.get("config_groups", {}).values():
+        weights = group.get("weights") or {}
+        _expect(
+            function,
+            {"format": group.get("format") or config.get("format")},
+            "format",
+            "pack-quantized",
+        )
+        for name, allowed in (
+            ("num_bits", (4,)), ("type", ("int",)), ("symmetric", (True,)), ("strategy", ("group",)),
+            ("group_size", (32, 128)), ("actorder", (None, False)), ("dynamic", (False, None)),
+        ):  # fmt: skip
+            _expect(function, weights, name, *allowed)
+        _expect(function, group, "input_activations", None)
+
+
+def _compressed(name: str, parts: Parts, dtype: torch.dtype) -> QuantizedWeight:
+    found = [_all(name, part, "_packed", "_scale", "_shape") for part in parts]
+    words, scales, _ = (
+        [torch.cat(t) for t in zip(*tensors, strict=True)] for tensors in zip(*found, strict=True)
+    )
+    rows = sum(int(shapes[0][0]) for *_, shapes in found)
+    width = int(found[0][2][0][1])
+    group_size = width // max(scales[0].shape[1], 1)
+    return QuantizedWeight.from_compressed_int4(words, scales, (rows, width), group_size, dtype)
+
+
+def _all(name: str, part: Part, *suffixes: str) -> list[list[Tensor]]:
+    """Return the tensors of each suffix.
+
+    Raises:
+        ValueError: the checkpoint lacks some.
+    """
+    missing = [suffix for suffix in suffixes if suffix not in part]
+    if missing:
+        raise ValueError(
+            f"expected the checkpoint to have {', '.join(f'*{suffix}' for suffix in missing)} of {name}, "
+            f"got {', '.join(f'*{suffix}' for suffix in part)} alone"
+        )
+    return [part[suffix] for suffix in suffixes]
+
+
+SOURCES = {
+    "mxfp4": Source(
+        "mxfp4", ("_blocks", "_scales"), _mxfp4, _check_mxfp4,
+        stacked=("gate_up_proj", "down_proj"), linear=False,
+    ),
+    "fp8": Source(
+        "fp8_block", ("_scale_inv",), _fp8, _check_fp8,
+        renamings=((r"^(.+)\.scale$", r"\1.weight_scale_inv"),),
+    ),
+    "bitsandbytes": Source(
+        "nf4",
+        (
+            ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map",
+            ".quant_state.bitsandbytes__nf4",
+        ),
+        _bitsandbytes, _check_bitsandbytes,
+    ),
+    "compressed-tensors": Source(
+        "int4", ("_packed", "_scale", "_shape"), _compressed, _check_compressed
+    ),
+}  # fmt: skip
