@@ -8,6 +8,7 @@ The judges of numbers, which share no code with moe_ops:
     checks            comparisons: with the oracle, by norm, by row; errors that are alike everywhere
 
 Arguments for calls:
+    layouts           values in memory as ops must take them
     strategies        any op's arguments, drawn from its schema
     stored_weights    bytes of quantised weights, for strategies
     every_op          what is tested of every op: names, opcheck, calls with corrupt indices

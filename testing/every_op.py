@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_ops._core.library import SCHEMAS
-from testing import checks, strategies
+from testing import checks, layouts, strategies
 from testing.strategies import Sample, seeded_sample
 
 ALL = sorted(SCHEMAS)
@@ -50,7 +50,7 @@ def corruptions(sample: Sample) -> Iterator[dict[str, Tensor]]:
         lambda n, t: torch.where(torch.arange(t.numel()).reshape(t.shape) % 2 == 0, largest[n], -1)
         .to(t.dtype),
     ):  # fmt: skip
-        corrupted = {n: strategies.lay_out(fill(n, t), "sliced") for n, t in given.items()}
+        corrupted = {n: layouts.lay_out(fill(n, t), "sliced") for n, t in given.items()}
         yield corrupted
         for alone, value in corrupted.items():
             yield {alone: value}

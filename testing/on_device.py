@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moe_ops._core.library import SCHEMAS
 from moe_ops._core.schema import OpSchema
-from testing import checks, strategies
+from testing import checks, layouts, strategies
 from testing.every_op import corruptions
 from testing.strategies import Sample, seeded_sample
 
@@ -61,7 +61,7 @@ def mix_dtypes(sample: Sample, seed: int) -> Sample:
     for name in others:
         if dtype is not None and arguments[name] is not None:
             layout = sample.layouts[name]
-            arguments[name] = strategies.lay_out(arguments[name].to(dtype), layout)
+            arguments[name] = layouts.lay_out(arguments[name].to(dtype), layout)
     return dataclasses.replace(sample, arguments=arguments)
 
 
@@ -139,7 +139,7 @@ def tangents(outputs: Any, seed: int = 0, layout: str = "contiguous") -> list[Te
     for output in checks.as_tuple(outputs):
         if output.is_floating_point():
             values = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-            made.append(strategies.lay_out(values.to(output.dtype), layout))
+            made.append(layouts.lay_out(values.to(output.dtype), layout))
     return made
 
 

@@ -9,7 +9,7 @@ import torch
 
 from moe_ops._core.library import SCHEMAS
 from moe_ops._core.schema import DTYPES
-from testing import oracle, strategies
+from testing import layouts, oracle, strategies
 from testing.strategies import seeded_sample, variants
 
 schemas = pytest.mark.parametrize("name", sorted(SCHEMAS))
@@ -34,7 +34,7 @@ def test_draws_every_dtype_layout_size_and_routing(name):
         if argument.is_tensor:
             dtypes = DTYPES.get(argument.dtype, ())
             expected = [getattr(torch, dtype) for dtype in dtypes]
-            expected += strategies.INDEX_LAYOUTS if argument.values else strategies.LAYOUTS
+            expected += layouts.INDEX_LAYOUTS if argument.values else layouts.LAYOUTS
             if argument.is_optional:
                 expected.append(str(None))
         elif argument.type == "bool":
@@ -102,11 +102,11 @@ def test_where_variants_are_many_any_two_options_occur_together():
     assert len(given) == 4
 
 
-@pytest.mark.parametrize("layout", strategies.LAYOUTS)
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
 @pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5)], ids=str)
 def test_layouts(layout, shape):
     content = torch.arange(1.0, 1 + torch.Size(shape).numel()).view(shape)
-    tensor = strategies.lay_out(content, layout)
+    tensor = layouts.lay_out(content, layout)
     assert tensor.shape == shape
     assert tensor.is_contiguous() == (layout == "contiguous")
     if layout == "expanded":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_ops._core.library import SCHEMAS
-from testing import checks, oracle, strategies
+from testing import checks, layouts, oracle, strategies
 from testing.on_device import (
     ALL,
     DEVICE,
@@ -99,11 +99,11 @@ def test_matches_reference(name, seed, variant, dtype):
 def test_gradients_match_reference(name, seed, variant, dtype):
     sample = decided_sample(SCHEMAS[name], seed + 100, dtype=dtype, **variant)
     sample = mix_dtypes(sample, seed)
-    layout = strategies.LAYOUTS[seed % len(strategies.LAYOUTS)]
+    layout = layouts.LAYOUTS[seed % len(layouts.LAYOUTS)]
     check_gradients(sample, seed, layout)
 
 
-@pytest.mark.parametrize("layout", strategies.LAYOUTS)
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
 @schemas
 def test_layouts(name, layout):
     for seed, dtype in enumerate(DTYPES):
@@ -176,7 +176,7 @@ def opcheck_cases(name: str) -> list[dict[str, Any]]:
         {
             **found[i % len(found)],
             "dtype": DTYPES[i % 3],
-            "layout": strategies.LAYOUTS[i % 4],
+            "layout": layouts.LAYOUTS[i % 4],
             "index_dtype": INDEX[i // 4 % 2],
         }
         for i in range(max(len(found), 8))

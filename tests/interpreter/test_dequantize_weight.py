@@ -9,8 +9,8 @@ from moe_ops._triton.dequantize import _tile
 from moe_ops.quantization.formats import FORMATS
 from moe_ops.quantization.scales import SCALES
 from testing.interpreted import pytestmark as interpreted
+from testing.layouts import lay_out
 from testing.quantized_problem import KINDS, assert_equal, stored
-from testing.strategies import lay_out
 
 pytestmark = [
     interpreted,

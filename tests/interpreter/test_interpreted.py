@@ -11,7 +11,7 @@ import torch
 
 import moe_ops
 from moe_ops._core.library import OPS, SCHEMAS
-from testing import checks, masked_routing, strategies
+from testing import checks, layouts, masked_routing, strategies
 from testing.every_op import FAST_OPCHECKS, INDEX_OPS, opcheck
 from testing.interpreted import pytestmark  # noqa: F401
 from testing.on_device import (
@@ -61,7 +61,7 @@ def check_gradients(sample: Sample, seed: int) -> None:
     names = sample.differentiable()
     arguments = sample.requiring_grad()
     output = differentiable_output(sample(**arguments))
-    (tangent,) = tangents(output, seed, strategies.LAYOUTS[seed % 4])
+    (tangent,) = tangents(output, seed, layouts.LAYOUTS[seed % 4])
     with checks.poisoned_memory():
         found = torch.autograd.grad(output, [arguments[n] for n in names], tangent)
     expected = checks.oracle_gradients(sample, tangent)
@@ -104,7 +104,7 @@ def test_widths_of_zero(name, width):
 @schemas
 def test_layouts_and_index_dtypes(name):
     index_dtypes = (torch.int32, torch.int64)
-    for seed, (layout, index) in enumerate(itertools.product(strategies.LAYOUTS, index_dtypes)):
+    for seed, (layout, index) in enumerate(itertools.product(layouts.LAYOUTS, index_dtypes)):
         fixed = {"layout": layout, "index_dtype": index, "dtype": DTYPES[seed % 2], "T": 5}
         check_forward(decided_sample(SCHEMAS[name], seed, **fixed))
 
@@ -122,7 +122,7 @@ def test_index_dtypes_give_the_same(name):
 def test_opcheck(name):
     """Outputs have the strides of the fakes, and share memory with nothing."""
     for seed, variant in enumerate(some_variants(name, at_most=6)):
-        fixed = {**variant, "dtype": DTYPES[seed % 2], "layout": strategies.LAYOUTS[seed % 4]}
+        fixed = {**variant, "dtype": DTYPES[seed % 2], "layout": layouts.LAYOUTS[seed % 4]}
         opcheck(seeded_sample(SCHEMAS[name], seed, **fixed), FAST_OPCHECKS)
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_ops._core.library import SCHEMAS
-from testing import checks, strategies
+from testing import checks, layouts, strategies
 from testing.every_op import (
     ALL,
     DIFFERENTIABLE,
@@ -103,8 +103,8 @@ def test_gradients_match_reference(name, data):
     output = output[0] if isinstance(output, tuple) else output
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000), "seed"))
     tangent = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
-    layout = data.draw(st.sampled_from(strategies.LAYOUTS), "layout of grad_output")
-    tangent = strategies.lay_out(tangent, layout)
+    layout = data.draw(st.sampled_from(layouts.LAYOUTS), "layout of grad_output")
+    tangent = layouts.lay_out(tangent, layout)
     with checks.poisoned_memory():
         found = torch.autograd.grad(output, [arguments[n] for n in names], tangent)
     expected = checks.oracle_gradients(sample, tangent)
@@ -119,7 +119,7 @@ def test_gradients_match_reference(name, data):
 def opcheck_samples(name: str) -> list[Sample]:
     """Yield all combinations of flags, dtypes and layouts in turn, then each dtype at T = 0."""
     schema = SCHEMAS[name]
-    cycle = itertools.cycle(itertools.product(FLOATING, strategies.LAYOUTS, INDEX))
+    cycle = itertools.cycle(itertools.product(FLOATING, layouts.LAYOUTS, INDEX))
     chosen = [
         {**variant, "dtype": dtype, "layout": layout, "index_dtype": index}
         for variant, (dtype, layout, index) in zip(strategies.variants(schema), cycle, strict=False)
