@@ -39,6 +39,8 @@ SIZES: Mapping[str, tuple[int, ...]] = {
     "out_features": (1, 2, 3, 8, 17),
 }
 UNBOUNDED_INTS = (1, 2, 3, 4, 8)
+# A process that is alone has one rank. tests/distributed has several.
+WORLD_SIZES = (1,)
 FLOATS = (1.0, 2.5, 0.3)
 PRESENT = object()
 
@@ -272,6 +274,8 @@ class _Builder:
             return (None, *FLOATS)
         if argument.is_optional:
             return (None,)
+        if argument.name == "world_size":
+            return WORLD_SIZES
         if argument.type == "SymInt":
             low = 0 if argument.minimum is None else self.size(argument.minimum)
             if argument.maximum is None:
@@ -307,6 +311,9 @@ class _Builder:
                 num_experts = self.known[match["ids"]]
                 num_tokens, top_k = shape
                 distinct = "distinct" in argument.values
+            elif argument.values == "sent slots":
+                num_experts = self.known["num_experts"]
+                num_tokens, top_k = shape
             elif argument.values == "permutation":
                 top_k = self.top_k()
                 num_tokens = shape[0] // top_k
@@ -372,6 +379,9 @@ class _Builder:
             return self.token_counts
         if match["ids"]:
             return self.topk_ids
+        if argument.values == "sent slots":
+            sizes = (self.known[name] for name in ("num_experts", "world_size", "capacity"))
+            return oracle.sent_slots(self.topk_ids, *sizes)
         if match["inverse"]:
             return torch.argsort(self.tensors[match["inverse"]].long())
         return self.gather_indices

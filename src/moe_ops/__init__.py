@@ -17,6 +17,8 @@ from moe_ops.configs.kernel_config import (
 from moe_ops.configs.kernel_string import kernel_config
 from moe_ops.fp8 import dequantize_fp8, quantize_fp8
 from moe_ops.ops import dequantize_weight as _dequantize_weight  # noqa: F401 - registers the op
+from moe_ops.ops.ep_combine import ep_combine
+from moe_ops.ops.ep_dispatch import ep_dispatch
 from moe_ops.ops.fused_experts import fused_experts
 from moe_ops.ops.grouped_gemm import grouped_gemm
 from moe_ops.ops.grouped_gemm_fp8 import grouped_gemm_fp8
@@ -35,6 +37,8 @@ __all__ = [
     "KernelConfigForward",
     "QuantizedWeight",
     "dequantize_fp8",
+    "ep_combine",
+    "ep_dispatch",
     "fused_experts",
     "grouped_gemm",
     "grouped_gemm_fp8",

@@ -12,6 +12,7 @@ rows.py           permute and unpermute
 gemm.py           grouped_gemm and grouped_gemm_fp8
 experts.py        fused_experts and its activations
 quantized.py      quantised weights, bit by bit
+expert_parallel.py  ep_dispatch and ep_combine, for all ranks at once
 differentiate.py  gradients of the ops
 
 A slot is t*K + k: choice k of token t. Expert order is the rows grouped by expert, in slot order
@@ -19,6 +20,15 @@ within an expert, dropped slots last.
 """
 
 from testing.oracle.differentiate import gradients, to_fp64
+from testing.oracle.expert_parallel import (
+    ep_combine,
+    ep_combine_backward,
+    ep_dispatch,
+    ep_dispatch_backward,
+    filled_rows,
+    sent_slots,
+    unspecified,
+)
 from testing.oracle.experts import (
     activated,
     activation_of,
@@ -52,7 +62,12 @@ __all__ = [
     "activation_of",
     "dequantize_weight",
     "dropped_slots",
+    "ep_combine",
+    "ep_combine_backward",
+    "ep_dispatch",
+    "ep_dispatch_backward",
     "expert_layer",
+    "filled_rows",
     "fused_experts",
     "fused_experts_down_backward",
     "fused_experts_forward",
@@ -70,9 +85,11 @@ __all__ = [
     "routing_weights",
     "selection_gap",
     "selection_keys",
+    "sent_slots",
     "to_fp64",
     "topk_routing",
     "topk_routing_backward",
     "unpermute",
     "unpermute_backward",
+    "unspecified",
 ]

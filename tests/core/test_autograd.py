@@ -79,6 +79,9 @@ def test_gradcheck(name):
             fixed = {**variant, "T": 3, "dtype": torch.float64, "layout": "contiguous"}
             if "logits" in {a.name for a in SCHEMAS[name].tensors}:
                 fixed |= {"num_groups": 1, "G": 4}
+            if name == "ep_combine":
+                # Each row holds a token. The gradient of one that holds none is unspecified.
+                fixed |= {"capacity": 3, "routing": "uniform"}
             sample = seeded_sample(SCHEMAS[name], seed, **fixed)
             if selects_firmly(sample):
                 break

@@ -25,6 +25,8 @@ INNER_OPS = {
     "fused_experts_forward",
     "fused_experts_down_backward",
     "fused_experts_up_backward",
+    "ep_dispatch_backward",
+    "ep_combine_backward",
 }
 # QuantizedWeight's dequantize() calls the first. The functions grouped_gemm and fused_experts call
 # the others for a QuantizedWeight.

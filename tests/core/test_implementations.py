@@ -22,6 +22,7 @@ from moe_ops.cli.env import configurations
 from moe_ops.configs import cache
 from moe_ops.configs.choose import shipped
 from moe_ops.configs.kernel_config import KernelConfigForward
+from testing.every_op import ALL, WITH_TRITON
 
 
 @pytest.fixture
@@ -103,10 +104,16 @@ def check_parameters(op, implementation):
     assert {parameter.arg for parameter in parameters.kwonlyargs} == set(op.flags[implementation])
 
 
-@pytest.mark.parametrize("name", sorted(OPS))
-@pytest.mark.parametrize("implementation", ["pytorch", "triton"])
+@pytest.mark.parametrize(
+    ("implementation", "name"),
+    [*(("pytorch", name) for name in ALL), *(("triton", name) for name in WITH_TRITON)],
+)
 def test_parameters_are_the_schema_s(name, implementation):
     check_parameters(OPS[name], implementation)
+
+
+def test_every_other_op_has_a_triton_implementation():
+    assert {name for name, op in OPS.items() if "triton" in op.implementations} == set(WITH_TRITON)
 
 
 @pytest.mark.parametrize(

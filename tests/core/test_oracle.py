@@ -303,3 +303,29 @@ def test_selection_gap_by_hand():
     assert gap([8.0, 1.0, 2.0, 7.0], 1, 2, 1, "top2_sum") == 0.0
     # All groups are chosen: nothing rests on their scores.
     assert gap([8.0, 1.0, 2.0, 7.0], 1, 2, 2, "top2_sum") == 1.0
+
+
+def test_dispatch_and_combine_on_two_ranks_by_hand():
+    """Each rank has two of four experts, and room for two tokens of each rank."""
+    inputs = [torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[4.0]])]
+    ids = [torch.tensor([[0, 3], [1, 0], [0, -1]]), torch.tensor([[2, 1]])]
+    weights = [torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]]), torch.tensor([[0.7, 0.8]])]
+    first, second = oracle.expert_parallel.dispatch(inputs, ids, weights, 4, 2)
+    nan = float("nan")
+    torch.testing.assert_close(
+        first[0].flatten(), torch.tensor([1.0, 2, 4, nan]).double(), equal_nan=True
+    )
+    torch.testing.assert_close(
+        second[0].flatten(), torch.tensor([1.0, nan, 4, nan]).double(), equal_nan=True
+    )
+    assert first[1].tolist() == [[0, -1], [1, 0], [1, -1], [-1, -1]]
+    assert second[1].tolist() == [[1, -1], [-1, -1], [0, -1], [-1, -1]]
+    torch.testing.assert_close(
+        first[2], torch.tensor([[0.1, 0], [0.3, 0.4], [0.8, 0], [0, 0]]).double()
+    )
+    assert first[3].tolist() == [[0, 4], [2, 3], [-1, -1]]
+    assert second[3].tolist() == [[4, 0]]
+    assert (first[4].tolist(), second[4].tolist()) == ([1], [0])
+    outputs = [10 * first[0], 100 * second[0]]
+    sums = oracle.expert_parallel.combine(outputs, [first[3], second[3]], 4, 2)
+    assert [each.flatten().tolist() for each in sums] == [[110.0, 20.0, 0.0], [440.0]]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from testing.every_op import INDEX_OPS
-from testing.on_device import ALL, memory_slot
+from testing.every_op import TRITON_INDEX_OPS, WITH_TRITON
+from testing.on_device import memory_slot
 
 pytestmark = pytest.mark.gpu
 
@@ -47,14 +47,14 @@ def _reason(output: str) -> str:
     return errors[0] if errors else f"it said {output[-200:]!r}"
 
 
-@pytest.mark.parametrize("name", INDEX_OPS)
+@pytest.mark.parametrize("name", TRITON_INDEX_OPS)
 def test_does_not_end_the_process(name):
     done = call([name])
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.endswith("done\n")
 
 
-@pytest.mark.parametrize("name", INDEX_OPS)
+@pytest.mark.parametrize("name", TRITON_INDEX_OPS)
 def test_compute_sanitizer_finds_nothing(name):
     # compute-sanitizer keeps a sixth of the GPU's memory for itself.
     with memory_slot():
@@ -65,4 +65,4 @@ def test_compute_sanitizer_finds_nothing(name):
 
 
 def test_every_op_with_indices_is_called():
-    assert set(ALL) - set(INDEX_OPS) == {"topk_routing", "dequantize_weight"}
+    assert set(WITH_TRITON) - set(TRITON_INDEX_OPS) == {"topk_routing", "dequantize_weight"}

@@ -17,8 +17,8 @@ import moe_ops
 from moe_ops._triton import replay
 from moe_ops._triton.direct import TensorMap
 from testing import checks
+from testing.every_op import WITH_TRITON
 from testing.on_device import (
-    ALL,
     DEVICE,
     DTYPES,
     assert_same_bits,
@@ -91,7 +91,7 @@ def test_other_tensors_of_the_same_sizes():
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", WITH_TRITON)
 def test_every_op_is_replayed(name):
     """What an op's second call records gives the bits of the first, in memory that holds NaN."""
     for seed, variant in enumerate(some_variants(name, at_most=12)):

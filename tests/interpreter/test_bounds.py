@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from testing.every_op import INDEX_OPS
+from testing.every_op import TRITON_INDEX_OPS
 from testing.interpreted import pytestmark  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,9 +31,9 @@ def test_an_access_out_of_bounds_would_be_found(side):
 
 @sides
 def test_corrupt_indices_stay_in_bounds(side):
-    done = call(side, *INDEX_OPS)
+    done = call(side, *TRITON_INDEX_OPS)
     assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
     lines = done.stdout.splitlines()
     assert lines[-1] == "done"
-    assert [line.split()[0] for line in lines[:-1]] == INDEX_OPS
+    assert [line.split()[0] for line in lines[:-1]] == TRITON_INDEX_OPS
     assert all(int(line.split()[1]) > 0 for line in lines[:-1])

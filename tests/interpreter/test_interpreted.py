@@ -12,10 +12,9 @@ import torch
 import moe_ops
 from moe_ops._core.library import OPS, SCHEMAS
 from testing import checks, layouts, masked_routing, strategies
-from testing.every_op import FAST_OPCHECKS, INDEX_OPS, opcheck
+from testing.every_op import FAST_OPCHECKS, TRITON_INDEX_OPS, WITH_TRITON, opcheck
 from testing.interpreted import pytestmark  # noqa: F401
 from testing.on_device import (
-    ALL,
     DIFFERENTIABLE,
     WIDTHS,
     assert_same_bits,
@@ -30,10 +29,10 @@ from testing.strategies import Sample, seeded_sample
 # The interpreter's bf16 products are wrong. Only the CPU implementation takes fp64.
 DTYPES = (torch.float32, torch.float16)
 FP32 = {"dtype": torch.float32}
-GEMMS = [name for name in ALL if name.startswith(("grouped_gemm", "fused_experts"))]
+GEMMS = [name for name in WITH_TRITON if name.startswith(("grouped_gemm", "fused_experts"))]
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-schemas = pytest.mark.parametrize("name", ALL)
+schemas = pytest.mark.parametrize("name", WITH_TRITON)
 
 
 def variants(names):
@@ -48,7 +47,7 @@ def variants(names):
 
 
 def test_every_op_is_served_by_triton():
-    assert {op.choose("cpu").name for op in OPS.values()} == {"triton"}
+    assert {OPS[name].choose("cpu").name for name in WITH_TRITON} == {"triton"}
 
 
 def check_forward(sample: Sample) -> None:
@@ -72,7 +71,7 @@ def check_gradients(sample: Sample, seed: int) -> None:
         checks.assert_close(got, expected[argument], dtype=dtype, scale=scales[argument], what=what)
 
 
-@variants(ALL)
+@variants(WITH_TRITON)
 @dtypes
 def test_matches_reference(name, seed, variant, dtype):
     sample = decided_sample(SCHEMAS[name], seed, dtype=dtype, **variant)
@@ -80,7 +79,7 @@ def test_matches_reference(name, seed, variant, dtype):
     check_forward(mix_dtypes(sample, 1) if seed % 2 else sample)
 
 
-@variants(DIFFERENTIABLE)
+@variants([name for name in DIFFERENTIABLE if name in WITH_TRITON])
 @dtypes
 def test_gradients_match_reference(name, seed, variant, dtype):
     check_gradients(decided_sample(SCHEMAS[name], seed + 100, dtype=dtype, **variant), seed)
@@ -95,7 +94,9 @@ def test_no_tokens(name):
             check_gradients(sample, seed)
 
 
-@pytest.mark.parametrize(("name", "width"), WIDTHS)
+@pytest.mark.parametrize(
+    ("name", "width"), [(name, width) for name, width in WIDTHS if name in WITH_TRITON]
+)
 def test_widths_of_zero(name, width):
     for seed, variant in enumerate(some_variants(name)):
         check_forward(seeded_sample(SCHEMAS[name], seed, **{**variant, width: 0, "T": 3, **FP32}))
@@ -109,7 +110,7 @@ def test_layouts_and_index_dtypes(name):
         check_forward(decided_sample(SCHEMAS[name], seed, **fixed))
 
 
-@pytest.mark.parametrize("name", INDEX_OPS)
+@pytest.mark.parametrize("name", TRITON_INDEX_OPS)
 def test_index_dtypes_give_the_same(name):
     for seed in range(6):
         sample = seeded_sample(SCHEMAS[name], seed, index_dtype=torch.int32, dtype=DTYPES[seed % 2])
