@@ -14,6 +14,7 @@ import torch
 
 from moe_ops._core.library import Op, documented, is_transposed
 from moe_ops.ops.fused_experts import pytorch
+from moe_ops.ops.fused_experts.gradients import Gradients
 from moe_ops.ops.fused_experts.quantized import quantized_experts
 from moe_ops.quantization.weight import QuantizedWeight
 
@@ -41,34 +42,22 @@ def _save(ctx: Any, args: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) ->
     *activation, weights_before, recompute, config = flags
     _, pre_activation, *routing = outputs
     need_x, need_up, need_down, _, need_weights, need_up_bias, need_down_bias, *_ = ctx.needs
-    # The gradient of topk_weights comes from the projection whose rows they multiply.
-    weights_in_up = need_weights and weights_before
-    weights_in_down = need_weights and not weights_before
-    needs_of_up = [need_x, need_up, weights_in_up, need_up_bias]
-    needs_of_down = [any(needs_of_up), need_down, weights_in_down, need_down_bias]
-    # Of these gradients only down_bias's does not go through the activation.
-    reads_activation = any(needs_of_down[:3])
-    recomputes = reads_activation and recompute == "pre_activation"
-    reads_hidden_states = need_up or weights_in_up or recomputes
-    # Inputs of the pre-activation that need a gradient are kept, even if the backward does not read
-    # them. From them the backward ops see that somebody asks for a second derivative.
-    ctx.save_for_backward(
-        hidden_states if reads_hidden_states or need_x else None,
-        gate_up_proj,
-        down_proj,
-        topk_weights,
-        gate_up_bias if recomputes or need_up_bias else None,
-        down_bias if weights_in_down else None,
-        pre_activation if reads_activation and not recomputes else None,
-        *routing,
-    )
-    ctx.down_flags = (*activation, weights_before, needs_of_down, is_transposed(down_proj), config)
-    ctx.up_flags = (topk_weights.shape[1], needs_of_up, is_transposed(gate_up_proj), config)
-    ctx.weights_before, ctx.needs_up = weights_before, any(needs_of_up)
+    needed = Gradients.of(
+        hidden_states=need_x, gate_up_proj=need_up, down_proj=need_down, topk_weights=need_weights,
+        gate_up_bias=need_up_bias, down_bias=need_down_bias, weights_before=weights_before,
+        recompute=recompute,
+    )  # fmt: skip
+    kept = needed.kept(hidden_states, topk_weights, gate_up_bias, down_bias, pre_activation)
+    ctx.save_for_backward(gate_up_proj, down_proj, *kept, *routing)
+    ctx.down_flags = (
+        *activation, weights_before, needed.of_down, is_transposed(down_proj), config
+    )  # fmt: skip
+    ctx.up_flags = (topk_weights.shape[1], needed.of_up, is_transposed(gate_up_proj), config)
+    ctx.weights_before, ctx.needs_up = weights_before, any(needed.of_up)
 
 
 def _backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    x, gate_up_proj, down_proj, topk_weights, *biases, z, counts, gather, scatter = (
+    gate_up_proj, down_proj, x, topk_weights, *biases, z, counts, gather, scatter = (
         ctx.saved_tensors
     )
     # Unless somebody retains the graph, nothing but z itself holds the pre-activation from here on.

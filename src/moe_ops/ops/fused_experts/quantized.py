@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moe_ops._core.library import Op, function_of
+from moe_ops.ops.fused_experts.gradients import Gradients
 from moe_ops.ops.fused_experts.weight import Weight
 from moe_ops.quantization.weight import NUM_STORED, QuantizedWeight
 
@@ -99,38 +100,26 @@ def _save(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
     _, pre_activation, *routing = outputs
     need_x, needs = ctx.needs[0], ctx.needs[1 + 2 * NUM_STORED :]
     _, need_weights, need_up_bias, need_down_bias, *_ = needs
-    # The gradient of topk_weights comes from the projection whose rows they multiply.
-    weights_in_up = need_weights and weights_before
-    weights_in_down = need_weights and not weights_before
-    needs_of_up = [need_x, False, weights_in_up, need_up_bias]
-    needs_of_down = [any(needs_of_up), False, weights_in_down, need_down_bias]
-    reads_activation = any(needs_of_down[:3])
-    recomputes = reads_activation and recompute == "pre_activation"
-    # As in fused_experts, inputs that need a gradient are kept: from them the backward ops see that
-    # somebody asks for a second derivative.
-    ctx.save_for_backward(
-        hidden_states if weights_in_up or recomputes or need_x else None,
-        *gate_up[:4],
-        *down[:4],
-        topk_weights,
-        gate_up_bias if recomputes or need_up_bias else None,
-        down_bias if weights_in_down else None,
-        pre_activation if reads_activation and not recomputes else None,
-        *routing,
-    )
+    needed = Gradients.of(
+        hidden_states=need_x, topk_weights=need_weights, gate_up_bias=need_up_bias,
+        down_bias=need_down_bias, weights_before=weights_before, recompute=recompute,
+    )  # fmt: skip
+    kept = needed.kept(hidden_states, topk_weights, gate_up_bias, down_bias, pre_activation)
+    ctx.save_for_backward(*gate_up[:4], *down[:4], *kept, *routing)
     ctx.gate_up_layout, ctx.down_layout = gate_up[4:], down[4:]
-    ctx.down_flags = (*activation, weights_before, needs_of_down, False, config)
-    ctx.up_flags = (topk_weights.shape[1], needs_of_up, False, config)
+    ctx.down_flags = (*activation, weights_before, needed.of_down, False, config)
+    ctx.up_flags = (topk_weights.shape[1], needed.of_up, False, config)
     gated = activation[1]
     num_experts, width = gate_up[0].shape[:2]
     ctx.sizes = (num_experts, width, hidden_states.shape[1], width // 2 if gated else width)
-    ctx.weights_before, ctx.recomputes = weights_before, recomputes
+    ctx.weights_before, ctx.recomputes = weights_before, needed.recomputes
     # Gradients of biases are sums of rows.
-    ctx.reads_down, ctx.reads_gate_up = reads_activation, need_x or weights_in_up
+    ctx.reads_down = needed.reads_activation
+    ctx.reads_gate_up = needed.of_up[0] or needed.of_up[2]
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    x, *stored, topk_weights, gate_up_bias, down_bias, z, counts, gather, scatter = (
+    *stored, x, topk_weights, gate_up_bias, down_bias, z, counts, gather, scatter = (
         ctx.saved_tensors
     )
     # Unless somebody retains the graph, nothing but z itself holds the pre-activation from here on.
