@@ -6,6 +6,9 @@ E num_experts, N out_features, D in_features, G blocks of a row.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,6 +22,7 @@ from moe_ops.configs.device import device_of
 from moe_ops.quantization.codes import Codes, Nibbles
 from moe_ops.quantization.formats import FORMATS
 from moe_ops.quantization.scales import BFLOAT16, DYNAMIC_CODE, FLOAT32, NESTED, aligned
+from moe_ops.quantization.stored import StoredWeight
 
 # A program of four warps reads 16 bytes of codes in each thread.
 _WARPS = 4
@@ -40,31 +44,86 @@ def dequantize_weight(
     in_features: int,
     output_dtype: torch.dtype,
 ) -> Tensor:
-    num_experts, out_features, row_bytes = codes.shape
-    output = codes.new_empty(num_experts, out_features, in_features, dtype=output_dtype)
-    if not output.numel():
-        return output
-    declared = FORMATS[format]
-    num_rows, num_groups = num_experts * out_features, cdiv(in_features, group_size)
-    rows, block_g = _tile(num_groups, group_size, _BYTES * 8 // declared.codes.bits)
-    unit = unit_of(in_features, row_bytes)
-    device = device_of(codes.device)
-    launch(
-        _dequantize_fwd_kernel, (cdiv(num_rows, rows), cdiv(num_groups, block_g)),
-        codes.contiguous(), _numbers(scale, _DTYPES.get(scale_encoding, torch.uint8)),
-        _numbers(nested_scale, torch.float32), _numbers(nested_offset, torch.float32),
-        _tables(codes, declared.codes, scale_encoding), output,
-        num_rows, out_features, in_features // unit, row_bytes // unit, num_groups,
-        BITS=declared.codes.bits,
-        LOW_FIRST=isinstance(declared.codes, Nibbles) and declared.codes.low_first,
-        ENCODING=scale_encoding, GROUP=group_size, BLOCK_ROWS=declared.block_rows,
-        ROWS=rows, BLOCK_G=block_g, UNIT=unit,
-        HAS_FP8=device.capability >= (8, 9) and not device.is_interpreted,
-        # A nested scale is rounded between its product and its sum.
-        num_warps=_WARPS, enable_fp_fusion=False,
-        on=codes,
-    )  # fmt: skip
+    output = codes.new_empty(*codes.shape[:2], in_features, dtype=output_dtype)
+    if output.numel():
+        weight = StoredWeight(
+            codes, scale, nested_scale, nested_offset, format, group_size, scale_encoding,
+            in_features,
+        )  # fmt: skip
+        StoredForKernel.of(weight).dequantize(0, output)
     return output
+
+
+@dataclass(slots=True)
+class StoredForKernel:
+    """A quantised weight in the form that kernels read.
+
+    Attributes:
+        weight: its tensors are contiguous, and those of numbers begin where numbers may.
+        tables: what its codes and the bytes of its nested scales mean, or None.
+    """
+
+    weight: StoredWeight
+    tables: Tensor | None
+
+    @classmethod
+    def of(cls, weight: StoredWeight) -> StoredForKernel:
+        """Prepare a weight that has elements. It launches what writes the tables."""
+        codes = FORMATS[weight.format].codes
+        tensors = (
+            # Words of eight codes. Codes of eight bits are read as bytes.
+            weight.codes.contiguous() if codes.bits == 8 else _numbers(weight.codes, torch.int32),
+            _numbers(weight.scale, _DTYPES.get(weight.scale_encoding, torch.uint8)),
+            _numbers(weight.nested_scale, torch.float32),
+            _numbers(weight.nested_offset, torch.float32),
+        )
+        tables = _tables(weight.codes, codes, weight.scale_encoding)
+        return cls(StoredWeight(*tensors, *weight[4:]), tables)  # type: ignore[arg-type]
+
+    def tensors(self, first: int = 0) -> tuple[Tensor | None, ...]:
+        """Return the kernels' tensor arguments: the stored ones from an expert on, and the tables."""
+        return (*(None if t is None else t[first:] for t in self.weight[:4]), self.tables)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Return B and G: the bytes and the blocks of a row."""
+        codes = self.weight.codes
+        return codes.shape[2] * codes.itemsize, cdiv(
+            self.weight.in_features, self.weight.group_size
+        )
+
+    def options(self) -> dict[str, Any]:
+        """Return the kernels' constexpr arguments that say how to read the tensors."""
+        format, group_size, encoding, _ = self.weight[4:]
+        declared, device = FORMATS[format], device_of(self.weight.codes.device)
+        return {
+            "BITS": declared.codes.bits,
+            "LOW_FIRST": isinstance(declared.codes, Nibbles) and declared.codes.low_first,
+            "ENCODING": encoding, "GROUP": group_size, "BLOCK_ROWS": declared.block_rows,
+            "HAS_FP8": device.capability >= (8, 9) and not device.is_interpreted,
+            # A nested scale is rounded between its product and its sum.
+            "enable_fp_fusion": False,
+        }  # fmt: skip
+
+    def dequantize(self, first: int, output: Tensor) -> None:
+        """Write the experts from `first` on to output (experts, N, D).
+
+        Its rows are contiguous, and so are its experts; a row's stride may be larger than D.
+        """
+        num_experts, out_features, in_features = output.shape
+        row_bytes, num_groups = self.sizes
+        bits = FORMATS[self.weight.format].codes.bits
+        num_rows, group_size = num_experts * out_features, self.weight.group_size
+        rows, block_g = _tile(num_groups, group_size, _BYTES * 8 // bits)
+        stride = output.stride(1)
+        unit = unit_of(in_features, row_bytes, stride)
+        launch(
+            _dequantize_fwd_kernel, (cdiv(num_rows, rows), cdiv(num_groups, block_g)),
+            *self.tensors(first), output, num_rows, out_features, in_features // unit,
+            row_bytes // unit, num_groups, stride // unit,
+            ROWS=rows, BLOCK_G=block_g, UNIT=unit, num_warps=_WARPS, **self.options(),
+            on=output,
+        )  # fmt: skip
 
 
 def _tile(num_groups: int, group_size: int, size: int) -> tuple[int, int]:

@@ -82,50 +82,91 @@ def load_scales(
     return scales
 
 
+@triton.jit
+def load_blocks(
+    codes_ptr, scale_ptr, nested_scale_ptr, nested_offset_ptr, tables_ptr, e, n, column, mask, N, B, G,
+    BITS: tl.constexpr, ENCODING: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Return the codes (blocks, any) and the fp32 scales (blocks, 1) of blocks, for decode_blocks.
+
+    Block i is the one in row n[i], at column[i] of the row's blocks, of expert e or e[i]. What is
+    not in the mask, or past a row, is zero. Codes of eight bits are read as bytes, codes of four as
+    words of eight codes.
+    """
+    PER_LOAD: tl.constexpr = 8 if BITS == 4 else 1
+    num_blocks = (N + BLOCK_ROWS - 1) // BLOCK_ROWS * G
+    e = e.to(tl.int64) + tl.zeros_like(n)
+    scales = load_scales(
+        scale_ptr, nested_scale_ptr, nested_offset_ptr, tables_ptr, e, n // BLOCK_ROWS * G + column,
+        mask & (column < G), num_blocks, ENCODING,
+    )  # fmt: skip
+    width = B // 4 if BITS == 4 else B
+    i = column[:, None] * (GROUP // PER_LOAD) + tl.arange(0, GROUP // PER_LOAD)[None, :]
+    rows = ((e * N + n) * width)[:, None]
+    codes = tl.load(codes_ptr + rows + i, mask=mask[:, None] & (i < width), other=0)
+    return codes, scales[:, None]
+
+
+@triton.jit
+def decode_blocks(
+    codes, scales, tables_ptr, BITS: tl.constexpr, LOW_FIRST: tl.constexpr, HAS_FP8: tl.constexpr
+):  # fmt: skip
+    """Return the fp32 weights (blocks, elements of a block) of what load_blocks returned."""
+    if BITS == 8:
+        weight = decode_e4m3(codes, HAS_FP8) * scales
+    else:
+        # The first of a byte's two codes is in its low half, or in its high half. Each join puts
+        # two tensors' elements side by side, so the last one makes neighbours.
+        FIRST: tl.constexpr = 0 if LOW_FIRST else 4
+        SECOND: tl.constexpr = 4 - FIRST
+        first = tl.join(
+            tl.join(codes >> FIRST, codes >> 16 + FIRST),
+            tl.join(codes >> 8 + FIRST, codes >> 24 + FIRST),
+        )
+        second = tl.join(
+            tl.join(codes >> SECOND, codes >> 16 + SECOND),
+            tl.join(codes >> 8 + SECOND, codes >> 24 + SECOND),
+        )
+        SIZE: tl.constexpr = 8 * codes.shape[0] * codes.shape[1]
+        nibbles = (tl.join(first, second) & 15).reshape((SIZE,))
+        # From shared memory this takes one instruction a number. From global memory it takes three.
+        table = tl.load(tables_ptr + tl.arange(0, NUM_CODES))
+        weight = tl.gather(table, nibbles, 0).reshape((codes.shape[0], 8 * codes.shape[1])) * scales
+    return weight
+
+
 @triton.jit(do_not_specialize=["num_rows", "N", "G"])
 def _dequantize_fwd_kernel(
     codes_ptr, scale_ptr, nested_scale_ptr, nested_offset_ptr, tables_ptr, output_ptr,
-    num_rows, N, D, B, G,
+    num_rows, N, D, B, G, stride,
     BITS: tl.constexpr, LOW_FIRST: tl.constexpr, ENCODING: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, ROWS: tl.constexpr, BLOCK_G: tl.constexpr, UNIT: tl.constexpr,
     HAS_FP8: tl.constexpr,
 ):  # fmt: skip
     """Write weight[e, n, d] = codes[e, n, d] * scale[e, n // BLOCK_ROWS, d // GROUP].
 
-    The product is rounded to fp32, and then to the output's dtype. All tensors are contiguous; rows
-    of codes of four bits are whole blocks. Widths D and B are passed in UNIT, as in kernels/rows.py.
+    The product is rounded to fp32, and then to the output's dtype. All stored tensors are
+    contiguous; rows of codes of four bits are whole blocks. D, B and the stride of the output's rows
+    are passed in UNIT, as in kernels/rows.py.
 
     Grid (cdiv(num_rows, ROWS), cdiv(G, BLOCK_G)): one program owns BLOCK_G blocks of each of ROWS
     neighbouring rows. It needs nothing initialised but the tables.
     """
     D *= UNIT
     B *= UNIT
-    PER_BYTE: tl.constexpr = 8 // BITS
+    stride *= UNIT
     i = tl.arange(0, ROWS * BLOCK_G)
     row = tl.program_id(0).to(num_rows.dtype) * ROWS + i // BLOCK_G
     column = tl.program_id(1) * BLOCK_G + i % BLOCK_G
     is_row = row < num_rows
-    e = row // N
-    block = (row % N) // BLOCK_ROWS * G + column
-    num_blocks = (N + BLOCK_ROWS - 1) // BLOCK_ROWS * G
-    e, row = e.to(tl.int64), row.to(tl.int64)
-    scales = load_scales(
-        scale_ptr, nested_scale_ptr, nested_offset_ptr, tables_ptr, e, block,
-        is_row & (column < G), num_blocks, ENCODING,
-    )[:, None]  # fmt: skip
-
-    byte = column[:, None] * (GROUP // PER_BYTE) + tl.arange(0, GROUP // PER_BYTE)[None, :]
-    codes = tl.load(codes_ptr + row[:, None] * B + byte, mask=is_row[:, None] & (byte < B), other=0)
-    if BITS == 8:
-        weight = decode_e4m3(codes, HAS_FP8) * scales
-    else:
-        low = tl.load(tables_ptr + (codes & 15).to(tl.int32)) * scales
-        high = tl.load(tables_ptr + (codes >> 4).to(tl.int32)) * scales
-        first, second = (low, high) if LOW_FIRST else (high, low)
-        weight = tl.join(first, second).reshape((ROWS * BLOCK_G, GROUP))
+    codes, scales = load_blocks(
+        codes_ptr, scale_ptr, nested_scale_ptr, nested_offset_ptr, tables_ptr,
+        row // N, row % N, column, is_row, N, B, G, BITS, ENCODING, GROUP, BLOCK_ROWS,
+    )  # fmt: skip
+    weight = decode_blocks(codes, scales, tables_ptr, BITS, LOW_FIRST, HAS_FP8)
     d = column[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     tl.store(
-        output_ptr + row[:, None] * D + d,
+        output_ptr + row[:, None].to(tl.int64) * stride + d,
         weight.to(output_ptr.dtype.element_ty),
         mask=is_row[:, None] & (d < D),
     )
