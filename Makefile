@@ -170,7 +170,7 @@ ci: $(DEV_ENV) ## Run everything that CI runs
 
 ##@ Release
 .PHONY: release
-release: docs-check ## Check what a release needs and keep the op schemas of VERSION=X.Y.Z
+release: docs-check ## Make VERSION=X.Y.Z: its schemas, wheel and sdist, checked; uploads nothing
 	@$(PY) -m testing.gpu_report --strict
 	@$(PY) -m testing.release "$(VERSION)"
 

@@ -50,5 +50,7 @@ Programs:
     code_digest       digests of code that see no comments, for the report
     import_closure    the modules that a run can load, for the report
     counts            the pytest plugin that counts what a run tested
-    release           keeps the op schemas of each release
+    release           makes a release: version, op schemas, wheel and sdist
+    distributions     builds a release's wheel and sdist, and checks them
+    fresh_python      an environment that has everything but moe_ops
 """

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps the op schemas of each release, and compares the tree's with them.
+"""Makes a release: its version, its op schemas, its wheel and its sdist. It uploads nothing.
 
-`make release VERSION=X.Y.Z` runs this after its checks. It writes op_schemas/released/X.Y.Z.yaml:
-every op's signature. Each release has a file of its own, a patch release too, and no file is
-written twice: what was released does not change. `since: "0.1"` in an op schema means 0.1.0.
+`make release VERSION=X.Y.Z` runs this after its checks of the pages and the GPU report. It writes
+the version and op_schemas/released/X.Y.Z.yaml: every op's signature. Each release has a file of its
+own, a patch release too, and no file is written twice: what was released does not change.
+`since: "0.1"` in an op schema means 0.1.0. Where a check fails, both files are as before.
 """
 
 import argparse
+import contextlib
 import re
+import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import torch
 import yaml
 
 from moe_ops._core.schema import OpSchema, load_all
+from testing import distributions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,6 +38,65 @@ class ReleaseError(ValueError):
     """The tree cannot be released; the message says why."""
 
 
+COMMANDS = """\
+Nothing was uploaded. To keep the release:
+    git add src/moe_ops/_version.py {file}
+    git commit -m "Release {version}"
+    git tag -a v{version} -m "moe_ops {version}"
+Then write the next version into src/moe_ops/_version.py, such as {following}.dev0.
+"""
+
+
+def publish(version: str, root: Path = ROOT) -> None:
+    """Write version and schemas, build both distributions, and check them."""
+    check_version(version, root)
+    if changed := uncommitted(root):
+        raise ReleaseError(f"expected a clean tree, got {changed[0]!r} and so on; commit it first")
+    file = root / "src" / "moe_ops" / "_version.py"
+    with _as_before_on_failure(file, released_folder(root) / f"{version}.yaml"):
+        written = release(version, root)
+        text = file.read_text(encoding="utf-8")
+        file.write_text(re.sub(r'"\d+\.\d+\.\d+[^"]*"', f'"{version}"', text), encoding="utf-8")
+        wheel, sdist = distributions.build(root)
+        if found := distributions.problems(wheel, sdist, version):
+            raise ReleaseError("\n".join(found))
+        distributions.check_texts(wheel, sdist)
+        distributions.check_installation(wheel, version)
+    major, minor, _ = _numbers(version)
+    for made in (file, written, wheel, sdist):
+        print(f"written: {made.relative_to(root)}")
+    print(
+        COMMANDS.format(
+            version=version, file=written.relative_to(root), following=f"{major}.{minor + 1}.0"
+        ),
+        end="",
+    )
+
+
+def uncommitted(root: Path) -> list[str]:
+    """Return what git would tell of the tree, one line for each file; nothing if it is clean."""
+    done = subprocess.run(
+        ["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise ReleaseError(f"expected a git repository: {done.stderr.strip()}")
+    return done.stdout.splitlines()
+
+
+@contextlib.contextmanager
+def _as_before_on_failure(*files: Path) -> Iterator[None]:
+    before = {file: file.read_bytes() if file.exists() else None for file in files}
+    try:
+        yield
+    except BaseException:
+        for file, content in before.items():
+            if content is not None:
+                file.write_bytes(content)
+            else:
+                file.unlink(missing_ok=True)
+        raise
+
+
 def release(version: str, root: Path = ROOT) -> Path:
     """Write the schemas of the tree as those of `version` and return the file.
 
@@ -41,6 +104,19 @@ def release(version: str, root: Path = ROOT) -> Path:
         ReleaseError: if `version` is not the pending one or was released before, or if the schemas
             break what an earlier release promised.
     """
+    file = check_version(version, root)
+    schemas = load_all(root / "op_schemas")
+    signatures = {name: schema.schema for name, schema in sorted(schemas.items())}
+    if found := problems(schemas, {**releases(root), version: signatures}):
+        raise ReleaseError("\n".join(found))
+    file.parent.mkdir(exist_ok=True)
+    text = yaml.safe_dump(signatures, width=sys.maxsize)
+    file.write_text(HEADER.format(version=version) + text, encoding="utf-8")
+    return file
+
+
+def check_version(version: str, root: Path = ROOT) -> Path:
+    """Return the file that the release gets, or raise ReleaseError."""
     if re.fullmatch(r"\d+\.\d+\.\d+", version) is None:
         raise ReleaseError(f"expected VERSION=X.Y.Z, three numbers, got {version!r}")
     if version != (pending := pending_version(root)):
@@ -50,13 +126,6 @@ def release(version: str, root: Path = ROOT) -> Path:
     file = released_folder(root) / f"{version}.yaml"
     if file.exists():
         raise ReleaseError(f"{version} was released: {file.relative_to(root)} exists")
-    schemas = load_all(root / "op_schemas")
-    signatures = {name: schema.schema for name, schema in sorted(schemas.items())}
-    if found := problems(schemas, {**releases(root), version: signatures}):
-        raise ReleaseError("\n".join(found))
-    file.parent.mkdir(exist_ok=True)
-    text = yaml.safe_dump(signatures, width=sys.maxsize)
-    file.write_text(HEADER.format(version=version) + text, encoding="utf-8")
     return file
 
 
@@ -128,11 +197,10 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(prog="python -m testing.release", description=__doc__)
     parser.add_argument("version", help="X.Y.Z")
     try:
-        file = release(parser.parse_args(arguments).version, root)
-    except ReleaseError as error:
+        publish(parser.parse_args(arguments).version, root)
+    except (ReleaseError, RuntimeError) as error:
         print(f"ERROR: {error}")
         return 1
-    print(f"written: {file.relative_to(root)}; commit it")
     return 0
 
 

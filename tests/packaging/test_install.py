@@ -6,15 +6,14 @@ Nothing is fetched.
 """
 
 import json
-import os
 import shutil
-import subprocess
 import sys
-import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from testing.fresh_python import checked, fresh_python, pip_install, run, site_packages
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD_FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md")
@@ -41,36 +40,6 @@ print(json.dumps({
 PERMUTED = [[[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]][slot // 2] for slot in (5, 0, 2, 4, 1, 3)]
 
 
-def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PIP_"))}
-    environment |= {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    return subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
-def checked(*command: str | Path, cwd: Path) -> str:
-    done = run(*command, cwd=cwd)
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
-def site_packages(python: Path) -> Path:
-    query = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    return Path(checked(python, "-I", "-c", query, cwd=Path(sys.prefix)).strip())
-
-
-def is_ours(name: str) -> bool:
-    """Return whether an entry of site-packages belongs to an installed moe_ops."""
-    return "moe_ops" in name.lower()
-
-
 @pytest.fixture
 def source_tree(tmp_path: Path) -> Path:
     """Copy what a build reads, so builds leave nothing here and do not meet each other."""
@@ -86,26 +55,7 @@ def source_tree(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def python(tmp_path: Path) -> Path:
-    """Return the Python of a new environment that sees this one's packages, but not moe_ops.
-
-    --system-site-packages would show the packages of the interpreter that this environment was
-    made from, and this environment's own moe_ops must not answer for one that failed to install.
-    """
-    packages = tmp_path / "packages"
-    packages.mkdir()
-    for directory in map(Path, sys.path):
-        if directory.name in {"site-packages", "dist-packages"} and directory.is_dir():
-            for entry in directory.iterdir():
-                link = packages / entry.name
-                if not is_ours(entry.name) and not link.exists():
-                    link.symlink_to(entry)
-    environment = tmp_path / "environment"
-    venv.create(environment, symlinks=True)
-    python = environment / "bin" / "python"
-    (site_packages(python) / "packages.pth").write_text(f"{packages}\n", encoding="utf-8")
-    absent = run(python, "-I", "-c", "import moe_ops", cwd=tmp_path)
-    assert "No module named 'moe_ops'" in absent.stderr
-    return python
+    return fresh_python(tmp_path)
 
 
 def build(kind: str, python: Path, tree: Path) -> Path:
@@ -113,13 +63,6 @@ def build(kind: str, python: Path, tree: Path) -> Path:
     out = tree / "out"
     script = f"import setuptools.build_meta as b; print('built', b.build_{kind}({str(out)!r}))"
     return out / checked(python, "-c", script, cwd=tree).rsplit("built ", 1)[1].strip()
-
-
-def pip_install(python: Path, *arguments: str | Path, cwd: Path) -> None:
-    checked(
-        *(python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", *arguments),
-        cwd=cwd,
-    )
 
 
 @pytest.mark.slow
