@@ -33,7 +33,7 @@ def test_without_a_command_it_helps(capsys):
         cli.main(["--help"])
     assert capsys.readouterr().out == bare
     assert err == ""
-    for command in ("env", "show", "explain", "tune"):
+    for command in ("env", "show", "explain", "tune", "bench"):
         assert f"\n    {command} " in bare
 
 
@@ -79,6 +79,13 @@ def test_ctrl_c(capsys, monkeypatch):
         (["explain", "--hidden-size=x"], "argument --hidden-size: invalid int value: 'x'"),
         (["explain", *SIZES, "--dtype=int8"], "argument --dtype: invalid choice: 'int8'"),
         (["explain", *SIZES, "--kernel-config={"], "--kernel-config: not JSON: "),
+        (["bench", *SIZES, "--seconds=0"], "expected --seconds above 0"),
+        (
+            ["bench", *SIZES, "--plot=/no/such/folder/x.png"],
+            "expected --plot in an existing folder",
+        ),
+        (["bench", *SIZES, "--separate-ops"], "--separate-ops goes with explain and tune"),
+        (["bench", *SIZES, "--against=cutlass"], "argument --against: invalid choice: 'cutlass'"),
         (["tune", *SIZES, "--output=/no/such/folder/x.json"], "expected --output in an existing"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

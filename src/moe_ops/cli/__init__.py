@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `python -m moe_ops env`, `show`, `explain`, `tune`."""
+"""The command line: `python -m moe_ops env`, `show`, `explain`, `tune`, `bench`."""
 
 from __future__ import annotations
 
@@ -68,6 +68,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     _add_show(commands)
     _add_explain(commands)
     _add_tune(commands)
+    _add_bench(commands)
     options = parser.parse_args(arguments)
     if options.command is None:
         # print_help() would keep a BrokenPipeError to itself.
@@ -113,3 +114,17 @@ def _add_tune(commands: _Commands) -> None:
     )
     tune.add_arguments(parser)
     parser.set_defaults(run=lambda options: tune.tune(options, parser))
+
+
+def _add_bench(commands: _Commands) -> None:
+    from moe_ops.cli import bench
+
+    parser = commands.add_parser(
+        "bench",
+        help="time the block of a model's experts on this machine, against what torch offers",
+        description="Times moe_ops.fused_experts and torch's ways to compute the same block, forward "
+        "and with gradients, in turns. A result is compared with a loop in fp32 before it is timed. "
+        "The activation is SiLU and the routing uniform.",
+    )
+    bench.add_arguments(parser)
+    parser.set_defaults(run=lambda options: bench.bench(options, parser))
