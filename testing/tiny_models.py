@@ -121,8 +121,11 @@ MODELS = {
 
 
 def make_model(name, dtype=torch.float32):
-    """Return the model in training mode, with weights so wide that every expert shows in its output."""
-    tiny = MODELS[name]
+    """Return the model in training mode, with weights so wide that every expert shows in its output.
+
+    `name` is one of MODELS, or a TinyModel.
+    """
+    tiny = name if isinstance(name, TinyModel) else MODELS[name]
     options = {**COMMON, "num_hidden_layers": 1, **tiny.options}
     torch.manual_seed(0)
     config = getattr(transformers, tiny.config_class)(**options)

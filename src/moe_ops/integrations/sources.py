@@ -85,7 +85,9 @@ def _mxfp4(name: str, parts: Parts, dtype: torch.dtype) -> QuantizedWeight:
 
 
 def _check_fp8(function: str, config: Mapping[str, Any]) -> None:
-    _expect(function, {"size": list(config.get("weight_block_size") or [])}, "size", [BLOCK, BLOCK])
+    size = config.get("weight_block_size", (BLOCK, BLOCK))
+    size = size if size is None else list(size)
+    _expect(function, {"weight_block_size": size}, "weight_block_size", [BLOCK, BLOCK])
 
 
 def _fp8(name: str, parts: Parts, dtype: torch.dtype) -> QuantizedWeight:

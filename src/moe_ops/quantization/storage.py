@@ -95,7 +95,7 @@ def quantized(weight: Tensor, layout: Layout) -> Packed:
 
 def _float(matrix: Tensor) -> Tensor:
     """Return a matrix in fp32 and row after row: weights may come transposed."""
-    return matrix.to(torch.float32, memory_format=torch.contiguous_format)
+    return matrix.float().contiguous()
 
 
 def dequantized(packed: Packed, dtype: torch.dtype) -> Tensor:
