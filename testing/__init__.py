@@ -23,6 +23,7 @@ Arguments for calls:
 
 Blocks, layers and models:
     moe_block         a small MoE block made of the ops
+    ep_problem        an MoE layer on several ranks, beside the same in one process
     layer_models      one MoE block of each transformers model, and a step of it
     layers_problem    our layers on a GPU, and a step of each
     lora_problem      adapters, and a layer that has them
@@ -32,6 +33,7 @@ Blocks, layers and models:
     compat_blocks     compat's blocks, and those of transformers that they stand for
 
 What runs:
+    ranks             checks on the ranks of a gloo group, in processes that tests share
     recorders         which ops run, and what they allocate
     launches          which Triton kernels run on a GPU
     compiled          what would be launched on a GPU that is not there, compiled

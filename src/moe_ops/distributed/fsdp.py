@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ask FSDP2 whether it manages a module's parameters.
+
+Expert gradients are sums over the ranks of the expert-parallel group. FSDP2 takes means over its own
+ranks. Under both, all gradients are to be the mean over all ranks, so those of experts are divided by
+the size of the expert-parallel group besides. A parameter does not say that FSDP2 has gathered it, and
+a module does not know the modules around it, which fully_shard may have been called on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+# torch keeps the state of fully_shard here, and has no public way to it from a parameter.
+from torch.distributed._composable_state import _module_state_mapping
+
+
+class GradientDivisor:
+    """Know by what the gradients of a module's parameters are divided.
+
+    Args:
+        module: it holds parameters.
+        world_size: the size of the expert-parallel group.
+    """
+
+    def __init__(self, module: nn.Module, world_size: int) -> None:
+        self.module = module
+        self.world_size = world_size
+        self._num_states = -1
+        self._group: Any = None
+
+    def number(self) -> int:
+        """Return the group's size under FSDP2, else 1.
+
+        It is 1 too where somebody has called set_gradient_divide_factor for the parameters.
+        """
+        if self._num_states != len(_module_state_mapping):
+            self._num_states = len(_module_state_mapping)
+            self._group = _group_of(self.module)
+        if self._group is None or self._group.gradient_divide_factor is not None:
+            return 1
+        return self.world_size
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def divisor_of(divisor: GradientDivisor) -> int:
+    """Return divisor.number(), which compiled code takes as it is when it is compiled."""
+    return divisor.number()
+
+
+def _group_of(module: nn.Module) -> Any:
+    """Return the group of parameters in which FSDP2 has the module's, or None."""
+    for reference in list(_module_state_mapping.values()):
+        state: Any = reference()
+        for group in _groups(state):
+            infos = [param._module_info for param in group.fsdp_params]
+            if any(module is info.module or module in info.shared_modules for info in infos):
+                return group
+    return None
+
+
+def _groups(state: Any) -> list[Any]:
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        # Before torch 2.12 there is one.
+        groups = [getattr(state, "_fsdp_param_group", None)]
+    return [group for group in groups if group is not None]

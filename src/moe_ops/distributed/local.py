@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Views of experts modules that see the experts of this rank alone.
+
+An experts module keeps its parameters, which are DTensors over all experts. What computes must see
+plain tensors of this rank's experts. A forward that swaps them in the module and back would be a side
+effect, which torch.compile refuses under activation checkpointing. So there is a second object beside
+the module, of a subclass of its class, that reads each parameter from the module when it is asked for,
+and returns its local part.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moe_ops.distributed.fsdp import GradientDivisor, divisor_of
+from moe_ops.quantization import QuantizedWeight
+
+# What nn.Module keeps of itself. All else is read from the module, as it is then.
+_OWN = frozenset(nn.Module().__dict__) - {"training"}
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """Pass a tensor on, and multiply its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+class _Local:
+    """What makes a subclass of a module's class a view of the module.
+
+    Attributes:
+        _source: the module, in a tuple, else nn.Module would register it.
+        _divisor: knows by what the gradients of its parameters are divided.
+    """
+
+    _source: tuple[nn.Module]
+    _divisor: GradientDivisor
+
+    def __getattr__(self, name: str) -> Any:
+        (source,) = self.__dict__["_source"]
+        state = source.__dict__
+        for kind in ("_parameters", "_buffers"):
+            if name in state[kind]:
+                return _local(state[kind][name], self.__dict__["_divisor"])
+        if name in state:
+            return state[name]
+        return super().__getattr__(name)  # type: ignore[misc]
+
+
+def _local(tensor: Tensor | None, divisor: GradientDivisor) -> Tensor | None:
+    if not isinstance(tensor, DTensor):
+        return tensor
+    local = tensor.to_local()
+    if not local.requires_grad or (number := divisor_of(divisor)) == 1:
+        return local
+    scaled: Tensor = _ScaleGradient.apply(local, 1 / number)  # type: ignore[no-untyped-call]
+    return scaled
+
+
+def local_view(module: nn.Module, num_local: int, world_size: int) -> nn.Module:
+    """Return a view of an experts module, and of all modules in it, on this rank's experts.
+
+    Args:
+        module: its parameters are DTensors, by now or at the time of a call.
+        num_local: what the view's num_experts says, where the module has one.
+        world_size: the number of ranks that have experts.
+    """
+    view: nn.Module = object.__new__(_local_class(type(module)))  # type: ignore[arg-type]
+    own: Mapping[str, Any] = {key: module.__dict__[key] for key in _OWN if key in module.__dict__}
+    view.__dict__.update(own, _parameters={}, _buffers={}, _source=(module,))
+    view.__dict__["_divisor"] = GradientDivisor(module, world_size)
+    view.__dict__["_modules"] = {
+        name: None if child is None else local_view(child, num_local, world_size)
+        for name, child in module._modules.items()
+    }
+    if "num_experts" in module.__dict__:
+        view.__dict__["num_experts"] = num_local
+    if isinstance(module, QuantizedWeight):
+        view.__dict__["shape"] = torch.Size((num_local, *module.shape[1:]))
+    forward = module.__dict__.get("forward")
+    if isinstance(forward, functools.partial):
+        # A forward that was given to the module alone, as moe_ops.integrations.peft does it.
+        rebound = (view if argument is module else argument for argument in forward.args)
+        view.__dict__["forward"] = functools.partial(forward.func, *rebound, **forward.keywords)
+    return view
+
+
+@functools.cache
+def _local_class(cls: type[nn.Module]) -> type[nn.Module]:
+    # The same name: transformers' classes are recognised by it.
+    return type(cls.__name__, (_Local, cls), {"__module__": cls.__module__})

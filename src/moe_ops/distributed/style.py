@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Expert parallelism as a style of torch's parallelize_module."""
+
+from __future__ import annotations
+
+import functools
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ParallelStyle
+from torch.utils.checkpoint import checkpoint
+
+from moe_ops.distributed.experts import check_experts, num_experts_of
+from moe_ops.distributed.local import local_view
+from moe_ops.distributed.shard import shard_experts_
+from moe_ops.layers import MoE
+from moe_ops.ops.ep_combine import ep_combine
+from moe_ops.ops.ep_dispatch import ep_dispatch
+
+_HERE = "moe_ops.distributed.ExpertParallel"
+
+
+class ExpertParallel(ParallelStyle):
+    """Spread an experts module over the ranks of a one-dimensional mesh.
+
+        parallelize_module(model, mesh["ep"], {"layers.*.mlp.experts": ExpertParallel()})
+
+    Rank r of W holds experts r * E / W to (r + 1) * E / W - 1. Each token goes to the ranks that have
+    its experts and comes back, so the module's inputs and outputs are those of this rank's tokens, as
+    before. Its weights and biases become DTensors that are sharded on dim 0, under their names; other
+    parameters stay as they are. The module may be on the meta device: then nothing is copied, and
+    to_empty() makes this rank's part alone.
+
+    Every rank of the mesh calls the module, and its backward, equally often.
+
+    Args:
+        max_tokens_per_rank (int or None): the most tokens that a rank brings to a call. With None, all
+            ranks bring equally many. With a number they may differ, down to none.
+        capacity_factor (float or None): a rank has room for this many times its even share of the
+            slots of each rank. Tokens beyond it are not sent: their slots add exactly zero, and
+            dropped_slots counts them. With None every routing fits.
+        keep_rows (bool): keep what the rank received, and what its experts keep, for the backward.
+            By default it keeps its own tokens, and dispatches and computes again.
+
+    It takes moe_ops.layers.MoE, Experts and LoraExperts, transformers' experts modules that run with
+    experts_implementation="moe_ops", and those that PEFT has wrapped.
+
+    Gradients of the experts are the sum over ranks of the gradients of their losses. Under fully_shard
+    on another mesh they are the mean over the ranks of both meshes. Deterministic bit for bit. Nothing
+    synchronises with the host, and torch.compile(fullgraph=True) takes it.
+
+    Raises:
+        ValueError: max_tokens_per_rank or capacity_factor that is not positive. From
+            parallelize_module: a mesh of several dimensions, a number of experts that the mesh's size
+            does not divide, a module without experts or one that is parallel already. From a call: more
+            than max_tokens_per_rank tokens.
+
+    Source: GShard (Lepikhin et al., 2020, arXiv:2006.16668).
+    """
+
+    def __init__(
+        self,
+        max_tokens_per_rank: int | None = None,
+        capacity_factor: float | None = None,
+        *,
+        keep_rows: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("max_tokens_per_rank", max_tokens_per_rank),
+            ("capacity_factor", capacity_factor),
+        ):
+            if value is not None and not value > 0:
+                raise ValueError(f"{_HERE}: expected {name} > 0 or None, got {value}")
+        self.max_tokens_per_rank = max_tokens_per_rank
+        self.capacity_factor = capacity_factor
+        self.keep_rows = keep_rows
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        experts = module.experts if isinstance(module, MoE) else module
+        check_experts(_HERE, experts)
+        if device_mesh.ndim != 1:
+            raise ValueError(
+                f"{_HERE}: expected a mesh of one dimension, got {device_mesh.ndim}; pass one "
+                'dimension of it, as mesh["ep"]'
+            )
+        num_experts, world_size = num_experts_of(experts), device_mesh.size()
+        if num_experts % world_size:
+            raise ValueError(
+                f"{_HERE}: expected a number of ranks that divides the {num_experts} experts, got "
+                f"{world_size}; use a mesh whose size divides {num_experts}"
+            )
+        shard_experts_(experts, device_mesh, num_experts, self.src_data_rank)
+        calls = Calls(self, experts, device_mesh, num_experts)
+        experts.__dict__["forward"] = functools.partial(_forward, calls)
+        return module
+
+
+class Calls:
+    """What a parallel experts module has beside its parameters.
+
+    Attributes:
+        view (nn.Module): the module with this rank's experts.
+        num_dropped (Tensor (1,), int64): slots of this rank's tokens that had no room, so far.
+    """
+
+    def __init__(
+        self, style: ExpertParallel, experts: nn.Module, mesh: DeviceMesh, num_experts: int
+    ) -> None:
+        self.num_experts = num_experts
+        self.world_size = mesh.size()
+        self.group = mesh.get_group().group_name
+        self.view = local_view(experts, num_experts // self.world_size, self.world_size)
+        self.num_dropped = torch.zeros(1, dtype=torch.long, device=mesh.device_type)
+        self.max_tokens = style.max_tokens_per_rank
+        self.keep_rows = style.keep_rows
+        factor = style.capacity_factor
+        self.factor = None if factor is None else Fraction(factor).limit_denominator(10**6)
+
+    def capacity(self, num_tokens: int, top_k: int) -> int:
+        """Return the most tokens that a rank sends to a rank."""
+        most = num_tokens
+        if self.max_tokens is not None:
+            if num_tokens > self.max_tokens:
+                raise ValueError(
+                    f"{_HERE}: expected at most max_tokens_per_rank ({self.max_tokens}) tokens, got "
+                    f"{num_tokens}; raise max_tokens_per_rank, on all ranks"
+                )
+            most = self.max_tokens
+        if self.factor is None:
+            return most
+        share = most * top_k * self.factor.numerator
+        parts = self.world_size * self.factor.denominator
+        # The size is known by name alone to a compiler, which has no min() of it to fold.
+        rows = (share + parts - 1) // parts
+        return min(most, rows)
+
+
+def calls_of(module: nn.Module) -> Calls | None:
+    """Return what ExpertParallel has put on a module, or None."""
+    forward = module.__dict__.get("forward")
+    if isinstance(forward, functools.partial) and forward.func is _forward:
+        calls: Calls = forward.args[0]
+        return calls
+    return None
+
+
+def _forward(calls: Calls, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    """Compute a parallel experts module, in place of its forward."""
+    if calls.world_size == 1:
+        return calls.view.forward(hidden_states, topk_ids, topk_weights)
+    top_k = topk_ids.shape[-1]
+    tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+    routing = topk_ids.reshape(-1, top_k), topk_weights.reshape(-1, top_k)
+    capacity = calls.capacity(tokens.shape[0], top_k)
+    if calls.keep_rows or not torch.is_grad_enabled():
+        rows, sent_slots, num_dropped = _rows(calls, capacity, tokens, *routing)
+    else:
+        rows, sent_slots, num_dropped = checkpoint(
+            functools.partial(_rows, calls, capacity), tokens, *routing, use_reentrant=False
+        )
+    calls.num_dropped.add_(num_dropped)
+    output = ep_combine(
+        rows, sent_slots, calls.num_experts, calls.world_size, capacity, calls.group
+    )
+    return output.reshape(hidden_states.shape)
+
+
+def _rows(
+    calls: Calls, capacity: int, tokens: Tensor, topk_ids: Tensor, topk_weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Dispatch the tokens, and compute this rank's experts on what came."""
+    rows, local_ids, local_weights, sent_slots, num_dropped = ep_dispatch(
+        tokens, topk_ids, topk_weights, calls.num_experts, calls.world_size, capacity, calls.group
+    )
+    output: Any = calls.view.forward(rows, local_ids, local_weights)
+    return output, sent_slots, num_dropped
