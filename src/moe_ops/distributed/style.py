@@ -95,6 +95,7 @@ class ExpertParallel(ParallelStyle):
             )
         shard_experts_(experts, device_mesh, num_experts, self.src_data_rank)
         calls = Calls(self, experts, device_mesh, num_experts)
+        experts.__dict__["_expert_parallel"] = calls
         experts.__dict__["forward"] = functools.partial(_forward, calls)
         return module
 
@@ -141,11 +142,7 @@ class Calls:
 
 def calls_of(module: nn.Module) -> Calls | None:
     """Return what ExpertParallel has put on a module, or None."""
-    forward = module.__dict__.get("forward")
-    if isinstance(forward, functools.partial) and forward.func is _forward:
-        calls: Calls = forward.args[0]
-        return calls
-    return None
+    return module.__dict__.get("_expert_parallel")
 
 
 def _forward(calls: Calls, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
