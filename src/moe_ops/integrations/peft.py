@@ -180,7 +180,7 @@ def _enable(wrappers: dict[str, ParamWrapper]) -> list[str]:
     """Give outermost wrappers our forward. Return the names of those that it computes split."""
     enabled = []
     for name, wrapper in wrappers.items():
-        reason = _obstacle(list(_chain(wrapper)))
+        reason = _obstacle(list(_chain(wrapper)), runs=False)
         if "forward" in wrapper.__dict__ and not _is_ours(wrapper):
             reason = f"the wrapper of {name} has a forward of its own"
         else:
@@ -300,8 +300,11 @@ def _is_merged_in_part(wrappers: list[ParamWrapper]) -> bool:
     return not active or any(w.disable_adapters or w.merged for w in wrappers)
 
 
-def _obstacle(wrappers: list[ParamWrapper]) -> str | None:
-    """Say why these wrappers, outermost first, cannot go through split LoRA; None where they can."""
+def _obstacle(wrappers: list[ParamWrapper], *, runs: bool = True) -> str | None:
+    """Say why these wrappers, outermost first, cannot go through split LoRA; None where they can.
+
+    Unless the layer runs, a sharded weight is no obstacle: fully_shard gathers it before it runs.
+    """
     experts = wrappers[-1].base_layer
     name = type(experts).__name__
     if not is_experts(experts):
@@ -319,7 +322,8 @@ def _obstacle(wrappers: list[ParamWrapper]) -> str | None:
         weight = getattr(experts, parameter)
         if isinstance(weight, QuantizedWeight):
             continue
-        if type(weight) is not nn.Parameter or weight.dtype not in _DTYPES:
+        is_gathered = type(weight) is nn.Parameter or (not runs and _is_sharded(weight))
+        if not is_gathered or weight.dtype not in _DTYPES:
             return f"{parameter} of {name} is a {type(weight).__name__} of {weight.dtype}"
     for wrapper in wrappers:
         parameter = wrapper.parameter_name
@@ -329,6 +333,14 @@ def _obstacle(wrappers: list[ParamWrapper]) -> str | None:
 
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _is_sharded(weight: Tensor) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(weight, DTensor)
 
 
 def _is_hooked(module: nn.Module) -> bool:
