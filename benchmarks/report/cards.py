@@ -63,14 +63,13 @@ def block_bars(parts: dict[str, Result]) -> list[Record]:
 
 
 def _sizes(record: Record) -> str:
-    """Return the sizes of a shape, those of the suite by its name: "16384 x 2048 x 768, 8 of 128"."""
+    """Return the sizes of a shape, those of the suite by its name: "16384 2048 768 128 8"."""
     if "T" in record:
-        sizes = [record[letter] for letter in "THIKE"]
+        sizes = [record[letter] for letter in "THIEK"]
     else:
         of = _SIZES[record["shape"]]
-        sizes = [of.num_tokens, of.hidden_size, of.intermediate_size, of.top_k, of.num_experts]
-    tokens, hidden, intermediate, top_k, experts = sizes
-    return f"{tokens} x {hidden} x {intermediate}, {top_k} of {experts}"
+        sizes = [of.num_tokens, of.hidden_size, of.intermediate_size, of.num_experts, of.top_k]
+    return " ".join(map(str, sizes))
 
 
 def _ratio(name: str, peer: str) -> Column:
@@ -80,12 +79,12 @@ def _ratio(name: str, peer: str) -> Column:
             return f"{case['ratio'][peer][1]:.2f}"
         return "wrong" if peer in case.get("wrong", []) else "-"
 
-    return Column(f"{name}, {'grouped_mm' if peer == 'compiled' else 'SonicMoE'}", cell)
+    return Column(name if peer == "compiled" else f"{name}, SonicMoE", cell)
 
 
 def _mib(who: str) -> Column:
     take = at("of_pass", BOTH, "mib", who, "peak")
-    return Column(f"MiB, {'ours' if who == 'moe_ops' else 'grouped_mm'}", take, ".0f")
+    return Column("MiB" if who == "moe_ops" else "theirs", take, ".0f")
 
 
 def _block(cases: list[Record]) -> Table:
@@ -96,8 +95,8 @@ def _block(cases: list[Record]) -> Table:
         rows=by_shape,
         columns=(
             *keys("shape"),
-            Column("tokens x hidden x intermediate, experts", _sizes),
-            Column("ours, ms", median("of_pass", BOTH, "milliseconds", "moe_ops"), ".2f"),
+            Column("T H I E K", _sizes),
+            Column("ms", median("of_pass", BOTH, "milliseconds", "moe_ops"), ".2f"),
             *(_ratio(name, peer) for peer in peers for name in (FORWARD, BOTH)),
             *(_mib(who) for who in ("moe_ops", "compiled")),
         ),
@@ -112,8 +111,10 @@ def _gpu(device: str, parts: dict[str, Result]) -> Iterator[str]:
     )
     yield f"## {environment['gpu']}\n"
     yield (
-        f"{' and '.join(dates)}, {versions}. Times of others over ours of the whole block, compiled "
-        "for the very sizes; ms of our forward and backward; MiB at most beside the inputs in them. "
+        f"{' and '.join(dates)}, {versions}. The whole block: T tokens, H hidden size, I "
+        "intermediate size, E experts, K of them a token. ms of our forward and backward; the time of "
+        "transformers' grouped_mm, compiled for the very sizes, over ours; MiB at most beside the "
+        "inputs, ours and grouped_mm's. "
         f"[All tables](results/{device}.md).\n"
     )
     cases = block_cases(parts)
