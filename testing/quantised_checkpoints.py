@@ -58,20 +58,21 @@ def as_fp8(name, weight):
 
 def as_bitsandbytes(name, weight):
     stored = quantize_weight(weight[None], "nf4")
+    tensors = stored.packed.tensors
     state = {
         "quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(weight.shape),
         "nested_blocksize": 256, "nested_dtype": "float32",
-        "nested_offset": stored.nested_offset.data.view(torch.float32).item(),
+        "nested_offset": tensors["nested_offset"].view(torch.float32).item(),
     }  # fmt: skip
-    tensors = {
-        name: stored.codes.data.reshape(-1, 1),
-        f"{name}.absmax": stored.scale.data.flatten(),
+    packed = {
+        name: tensors["codes"].data.reshape(-1, 1),
+        f"{name}.absmax": tensors["scale"].data.flatten(),
         f"{name}.quant_map": torch.tensor(NF4),
-        f"{name}.nested_absmax": stored.nested_scale.data[0].view(torch.float32),
+        f"{name}.nested_absmax": tensors["nested_scale"].data[0].view(torch.float32),
         f"{name}.nested_quant_map": torch.tensor(DYNAMIC_CODE),
         f"{name}.quant_state.bitsandbytes__nf4": bytes_of(state),
     }
-    return tensors, stored.dequantize()[0]
+    return packed, stored.dequantize()[0]
 
 
 def as_compressed(name, weight):

@@ -28,11 +28,22 @@ GROUPED_GEMM = {
 SCRIPTS = {
     "ops": ([r"fused +loss", r"separate +loss"], {"moe::topk_routing", *EXPERTS, *GROUPED_GEMM}),
     "transformers_model": ([rf"step {step}  loss" for step in range(10)], EXPERTS),
+    "qlora": (
+        [
+            r"gate_up_proj 4.13 bits",
+            "trainable params: 28,672 ",
+            *(rf"step {step}  loss" for step in range(10)),
+            "loaded again, loss",
+        ],
+        {"moe::grouped_gemm_quantized", "moe::dequantize_weight", *GROUPED_GEMM},
+    ),
     "lora": (
         ["trainable params: 14,336 ", *(rf"step {step}  loss" for step in range(10))],
         GROUPED_GEMM,
     ),
 }
+# They need the peft extra.
+PEFT = ("lora", "qlora")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +57,7 @@ def environment(tmp_path_factory):
 @pytest.fixture
 def run_here(request, monkeypatch):
     """Run a script in this process, not compiled, and return its exit status and its moe ops."""
-    if request.param == "lora":
+    if request.param in PEFT:
         pytest.importorskip("peft", reason="the peft extra is not installed")
     monkeypatch.setattr(torch, "compile", lambda layer, fullgraph: layer)
 
@@ -69,13 +80,14 @@ def test_all_are_tested():
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_is_short(name):
-    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 60
+    lines = len((EXAMPLES / f"{name}.py").read_text().splitlines())
+    assert lines <= (80 if name == "qlora" else 60)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_runs_compiled(environment, tmp_path, name):
-    if name == "lora":
+    if name in PEFT:
         pytest.importorskip("peft", reason="the peft extra is not installed")
     done = subprocess.run(
         [sys.executable, EXAMPLES / f"{name}.py"],

@@ -123,8 +123,13 @@ def weight_names(experts: Any) -> tuple[str, str]:
 
 
 def quantized_weights(experts: nn.Module) -> dict[str, QuantizedWeight]:
-    """Return the quantised weights of an experts module, by name."""
-    return {n: w for n, w in experts.named_children() if isinstance(w, QuantizedWeight)}
+    """Return the quantised weights of an experts module, by name: the up projection first.
+
+    PEFT nests its wrappers in the order of parameters, and every class has them in this one. While a
+    checkpoint is loaded they may have come in another.
+    """
+    found = {n: w for n, w in experts.named_children() if isinstance(w, QuantizedWeight)}
+    return dict(sorted(found.items(), key=lambda item: item[0] == "down_proj"))
 
 
 def quantized(experts: Any, weight: Tensor, format: str, group_size: int | None) -> QuantizedWeight:
