@@ -14,6 +14,7 @@ from moe_ops import fused_experts
 from moe_ops._pytorch.activation import GATE_ACTIVATIONS, gate_function
 from moe_ops.fp8 import quantize_fp8
 from moe_ops.layers.functional import composed_experts, named_activation, projection
+from moe_ops.quantization import QuantizedWeight, quantize_weight
 
 # What to do about a bias or a scale that keeps a layer from being quantised.
 _ADVICE = {
@@ -51,15 +52,16 @@ class Experts(nn.Module):
         gate_up_proj_bias or up_proj_bias (num_experts, U), down_proj_bias (num_experts,
             hidden_size), or None.
 
-    quantize_fp8_() makes the projections FP8 with scales. The layer then is no longer one op, but
-    moe::grouped_gemm_fp8 twice with the activation between.
+    quantize_() makes the projections QuantizedWeights, whose gradients nobody has: the layer then is
+    moe::fused_experts_quantized. quantize_fp8_() makes them FP8 with scales. The layer then is no
+    longer one op, but moe::grouped_gemm_fp8 twice with the activation between.
 
     Each expert begins as two nn.Linear do: weights and biases uniform in +-1 / sqrt(input size).
 
     Source: the experts of Mixtral (arXiv:2401.04088).
     """
 
-    down_proj: nn.Parameter
+    down_proj: nn.Parameter | QuantizedWeight
 
     def __init__(
         self,
@@ -111,6 +113,7 @@ class Experts(nn.Module):
                 "moe_ops.layers.Experts.reset_parameters: expected weights that are not quantised, "
                 "got FP8 ones; reset a new layer and call its quantize_fp8_()"
             )
+        self._check_plain("reset_parameters", "reset a new layer and call its quantize_()")
         for name in (self._up_name, "down_proj"):
             weight, bias = self.projection(name)
             bound = max(weight.shape[2], 1) ** -0.5
@@ -192,6 +195,34 @@ class Experts(nn.Module):
         )
         return output
 
+    @torch.no_grad()
+    def quantize_(self, format: str, group_size: int | None = None) -> Experts:
+        """Quantise both projections with moe_ops.quantize_weight, and freeze the layer.
+
+        Each projection becomes a QuantizedWeight of the same name. Options and biases stay as they are.
+        The layer still has a gradient for hidden_states and topk_weights, and
+        moe_ops.layers.lora.LoraExperts adds adapters to it. Only a layer that is quantised in the same
+        way loads a state with them.
+
+        Args:
+            format (str): "fp8_block", "nf4", "mxfp4" or "int4".
+            group_size (int or None): as of moe_ops.quantize_weight.
+
+        Returns:
+            This layer.
+
+        Raises:
+            ValueError: the layer is quantised already; an unknown format, or a group_size that it has
+                not.
+        """
+        self._check_plain("quantize_", "call it once")
+        for name in (self._up_name, "down_proj"):
+            weight = quantize_weight(getattr(self, name), format, group_size)
+            delattr(self, name)
+            setattr(self, name, weight)
+        self.requires_grad_(False)
+        return self
+
     @property
     def is_quantised(self) -> bool:
         """Tell whether quantize_fp8_() has made the projections FP8."""
@@ -215,6 +246,8 @@ class Experts(nn.Module):
             ValueError: the layer has biases, or is quantised already.
         """
         names = (self._up_name, "down_proj")
+        if isinstance(self.down_proj, QuantizedWeight):
+            self._check_plain("quantize_fp8_", "use that layer")
         for name in names:
             for kind in ("bias", "scale"):
                 if getattr(self, f"{name}_{kind}") is not None:
@@ -227,6 +260,18 @@ class Experts(nn.Module):
             setattr(self, name, nn.Parameter(quantised, requires_grad=False))
             setattr(self, f"{name}_scale", scale)
         return self
+
+    def _check_plain(self, method: str, advice: str) -> None:
+        """Refuse to do with quantised weights what takes plain ones.
+
+        Raises:
+            ValueError: they are quantised.
+        """
+        if self.is_quantised or isinstance(self.down_proj, QuantizedWeight):
+            raise ValueError(
+                f"moe_ops.layers.Experts.{method}: expected experts that are not quantised yet, got "
+                f"quantised ones; {advice}"
+            )
 
     def scale(self, name: str) -> Tensor | None:
         """Return the scales of the weight called name, or None where it is not quantised."""

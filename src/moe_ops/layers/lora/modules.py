@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moe_ops.fp8 import dequantize_fp8
 from moe_ops.layers.experts import Experts
 from moe_ops.layers.lora.functional import LoraWeights, check_dropout, lora_experts
+from moe_ops.quantization import QuantizedWeight
 
 _HERE = "moe_ops.layers.lora"
 
@@ -81,14 +82,14 @@ class LoraExperts(nn.Module):
 
     Args:
         experts: the layer, whose parameters are frozen here and not copied; also one after
-            Experts.quantize_fp8_().
+            Experts.quantize_() or Experts.quantize_fp8_().
         rank: width of the adapters.
         lora_alpha: as GroupedLora has it.
         use_rslora: as GroupedLora has it.
         targets: the projections that get an adapter, of the experts' up projection ("gate_up_proj",
             or "up_proj" where they are not gated) and "down_proj"; both where None.
         lora_dropout: dropout_p of lora_grouped_gemm in training mode.
-        dtype: of the adapters; None for that of the experts' weights, bfloat16 where these are FP8.
+        dtype: of the adapters; None for that of the experts' weights, bfloat16 after quantize_fp8_().
 
     Raises:
         TypeError: experts that are no moe_ops.layers.Experts.
@@ -168,18 +169,32 @@ class LoraExperts(nn.Module):
         """Add the adapters to the weights, in place, and return the layer, still frozen, without them.
 
         Args:
-            dtype: what weights in FP8 are dequantised to first, both projections: that of the hidden
-                states that the layer is to take; None for that of the adapters. Other weights keep
-                theirs.
+            dtype: what quantised weights are dequantised to first, both projections: that of the hidden
+                states that the layer is to take. None is that of the adapters for weights of
+                quantize_fp8_(), and is refused for a QuantizedWeight. Other weights keep theirs.
 
         Returns:
             The layer. This module is of no use after it.
 
         Raises:
-            ValueError: it was merged before.
+            ValueError: it was merged before; a QuantizedWeight, and no dtype.
         """
         self._check_not_merged("merge")
         experts = self.experts
+        quantised = {n: w for n, w in experts.named_children() if isinstance(w, QuantizedWeight)}
+        if quantised and dtype is None:
+            formats = ", ".join(sorted({weight.format for weight in quantised.values()}))
+            raise ValueError(
+                f"{_HERE}.LoraExperts.merge: expected dtype with quantised experts ({formats}), got None: "
+                "quantising the sum would lose most of the adapters; pass the dtype to dequantise both "
+                "projections to, or keep the adapters"
+            )
+        for name, quantised_weight in quantised.items():
+            values = torch.ops.moe.dequantize_weight.default(
+                *quantised_weight.stored, quantised_weight.shape[2], dtype
+            )
+            delattr(experts, name)
+            setattr(experts, name, nn.Parameter(values, requires_grad=False))
         dtype = dtype or next(self.adapters.parameters()).dtype
         for name in (self._up_name, "down_proj"):
             if (scale := experts.scale(name)) is not None:
@@ -193,7 +208,7 @@ class LoraExperts(nn.Module):
         return experts
 
     @property
-    def down_proj(self) -> Tensor:
+    def down_proj(self) -> Tensor | QuantizedWeight:
         """Return the layer's down projection; its shape tells the layer's sizes."""
         return self.experts.down_proj
 
