@@ -83,6 +83,11 @@ def problem(
     )  # fmt: skip
 
 
+def grad_of(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
 def summed(gradient: Tensor) -> Tensor:
     """Return what a gradient is over all ranks: all shards, or the sum of plain ones."""
     if isinstance(gradient, DTensor):

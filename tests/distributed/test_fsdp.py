@@ -2,12 +2,14 @@
 """Expert parallelism under FSDP2, clipping, and checkpoints of torch.distributed.checkpoint."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import distributed, nn
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -15,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from moe_ops.distributed import clip_grad_norm_, expert_parallel
 from moe_ops.layers import Experts, MoE, Router
 from testing import checks
-from testing.ep_problem import HIDDEN, INTERMEDIATE, TOP_K, problem, summed
+from testing.ep_problem import HIDDEN, INTERMEDIATE, TOP_K, grad_of, problem, summed
 
 pytestmark = pytest.mark.slow
 
@@ -81,13 +83,13 @@ def check_fsdp(rank, world_size, how):
         for (name, one), two in zip(model.named_parameters(), whole.parameters(), strict=True):
             assert isinstance(one, DTensor), name
             assert one.device_mesh.ndim == (2 if "experts" in name else 1), name
-            checks.assert_close(full(one.grad), (turn + 1) * two.grad / 4, what=name)
+            checks.assert_close(full(grad_of(one)), (turn + 1) * grad_of(two) / 4, what=name)
     for parameter in whole.parameters():
-        parameter.grad /= 2
+        grad_of(parameter).div_(2)
     norm = clip_grad_norm_(model.parameters(), 1e-3)
     checks.assert_close(norm, nn.utils.clip_grad_norm_(whole.parameters(), 1e-3))
     for one, two in zip(model.parameters(), whole.parameters(), strict=True):
-        checks.assert_close(full(one.grad), two.grad)
+        checks.assert_close(full(grad_of(one)), grad_of(two))
 
 
 @pytest.mark.parametrize("how", ["eager", "kept", "compiled"])
@@ -105,7 +107,7 @@ def check_own_factor(rank, world_size):
         layer.experts.set_gradient_divide_factor(4)
     loss_of(model, given.hidden[given.own], given.tangent[given.own]).backward()
     for one, two in zip(model.parameters(), whole.parameters(), strict=True):
-        checks.assert_close(full(one.grad), two.grad / 4)
+        checks.assert_close(full(grad_of(one)), grad_of(two) / 4)
 
 
 def test_a_divisor_that_was_set_stays(ranks):
@@ -121,12 +123,12 @@ def check_mixed_precision(rank, world_size):
     expert_parallel(model, mesh["ep"])
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in model.layers:
-        fully_shard(layer.experts, mesh=mesh["fsdp"], mp_policy=policy)
+        fully_shard(layer.get_submodule("experts"), mesh=mesh["fsdp"], mp_policy=policy)
     fully_shard(model, mesh=everyone)
     loss_of(model, given.hidden[given.own], given.tangent[given.own]).backward()
     for (name, one), two in zip(model.named_parameters(), whole.parameters(), strict=True):
-        assert one.grad.dtype == torch.float32
-        error = (full(one.grad) - two.grad / 4).norm() / (two.grad / 4).norm()
+        assert grad_of(one).dtype == torch.float32
+        error = (full(grad_of(one)) - grad_of(two) / 4).norm() / (grad_of(two) / 4).norm()
         assert error < 0.05, name
 
 
@@ -147,14 +149,14 @@ def check_clip(rank, world_size):
                 distributed.all_reduce(parameter.grad)
         expected = copy.deepcopy(whole)
         for one, two in zip(expected.parameters(), whole.parameters(), strict=True):
-            one.grad = two.grad.clone()
+            one.grad = grad_of(two).clone()
         want = nn.utils.clip_grad_norm_(expected.parameters(), max_norm, norm_type)
         got = clip_grad_norm_(model.parameters(), max_norm, norm_type)
         checks.assert_close(got, want)
         for one, two in zip(model.parameters(), expected.parameters(), strict=True):
-            checks.assert_close(full(one.grad), two.grad)
+            checks.assert_close(full(grad_of(one)), grad_of(two))
     assert clip_grad_norm_([], 1.0).item() == 0
-    next(model.parameters()).grad.fill_(float("nan"))
+    grad_of(next(model.parameters())).fill_(float("nan"))
     with pytest.raises(RuntimeError, match="a finite total norm, got nan"):
         clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
 
@@ -183,8 +185,8 @@ def check_save(rank, world_size, folder):
     model = expert_parallel(Model(), init_device_mesh("cpu", (world_size,)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
     train(model, optimizer, rank, world_size, range(3))
-    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    dcp.save(states, checkpoint_id=f"{folder}/state")
+    states: Any = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    save(states, checkpoint_id=f"{folder}/state")
     losses = train(model, optimizer, rank, world_size, range(3, 6))
     if rank == 0:
         torch.save(losses, f"{folder}/losses")
@@ -194,8 +196,8 @@ def check_resume(rank, world_size, folder):
     torch.manual_seed(1)
     model = expert_parallel(Model(), init_device_mesh("cpu", (world_size,)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
-    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    dcp.load(states, checkpoint_id=f"{folder}/state")
+    states: Any = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    load(states, checkpoint_id=f"{folder}/state")
     set_state_dict(
         model, optimizer,
         model_state_dict=states["model"], optim_state_dict=states["optimizer"],

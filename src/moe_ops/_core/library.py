@@ -250,14 +250,18 @@ def _autograd_kernel(op: Op) -> Callable[..., Tensors]:
     def kernel(keyset: torch.DispatchKeySet, *args: Any) -> Tensors:
         if forward_ad_is_on():
             _refuse_tangents(op, args)
-        if not is_grad_enabled():
-            # Nothing below can record a gradient, so the guard, 0.8 us of a call, is left out.
-            return redispatch(keyset & AFTER_AUTOGRAD, *args)
-        if any_requires_grad(*args):
-            # The dispatcher drops trailing arguments that equal their defaults.
-            return function.apply(keyset, *args, *defaults[len(args) :])
-        with below_autograd():
-            return redispatch(keyset & AFTER_AUTOGRAD, *args)
+        try:
+            if not is_grad_enabled():
+                # Nothing below can record a gradient, so the guard, 0.8 us of a call, is left out.
+                return redispatch(keyset & AFTER_AUTOGRAD, *args)
+            if any_requires_grad(*args):
+                # The dispatcher drops trailing arguments that equal their defaults.
+                return function.apply(keyset, *args, *defaults[len(args) :])
+            with below_autograd():
+                return redispatch(keyset & AFTER_AUTOGRAD, *args)
+        except (NotImplementedError, RuntimeError) as error:
+            _explain_dtensors(op, args, error)
+            raise
 
     return kernel
 
@@ -310,6 +314,18 @@ def _refuse_grad(op: Op, argument: str) -> NoReturn:
         f"{NAMESPACE}::{op.schema.called}: expected {argument}.requires_grad == False ({argument} has "
         f"no gradient), got True; call {argument}.requires_grad_(False) or pass {argument}.detach()"
     )
+
+
+def _explain_dtensors(op: Op, args: tuple[Any, ...], error: Exception) -> None:
+    """Raise an error that says what to do, where a call failed because it got DTensors."""
+    for argument, value in zip(op.schema.arguments, args, strict=False):
+        # By name: importing DTensor takes a second.
+        if isinstance(value, torch.Tensor) and type(value).__name__ == "DTensor":
+            raise TypeError(
+                f"{NAMESPACE}::{op.schema.called}: expected plain tensors, or a sharding rule for "
+                f"DTensors, got a DTensor for {argument.name}; spread experts over ranks with "
+                f"moe_ops.distributed.ExpertParallel, or pass {argument.name}.to_local()"
+            ) from error
 
 
 def _refuse_tangents(op: Op, args: tuple[Any, ...]) -> None:

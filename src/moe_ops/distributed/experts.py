@@ -63,9 +63,15 @@ def holds_experts(module: nn.Module) -> bool:
 
 def _base(module: Any) -> nn.Module:
     """Return what PEFT's wrappers, if any, are around."""
-    while hasattr(module, "parameter_name") and hasattr(module, "base_layer"):
+    while is_peft_wrapper(module):
         module = module.base_layer
-    return module
+    result: nn.Module = module
+    return result
+
+
+def is_peft_wrapper(module: nn.Module) -> bool:
+    """Tell whether a module is PEFT's wrapper around one that has an adapted parameter."""
+    return hasattr(module, "parameter_name") and hasattr(module, "base_layer")
 
 
 def _is_ours(module: nn.Module) -> bool:

@@ -322,8 +322,9 @@ def _obstacle(wrappers: list[ParamWrapper], *, runs: bool = True) -> str | None:
         weight = getattr(experts, parameter)
         if isinstance(weight, QuantizedWeight):
             continue
-        is_gathered = type(weight) is nn.Parameter or (not runs and _is_sharded(weight))
-        if not is_gathered or weight.dtype not in _DTYPES:
+        # Under expert parallelism it is this rank's part, which is no parameter.
+        is_whole = type(weight) in (nn.Parameter, Tensor) or (not runs and _is_sharded(weight))
+        if not is_whole or weight.dtype not in _DTYPES:
             return f"{parameter} of {name} is a {type(weight).__name__} of {weight.dtype}"
     for wrapper in wrappers:
         parameter = wrapper.parameter_name
