@@ -3,6 +3,7 @@
 
 import importlib.util
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -97,11 +98,11 @@ def test_the_limit_clamps_gate_and_up(class_name, model, activation):
     seen = []
     own = experts._apply_gate
 
-    def seeing(z):
+    def watched(z):
         seen.append(z)
         return own(z)
 
-    experts._apply_gate = seeing
+    experts._apply_gate = watched
     run(experts, "eager")
     z = torch.cat(seen)
     gate, up = (z[:, ::2], z[:, 1::2]) if class_name == "GptOssExperts" else z.chunk(2, dim=-1)
@@ -115,12 +116,14 @@ def test_deepseek_v4_without_its_gate_is_not_fused():
     experts.act_fn = torch.nn.Tanh()
     assert known_activation(experts) is None
 
-    def without_limit(self, z):
-        gate, up = z.chunk(2, dim=-1)
-        return F.silu(gate) * up
+    base: Any = type(experts)
 
-    named_alike = type("DeepseekV4Experts", (type(experts),), {"_apply_gate": without_limit})
+    class DeepseekV4Experts(base):
+        def _apply_gate(self, z):
+            gate, up = z.chunk(2, dim=-1)
+            return F.silu(gate) * up
+
     experts.act_fn = torch.nn.SiLU()
     assert known_activation(experts) is not None
-    experts.__class__ = named_alike
+    experts.__class__ = DeepseekV4Experts
     assert known_activation(experts) is None
