@@ -15,6 +15,14 @@ from testing.quantized_problem import Layer as ExpertsLayer
 
 SHAPE = (2, 5, 70)
 
+# The graph of every format is traced and differentiated. To Inductor the ops in it are opaque, and
+# one format shows that it compiles them; its C++ costs some 10 s each time.
+BACKENDS = [
+    *(("aot_eager", format) for format in FORMATS),
+    pytest.param("inductor", "nf4", marks=pytest.mark.slow),
+]
+backends = pytest.mark.parametrize(("backend", "format"), BACKENDS)
+
 
 class Layer(nn.Module):
     """Reads all that an op would ask for, and dequantises."""
@@ -77,8 +85,7 @@ def test_a_changed_weight_is_seen():
     assert not torch.equal(before, compiled(x))
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@backends
 def test_dequantizes_bit_for_bit_when_compiled(format, backend):
     """Inductor's own kernel of a traced decoder gave wrong values of nf4 on a CPU."""
     for shape in (SHAPE, (3, 8, 256)):
@@ -99,8 +106,7 @@ def step(function, num_tokens):
     return output, *torch.autograd.grad(output.square().sum(), (hidden_states, topk_weights))
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@backends
 def test_layers_of_experts_share_one_graph(format, backend):
     """Forward and backward of four layers, compiled one by one, for several token counts."""
     torch._dynamo.reset()
