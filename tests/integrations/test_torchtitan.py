@@ -197,7 +197,11 @@ def test_routed_experts_are_as_accurate(titan, dtype, recompute):
         torch.randn(2, 20, 256, generator=generator).to(dtype),
     )
     exact, exact_gradients = exact_experts(theirs, *inputs)
-    output, gradients = run_experts(ours, *inputs)
+    with MoeOps() as ops:
+        output, gradients = run_experts(ours, *inputs)
+    strings = [argument for argument in ops.calls[0][1] if isinstance(argument, str)]
+    assert ops.names[0] == "fused_experts_forward"
+    assert ("pre_activation" in strings) == (recompute == "pre_activation")
     peer, peer_gradients = run_experts(theirs, *inputs)
     assert output.dtype == peer.dtype == dtype
     assert relative_error(output, exact) <= 1.25 * relative_error(peer, exact)
