@@ -19,6 +19,8 @@ TORCH_VERSION := 2.13.0
 TRANSFORMERS_VERSION := 5.17.0
 TRANSFORMERS_NEWEST_VERSION := 5.23.0
 PEFT_VERSION := 0.21.2
+# Its models need these three alone. With all that it asks for come datasets and wandb.
+TORCHTITAN := torchtitan==0.3.0 spmd_types==0.2.3 tyro==1.0.17 docstring-parser==0.18.0
 TORCH_PIP_ARGS ?=
 BOOTSTRAP_PYTHON ?= python3
 VENV := .venv
@@ -215,6 +217,9 @@ $(VENV)/.demo: $(VENV)/.torch-$(TORCH_VERSION) setup.py pyproject.toml
 $(VENV)/.dev: $(VENV)/.torch-$(TORCH_VERSION) setup.py pyproject.toml
 	$(UNINSTALL)
 	$(INSTALL) peft==$(PEFT_VERSION) -e '.[demo,peft,test,dev]'
+	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "torchtitan's tests skip: it needs Python 3.11"; touch $@ $(VENV)/.demo; exit 0; }; \
+	  $(PY) -m pip install --disable-pip-version-check --quiet --no-deps $(TORCHTITAN)
 	@touch $@ $(VENV)/.demo
 
 # Layered over the environment of the checks: only transformers and what it insists on is new.
