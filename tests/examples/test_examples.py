@@ -75,7 +75,9 @@ def run_here(request, monkeypatch):
 
 
 def test_all_are_tested():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(SCRIPTS)
+    # It runs on several ranks, and has a test module of its own.
+    others = {"train_expert_parallel"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(SCRIPTS) | others
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

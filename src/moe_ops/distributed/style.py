@@ -163,7 +163,8 @@ def _forward(calls: Calls, hidden_states: Tensor, topk_ids: Tensor, topk_weights
     output = ep_combine(
         rows, sent_slots, calls.num_experts, calls.world_size, capacity, calls.group
     )
-    return output.reshape(hidden_states.shape)
+    # FSDP2 warns of outputs that are views.
+    return output if hidden_states.ndim == 2 else output.reshape(hidden_states.shape)
 
 
 def _rows(
