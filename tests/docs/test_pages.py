@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_ops import cli
 from testing.pages import DOCS, ROOT, pages_with_python, python_blocks, run_python_blocks
 
 
@@ -49,3 +50,23 @@ def test_blocks_of_a_page(tmp_path):
         (9, "x = 2\n", "needs a GPU"),
     ]
     assert run_python_blocks(page)["x"] == 1
+
+
+def test_commands_that_pages_name_exist(capsys):
+    pages = [
+        path for path in [*ROOT.glob("*.md"), *DOCS.rglob("*.md")] if path.name != "CHANGELOG.md"
+    ]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z][\w-]*):", makefile, re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make ([a-z][\w-]+)", text, re.MULTILINE))
+    assert {"demo", "test", "docs"} <= named
+    assert named <= targets
+    modules = set(re.findall(r"python -m (benchmarks[\w.]*)", text))
+    assert "benchmarks.report" in modules
+    for module in modules:
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+    commands = set(re.findall(r"python -m moe_ops ([a-z]+)", text))
+    assert cli.main([]) == 0
+    assert commands == set(re.findall(r"^    ([a-z]+) ", capsys.readouterr().out, re.MULTILINE))
