@@ -206,8 +206,10 @@ def fused_experts(
     )
     gate, up = _parts(_rounded(z, rounds_to), gated, interleaved)
     if activation_limit is not None:
-        gate = gate.clamp(max=activation_limit)
-        up = up.clamp(-activation_limit, activation_limit)
+        # At the limit itself clamp's gradient is 1 up to torch 2.13 and 0 from 2.14 on; ours is 1.
+        limit = torch.tensor(activation_limit, dtype=gate.dtype, device=gate.device)
+        gate = torch.where(gate > limit, limit, gate)
+        up = torch.where(up.abs() > limit, limit * up.sign(), up)
     h = _act(gate, activation)
     if gated:
         h = h * (up + 1 if activation == "swiglu_oai" else up)
