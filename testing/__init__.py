@@ -12,7 +12,7 @@ Arguments for calls:
     strategies        any op's arguments, drawn from its schema
     stored_weights    bytes of quantised weights, for strategies
     every_op          what is tested of every op: names, opcheck, calls with corrupt indices
-    gemm_problem      grouped_gemm and grouped_gemm_fp8 with gradients at any size, and their check
+    gemm_problem      grouped_gemm with gradients at any size, and their check
     experts_problem   fused_experts with gradients at any size, and its check
     quantized_problem layers of quantised experts, beside the same with plain weights
     boundaries        calls exactly at a boundary: of a tail, of a limit, of a chunk of rows

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds calls of grouped_gemm and grouped_gemm_fp8 at any size, and checks them against fp64.
+"""Builds calls of grouped_gemm at any size, and checks them against fp64.
 
 T tokens, K top_k, R = T * K rows, E experts, N out_features, D in_features.
 """
@@ -37,15 +37,6 @@ MODES: dict[str, dict[str, Any]] = {
     "permute_x-weights-bias": {"permute_x": True, "weights": True, "bias": True},
     "permute_y-weights": {"permute_y": True, "weights": True},
     "permute_y-weights-bias": {"permute_y": True, "weights": True, "bias": True},
-}
-# FP8 weights come without a bias.
-FP8_MODES: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "plain-weights": {"weights": True},
-    "permute_x": {"permute_x": True},
-    "permute_x-weights": {"permute_x": True, "weights": True},
-    "permute_y": {"permute_y": True},
-    "permute_y-weights": {"permute_y": True, "weights": True},
 }
 
 
@@ -131,37 +122,6 @@ def problem(
     return Problem(arguments, [n for n in names if arguments[n] is not None], grad_output)
 
 
-def fp8_problem(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    *,
-    layout: str = "contiguous",
-    device: torch.device = DEVICE,
-    **options: Any,
-) -> Problem:
-    """Return the same with an FP8 weight of all finite values, and scales from 2**-9 to 2**-6."""
-    given = problem(shape, dtype, device=device, **options)
-    generator = torch.Generator(device).manual_seed(1)
-    num_experts, out_features, in_features = given.arguments["weight"].shape
-    codes = torch.randint(
-        0, 256, (num_experts, out_features, in_features),
-        generator=generator, device=device, dtype=torch.uint8,
-    )  # fmt: skip
-    # 0x7f and 0xff are NaN.
-    weight = torch.where(codes & 0x7F == 0x7F, codes - 1, codes).view(torch.float8_e4m3fn)
-    blocks = (num_experts, -(-out_features // 128), -(-in_features // 128))
-    exponents = 3 * torch.rand(blocks, generator=generator, device=device) - 9
-    del given.arguments["bias"]
-    names = list(given.arguments)
-    given.arguments.update(weight=lay_out(weight, layout), weight_scale=exponents.exp2())
-    # In the order of the schema.
-    names.insert(2, "weight_scale")
-    given.arguments = {name: given.arguments[name] for name in names}
-    given.differentiable = [name for name in given.differentiable if name != "weight"]
-    given.name = "grouped_gemm_fp8"
-    return given
-
-
 def lay_out(weight: Tensor, layout: str) -> Tensor:
     """Return the same weight (E, N, D) stored as (E, D, N), with room between rows, or as (N, D, E)."""
     if layout == "transposed":
@@ -191,25 +151,3 @@ def check(problem: Problem, dtype: torch.dtype | None = None) -> tuple[Tensor, d
         else:
             checks.assert_rows_close(got, expected, dtype, f"gradient of {name}")
     return output, gradients
-
-
-def check_every_code(dtype: torch.dtype, device: torch.device) -> None:
-    """Check all 256 FP8 numbers as weights of a row and of its gradient: all are exact, NaN is NaN.
-
-    This is for few rows, and for so many that another tile is chosen.
-    """
-    codes = torch.arange(256, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
-    expected = codes.to(dtype)
-    assert expected.isnan().sum() == 2
-    for num_rows in (1, 70):
-        counts = torch.tensor([num_rows], device=device)
-        rows = torch.ones(num_rows, 1, dtype=dtype, device=device)
-        scale = torch.ones(1, 2, 1, device=device)
-        output = moe.grouped_gemm_fp8(rows, codes.view(1, 256, 1), scale, counts)
-        rows = torch.ones(num_rows, 256, dtype=dtype, device=device, requires_grad=True)
-        product = moe.grouped_gemm_fp8(rows, codes.view(1, 1, 256), scale.mT, counts)
-        (gradient,) = torch.autograd.grad(product, rows, torch.ones_like(product))
-        for got in (output, gradient):
-            want = expected.expand_as(got)
-            assert torch.equal(got.isnan(), want.isnan())
-            assert torch.equal(got.nan_to_num(), want.nan_to_num())

@@ -15,13 +15,13 @@ from torch import Tensor
 from moe_ops._triton import dequantize
 from moe_ops.ops.fused_experts import triton as fused_experts
 from moe_ops.ops.grouped_gemm import triton as gemm
-from moe_ops.ops.grouped_gemm_fp8 import triton as gemm_fp8
 from moe_ops.ops.permute import triton as permute
 from moe_ops.ops.routing_indices import triton as routing_indices
 from moe_ops.ops.topk_routing import triton as topk_routing
 from moe_ops.ops.unpermute import triton as unpermute
 from moe_ops.quantization import storage
 from moe_ops.quantization.formats import FORMATS
+from moe_ops.quantization.stored import StoredWeight
 
 Call = Callable[[], object]
 
@@ -96,56 +96,55 @@ def grouped_gemm(
     return {**calls, "dx-dots": dx(True)} if weights else calls
 
 
-def grouped_gemm_fp8(
+def stored_weight(
+    format: str, shape: tuple[int, int, int], scale_encoding: str | None = None
+) -> StoredWeight:
+    """Return a quantised weight without memory."""
+    layout = storage.layout_of("kernel_calls", format, shape, scale_encoding=scale_encoding)
+    tensors = storage.empty(layout, "meta").tensors
+    names = ("codes", "scale", "nested_scale", "nested_offset")
+    stored: list[Any] = [tensors.get(name) for name in names]
+    return StoredWeight._make((*stored, format, layout.group_size, layout.scale_encoding, shape[2]))
+
+
+def quantized_gemm(
     sizes: Sizes,
     dtype: torch.dtype,
+    format: str,
     *,
     permute_x: bool = False,
     permute_y: bool = False,
     weights: bool = False,
     bias: bool = False,
-    transposed: bool = False,
-    kernel_config: str | None = None,
+    scale_encoding: str | None = None,
 ) -> dict[str, Call]:
-    """Return the forward and the backward of one call, by name. `bias` is ignored: there is none."""
+    """Return the forward and the backward of one call, by name."""
     rows = sizes.num_tokens * sizes.top_k
-    num_experts, out_features, in_features = (
-        sizes.num_experts, sizes.out_features, sizes.in_features
-    )  # fmt: skip
-    x = _empty(sizes.num_tokens if permute_x else rows, in_features, dtype=dtype)
-    stored = (in_features, out_features) if transposed else (out_features, in_features)
-    weight = _empty(num_experts, *stored, dtype=torch.float8_e4m3fn)
-    weight = weight.transpose(1, 2) if transposed else weight
-    blocks = (-(-out_features // 128), -(-in_features // 128))
-    block_scale = _empty(num_experts, *blocks, dtype=torch.float32)
+    shape = (sizes.num_experts, sizes.out_features, sizes.in_features)
+    weight = stored_weight(format, shape, scale_encoding)
+    x = _empty(sizes.num_tokens if permute_x else rows, sizes.in_features, dtype=dtype)
     scale = _empty(sizes.num_tokens, sizes.top_k, dtype=torch.float32) if weights else None
-    grad = _empty(rows, out_features, dtype=dtype)
+    biases = _empty(*shape[:2], dtype=dtype) if bias else None
+    grad = _empty(rows, sizes.out_features, dtype=dtype)
+    routing = (_empty(sizes.num_experts), _empty(rows), scale)
     flags = (sizes.top_k, permute_x, permute_y)
-    routing = (weight, block_scale, _empty(num_experts), _empty(rows), scale)
-
-    def dx(dots: bool) -> Call:
-        needs = [True, dots]
-        return lambda: gemm_fp8.grouped_gemm_fp8_dx(grad, *routing, x, *flags, needs, kernel_config)
-
-    calls: dict[str, Call] = {
-        "forward": lambda: gemm_fp8.grouped_gemm_fp8(x, *routing, *flags, kernel_config),
-        "dx": dx(False),
+    return {
+        "forward": lambda: gemm.grouped_gemm(x, weight, *routing, biases, *flags),
+        "dx": lambda: gemm.grouped_gemm_dx(
+            grad, weight, *routing, x, biases, *flags, [True, weights]
+        ),
     }
-    return {**calls, "dx-dots": dx(True)} if weights else calls
 
 
 def dequantize_weight(sizes: Sizes, dtype: torch.dtype, format: str) -> dict[str, Call]:
     """Return the call for each encoding of scales that the format has, by its name."""
     shape = (sizes.num_experts, sizes.out_features, sizes.in_features)
-    calls: dict[str, Call] = {}
-    for scale in FORMATS[format].scales:
-        layout = storage.layout_of("kernel_calls", format, shape, scale_encoding=scale.name)
-        stored = storage.empty(layout, "meta").tensors
-        names = ("codes", "scale", "nested_scale", "nested_offset")
-        arguments: list[Any] = [*(stored.get(name) for name in names), format, layout.group_size]
-        arguments += [scale.name, shape[2], dtype]
-        calls[scale.name] = functools.partial(dequantize.dequantize_weight, *arguments)
-    return calls
+    return {
+        scale.name: functools.partial(
+            dequantize.dequantize_weight, *stored_weight(format, shape, scale.name), dtype
+        )
+        for scale in FORMATS[format].scales
+    }
 
 
 def experts(
@@ -161,14 +160,20 @@ def experts(
     transposed: bool = False,
     recompute: str = "none",
     kernel_config: str | None = None,
+    format: str | None = None,
 ) -> dict[str, Call]:
-    """Return the calls of fused_experts. The sizes are those of its up projection."""
+    """Return the calls of fused_experts. The sizes are those of its up projection.
+
+    With a format its weights are quantised, and have no gradient.
+    """
     num_tokens, top_k, num_experts = sizes.num_tokens, sizes.top_k, sizes.num_experts
     width, hidden = sizes.out_features, sizes.in_features
     inner = width // 2 if gated else width
     width = 2 * inner if gated else inner
 
-    def matrices(rows: int, columns: int) -> Tensor:
+    def matrices(rows: int, columns: int) -> Tensor | StoredWeight:
+        if format is not None:
+            return stored_weight(format, (num_experts, rows, columns))
         if transposed:
             return _empty(num_experts, columns, rows, dtype=dtype).transpose(1, 2)
         return _empty(num_experts, rows, columns, dtype=dtype)
@@ -189,12 +194,12 @@ def experts(
     routing = (_empty(num_experts), *rows)
     down_backward: tuple[Any, ...] = (
         x, x, up, down, weights, *biases, z, *routing, *flags,
-        [True, True, not weights_before, bias], transposed, kernel_config,
+        [True, format is None, not weights_before, bias], transposed, kernel_config,
     )  # fmt: skip
     dz = _empty(num_tokens * top_k, width, dtype=dtype)
     up_backward: tuple[Any, ...] = (
         dz, x, up, weights if weights_before else None, *routing, top_k,
-        [True, True, weights_before, bias], transposed, kernel_config,
+        [True, format is None, weights_before, bias], transposed, kernel_config,
     )  # fmt: skip
     return {
         "inference": lambda: fused_experts.fused_experts(*forward),

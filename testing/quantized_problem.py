@@ -14,6 +14,7 @@ import moe_ops
 from moe_ops import QuantizedWeight, quantize_weight
 from moe_ops.quantization.formats import FORMATS
 from moe_ops.quantization.storage import empty, layout_of
+from testing import checks, experts_problem, gemm_problem
 from testing.on_device import assert_same_bits
 
 # Each format, with each encoding of its scales and each size of its blocks.
@@ -138,3 +139,43 @@ def assert_equal(got: Tensor, want: Tensor) -> None:
     assert torch.equal(got.isnan(), want.isnan())
     numbers = ~want.isnan()
     assert_same_bits(got[numbers], want[numbers])
+
+
+class QuantizedExperts(experts_problem.Problem):
+    """A call of fused_experts whose weights are quantised. Its arguments hold their values."""
+
+    def __init__(self, given: experts_problem.Problem, format: str, **options: Any) -> None:
+        names = ("gate_up_proj", "down_proj")
+        dtype = given.arguments["hidden_states"].dtype
+        self.weights = {n: quantize_weight(given.arguments[n], format, **options) for n in names}
+        values = {name: values_of(weight, dtype) for name, weight in self.weights.items()}
+        differentiable = [name for name in given.differentiable if name not in names]
+        super().__init__({**given.arguments, **values}, differentiable, given.grad_output)
+
+    def run(self) -> tuple[Tensor, dict[str, Tensor]]:
+        leaves = {name: self.arguments[name].requires_grad_() for name in self.differentiable}
+        with checks.poisoned_memory():
+            output = moe_ops.fused_experts(**{**self.arguments, **leaves, **self.weights})
+            found = torch.autograd.grad(output, list(leaves.values()), self.grad_output)
+        return output.detach(), dict(zip(leaves, found, strict=True))
+
+    def inference(self) -> Tensor:
+        with torch.no_grad(), checks.poisoned_memory():
+            return moe_ops.fused_experts(**{**self.arguments, **self.weights})
+
+
+class QuantizedGemm(gemm_problem.Problem):
+    """A call of grouped_gemm whose weight is quantised. Its arguments hold the weight's values."""
+
+    def __init__(self, given: gemm_problem.Problem, format: str, **options: Any) -> None:
+        self.weight = quantize_weight(given.arguments["weight"], format, **options)
+        values = values_of(self.weight, given.arguments["input"].dtype)
+        differentiable = [name for name in given.differentiable if name != "weight"]
+        super().__init__({**given.arguments, "weight": values}, differentiable, given.grad_output)
+
+    def run(self) -> tuple[Tensor, dict[str, Tensor]]:
+        leaves = self.leaves()
+        with checks.poisoned_memory():
+            output = moe_ops.grouped_gemm(**{**self.arguments, **leaves, "weight": self.weight})
+            found = torch.autograd.grad(output, list(leaves.values()), self.grad_output)
+        return output.detach(), dict(zip(leaves, found, strict=True))

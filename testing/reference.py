@@ -9,7 +9,6 @@ I intermediate size, U = 2 * I where gated, else I.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,15 +141,6 @@ def grouped_gemm(
         y = y * topk_weights.double().reshape(-1)[slots, None]
     target = slots if permute_y else torch.arange(len(slots), device=input.device)
     return y.new_zeros(num_rows, y.shape[1]).index_copy(0, target, y)
-
-
-def grouped_gemm_fp8(
-    input: Tensor, weight: Tensor, weight_scale: Tensor, token_counts: Tensor, **others: Any
-) -> Tensor:
-    _, out_features, in_features = weight.shape
-    scale = weight_scale.double().repeat_interleave(128, 1).repeat_interleave(128, 2)
-    dequantised = weight.double() * scale[:, :out_features, :in_features]
-    return grouped_gemm(input, dequantised, token_counts, **others)
 
 
 def merged(weight: Tensor, adapters: Iterable[tuple[Tensor, Tensor, float]]) -> Tensor:

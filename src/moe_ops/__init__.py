@@ -21,7 +21,6 @@ from moe_ops.ops.ep_combine import ep_combine
 from moe_ops.ops.ep_dispatch import ep_dispatch
 from moe_ops.ops.fused_experts import fused_experts
 from moe_ops.ops.grouped_gemm import grouped_gemm
-from moe_ops.ops.grouped_gemm_fp8 import grouped_gemm_fp8
 from moe_ops.ops.permute import permute
 from moe_ops.ops.routing_indices import routing_indices
 from moe_ops.ops.topk_routing import topk_routing
@@ -41,7 +40,6 @@ __all__ = [
     "ep_dispatch",
     "fused_experts",
     "grouped_gemm",
-    "grouped_gemm_fp8",
     "kernel_config",
     "permute",
     "quantize_fp8",

@@ -42,8 +42,8 @@ def quantize_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         TypeError: weight is not floating, or it is FP8 already.
         ValueError: weight has fewer than two dimensions.
 
-    Not differentiable. Deterministic bit for bit. moe_ops.grouped_gemm_fp8 takes both results.
-    moe_ops.dequantize_fp8 undoes all but the rounding.
+    Not differentiable. Deterministic bit for bit. moe_ops.QuantizedWeight.from_fp8_block takes
+    both results. moe_ops.dequantize_fp8 undoes all but the rounding.
 
     Source: DeepSeek-V3 (arXiv:2412.19437), section 3.3.
     """

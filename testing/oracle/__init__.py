@@ -9,7 +9,7 @@ the reference for the op's gradients.
 selection.py      topk_routing
 routing.py        routing_indices, and random topk_ids
 rows.py           permute and unpermute
-gemm.py           grouped_gemm and grouped_gemm_fp8
+gemm.py           grouped_gemm and its gradients
 experts.py        fused_experts and its activations
 quantized.py      quantised weights, bit by bit
 expert_parallel.py  ep_dispatch and ep_combine, for all ranks at once
@@ -42,10 +42,8 @@ from testing.oracle.gemm import (
     grouped_gemm,
     grouped_gemm_dw,
     grouped_gemm_dx,
-    grouped_gemm_fp8,
-    grouped_gemm_fp8_dx,
 )
-from testing.oracle.quantized import dequantize_weight, plain_call
+from testing.oracle.quantized import dequantize_weight, plain_call, without_weight
 from testing.oracle.routing import ROUTINGS, dropped_slots, random_topk_ids, routing_indices
 from testing.oracle.rows import permute, unpermute, unpermute_backward
 from testing.oracle.selection import (
@@ -76,8 +74,6 @@ __all__ = [
     "grouped_gemm",
     "grouped_gemm_dw",
     "grouped_gemm_dx",
-    "grouped_gemm_fp8",
-    "grouped_gemm_fp8_dx",
     "permute",
     "plain_call",
     "random_topk_ids",
@@ -92,4 +88,5 @@ __all__ = [
     "unpermute",
     "unpermute_backward",
     "unspecified",
+    "without_weight",
 ]

@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Computes grouped_gemm and grouped_gemm_fp8, one row at a time.
+"""Computes grouped_gemm and its gradients, one row at a time.
 
 M rows of the input, R rows of the output, D in_features, N out_features, E experts.
 """
-
-import itertools
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,28 +104,3 @@ def grouped_gemm_dw(
         "permute_y": permute_y,
     }
     return needed_gradients(grouped_gemm, arguments, ["weight", "bias"], grad_output, needs)
-
-
-def dequantized(weight: Tensor, weight_scale: Tensor) -> Tensor:
-    """Return weight (E, N, D) times its weight_scale (E, ceil(N / 128), ceil(D / 128))."""
-    weight, weight_scale = to_fp64(weight, weight_scale)
-    output = weight.clone()
-    for expert, row, column in itertools.product(*map(range, weight_scale.shape)):
-        block = output[expert, 128 * row : 128 * (row + 1), 128 * column : 128 * (column + 1)]
-        block *= weight_scale[expert, row, column]
-    return output
-
-
-def grouped_gemm_fp8(
-    input: Tensor, weight: Tensor, weight_scale: Tensor, *args: Any, **kwargs: Any
-) -> Tensor:
-    """Return grouped_gemm of the dequantised weight. The other arguments are its, without a bias."""
-    if len(args) > 3:
-        args = (*args[:3], None, *args[3:])
-    return grouped_gemm(input, dequantized(weight, weight_scale), *args, **kwargs)
-
-
-def grouped_gemm_fp8_dx(
-    grad_output: Tensor, weight: Tensor, weight_scale: Tensor, **others: Any
-) -> tuple[Tensor | None, ...]:
-    return grouped_gemm_dx(grad_output, dequantized(weight, weight_scale), bias=None, **others)

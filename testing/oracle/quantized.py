@@ -193,13 +193,28 @@ def plain_call(name: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, 
     if name == "grouped_gemm_quantized":
         input = given["input"]
         given["weight"] = weight("", input.shape[1], input.dtype)
+    elif name == "grouped_gemm_quantized_dx":
+        given["weight"] = weight("", given.pop("in_features"), given["grad_output"].dtype)
+    elif name == "fused_experts_quantized_up_backward":
+        dtype = given["grad_pre_activation"].dtype
+        given["gate_up_proj"] = weight("gate_up_", given.pop("hidden_size"), dtype)
     else:
-        hidden_states = given["hidden_states"]
-        dtype = hidden_states.dtype
-        up = weight("gate_up_", hidden_states.shape[1], dtype)
+        rows = given["grad_output" if name.endswith("backward") else "hidden_states"]
+        up = weight("gate_up_", rows.shape[1], rows.dtype)
         inner = up.shape[1] // 2 if given["gated"] else up.shape[1]
-        given |= {"gate_up_proj": up, "down_proj": weight("down_", inner, dtype)}
+        given |= {"gate_up_proj": up, "down_proj": weight("down_", inner, rows.dtype)}
+    if name.endswith("_backward"):
+        first, *rest = given["needs"]
+        given |= {"needs": [first, False, *rest], "transposed": False}
     return name.replace("_quantized", ""), given
+
+
+def without_weight(name: str, outputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Return what the quantised form of a backward op returns: no gradient of the weight."""
+    if "_quantized" in name and name.endswith("_backward"):
+        first, _, *rest = outputs
+        return (first, *rest)
+    return outputs
 
 
 def block_scale(format: str, largest: float) -> float:

@@ -39,6 +39,7 @@ pytest.importorskip("triton", exc_type=ImportError)
 from triton.runtime.jit import JITFunction
 
 from moe_ops._triton import gemm, plan
+from moe_ops.quantization.formats import FORMATS
 from testing import kernel_calls as calls
 from testing.compiled import GPUS, Resources, compiling_for
 from testing.kernel_calls import SIZES, Call, Sizes
@@ -115,8 +116,8 @@ def test_every_kernel_compiles(gpu):
         named.update({f"{size} {name}": call for name, call in made.items()})
     made = calls.experts(SIZES["training"], dtype)
     named.update({f"experts {name}": call for name, call in made.items()})
-    made = calls.grouped_gemm_fp8(SIZES["training"], dtype)
-    named.update({f"fp8 {name}": call for name, call in made.items()})
+    made = calls.quantized_gemm(SIZES["decode-8"], dtype, "nf4")
+    named.update({f"quantised {name}": call for name, call in made.items()})
     gather = calls.grouped_gemm(SIZES["training"], dtype, **MODES["permute_y-weights"])
     plain = calls.grouped_gemm(SIZES["training"], F32)
     more = [
@@ -312,27 +313,37 @@ def test_a_bias_keeps_nothing_from_being_loaded_ahead(gpu):
     assert loads(bias=True) == loads() >= 4
 
 
-@pytest.mark.parametrize(("gpu", "size"), [(gpu, size) for gpu in GPUS for size in SIZES])
-def test_fp8_weights(gpu, size):
-    """GPUs without FP8 do it too. sm_90 gets transposed weights and more dtypes for training."""
-    matters_most = gpu == "sm_90" and size == "training"
-    dtypes = [BF16, F16, F32] if matters_most else [F16 if gpu == "sm_75" else BF16]
-    layouts = [False, True] if matters_most else [False]
-    modes = ["plain", *EVERY_FLAG] if matters_most else [EVERY_FLAG[1]]
-    for dtype, transposed, mode in itertools.product(dtypes, layouts, modes):
-        made = calls.grouped_gemm_fp8(SIZES[size], dtype, transposed=transposed, **MODES[mode])
-        named = {f"{mode} {dtype} {name} {transposed=}": call for name, call in made.items()}
-        check(GPUS[gpu], named, stack_limit(gpu, size))
+FEW_ROWS = ("decode-8", "decode-32", "prefill-64")
 
 
-@pytest.mark.parametrize("gpu", TENSOR_CORES)
-def test_fp8_weights_are_decoded_and_multiplied_by_instructions_for_that(gpu):
-    device = GPUS[gpu]
-    for name, call in calls.grouped_gemm_fp8(SIZES["training"], BF16).items():
-        ptx = "".join(kernel.ptx for kernel in compile_all(device, [call]))
-        assert TENSOR_CORES[gpu] in ptx, name
-        assert ("cp.async.bulk.tensor" in ptx) == device.has_tma, name
-        assert ("e4m3" in ptx) == (device.capability >= (8, 9)), name
+@pytest.mark.parametrize(("gpu", "size"), [(gpu, size) for gpu in GPUS for size in FEW_ROWS])
+def test_quantised_weights(gpu, size):
+    """GPUs without FP8 decode it too. sm_90 gets more dtypes."""
+    dtypes = [BF16, F16, F32] if gpu == "sm_90" else [F16 if gpu == "sm_75" else BF16]
+    for dtype, format in itertools.product(dtypes, FORMATS):
+        flags = MODES["permute_x-weights-bias"]
+        made = calls.quantized_gemm(SIZES[size], dtype, format, **flags)
+        experts = calls.experts(SIZES[size], dtype, format=format)
+        assert "_quantized_fwd_kernel" in launched(GPUS[gpu], made["forward"])
+        named = {
+            f"{format} {dtype} forward": made["forward"],
+            f"{format} {dtype} experts": experts["inference"],
+        }
+        check(GPUS[gpu], named, stack_limit(gpu))
+
+
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_quantised_weights_are_decoded_between_loads_and_tensor_cores(gpu, format):
+    """Nothing goes through Triton's pipeline: it would copy each number of the table alone."""
+    call = calls.quantized_gemm(SIZES["decode-8"], BF16, format)["forward"]
+    (kernel,) = (k for k in compile_all(GPUS[gpu], [call]) if k.kernel == "_quantized_fwd_kernel")
+    assert "mma.sync" in kernel.ptx
+    assert "cp.async" not in kernel.ptx
+    # A thread loads 16 bytes of codes at a time.
+    assert re.search(r"ld\.global\S*\.v4\.b32", kernel.ptx)
+    has_fp8 = GPUS[gpu].capability >= (8, 9)
+    assert ("e4m3" in kernel.ptx) == (has_fp8 and format == "fp8_block")
 
 
 @pytest.mark.parametrize("gpu", TENSOR_CORES)
@@ -369,7 +380,7 @@ def test_sizes(gpu, size):
 def test_fp32(gpu, precision, monkeypatch):
     if precision == "tf32" and gpu == "sm_75":
         pytest.skip("no tf32 before compute capability 8.0")
-    monkeypatch.setattr(gemm, "_precision", lambda dtype: precision)
+    monkeypatch.setattr(gemm, "precision", lambda dtype: precision)
     named = calls.grouped_gemm(SIZES["training"], F32, **MODES["permute_y-weights-bias"])
     check(GPUS[gpu], named, stack_limit(gpu))
     used = "tf32" in compile_all(GPUS[gpu], [named["forward"]])[-1].ptx

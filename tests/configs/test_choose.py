@@ -168,18 +168,6 @@ def test_an_sm_holds_both_programs_of_few_rows(name):
     assert 2 * shared_memory(config, problem, device) <= device.shared_memory
 
 
-@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
-def test_a_tile_of_fp8_weights_has_one_scale_at_a_time(device):
-    for problem in problems():
-        if problem.kind != "backward_dW":
-            flags = tuple(flag for flag in problem.flags if flag != "bias")
-            config = heuristic(with_words(problem, (*flags, "fp8")), device)
-            assert isinstance(config, (KernelConfigForward, KernelConfigBackward_dX))
-            assert max(config.BLOCK_N, config.BLOCK_K) <= 128
-            assert not config.tail_tiles
-            assert shared_memory(config, problem, device) <= device.shared_memory
-
-
 def test_descriptors_are_used_where_there_are_some():
     for kind in PASSES:
         config = heuristic(make_problem(kind, "bfloat16", 8, 512, 256, 1024), HOPPER).to_dict()

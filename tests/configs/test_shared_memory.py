@@ -167,24 +167,6 @@ def test_is_what_an_activation_takes_in_turns(num_stages, subtile):
         assert shared[name] <= bound <= 1.08 * shared[name]
 
 
-@pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
-@pytest.mark.parametrize("tma", [False, True])
-def test_is_no_less_for_fp8_weights(num_stages, tma):
-    """They count as decoded. What they are decoded to has a buffer beside those of each stage."""
-    config = KernelConfigForward(
-        128, 128, 128, 8, num_stages, flatten=False,
-        use_tma_load_x=tma, use_tma_load_w=tma, use_tma_store=tma,
-    )  # fmt: skip
-    for mode in ({}, {"permute_x": True}):
-        made = calls.grouped_gemm_fp8(
-            SIZES["training"], torch.bfloat16, kernel_config=kernel_config(config), **mode
-        )
-        with compiling_for(GPUS["sm_90"]) as found:
-            made["forward"]()
-        bound = estimated(config, "forward", "bfloat16", "sm_90", ("fp8",))
-        assert max(kernel.shared for kernel in found) <= bound
-
-
 @pytest.fixture
 def tf32() -> Iterator[None]:
     """Multiply fp32 as tf32, which takes more memory than fp32."""

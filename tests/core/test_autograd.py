@@ -135,9 +135,7 @@ def first_and_second_gradients(function, arguments, names):
     return second, list(leaves)
 
 
-@pytest.mark.parametrize(
-    "name", ["grouped_gemm", "grouped_gemm_fp8", "unpermute", "topk_routing", "fused_experts"]
-)
+@pytest.mark.parametrize("name", ["grouped_gemm", "unpermute", "topk_routing", "fused_experts"])
 def test_double_backward_is_refused_where_the_backward_is_opaque(name):
     sample = every_argument(name)
     names = sample.differentiable()
@@ -223,9 +221,13 @@ def test_gradients_not_needed_are_none(name):
             ["input", "weight", "topk_weights", "bias"],
             {"grouped_gemm_dx": [True, True], "grouped_gemm_dw": [True, True]},
         ),
-        ("grouped_gemm_fp8", ["input"], {"grouped_gemm_fp8_dx": [True, False]}),
-        ("grouped_gemm_fp8", ["topk_weights"], {"grouped_gemm_fp8_dx": [False, True]}),
-        ("grouped_gemm_fp8", ["input", "topk_weights"], {"grouped_gemm_fp8_dx": [True, True]}),
+        ("grouped_gemm_quantized", ["input"], {"grouped_gemm_quantized_dx": [True, False]}),
+        ("grouped_gemm_quantized", ["topk_weights"], {"grouped_gemm_quantized_dx": [False, True]}),
+        (
+            "grouped_gemm_quantized",
+            ["input", "topk_weights", "bias"],
+            {"grouped_gemm_quantized_dx": [True, True], "grouped_gemm_dw": [False, True]},
+        ),
         *(("fused_experts", [name], needs) for name, needs in EXPERTS_NEEDS.items()),
         ("fused_experts", EXPERTS, experts_needs([True] * 4, [True, True, False, True])),
         ("unpermute", ["input"], {"unpermute_backward": [True, False]}),
@@ -325,8 +327,6 @@ def test_the_arguments_without_a_gradient():
     """A differentiable op refuses that they require grad, or it ignores it."""
     found = {(name, a.name): a.ignores_grad for name, a in WITHOUT_GRADIENT}
     assert found == {
-        ("grouped_gemm_fp8", "weight"): False,
-        ("grouped_gemm_fp8", "weight_scale"): False,
         ("topk_routing", "selection_bias"): True,
     }
 

@@ -43,15 +43,6 @@ def valid(name: str) -> dict[str, Any]:
             "bias": torch.randn(4, 10),
             "top_k": 2,
         },
-        "grouped_gemm_fp8": {
-            "input": torch.randn(12, 8),
-            "weight": torch.randn(4, 10, 8).to(FP8),
-            "weight_scale": torch.randn(4, 1, 1),
-            "token_counts": token_counts,
-            "gather_indices": permutation,
-            "topk_weights": torch.randn(6, 2),
-            "top_k": 2,
-        },
         "fused_experts": {
             "hidden_states": torch.randn(6, 8),
             "gate_up_proj": torch.randn(4, 10, 8),
@@ -136,25 +127,17 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
      "topk_ids.dtype in (int32, int64), got int16"),
     # quantised weights: the text says what to do
     ("grouped_gemm", {"weight": torch.randn(4, 10, 8).to(FP8)}, TypeError,
-     ("weight.dtype == input.dtype (float32), got float8_e4m3fn; grouped_gemm_fp8 takes it, with its "
-      "scales")),
+     ("weight.dtype == input.dtype (float32), got float8_e4m3fn; "
+      "moe_ops.QuantizedWeight.from_fp8_block takes it, with its scales")),
     ("grouped_gemm", {"weight": torch.zeros(4, 10, 4, dtype=torch.uint8)}, TypeError,
      ("weight.dtype == input.dtype (float32), got uint8; dequantise it to the dtype of input, or "
-      "quantise it anew with moe_ops.quantize_fp8 and call grouped_gemm_fp8")),
+      "make a moe_ops.QuantizedWeight of it")),
     ("fused_experts", {"gate_up_proj": torch.randn(4, 10, 8).to(FP8)}, TypeError,
      ("gate_up_proj.dtype == hidden_states.dtype (float32), got float8_e4m3fn; "
-      "moe_ops.layers.lora.lora_experts takes it, with its scales")),
+      "moe_ops.QuantizedWeight.from_fp8_block takes it, with its scales")),
     ("fused_experts", {"down_proj": torch.zeros(4, 8, 5, dtype=torch.int8)}, TypeError,
-     ("down_proj.dtype == hidden_states.dtype (float32), got int8; dequantise it, or use "
-      "moe_ops.quantize_fp8 and moe_ops.layers.lora.lora_experts")),
-    ("grouped_gemm_fp8", {"weight": torch.randn(4, 10, 8)}, TypeError,
-     ("weight.dtype in (float8_e4m3fn), got float32; a weight in another format is dequantised and "
-      "given to grouped_gemm, or quantised anew with moe_ops.quantize_fp8")),
-    ("grouped_gemm_fp8", {"weight": torch.randn(4, 10).to(FP8)}, ValueError,
-     "weight.dim() == 3 (num_experts, out_features, in_features), got 2 (4, 10)"),
-    ("grouped_gemm_fp8", {"weight_scale": torch.randn(4, 10, 1)}, ValueError,
-     ("weight_scale.shape[1] == (out_features + 127) // 128 (1), got 10; each block of 128 x 128 "
-      "weights has one scale that multiplies it, as moe_ops.quantize_fp8 makes them; ")),
+     ("down_proj.dtype == hidden_states.dtype (float32), got int8; dequantise it, or make a "
+      "moe_ops.QuantizedWeight of it")),
     # scalars
     ("topk_routing", {"top_k": 0}, ValueError, "top_k >= 1, got 0"),
     ("topk_routing", {"top_k": -1}, ValueError, "top_k >= 1, got -1"),

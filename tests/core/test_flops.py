@@ -58,13 +58,11 @@ def test_router_gradient_needs_the_same_product():
     assert found == {"moe.grouped_gemm": 960, "moe.grouped_gemm_dx": 960}
 
 
-def test_fp8_weights_count_as_others_do():
+def test_quantised_weights_count_as_others_do():
     rows = torch.randn(6, 8, requires_grad=True)
-    weight, scale = moe_ops.quantize_fp8(torch.randn(2, 10, 8))
-    found = count(
-        lambda: moe.grouped_gemm_fp8(rows, weight, scale, torch.tensor([3, 3])).sum().backward()
-    )
-    assert found == {"moe.grouped_gemm_fp8": 960, "moe.grouped_gemm_fp8_dx": 960}
+    weight = moe_ops.quantize_weight(torch.randn(2, 10, 8), "nf4")
+    found = count(lambda: moe_ops.grouped_gemm(rows, weight, torch.tensor([3, 3])).sum().backward())
+    assert found == {"moe.grouped_gemm_quantized": 960, "moe.grouped_gemm_quantized_dx": 960}
 
 
 EXPERTS_GRADS = {

@@ -21,7 +21,6 @@ INNER_OPS = {
     "unpermute_backward",
     "grouped_gemm_dx",
     "grouped_gemm_dw",
-    "grouped_gemm_fp8_dx",
     "fused_experts_forward",
     "fused_experts_down_backward",
     "fused_experts_up_backward",
@@ -29,10 +28,11 @@ INNER_OPS = {
     "ep_combine_backward",
 }
 # QuantizedWeight's dequantize() calls the first. The functions grouped_gemm and fused_experts call
-# the others for a QuantizedWeight.
+# the others for a QuantizedWeight, and their gradients the rest.
 INNER_OPS |= {
-    "dequantize_weight", "grouped_gemm_quantized", "fused_experts_quantized",
-    "fused_experts_quantized_forward",
+    "dequantize_weight", "grouped_gemm_quantized", "grouped_gemm_quantized_dx",
+    "fused_experts_quantized", "fused_experts_quantized_forward",
+    "fused_experts_quantized_down_backward", "fused_experts_quantized_up_backward",
 }  # fmt: skip
 # Weights that functions take in either form. torch.ops.moe takes tensors alone.
 QUANTISABLE = {("grouped_gemm", "weight"), ("fused_experts", "gate_up_proj"),

@@ -137,33 +137,6 @@ def test_grouped_gemm_by_hand():
     assert gathered.flatten().tolist() == [20, 2, 3, 0]
 
 
-def test_grouped_gemm_fp8_by_hand():
-    # The second expert has the only row. Its weights are all 2, in four blocks.
-    weight = torch.full((2, 130, 130), 2.0).to(torch.float8_e4m3fn)
-    scale = torch.tensor([[[9.0, 9.0], [9.0, 9.0]], [[0.5, 3.0], [10.0, 100.0]]])
-    counts = torch.tensor([0, 1])
-    row = torch.zeros(1, 130)
-    row[0, 0], row[0, 127], row[0, 128] = 1.0, 4.0, 1.0
-    output = oracle.grouped_gemm_fp8(row, weight, scale, counts)
-    assert output[0, 127].item() == 2 * (1 + 4) * 0.5 + 2 * 3
-    assert output[0, 128].item() == 2 * (1 + 4) * 10 + 2 * 100
-    assert len(set(output[0, :128].tolist())) == 1
-
-    grad_output = torch.zeros(1, 130)
-    grad_output[0, 1], grad_output[0, 129] = 1.0, 7.0
-    found = oracle.grouped_gemm_fp8_dx(
-        grad_output, weight, scale, token_counts=counts, gather_indices=None,
-        topk_weights=torch.tensor([[5.0]]), input=row, top_k=1, permute_x=False, permute_y=False,
-        needs=[True, True],
-    )  # fmt: skip
-    grad_input, grad_topk_weights = found
-    assert grad_input is not None
-    assert grad_topk_weights is not None
-    assert grad_input[0, 127].item() == 5 * 2 * (0.5 + 7 * 10)
-    assert grad_input[0, 128].item() == 5 * 2 * (3 + 7 * 100)
-    assert grad_topk_weights.item() == 11 + 7 * 300
-
-
 @pytest.mark.parametrize("permute_x", [False, True])
 def test_grouped_gemm_gradients_against_differences(permute_x):
     generator = torch.Generator().manual_seed(1)

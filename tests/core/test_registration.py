@@ -18,7 +18,6 @@ from testing.strategies import seeded_sample
 # For each op, the argument whose gradient the tests take.
 DIFFERENTIABLE = {
     "permute": "input", "unpermute": "input", "grouped_gemm": "input", "topk_routing": "logits",
-    "grouped_gemm_fp8": "input",
 }  # fmt: skip
 WAYS = {
     "torch.ops.moe": lambda name: getattr(torch.ops.moe, name),

@@ -182,7 +182,7 @@ def test_rejects_adapters_that_do_not_fit(adapter, message):
 
 def test_rejects_quantised_weights_without_scales():
     x, weight, counts = GEMM
-    with pytest.raises(TypeError, match="grouped_gemm_fp8 takes it, with its scales"):
+    with pytest.raises(TypeError, match="from_fp8_block takes it, with its scales"):
         lora_grouped_gemm(x, weight.to(torch.float8_e4m3fn), counts, [])
 
 
@@ -190,10 +190,10 @@ def test_rejects_scales_with_a_bias_or_another_weight():
     x, weight, counts = GEMM
     quantised, scale = moe_ops.quantize_fp8(weight)
     with pytest.raises(
-        ValueError, match=r"projection: expected bias=None with weight_scale, .* takes no bias$"
+        ValueError, match=r"projection: expected bias=None with weight_scale, .*from_fp8_block$"
     ):
         lora_grouped_gemm(x, quantised, counts, [], bias=torch.ones(2, 3), weight_scale=scale)
-    with pytest.raises(TypeError, match=r"grouped_gemm_fp8: expected weight\.dtype .* got int8;"):
+    with pytest.raises(TypeError, match=r"projection: expected weight\.dtype .* got int8;"):
         lora_grouped_gemm(x, weight.to(torch.int8), counts, [], weight_scale=scale)
 
 

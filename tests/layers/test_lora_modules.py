@@ -103,8 +103,12 @@ def test_quantised_experts_make_nothing_of_a_weights_size():
         [(4, 3, 40), (4, 96, 3), (4, 3, 48), (4, 40, 3)]
     )
     num_rows = NUM_TOKENS * TOP_K
-    assert calls.shapes_of("moe::grouped_gemm_fp8_dx") == sorted([(NUM_TOKENS, 40), (num_rows, 48)])
-    assert max(torch.Size(shape).numel() for _, shape in calls.made) < 4 * 40 * 48
+    assert calls.shapes_of("moe::grouped_gemm_quantized_dx") == sorted(
+        [(NUM_TOKENS, 40), (num_rows, 48)]
+    )
+    # A weight's bytes are seen as such, which makes nothing.
+    made = [shape for name, shape in calls.made if name not in ("aten::view", "aten::detach")]
+    assert max(torch.Size(shape).numel() for shape in made) < 4 * 40 * 48
 
 
 def test_adapters_of_quantised_experts_are_bf16_unless_told():

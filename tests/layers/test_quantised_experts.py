@@ -69,7 +69,7 @@ def test_weights_that_require_grad_are_refused():
     """requires_grad_() of a whole model leaves them so. They would get no gradient."""
     experts, _ = make_experts()
     experts.requires_grad_()
-    text = r"^moe::grouped_gemm_fp8: expected weight.requires_grad == False .*, got True; call"
+    text = r"projection: expected weight.requires_grad == False, .*, got True; call"
     with pytest.raises(ValueError, match=text):
         experts(*make_inputs())
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_stands_in_a_layer_that_is_made_of_parts():
         ({"activation": "swiglu_oai", "gated": False}, "expected gated=True with swiglu_oai"),
         ({"activation_limit": -1.0}, "expected activation_limit > 0, got -1.0"),
         ({"recompute": "all"}, "expected recompute to be one of none, pre_activation, got 'all'"),
-        ({"kernel_config": "x"}, "grouped_gemm_fp8: expected kernel_config"),
+        ({"kernel_config": "x"}, "grouped_gemm_quantized: expected kernel_config"),
     ],
 )
 def test_rejects_the_options_that_the_fused_layer_rejects(options, message):

@@ -288,12 +288,9 @@ def test_bitwise_repeatable_at_a_size_that_uses_threads():
             assert torch.equal(got, want)
 
 
-DEQUANTISE = (
-    "dequantise it to the dtype of input, or quantise it anew with moe_ops.quantize_fp8 and call "
-    "grouped_gemm_fp8"
-)
+DEQUANTISE = "dequantise it to the dtype of input, or make a moe_ops.QuantizedWeight of it"
 QUANTISED = {
-    torch.float8_e4m3fn: "grouped_gemm_fp8 takes it, with its scales",
+    torch.float8_e4m3fn: "moe_ops.QuantizedWeight.from_fp8_block takes it, with its scales",
     torch.float8_e5m2: DEQUANTISE,
     torch.int8: DEQUANTISE,
     torch.uint8: DEQUANTISE,

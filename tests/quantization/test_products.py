@@ -313,5 +313,7 @@ def test_the_ops_know_the_formats():
     assert set(schema.argument("group_size").choices) == sizes
     names = {name for name in moe_ops._core.library.SCHEMAS if "quantized" in name}
     assert names == {
-        "grouped_gemm_quantized", "fused_experts_quantized", "fused_experts_quantized_forward"
+        "grouped_gemm_quantized", "grouped_gemm_quantized_dx", "fused_experts_quantized",
+        "fused_experts_quantized_forward", "fused_experts_quantized_down_backward",
+        "fused_experts_quantized_up_backward",
     }  # fmt: skip

@@ -56,7 +56,6 @@ TABLE = [
     ("forward", "bias", 256, "persistent", False),
     ("forward", "gather", 128, "persistent", False),
     ("forward", "gather", 256, "persistent", False),
-    ("forward", "fp8", 128, "persistent", False),
     ("forward", "gather gated", 128, "pingpong", True),
     ("forward", "gather bias gated", 128, "pingpong", True),
     ("forward", "gather gated", 256, "persistent", True),
@@ -116,7 +115,6 @@ def test_why_a_kernel_for_hopper_cannot_serve(kind, columns, device, dtype, oper
         ("gather", Operands(b=False), 256, "persistent", (False, True)),
         ("gather gated", Operands(), 128, "pingpong", (True, False)),
         ("gather gated", Operands(b=False), 128, "pingpong", (True, True)),
-        ("fp8", Operands(b=False), 256, "persistent", (False, False)),
     ],
 )
 def test_what_is_copied_first(words, operands, columns, kernel, copied):
@@ -175,7 +173,7 @@ def test_where_a_configuration_came_from():
 def once(rows, device, kernel_config=None):
     """Return the remembered plan of BARE at so many rows."""
     return plan_once(
-        "forward", torch.bfloat16, 8, 512, 256, rows, *[False] * 7, "none", True, True, True, device,
+        "forward", torch.bfloat16, 8, 512, 256, rows, *[False] * 6, "none", True, True, True, device,
         kernel_config, False,
     )  # fmt: skip
 

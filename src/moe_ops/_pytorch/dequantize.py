@@ -9,6 +9,7 @@ from torch import Tensor
 from moe_ops.quantization.format import Layout
 from moe_ops.quantization.scales import aligned
 from moe_ops.quantization.storage import Packed, dequantized
+from moe_ops.quantization.stored import StoredWeight
 
 
 def dequantize_weight(
@@ -28,3 +29,8 @@ def dequantize_weight(
         tensors |= {"nested_scale": nested_scale, "nested_offset": nested_offset}
     tensors = {name: aligned(tensor) for name, tensor in tensors.items()}
     return dequantized(Packed(layout, tensors), output_dtype)
+
+
+def matrices(weight: Tensor | StoredWeight, dtype: torch.dtype) -> Tensor:
+    """Return a weight, dequantised to dtype if it is quantised. Whoever drops it frees it then."""
+    return weight if isinstance(weight, Tensor) else dequantize_weight(*weight, dtype)

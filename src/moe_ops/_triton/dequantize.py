@@ -78,7 +78,7 @@ class StoredForKernel:
             _numbers(weight.nested_offset, torch.float32),
         )
         tables = _tables(weight.codes, codes, weight.scale_encoding)
-        return cls(StoredWeight(*tensors, *weight[4:]), tables)  # type: ignore[arg-type]
+        return cls(StoredWeight._make((*tensors, *weight[4:])), tables)
 
     def tensors(self, first: int = 0) -> tuple[Tensor | None, ...]:
         """Return the kernels' tensor arguments: the stored ones from an expert on, and the tables."""

@@ -27,11 +27,13 @@ from moe_ops._triton.hopper import describe_b, describe_parts, kernels
 from moe_ops._triton.kernels.experts import _expert_activation_bwd_kernel, _expert_up_kernel
 from moe_ops._triton.launch import cdiv, launch, next_power_of_2, strides, unit_of
 from moe_ops._triton.plan import PERSISTENT
+from moe_ops._triton.quantized import DecodingGemm
 from moe_ops._triton.rows import in_expert_order, new_rows
 from moe_ops._triton.schedule import Rows, TileSchedule
 from moe_ops.configs.device import device_of
 from moe_ops.configs.footprint import epilogue_columns, epilogue_slots
 from moe_ops.configs.specialize import asks_for_backward
+from moe_ops.quantization.stored import StoredWeight
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class UpProjection:
     Args:
         routed: the rows.
         x ((T, H)): rows in token order.
-        gate_up_proj ((E, U, H)): the up projection.
+        gate_up_proj ((E, U, H)): the up projection, in any strides or quantised.
         bias ((E, U)): its bias.
         weights ((T, K)): router weights that multiply the rows before the product.
     """
@@ -98,19 +100,29 @@ class UpProjection:
         self,
         routed: RoutedRows,
         x: torch.Tensor,
-        gate_up_proj: torch.Tensor,
+        gate_up_proj: torch.Tensor | StoredWeight,
         bias: torch.Tensor | None,
         weights: torch.Tensor | None,
     ) -> None:
         self.routed, self.weights = routed, weights
+        # Weighted rows are moved into expert order before the product.
+        divisor = routed.rows.top_k if weights is None else 0
+        self.product: GroupedGemm | DecodingGemm
+        if not isinstance(gate_up_proj, torch.Tensor):
+            decoding = DecodingGemm.where_planned(
+                x, gate_up_proj, routed.rows, routed.kernel_config, x_divisor=divisor, bias=bias,
+                gated=routed.gated, interleaved=routed.interleaved,
+            )  # fmt: skip
+            if decoding is not None:
+                self.product = decoding
+                return
         width = gate_up_proj.shape[1] // 2 if routed.gated else gate_up_proj.shape[1]
-        self.gemm = GroupedGemm(
+        self.product = GroupedGemm(
             "forward",
             x,
-            gate_up_proj.transpose(1, 2),
+            gate_up_proj,
             routed.rows,
-            # Weighted rows are moved into expert order before the product.
-            x_divisor=routed.rows.top_k if weights is None else 0,
+            x_divisor=divisor,
             bias=bias,
             epilogue="gated_activation" if routed.gated else "activation",
             # Rows that are moved lie where TMA can describe them.
@@ -121,7 +133,7 @@ class UpProjection:
         )
 
     def launch(self, z: torch.Tensor | None, h: torch.Tensor | None) -> TileSchedule | None:
-        """Write z and h = act(z), and return the tile schedule of the product.
+        """Write z and h = act(z), and return the tile schedule of the product if it has one.
 
         Rows of no expert are zeros in z, and are not written in h.
 
@@ -129,18 +141,23 @@ class UpProjection:
             z ((R, U)): where the pre-activation is stored; None: it is not.
             h ((R, I)): where the activation's output is stored; None: it is not.
         """
-        gemm, routed = self.gemm, self.routed
+        product, routed = self.product, self.routed
         if routed.rows.is_empty:
             return None
-        if self.weights is not None or (gemm.plan.copied.x and gemm.x_divisor):
-            gemm.x, gemm.x_divisor = routed.in_expert_order(gemm.x, self.weights), 0
-        gemm.copy_operands()
-        gemm.make_schedule(z)
-        if gemm.plan.kernel == PERSISTENT:
-            _up_persistent(gemm, routed, z, h)
-        else:
-            _up_pingpong(gemm, routed, z, h)
-        return gemm.schedule
+        if self.weights is not None:
+            product.x = routed.in_expert_order(product.x, self.weights)
+        if isinstance(product, DecodingGemm):
+            activation = routed.activation
+            product.launch(h, z=z, activation=activation.name, limit=activation.limit)
+            return None
+        if product.plan.copied.x and product.x_divisor:
+            product.x, product.x_divisor = routed.in_expert_order(product.x, None), 0
+        for _ in product.parts(z):
+            if product.plan.kernel == PERSISTENT:
+                _up_persistent(product, routed, z, h)
+            else:
+                _up_pingpong(product, routed, z, h)
+        return product.schedule if product.num_parts == 1 else None
 
 
 def _up_persistent(
@@ -203,14 +220,14 @@ class DownBackward:
 
     Attributes:
         routed: the rows.
-        weight ((E, H, I)): the down projection.
+        weight ((E, H, I)): the down projection, in any strides or quantised.
         bias ((E, H)): its bias, if the router gradient needs it.
         scale ((T, K)): router weights that multiply the rows after the product.
         offsets ((2, E), int32): the first row and the end row of each expert.
     """
 
     routed: RoutedRows
-    weight: torch.Tensor
+    weight: torch.Tensor | StoredWeight
     bias: torch.Tensor | None
     scale: torch.Tensor | None
     offsets: torch.Tensor
@@ -250,9 +267,8 @@ class DownBackward:
         if at_once and not rows.is_empty:
             assert z is not None
             assert dz is not None
-            gemm.make_schedule(dz)
-            gemm.copy_operands()
-            self._pingpong(gemm, z, dz, h, dots)
+            for _ in gemm.parts(dz):
+                self._pingpong(gemm, z, dz, h, dots)
         else:
             dh = gemm.new_operand() if h is None else h
             gemm.launch(dh, zeros_tail=False)
@@ -266,7 +282,7 @@ class DownBackward:
 
         The last one is the bias's. With 0 tiles the activation's backward makes the only part.
         """
-        rows, device = self.routed.rows, self.weight.device
+        rows, device = self.routed.rows, self.offsets.device
         if not tiles and self.bias is None and self.scale is not None and not rows.is_empty:
             # That kernel writes every slot, so this is the gradient itself.
             return torch.empty(1, rows.num_rows, dtype=self.scale.dtype, device=device)

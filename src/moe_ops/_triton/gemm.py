@@ -8,6 +8,7 @@ then allocate, schedule and launch as the plan says.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,21 +22,27 @@ from moe_ops._triton.kernels.grouped_gemm_dw import (
     grouped_gemm_bwd_dbias_kernel,
     grouped_gemm_bwd_dw_kernel,
 )
-from moe_ops._triton.launch import cdiv, launch, refuse_bf16, strides
+from moe_ops._triton.launch import cdiv, launch, precision, refuse_bf16, strides
 from moe_ops._triton.plan import PERSISTENT, plan_once
+from moe_ops._triton.quantized import Scratch, plan_stored
 from moe_ops._triton.rows import gather_rows, new_rows
 from moe_ops._triton.schedule import Rows, TileSchedule
 from moe_ops.configs.device import device_of
 from moe_ops.configs.problem import Epilogue, rows_bucket
+from moe_ops.quantization.stored import StoredWeight
 
 
 class GroupedGemm:
-    """Plan one grouped GEMM, and launch it; b is (E, K, N) in any strides.
+    """Plan one grouped GEMM, and launch it.
+
+    A quantised weight is dequantised a part of its experts at a time. Each part is one launch, with
+    the experts' rows and tiles as without parts, so that the numbers do not depend on them.
 
     Args:
         kind: the pass whose configuration it takes, "forward" or "backward_dX".
         x: the rows in expert order, or with x_divisor in the order of tokens or slots.
-        b: the experts' matrices, in 16 or 32 bits, or FP8 codes as uint8.
+        weight: the experts' matrices (E, out_features, in_features), in any strides or quantised.
+            The product's b (E, K, N) is their transpose in forward.
         rows: the rows of each expert.
         x_divisor: row i of the product reads x[gather[i] // x_divisor], or with 0 x[i].
         scale ((T, top_k), floating): weight of each slot.
@@ -53,7 +60,7 @@ class GroupedGemm:
         self,
         kind: str,
         x: torch.Tensor,
-        b: torch.Tensor,
+        weight: torch.Tensor | StoredWeight,
         rows: Rows,
         *,
         x_divisor: int = 0,
@@ -68,12 +75,21 @@ class GroupedGemm:
         kernel_config: str | None = None,
     ) -> None:
         refuse_bf16(x)
+        is_forward = kind == "forward"
+        self._scratch: Scratch | None = None
+        if isinstance(weight, torch.Tensor):
+            matrices = weight
+        else:
+            planned = plan_stored(kind, weight, x.dtype, rows, kernel_config)
+            self._scratch = Scratch(weight, x, planned)
+            matrices = self._scratch.room
+        b = matrices.transpose(1, 2) if is_forward else matrices
         self.x, self.b, self.rows = x, b, rows
         self.x_divisor, self.scale, self.bias, self.scatter_y = x_divisor, scale, bias, scatter_y
         self.kernel_config = kernel_config
-        num_experts, self.k, self.n = b.shape
+        num_experts = rows.num_experts
+        _, self.k, self.n = b.shape
         self.device = device_of(x.device)
-        is_forward = kind == "forward"
         self.b_is_nk = b_is_nk = b.stride(1) == 1
         if can_describe_y is None:
             can_describe_y = can_describe_rows(self.n, x.dtype)
@@ -89,31 +105,61 @@ class GroupedGemm:
             *((self.n, self.k) if is_forward else (self.k, self.n)),
             rows_bucket(rows.num_rows, num_experts),
             x_divisor > 0, scatter_y, scale is not None, bias is not None, has_dots,
-            b_is_nk != is_forward, b.dtype == torch.uint8, epilogue,
+            b_is_nk != is_forward, epilogue,
             can_describe_x, can_describe_b, can_describe_y,
-            self.device, kernel_config, needs_schedule,
+            self.device, kernel_config, needs_schedule or self.num_parts > 1,
         )  # fmt: skip
         self.tiles_n = cdiv(self.n, self.plan.tile[1])
         self.schedule: TileSchedule | None = None
 
-    def make_schedule(
+    @property
+    def num_parts(self) -> int:
+        """Return how many launches compute the product."""
+        return 1 if self._scratch is None else len(self._scratch.bounds)
+
+    def parts(
         self,
         zeroed: torch.Tensor | None = None,
         scatter: torch.Tensor | None = None,
         shared: TileSchedule | None = None,
-    ) -> None:
-        """Make the tile schedule, or take the shared one if its tiles are as high.
+    ) -> Iterator[None]:
+        """Prepare the launch of each part in turn: copy its operands, and make its schedule.
 
-        A kernel that finds its tiles itself needs none. TileSchedule.launch explains `zeroed` and
-        `scatter`. A shared schedule ignores them.
+        While a part is prepared, b, bias and the schedule are those of its experts. A plain weight
+        is one part. TileSchedule.launch explains `zeroed` and `scatter`. A `shared` schedule, which
+        ignores them, is taken if its tiles are as high and there is one part.
         """
+        if self._scratch is None:
+            self.copy_operands()
+            self._make_schedule(zeroed, scatter, shared, (0, self.rows.num_experts))
+            yield
+            return
+        bias, is_nk = self.bias, self.b_is_nk
+        for first, end, part in self._scratch.parts():
+            self.b = part.transpose(1, 2) if is_nk else part
+            self.bias = None if bias is None else bias[first:end]
+            self.copy_operands()
+            self._make_schedule(zeroed, scatter, shared, (first, end))
+            # The first schedule has zeroed them.
+            zeroed = None
+            yield
+        self.bias = bias
+
+    def _make_schedule(
+        self,
+        zeroed: torch.Tensor | None,
+        scatter: torch.Tensor | None,
+        shared: TileSchedule | None,
+        experts: tuple[int, int],
+    ) -> None:
+        """Make the tile schedule of these experts. A kernel that finds its tiles needs none."""
         if self.plan.finds_tiles:
             return
         block_m = self.plan.tile[0]
-        if shared is not None and shared.block_m == block_m:
+        if self.num_parts == 1 and shared is not None and shared.block_m == block_m:
             self.schedule = shared
             return
-        self.schedule = TileSchedule(self.rows, block_m)
+        self.schedule = TileSchedule(self.rows, block_m, experts)
         self.schedule.launch(zeroed, scatter)
 
     def copy_operands(self) -> None:
@@ -167,10 +213,17 @@ class GroupedGemm:
             if y is not None:
                 y.zero_()
             return
-        self.make_schedule(
-            y if zeros_tail else None, self.rows.gather if self.scatter_y else None, shared
-        )
-        self.copy_operands()
+        zeroed = y if zeros_tail else None
+        for _ in self.parts(zeroed, self.rows.gather if self.scatter_y else None, shared):
+            self._launch_part(y, other, gather_other, dots)
+
+    def _launch_part(
+        self,
+        y: torch.Tensor | None,
+        other: torch.Tensor | None,
+        gather_other: bool,
+        dots: torch.Tensor | None,
+    ) -> None:
         if self.plan.kernel != PERSISTENT:
             assert y is not None
             assert self.schedule is not None
@@ -222,7 +275,7 @@ class GroupedGemm:
 
     def options(self) -> dict[str, Any]:
         """Return the constexpr arguments of every persistent kernel, and Triton's own options."""
-        return {**self.plan.options, "PRECISION": _precision(self.x.dtype)}
+        return {**self.plan.options, "PRECISION": precision(self.x.dtype)}
 
     def row_options(
         self, y: torch.Tensor | None, dots: torch.Tensor | None, gather_other: bool
@@ -267,6 +320,9 @@ class GroupedGemm:
             return
         assert self.schedule is not None  # the plan was told that it is needed
         rows, schedule = self.rows, self.schedule
+        if self.num_parts > 1:
+            schedule = TileSchedule(rows, schedule.block_m)
+            schedule.launch()
         launch(
             grouped_gemm_bwd_bias_dots_kernel, (schedule.max_tiles,),
             self.x, rows.gather, bias, dots, schedule.tiles, schedule.max_tiles, rows.num_rows,
@@ -300,7 +356,7 @@ def grad_weight(
         "backward_dW", g.dtype, num_experts, g.shape[1], x.shape[1],
         rows_bucket(num_rows, num_experts),
         gather=False, scatter=False, scale=False, bias=False, dots=False, transposed=transposed,
-        fp8=False, epilogue="none",
+        epilogue="none",
         x=can_describe(left), b=can_describe(right), y=can_describe_rows(sizes[2], g.dtype),
         device=device, kernel_config=kernel_config, needs_schedule=False,
     )  # fmt: skip
@@ -323,7 +379,7 @@ def grad_weight(
         grouped_gemm_bwd_dw_kernel, (programs,),
         left, left_desc, right, right_desc, stored, desc, offsets,
         *sizes, *left.stride(), *right.stride(),
-        PRECISION=_precision(g.dtype), **planned.options,
+        PRECISION=precision(g.dtype), **planned.options,
         on=g, kernel_config=kernel_config,
     )  # fmt: skip
     return stored.transpose(1, 2) if transposed else stored
@@ -363,10 +419,3 @@ def grad_bias(
             on=g,
         )  # fmt: skip
     return summed
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """Return tl.dot's input_precision; for fp32 it follows torch's own matmul setting."""
-    if dtype != torch.float32:
-        return "tf32"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -93,3 +93,10 @@ def refuse_bf16(tensor: torch.Tensor) -> None:
         raise NotImplementedError(
             f"moe_ops: bf16 on {name}: bf16 products need compute capability 8.0 or newer; use fp16"
         )
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Return tl.dot's input_precision; for fp32 it follows torch's own matmul setting."""
+    if dtype != torch.float32:
+        return "tf32"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -100,7 +100,6 @@ def plan_once(
     bias: bool,
     dots: bool,
     transposed: bool,
-    fp8: bool,
     epilogue: Epilogue,
     x: bool,
     b: bool,
@@ -116,7 +115,7 @@ def plan_once(
     name = str(dtype).removeprefix("torch.")
     problem = Problem(
         kind, name, num_experts, out_features, in_features, rows,
-        gather, scatter, scale, bias, dots, transposed, fp8, epilogue,
+        gather, scatter, scale, bias, dots, transposed, epilogue,
     )  # fmt: skip
     made = plan(problem, Operands(x, b, y), device, kernel_config, needs_schedule)
     level = logging.WARNING if made.source == "given" else logging.INFO

@@ -60,11 +60,15 @@ class Rows:
 
 
 class TileSchedule:
-    """Hold the tiles of block_m rows that kernels/schedule.py makes of token_counts."""
+    """Hold the tiles of block_m rows that kernels/schedule.py makes of token_counts.
 
-    def __init__(self, rows: Rows, block_m: int) -> None:
+    With `experts`, the first one and the end, it holds their tiles alone, and counts them from 0.
+    """
+
+    def __init__(self, rows: Rows, block_m: int, experts: tuple[int, int] | None = None) -> None:
         self.rows = rows
         self.block_m = block_m
+        self.experts = experts or (0, rows.num_experts)
         self.max_tiles = rows.max_tiles(block_m)
         device = rows.token_counts.device
         self.tiles = torch.empty(3 * self.max_tiles + 2, dtype=torch.int32, device=device)
@@ -87,7 +91,7 @@ class TileSchedule:
             # At least one program for each SM: all of them share the rows to zero.
             tile_schedule_kernel, (max(rows.num_experts, num_sms),),
             rows.token_counts, self.tiles, zeroed, scatter,
-            rows.num_rows, rows.num_experts, self.max_tiles,
+            rows.num_rows, rows.num_experts, *self.experts, self.max_tiles,
             0 if zeroed is None else zeroed.shape[1],
             BLOCK_M=self.block_m, EXPERTS=next_power_of_2(rows.num_experts), BLOCK_W=BLOCK_W,
             ZERO_TAIL=zeroed is not None, SCATTER=scatter is not None,

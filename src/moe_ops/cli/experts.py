@@ -4,13 +4,42 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from moe_ops.tuning import Experts, find_experts
+from moe_ops.tuning import Experts
+from moe_ops.tuning.problems import experts_layers
 
 SIZES = ("hidden_size", "intermediate_size", "num_experts", "top_k")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The sizes of a model's experts, as its config.json has them.
+
+    Attributes:
+        num_layers: the layers that have experts.
+        has_bias: whether the experts have biases.
+        transposed: whether its checkpoint stores weights as (E, in_features, out_features).
+    """
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+    has_bias: bool = False
+    transposed: bool = False
+
+
+# What CONFIG may name. Of GLM-4.5-Air's 46 layers the first is dense; its shared expert is none here.
+MODELS = {
+    "Qwen3-30B-A3B": Model(48, 2048, 768, 128, 8),
+    "gpt-oss-20b": Model(24, 2880, 2880, 32, 4, has_bias=True, transposed=True),
+    "GLM-4.5-Air": Model(45, 4096, 1408, 128, 8),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "config",
         nargs="?",
         type=Path,
-        help="a transformers config.json or its folder",
+        help=f"a transformers config.json or its folder, or one of {', '.join(MODELS)}",
         metavar="CONFIG",
     )
     for size in SIZES:
@@ -72,7 +101,34 @@ def experts_of(options: argparse.Namespace) -> list[Experts]:
         OSError: CONFIG cannot be read.
         ImportError: CONFIG is given, and transformers is not installed.
     """
-    return [_of_sizes(options)] if options.config is None else _of_config(options)
+    return list(dict.fromkeys(layers_of(options)))
+
+
+def layers_of(options: argparse.Namespace) -> list[Experts]:
+    """Return all experts layers that the arguments name, in their order; of sizes, one.
+
+    Raises:
+        ValueError, OSError, ImportError: as experts_of.
+    """
+    if options.config is None:
+        return [_of_sizes(options)]
+    named = {name.lower(): model for name, model in MODELS.items()}
+    model = named.get(str(options.config).lower())
+    if model is None or options.config.exists():
+        return _of_config(options)
+    return [_of_model(model, options.dtype)] * model.num_layers
+
+
+def _of_model(model: Model, dtype: str | None) -> Experts:
+    return Experts(
+        num_experts=model.num_experts,
+        top_k=model.top_k,
+        up=(2 * model.intermediate_size, model.hidden_size),
+        down=(model.hidden_size, model.intermediate_size),
+        dtype=getattr(torch, dtype or "bfloat16"),
+        has_bias=model.has_bias,
+        transposed=model.transposed,
+    )
 
 
 def _of_sizes(options: argparse.Namespace) -> Experts:
@@ -110,7 +166,7 @@ def _of_config(options: argparse.Namespace) -> list[Experts]:
     except Exception as error:  # a config's fields can be wrong in any way
         raise ValueError(f"transformers cannot use {file}: {_in_one_line(error)}") from error
     dtype = options.dtype or getattr(config.get_text_config(), "dtype", None) or "bfloat16"
-    return find_experts(model, getattr(torch, str(dtype).removeprefix("torch.")))
+    return experts_layers(model, getattr(torch, str(dtype).removeprefix("torch.")))
 
 
 def _in_one_line(error: Exception) -> str:

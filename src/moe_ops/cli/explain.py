@@ -7,16 +7,20 @@ import argparse
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from moe_ops import tuning
-from moe_ops.cli import experts
+from moe_ops.cli import experts, memory
 from moe_ops.configs.device import KNOWN_GPUS, Device, device_of, known_gpu
 from moe_ops.configs.kernel_config import KernelConfig
 from moe_ops.configs.kernel_string import why_not_kernel_config
-from moe_ops.configs.problem import dense_operands, fused_operands
+from moe_ops.configs.problem import Problem, dense_operands, fused_operands
+from moe_ops.quantization.formats import FORMATS
+
+if TYPE_CHECKING:
+    from moe_ops._triton.weight_plan import WeightPlan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="what moe_ops.kernel_config returns, as a call would give it",
     )
+    parser.add_argument(
+        "--quantized",
+        choices=tuple(FORMATS),
+        metavar="FORMAT",
+        help=f"the weights are quantised: {', '.join(FORMATS)}",
+    )
+    memory.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
 
 
@@ -45,7 +56,8 @@ class Row:
         epilogue: what stands on top of the product.
         num_tokens: tokens of the call.
         problem: the key of the product's configuration.
-        kernel: "persistent", "cooperative" or "pingpong".
+        kernel: "persistent", "cooperative" or "pingpong"; "decoding" for a quantised weight that is
+            decoded in the product.
         computes_epilogue: whether the kernel computes what stands on top of the product.
         config: the configuration's fields.
         source: where the configuration came from: "given", "tuned", "shipped", "neighbour" or
@@ -54,6 +66,8 @@ class Row:
         reason: why this kernel.
         copied: operands that are first copied to where TMA can load them, "left" or "right".
         unmet: wishes of the configuration that cannot be met, with reasons.
+        weight: how a quantised weight is read, and why; None for a plain one.
+        scratch_bytes: what it is dequantised to at a time.
     """
 
     projection: str
@@ -69,11 +83,15 @@ class Row:
     reason: str
     copied: tuple[str, ...]
     unmet: tuple[str, ...]
+    weight: str | None = None
+    scratch_bytes: int = 0
 
 
 def explain(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Iterable[str]:
     """Return the rows of the model that the arguments name, as text or as JSON."""
     experts.check_arguments(options, parser)
+    if options.memory:
+        return _memory(options, parser)
     text = options.kernel_config
     if text is not None and (reason := why_not_kernel_config(text)) is not None:
         parser.error(f"--kernel-config: {reason}")
@@ -82,19 +100,41 @@ def explain(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Ite
         layers = experts.experts_of(options)
         num_tokens = options.num_tokens or tuning.NUM_TOKENS
         rows = [
-            (layer, [*_rows(layer, tokens, device, text, options.separate_ops)])
+            (layer, [*_rows(layer, tokens, device, text, options.separate_ops, options.quantized)])
             for layer in layers
             for tokens in num_tokens
         ]
     except (RuntimeError, ValueError, OSError, ImportError) as error:
-        reason = str(error).partition("\n")[0].removeprefix("moe_ops.tune: ")
-        raise SystemExit(f"{parser.prog}: {reason}") from error
+        raise _ended(error, parser) from error
     if options.json:
         found = [asdict(row) for _, of_layer in rows for row in of_layer]
         notes = [note for layer in layers if (note := _padding(layer, device))]
         content = {"gpu": device.name, "products": found, "padding": notes}
         return [json.dumps(content, indent=2)]
     return _lines(device, rows)
+
+
+def _ended(error: Exception, parser: argparse.ArgumentParser) -> SystemExit:
+    """Return what ends the program with an error's first line."""
+    reason = str(error).partition("\n")[0].removeprefix("moe_ops.tune: ")
+    return SystemExit(f"{parser.prog}: {reason}")
+
+
+def _memory(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Iterable[str]:
+    """Return the lines of --memory, or their JSON."""
+    if options.rank < 1 or options.num_layers < 1:
+        parser.error("expected --rank and --num-layers to be at least 1")
+    if options.config is not None and options.num_layers != 1:
+        parser.error("--num-layers goes with sizes: CONFIG says it itself")
+    try:
+        layers = experts.layers_of(options) * options.num_layers
+    except (ValueError, OSError, ImportError) as error:
+        raise _ended(error, parser) from error
+    num_tokens = options.num_tokens or [memory.NUM_TOKENS]
+    found = [memory.memory_of(layers, options.rank, tokens) for tokens in num_tokens]
+    if options.json:
+        return [json.dumps([asdict(each) for each in found], indent=2)]
+    return [line for each in found for line in memory.lines(each)]
 
 
 def _device(name: str | None) -> Device:
@@ -111,15 +151,35 @@ def _rows(
     device: Device,
     kernel_config: str | None,
     separate_ops: bool,
+    quantized: str | None = None,
 ) -> Iterator[Row]:
     from moe_ops._triton.plan import plan as plan_of
 
+    if quantized is not None:
+        # They are stored (E, out_features, in_features) whatever the checkpoint's order.
+        layer = replace(layer, transposed=False)
     num_fused = sum(1 for _ in tuning.products_of(layer, num_tokens, device=device))
     products = tuning.products_of(layer, num_tokens, separate_ops, device)
     for i, (projection, problem) in enumerate(products):
         is_fused = i < num_fused
+        if quantized is not None and problem.kind == "backward_dW":
+            # A quantised weight has no gradient.
+            continue
         operands = fused_operands(projection, problem) if is_fused else dense_operands(problem)
-        plan = plan_of(problem, operands, device, kernel_config)
+        weight = None
+        if quantized is not None:
+            weight = _weight_plan(quantized, problem, layer.dtype, kernel_config)
+            # Rows of a scratch begin where TMA can load them.
+            operands = operands._replace(b=True)
+        if weight is not None and weight.in_product:
+            yield Row(
+                projection, problem.kind, problem.epilogue, num_tokens, problem.key, "decoding",
+                problem.has_activation, weight.options, "computed", None, weight.reason, (), (),
+                weight.reason,
+            )  # fmt: skip
+            continue
+        in_parts = weight is not None and weight.parts > 1
+        plan = plan_of(problem, operands, device, kernel_config, in_parts)
         yield Row(
             projection=projection,
             kind=problem.kind,
@@ -138,7 +198,20 @@ def _rows(
                 if is_copied
             ),
             unmet=plan.unmet,
+            weight=None if weight is None else weight.reason,
+            scratch_bytes=0 if weight is None else weight.scratch_bytes,
         )
+
+
+def _weight_plan(
+    format: str, problem: Problem, dtype: torch.dtype, kernel_config: str | None
+) -> WeightPlan:
+    from moe_ops._triton.weight_plan import plan_weight
+
+    return plan_weight(
+        problem.kind, dtype, format, FORMATS[format].group_sizes[0], problem.num_experts,
+        problem.out_features, problem.in_features, problem.rows, kernel_config,
+    )  # fmt: skip
 
 
 def _padding(layer: tuning.Experts, device: Device) -> str | None:
@@ -195,10 +268,18 @@ def _lines(device: Device, rows: list[tuple[tuning.Experts, list[Row]]]) -> Iter
                 # Of the two one runs. Sizes alone do not tell which.
                 on_top = ", in place of the last for gelu or interleaved gate and up"
             yield f"  {row.projection:<5} {row.kind:<12} {row.kernel:<12} {row.source}{on_top}"
+            if row.kernel == "decoding":
+                yield "        " + ", ".join(
+                    f"{name}={value}" for name, value in row.config.items()
+                )
+                yield f"        {row.reason}"
+                continue
             yield f"        {tuning.describe(_config_of(row))}"
             if row.neighbour is not None:
                 yield f"        as for {row.neighbour}"
             yield f"        {row.reason}"
+            if row.weight is not None:
+                yield f"        its weight is {row.weight}"
             if row.copied:
                 yield f"        first copies its {' and its '.join(row.copied)} operand"
             yield from (f"        not met: {wish}" for wish in row.unmet)

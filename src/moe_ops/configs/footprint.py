@@ -59,7 +59,7 @@ def shared_memory(config: KernelConfig, problem: Problem, device: Device) -> int
 
     On Hopper Triton 3.6 to 3.9 take at most some percent less for 16-bit operands. They take half
     of it for fp32 that is not tf32, and a quarter if pointers load widths that are no multiples of
-    16: those products are not pipelined. FP8 weights count as what they are decoded to, and take up to a fifth less.
+    16: those products are not pipelined.
     On other GPUs all take this or less.
     """
     rows, columns, contracted = config.tile

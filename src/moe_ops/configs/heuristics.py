@@ -72,7 +72,7 @@ def _narrowed(config: KernelConfig, problem: Problem) -> KernelConfig:
     narrow: dict[str, Any] = {
         name: max(16, 1 << (side - 1).bit_length())
         for name, side in sides.items()
-        if side <= _NARROW and problem.rows > FEW_ROWS and not problem.fp8
+        if side <= _NARROW and problem.rows > FEW_ROWS
     }
     narrow = {name: size for name, size in narrow.items() if size < getattr(config, name)}
     if not narrow:
@@ -125,7 +125,7 @@ def _heuristic_gemm(problem: Problem, device: Device, operands: Operands) -> Ker
         "use_tma_store": tile.stores, "use_tma_load_w": tile.loads or tile.loads_weight,
         "epilogue_subtile": tile.subtile,
         # In a flattened loop the dots spill on Blackwell.
-        "flatten": tile.flatten and tile.loads and not problem.fp8
+        "flatten": tile.flatten and tile.loads
         and not (problem.dots and device.capability >= (10, 0)),
         "warp_specialize": tile.is_specialized,
     }  # fmt: skip
@@ -140,21 +140,13 @@ def _heuristic_gemm(problem: Problem, device: Device, operands: Operands) -> Ker
 
 def _gemm_tile(problem: Problem, device: Device, operands: Operands) -> _Tile:
     if problem.dtype == "float32":
-        # FP8 weights need a second accumulator.
-        return _Tile(64, 64, 16, 8) if problem.fp8 else _Tile(64, 64, 32, 4)
+        return _Tile(64, 64, 32, 4)
     if device.capability < (8, 0):
         return _Tile(64, 64, 16, 8)
     if problem.rows <= FEW_ROWS:
         return _few_rows_tile(problem, device, operands)
     loads = operands.x and operands.b
     is_even = is_vector(problem.out_features) and is_vector(problem.in_features)
-    if problem.fp8:
-        # The second accumulator takes the registers of a wider tile. A weight is decoded once for
-        # all rows of the tile.
-        m, n = 64 if problem.rows <= 64 else 128, 128 if is_even else 64
-        k = 128 if loads else 64 if is_even else 32
-        stores = loads and operands.y and not problem.dots
-        return _Tile(m, n, k, 8, loads=loads, stores=stores)
     if loads:
         tile = _tma_tile(problem, device, operands)
         if operands.y:
@@ -180,8 +172,7 @@ def _few_rows_tile(problem: Problem, device: Device, operands: Operands) -> _Til
         return _Tile(16, 64, 128, 4, programs_per_sm=4, loads_weight=by_descriptor)
     # With fewer steps loaded ahead an SM has room for both programs.
     stages = 2 if device.shared_memory < 160 * 1024 else 3
-    n = 64 if problem.fp8 else 128
-    return _Tile(32, n, 128, 4, stages, programs_per_sm=2, loads_weight=by_descriptor)
+    return _Tile(32, 128, 128, 4, stages, programs_per_sm=2, loads_weight=by_descriptor)
 
 
 def _tma_tile(problem: Problem, device: Device, operands: Operands) -> _Tile:

@@ -29,7 +29,7 @@ _EPILOGUE_WORDS: dict[Epilogue, str] = {
     "gated_activation": "gated",
     "gated_activation_backward": "gated",
 }
-_FLAGS = ("gather", "scatter", "scale", "bias", "dots", "transposed", "fp8")
+_FLAGS = ("gather", "scatter", "scale", "bias", "dots", "transposed")
 _KEY = re.compile(r"(\w+) (\w+) E(\d+) N(\d+) D(\d+) rows(\d+)((?: \w+)*)")
 
 
@@ -48,7 +48,6 @@ class Problem:
         bias: whether a bias is added.
         dots: whether the router gradient is summed.
         transposed: whether the weight is a transposed view.
-        fp8: whether the weight is FP8 with scales.
         epilogue: what is computed on top of the product. A dX gets "gated_activation_backward"
             where Hopper has a kernel that does both; with other kernels a second one does it.
     """
@@ -65,7 +64,6 @@ class Problem:
     bias: bool = False
     dots: bool = False
     transposed: bool = False
-    fp8: bool = False
     epilogue: Epilogue = "none"
 
     @property
@@ -141,7 +139,6 @@ def dense_operands(problem: Problem) -> Operands:
     ends of a tensor and stores nothing there, so no width need be a multiple of a tile's.
     """
     size = 4 if problem.dtype == "float32" else 2
-    of_weight = 1 if problem.fp8 else size
     out_features, in_features = problem.out_features, problem.in_features
     if problem.kind == "backward_dW":
         sides = _is_described(out_features, size), _is_described(in_features, size)
@@ -152,7 +149,7 @@ def dense_operands(problem: Problem) -> Operands:
         # Gate and up are described apart.
         out_features //= 2
         row = out_features if problem.transposed else row
-    b = _is_described(row, of_weight)
+    b = _is_described(row, size)
     if problem.kind == "backward_dX":
         return Operands(_is_described(out_features, size), b, _is_described(in_features, size))
     return Operands(_is_described(in_features, size), b, _is_described(out_features, size))
@@ -205,7 +202,7 @@ def copies(problem: Problem, device: Device, operands: Operands) -> Operands:
     """
     if 0 in {problem.out_features, problem.in_features}:
         return Operands(False, False, False)
-    b = not operands.b and problem.rows > MORE_ROWS and not problem.fp8
+    b = not operands.b and problem.rows > MORE_ROWS
     if problem.epilogue == "gated_activation" and problem.transposed:
         # Gate and up are halves of a row of the weight, in its copy too.
         b = b and _is_described(problem.out_features // 2, 2)

@@ -21,7 +21,6 @@ _MEANINGS = {
     "bias": "a bias",
     "dots": "the router gradient",
     "transposed": "a transposed weight",
-    "fp8": "FP8 weights",
 }
 
 
@@ -35,15 +34,15 @@ def why_not_specialized(problem: Problem, tile: tuple[int, int]) -> str | None:
     is_pingpong = tile == PINGPONG_TILE
     if problem.has_activation:
         # "gather" is not in this list: the rows are copied into expert order first.
-        lacks = ["scatter", "scale", "dots", "transposed", "fp8"]
+        lacks = ["scatter", "scale", "dots", "transposed"]
         if not is_pingpong:
             return "warp-specialised kernels compute an activation on top only in tiles of 128x128"
         if problem.epilogue == "activation":
             return "warp-specialised kernels compute no activation without a gate"
     elif is_pingpong:
-        lacks = ["gather", "dots", "fp8"]
+        lacks = ["gather", "dots"]
     else:
-        lacks = ["gather", "scatter", "scale", "bias", "dots", "fp8"]
+        lacks = ["gather", "scatter", "scale", "bias", "dots"]
     found = [_MEANINGS[name] for name in lacks if getattr(problem, name)]
     if not found:
         return None

@@ -18,7 +18,7 @@ from moe_ops.quantization import QuantizedWeight, quantize_weight
 
 # What to do about a bias or a scale that keeps a layer from being quantised.
 _ADVICE = {
-    "bias": "moe_ops.grouped_gemm_fp8 takes no bias, so make them with bias=False",
+    "bias": "layers in FP8 have none, so make them with bias=False",
     "scale": "call it once",
 }
 
@@ -54,7 +54,7 @@ class Experts(nn.Module):
 
     quantize_() makes the projections QuantizedWeights, whose gradients nobody has: the layer then is
     moe::fused_experts_quantized. quantize_fp8_() makes them FP8 with scales. The layer then is no
-    longer one op, but moe::grouped_gemm_fp8 twice with the activation between.
+    longer one op, but moe::grouped_gemm_quantized twice with the activation between.
 
     Each expert begins as two nn.Linear do: weights and biases uniform in +-1 / sqrt(input size).
 

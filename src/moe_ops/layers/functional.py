@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from moe_ops._pytorch.activation import ACTIVATIONS, Activation
+from moe_ops.fp8 import BLOCK
 from moe_ops.ops.grouped_gemm import grouped_gemm
-from moe_ops.ops.grouped_gemm_fp8 import grouped_gemm_fp8
 from moe_ops.ops.permute import permute
 from moe_ops.ops.routing_indices import routing_indices
 from moe_ops.ops.unpermute import unpermute
@@ -54,7 +54,7 @@ def projection(
     weight_scale: Tensor | None = None,
     kernel_config: str | None = None,
 ) -> Projection:
-    """Return the product with a weight: grouped_gemm, or grouped_gemm_fp8 where it has scales.
+    """Return the product with a weight: grouped_gemm, or where it has scales that of a quantised one.
 
     Args:
         weight ((E, out_features, in_features), floating or float8_e4m3fn): one matrix per expert, or
@@ -66,18 +66,55 @@ def projection(
         kernel_config: what moe_ops.kernel_config() makes; None chooses by shape.
 
     Raises:
-        ValueError: bias and weight_scale together.
+        ValueError: bias and weight_scale together; a weight or a scale of FP8 that requires grad while
+            gradients are recorded.
+        TypeError: weight is not FP8 beside weight_scale, or this is not fp32.
     """
     if weight_scale is None:
         return partial(grouped_gemm, weight=weight, bias=bias, kernel_config=kernel_config)
     if bias is not None:
         raise ValueError(
             f"{_HERE}.projection: expected bias=None with weight_scale, got a tensor; "
-            "moe_ops.grouped_gemm_fp8 takes no bias"
+            "moe_ops.grouped_gemm takes one beside moe_ops.QuantizedWeight.from_fp8_block"
         )
-    return partial(
-        grouped_gemm_fp8, weight=weight, weight_scale=weight_scale, kernel_config=kernel_config
-    )
+    for name, tensor, dtype in (
+        ("weight", weight, torch.float8_e4m3fn),
+        ("weight_scale", weight_scale, torch.float32),
+    ):
+        if tensor.dtype != dtype:
+            names = [str(d).removeprefix("torch.") for d in (dtype, tensor.dtype)]
+            raise TypeError(
+                f"{_HERE}.projection: expected {name}.dtype == {names[0]} beside weight_scale, got "
+                f"{names[1]}; quantise the weight with moe_ops.quantize_fp8"
+            )
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{_HERE}.projection: expected {name}.requires_grad == False, since a weight in FP8 has "
+                "no gradient, got True; call .requires_grad_(False)"
+            )
+    return partial(_multiply_fp8, weight, weight_scale, kernel_config)
+
+
+def _multiply_fp8(
+    weight: Tensor,
+    weight_scale: Tensor,
+    kernel_config: str | None,
+    input: Tensor,
+    *,
+    token_counts: Tensor,
+    gather_indices: Tensor | None = None,
+    topk_weights: Tensor | None = None,
+    top_k: int = 1,
+    permute_x: bool = False,
+    permute_y: bool = False,
+) -> Tensor:
+    """Multiply by a weight in FP8 with the scales of its blocks. The op takes both as bytes."""
+    codes, scale = (t.contiguous().view(torch.uint8) for t in (weight, weight_scale))
+    output: Tensor = torch.ops.moe.grouped_gemm_quantized.default(
+        input, codes, scale, None, None, "fp8_block", BLOCK, "float32", token_counts, gather_indices,
+        topk_weights, None, top_k, permute_x, permute_y, kernel_config,
+    )  # fmt: skip
+    return output
 
 
 def composed_experts(

@@ -34,10 +34,5 @@ class StoredWeight(NamedTuple):
 
     def experts(self, first: int, end: int) -> StoredWeight:
         """Return the part that holds the experts from `first` up to `end`."""
-        part = slice(first, end)
-        return self._replace(
-            codes=self.codes[part],
-            scale=self.scale[part],
-            nested_scale=None if self.nested_scale is None else self.nested_scale[part],
-            nested_offset=None if self.nested_offset is None else self.nested_offset[part],
-        )
+        tensors = (None if t is None else t[first:end] for t in self[:4])
+        return StoredWeight._make((*tensors, *self[4:]))

@@ -64,7 +64,18 @@ def find_experts(
     Raises:
         ValueError: the model has none, or does not say its top_k.
     """
-    found: dict[Experts, None] = {}
+    return list(dict.fromkeys(experts_layers(model, dtype, top_k)))
+
+
+def experts_layers(
+    model: nn.Module, dtype: torch.dtype | None = None, top_k: int | None = None
+) -> list[Experts]:
+    """Return the sizes of every experts layer of a model, in their order.
+
+    Raises:
+        ValueError: the model has none, or does not say its top_k.
+    """
+    found: list[Experts] = []
     for name, module in model.named_modules():
         up = getattr(module, "gate_up_proj", getattr(module, "up_proj", None))
         down = getattr(module, "down_proj", None)
@@ -82,13 +93,13 @@ def find_experts(
             has_bias=bool(getattr(module, "has_bias", False)),
             transposed=bool(transposed),
         )
-        found[layer] = None
+        found.append(layer)
     if not found:
         raise ValueError(
             "moe_ops.tune: expected a model with experts (modules with 3-D parameters gate_up_proj "
             f"or up_proj, and down_proj), got {type(model).__name__} without"
         )
-    return list(found)
+    return found
 
 
 def _is_stacked(weight: object) -> TypeGuard[Tensor]:

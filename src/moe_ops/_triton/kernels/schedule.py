@@ -110,13 +110,16 @@ def zero_tail(
             tl.store(output_ptr + target * width + w, zero, mask=w < limit)
 
 
-@triton.jit(do_not_specialize=["num_rows", "max_tiles"])
+@triton.jit(do_not_specialize=["num_rows", "max_tiles", "first_expert", "end_expert"])
 def tile_schedule_kernel(
-    counts_ptr, tiles_ptr, output_ptr, rows_ptr, num_rows, num_experts, max_tiles, width,
+    counts_ptr, tiles_ptr, output_ptr, rows_ptr, num_rows, num_experts, first_expert, end_expert,
+    max_tiles, width,
     BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_W: tl.constexpr,
     ZERO_TAIL: tl.constexpr, SCATTER: tl.constexpr,
 ):  # fmt: skip
     """Write the schedule; with ZERO_TAIL also zero the rows of output that belong to no expert.
+
+    It has the tiles of the experts from first_expert up to end_expert, which it counts from 0.
 
     Grid (num_experts or more,): program e owns the tiles of expert e, and program 0 also writes
     their number. All programs share the rows to zero. Needs nothing initialised.
@@ -125,12 +128,13 @@ def tile_schedule_kernel(
     experts = tl.arange(0, EXPERTS)
     starts, ends = expert_rows(counts_ptr, num_rows, num_experts, EXPERTS)
     tiles, _ = tiles_before(starts, ends, BLOCK_M)
+    tiles = tl.where((experts >= first_expert) & (experts < end_expert), tiles, 0)
     start = tl.sum(tl.where(experts == pid, starts, 0))
     end = tl.sum(tl.where(experts == pid, ends, 0))
     first_tile = tl.sum(tl.where(experts < pid, tiles, 0))
     num_tiles = tl.sum(tl.where(experts == pid, tiles, 0))
     for i in range(num_tiles):
-        tl.store(tiles_ptr + first_tile + i, pid)
+        tl.store(tiles_ptr + first_tile + i, pid - first_expert)
         tl.store(tiles_ptr + max_tiles + first_tile + i, start + i * BLOCK_M)
         tl.store(tiles_ptr + 2 * max_tiles + first_tile + i, end)
     if pid == 0:

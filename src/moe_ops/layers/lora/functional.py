@@ -73,7 +73,7 @@ def lora_grouped_gemm(
         token_counts ((num_experts,), index): rows of each expert.
         adapters: LoraWeights that are added up; they are multiplied in the dtype of weight, or of
             input where the weight is quantised. With none of them this is moe_ops.grouped_gemm, or
-            moe_ops.grouped_gemm_fp8.
+            moe::grouped_gemm_quantized.
         gather_indices ((R,), index): slot of each row in expert order.
         topk_weights ((R / top_k, top_k), floating): router weight of each slot.
         bias ((num_experts, out_features), dtype of weight): bias of the base. Beside a quantised
@@ -91,7 +91,7 @@ def lora_grouped_gemm(
 
     Raises:
         ValueError: an adapter's shape does not fit weight; dropout_p is not in [0, 1); bias and
-            weight_scale together; what moe_ops.grouped_gemm and moe_ops.grouped_gemm_fp8 refuse.
+            weight_scale together; what moe_ops.grouped_gemm refuses.
         TypeError: a dtype that these refuse, such as that of a weight quantised otherwise.
 
     Differentiable in input, weight, topk_weights, bias and the adapters, but for a quantised weight. A

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_ops._pytorch.activation import Activation
+from moe_ops._pytorch.dequantize import matrices
 from moe_ops._pytorch.products import Products
 from moe_ops._pytorch.rows import (
     chunks,
@@ -21,14 +22,14 @@ from moe_ops._pytorch.rows import (
     tokens_of_rows,
     weights_of_rows,
 )
-from moe_ops.ops.fused_experts.weight import Weight, made
 from moe_ops.ops.routing_indices.pytorch import routing_indices
+from moe_ops.quantization.stored import StoredWeight
 
 
 def fused_experts(
     hidden_states: Tensor,
-    gate_up_proj: Tensor | Weight,
-    down_proj: Tensor | Weight,
+    gate_up_proj: Tensor | StoredWeight,
+    down_proj: Tensor | StoredWeight,
     topk_ids: Tensor,
     topk_weights: Tensor,
     gate_up_bias: Tensor | None = None,
@@ -44,19 +45,16 @@ def fused_experts(
     for_backward: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the output, and with for_backward what fused_experts_forward returns."""
-    gate_up_proj = made(gate_up_proj, hidden_states.shape[1])
     token_counts, gather_indices, scatter_indices = routing_indices(topk_ids, gate_up_proj.shape[0])
     routing = _Routing(token_counts, gather_indices, scatter_indices, topk_weights.shape[1])
     weights = routing.without_dropped(topk_weights)
     before, after = (weights, None) if weights_before else (None, weights)
     act = Activation(activation, gated, interleaved, activation_limit)
     z = _up_projection(hidden_states, gate_up_proj, gate_up_bias, routing, before)
-    # A weight that was made for this call is freed before the next one is made.
-    del gate_up_proj
     h = _activated(z, act, routing.products.tail)
     if recompute != "none" or not for_backward:
         z = z.new_empty(0)
-    y = routing.products.multiply(h, made(down_proj, h.shape[1]).mT, down_bias)  # (R, H)
+    y = routing.products.multiply(h, matrices(down_proj, h.dtype).mT, down_bias)  # (R, H)
     output = sum_slots(y, routing.rows, after, routing.top_k)
     if not for_backward:
         return output
@@ -66,8 +64,8 @@ def fused_experts(
 def fused_experts_down_backward(
     grad_output: Tensor,
     hidden_states: Tensor | None,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Tensor | StoredWeight,
+    down_proj: Tensor | StoredWeight,
     topk_weights: Tensor,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
@@ -105,7 +103,9 @@ def fused_experts_down_backward(
         assert hidden_states is not None  # the schema's `where` says so
         before = weights if weights_before else None
         z = _up_projection(hidden_states, gate_up_proj, gate_up_bias, routing, before)
-    dh = products.multiply(dy, down_proj) if need_dz or need_dots else None
+    dh = None
+    if need_dz or need_dots:
+        dh = products.multiply(dy, matrices(down_proj, dy.dtype))
     h, dz, dots = _activated_backward(
         z, dh, after, act, products.tail, need_down, need_dz, need_dots
     )
@@ -123,7 +123,7 @@ def fused_experts_down_backward(
 def fused_experts_up_backward(
     grad_pre_activation: Tensor,
     hidden_states: Tensor | None,
-    gate_up_proj: Tensor,
+    gate_up_proj: Tensor | StoredWeight,
     topk_weights: Tensor | None,
     token_counts: Tensor,
     gather_indices: Tensor,
@@ -150,7 +150,7 @@ def fused_experts_up_backward(
         grad_up = _grad_weight(products, dz, x, transposed)
         del x
     if need_x or need_dots:
-        dx = products.multiply(dz, gate_up_proj)  # (R, H)
+        dx = products.multiply(dz, matrices(gate_up_proj, dz.dtype))  # (R, H)
         if need_x:
             grad_x = sum_slots(dx, routing.rows, before, top_k)
         if need_dots:
@@ -217,16 +217,16 @@ class _Routing:
 
 def _up_projection(
     hidden_states: Tensor,
-    gate_up_proj: Tensor,
+    gate_up_proj: Tensor | StoredWeight,
     bias: Tensor | None,
     routing: _Routing,
     weights: Tensor | None,
 ) -> Tensor:
     """Return z (R, U). Weights, if they are given, multiply the rows before the product."""
-    products, matrices = routing.products, gate_up_proj.mT
+    products, weight = routing.products, matrices(gate_up_proj, hidden_states.dtype).mT
     if weights is not None:
-        return products.multiply(routing.rows_of(hidden_states, weights), matrices, bias)
-    return products.multiply(hidden_states, matrices, bias, sources=routing.tokens)
+        return products.multiply(routing.rows_of(hidden_states, weights), weight, bias)
+    return products.multiply(hidden_states, weight, bias, sources=routing.tokens)
 
 
 def _activated(z: Tensor, act: Activation, tail: int) -> Tensor:

@@ -1,100 +1,89 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Register fused_experts_quantized, one composition for PyTorch and for Triton, and its gradient.
+"""Register fused_experts_quantized and its gradient: fused_experts' functions, with stored weights.
 
-A weight is dequantised right before its product and freed after it, in forward as in backward. So
-one of the two is there at a time, and nothing of their size is kept between the passes.
-
-H hidden_size, I intermediate_size, U rows of gate_up_proj.
+They decide how to read each weight. Of the two one is there in full size at a time, if at all, and
+nothing of their size is kept between the passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from moe_ops._core.library import Op, function_of
 from moe_ops.ops.fused_experts.gradients import Gradients
-from moe_ops.ops.fused_experts.weight import Weight
+from moe_ops.quantization.stored import StoredWeight
 from moe_ops.quantization.weight import NUM_STORED, QuantizedWeight
 
 _op = Op("fused_experts_quantized")
 _forward_op = Op("fused_experts_quantized_forward")
+_down_backward_op = Op("fused_experts_quantized_down_backward")
+_up_backward_op = Op("fused_experts_quantized_up_backward")
+
+# The positions, behind the first arguments of an op, of the stored tensors of its two weights.
+_UP, _DOWN = slice(0, NUM_STORED), slice(NUM_STORED, 2 * NUM_STORED)
+_OTHERS = slice(2 * NUM_STORED, None)
+
+
+def _weights(stored: tuple[Any, ...], hidden_size: int, gated: bool) -> list[StoredWeight]:
+    """Return the two weights whose stored tensors begin the arguments."""
+    width = stored[0].shape[1]
+    inner = width // 2 if gated else width
+    return [
+        StoredWeight._make((*stored[_UP], hidden_size)),
+        StoredWeight._make((*stored[_DOWN], inner)),
+    ]
 
 
 def fused_experts_quantized(
-    hidden_states: Tensor,
-    gate_up_codes: Tensor,
-    gate_up_scale: Tensor,
-    gate_up_nested_scale: Tensor | None,
-    gate_up_nested_offset: Tensor | None,
-    gate_up_format: str,
-    gate_up_group_size: int,
-    gate_up_scale_encoding: str,
-    down_codes: Tensor,
-    down_scale: Tensor,
-    down_nested_scale: Tensor | None,
-    down_nested_offset: Tensor | None,
-    down_format: str,
-    down_group_size: int,
-    down_scale_encoding: str,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    gate_up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    activation: str = "silu",
-    gated: bool = True,
-    interleaved: bool = False,
-    activation_limit: float | None = None,
-    weights_before: bool = False,
-    recompute: str = "none",
-    kernel_config: str | None = None,
-    *,
-    by: str,
-    for_backward: bool,
+    hidden_states: Tensor, *arguments: Any, by: str, for_backward: bool
 ) -> Any:
-    """Compute fused_experts with the functions of `by`: pytorch or triton.
+    """Compute fused_experts with the function of `by`: pytorch or triton."""
+    # topk_ids, topk_weights, two biases, activation, gated, ...
+    others = arguments[_OTHERS]
+    weights = _weights(arguments, hidden_states.shape[1], gated=others[5])
+    function = function_of(f"moe_ops.ops.fused_experts.{by}:fused_experts")
+    return function(hidden_states, *weights, *others, for_backward=for_backward)
 
-    Each weight is dequantised when its product asks for it.
-    """
-    dequantize_weight = function_of(f"moe_ops._{by}.dequantize:dequantize_weight")
-    fused_experts = function_of(f"moe_ops.ops.fused_experts.{by}:fused_experts")
 
-    def weight(*stored: Any) -> Weight:
-        return lambda in_features: dequantize_weight(*stored, in_features, hidden_states.dtype)
+def fused_experts_quantized_down_backward(
+    grad_output: Tensor, hidden_states: Tensor | None, *arguments: Any, by: str
+) -> tuple[Tensor, ...]:
+    """Compute fused_experts_down_backward with the function of `by`."""
+    # topk_weights, two biases, z, three index tensors, activation, gated, ...
+    *others, needs, config = arguments[_OTHERS]
+    weights = _weights(arguments, grad_output.shape[1], gated=others[8])
+    function = function_of(f"moe_ops.ops.fused_experts.{by}:fused_experts_down_backward")
+    dz, _, grad_weights, grad_bias = function(
+        grad_output, hidden_states, *weights, *others, [needs[0], False, *needs[1:]], False, config
+    )
+    return dz, grad_weights, grad_bias
 
-    gate_up_proj = weight(
-        gate_up_codes, gate_up_scale, gate_up_nested_scale, gate_up_nested_offset,
-        gate_up_format, gate_up_group_size, gate_up_scale_encoding,
+
+def fused_experts_quantized_up_backward(
+    grad_pre_activation: Tensor, hidden_states: Tensor | None, *arguments: Any, by: str
+) -> tuple[Tensor, ...]:
+    """Compute fused_experts_up_backward with the function of `by`."""
+    weight = StoredWeight._make(arguments[: NUM_STORED + 1])
+    *others, needs, config = arguments[NUM_STORED + 1 :]
+    function = function_of(f"moe_ops.ops.fused_experts.{by}:fused_experts_up_backward")
+    grad_x, _, grad_weights, grad_bias = function(
+        grad_pre_activation, hidden_states, weight, *others, [needs[0], False, *needs[1:]], False,
+        config,
     )  # fmt: skip
-    down_proj = weight(
-        down_codes, down_scale, down_nested_scale, down_nested_offset, down_format,
-        down_group_size, down_scale_encoding,
-    )  # fmt: skip
-    return fused_experts(
-        hidden_states, gate_up_proj, down_proj, topk_ids, topk_weights, gate_up_bias, down_bias,
-        activation, gated, interleaved, activation_limit, weights_before, recompute,
-        kernel_config, for_backward=for_backward,
-    )  # fmt: skip
+    return grad_x, grad_weights, grad_bias
 
 
 for _by in ("pytorch", "triton"):
     _op.implement(_by, fused_experts_quantized, by=_by, for_backward=False)
     _forward_op.implement(_by, fused_experts_quantized, by=_by, for_backward=True)
-
-
-def _gate_up(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    return arguments[:NUM_STORED]
-
-
-def _down(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    return arguments[NUM_STORED : 2 * NUM_STORED]
+    _down_backward_op.implement(_by, fused_experts_quantized_down_backward, by=_by)
+    _up_backward_op.implement(_by, fused_experts_quantized_up_backward, by=_by)
 
 
 def _save(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-    hidden_states, gate_up, down = args[0], _gate_up(args[1:]), _down(args[1:])
+    hidden_states, *stored = args[: 1 + 2 * NUM_STORED]
     _, topk_weights, gate_up_bias, down_bias, *flags = args[1 + 2 * NUM_STORED :]
     *activation, weights_before, recompute, config = flags
     _, pre_activation, *routing = outputs
@@ -105,17 +94,17 @@ def _save(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
         down_bias=need_down_bias, weights_before=weights_before, recompute=recompute,
     )  # fmt: skip
     kept = needed.kept(hidden_states, topk_weights, gate_up_bias, down_bias, pre_activation)
-    ctx.save_for_backward(*gate_up[:4], *down[:4], *kept, *routing)
-    ctx.gate_up_layout, ctx.down_layout = gate_up[4:], down[4:]
-    ctx.down_flags = (*activation, weights_before, needed.of_down, False, config)
-    ctx.up_flags = (topk_weights.shape[1], needed.of_up, False, config)
-    gated = activation[1]
-    num_experts, width = gate_up[0].shape[:2]
-    ctx.sizes = (num_experts, width, hidden_states.shape[1], width // 2 if gated else width)
-    ctx.weights_before, ctx.recomputes = weights_before, needed.recomputes
-    # Gradients of biases are sums of rows.
-    ctx.reads_down = needed.reads_activation
-    ctx.reads_gate_up = needed.of_up[0] or needed.of_up[2]
+    up, down = stored[_UP], stored[_DOWN]
+    ctx.save_for_backward(*up[:4], *down[:4], *kept, *routing)
+    ctx.up_layout, ctx.down_layout = up[4:], down[4:]
+    # Without the gradients of the weights.
+    needs_of_up, needs_of_down = (
+        [n[0], *n[2:]] for n in (needed.of_up, needed.of_down)
+    )  # fmt: skip
+    ctx.down_flags = (*activation, weights_before, needs_of_down, config)
+    ctx.up_flags = (topk_weights.shape[1], needs_of_up, config)
+    ctx.hidden_size, ctx.weights_before = hidden_states.shape[1], weights_before
+    ctx.needs_up = any(needs_of_up)
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -124,46 +113,20 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     )
     # Unless somebody retains the graph, nothing but z itself holds the pre-activation from here on.
     ctx.maybe_clear_saved_tensors()
-    num_experts, width, hidden, inner = ctx.sizes
-
-    def gate_up(is_read: bool) -> Tensor:
-        shape = (num_experts, width, hidden)
-        return _weight(is_read, grad_output, stored[:4], ctx.gate_up_layout, shape)
-
-    gate_up_proj = gate_up(ctx.recomputes)
-    shape = (num_experts, hidden, inner)
-    down_proj = _weight(ctx.reads_down, grad_output, stored[4:], ctx.down_layout, shape)
-    dz, _, grad_weights, grad_down_bias = torch.ops.moe.fused_experts_down_backward.default(
-        grad_output, x, gate_up_proj, down_proj, topk_weights, gate_up_bias, down_bias, z, counts,
-        gather, scatter, *ctx.down_flags,
+    gate_up = (*stored[:4], *ctx.up_layout)
+    dz, grad_weights, grad_down_bias = _down_backward_op.overload(
+        grad_output, x, *gate_up, *stored[4:], *ctx.down_layout, topk_weights, gate_up_bias,
+        down_bias, z, counts, gather, scatter, *ctx.down_flags,
     )  # fmt: skip
-    del z, down_proj
+    del z
     grad_x = grad_up_bias = None
-    if any(ctx.up_flags[1]):
-        if not ctx.recomputes:
-            gate_up_proj = gate_up(ctx.reads_gate_up)
+    if ctx.needs_up:
         before = topk_weights if ctx.weights_before else None
-        grad_x, _, grad_before, grad_up_bias = torch.ops.moe.fused_experts_up_backward.default(
-            dz, x, gate_up_proj, before, counts, gather, scatter, *ctx.up_flags
+        grad_x, grad_before, grad_up_bias = _up_backward_op.overload(
+            dz, x, *gate_up, ctx.hidden_size, before, counts, gather, scatter, *ctx.up_flags
         )
         grad_weights = grad_before if ctx.weights_before else grad_weights
     return grad_x, *[None] * (2 * NUM_STORED + 1), grad_weights, grad_up_bias, grad_down_bias
-
-
-def _weight(
-    is_read: bool,
-    grad_output: Tensor,
-    stored: Sequence[Tensor | None],
-    layout: Sequence[Any],
-    shape: tuple[int, ...],
-) -> Tensor:
-    """Return a weight in the dtype of grad_output, or one number in its shape if nobody reads it."""
-    if not is_read:
-        return grad_output.new_empty(()).expand(shape)
-    weight: Tensor = torch.ops.moe.dequantize_weight.default(
-        *stored, *layout, shape[2], grad_output.dtype
-    )
-    return weight
 
 
 _op.differentiate(_save, _backward, forward=_forward_op)

@@ -19,16 +19,17 @@ import torch
 
 from moe_ops._triton.experts import Activation, DownBackward, RoutedRows, UpProjection
 from moe_ops._triton.gemm import GroupedGemm, grad_bias, grad_weight
+from moe_ops._triton.quantized import DecodingGemm
 from moe_ops._triton.rows import in_expert_order, new_rows, sum_parts, sum_rows
-from moe_ops._triton.schedule import Rows, expert_offsets
-from moe_ops.ops.fused_experts.weight import Weight, made
+from moe_ops._triton.schedule import Rows, TileSchedule, expert_offsets
 from moe_ops.ops.routing_indices.triton import routing_indices
+from moe_ops.quantization.stored import StoredWeight
 
 
 def fused_experts(
     hidden_states: torch.Tensor,
-    gate_up_proj: torch.Tensor | Weight,
-    down_proj: torch.Tensor | Weight,
+    gate_up_proj: torch.Tensor | StoredWeight,
+    down_proj: torch.Tensor | StoredWeight,
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
     gate_up_bias: torch.Tensor | None = None,
@@ -43,7 +44,6 @@ def fused_experts(
     *,
     for_backward: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    gate_up_proj = made(gate_up_proj, hidden_states.shape[1])
     token_counts, gather, scatter = routing_indices(topk_ids, gate_up_proj.shape[0])
     routed = RoutedRows(
         Rows.of(token_counts, gather.shape[0], gather, topk_ids.shape[1]), scatter,
@@ -58,31 +58,44 @@ def fused_experts(
     width = gate_up_proj.shape[1]
     h = new_rows(hidden_states, num_rows, width // 2 if gated else width)
     schedule = up.launch(z, h)
-    # A weight that was made for this call is freed before the next one is made.
-    del up, gate_up_proj
-    down = GroupedGemm(
-        "forward",
-        h,
-        made(down_proj, h.shape[1]).transpose(1, 2),
-        Rows(routed.rows.token_counts, num_rows),
-        bias=down_bias,
-        can_describe_y=True,
-        kernel_config=kernel_config,
-    )
-    y = down.new_operand()
-    down.launch(y, zeros_tail=False, shared=schedule)
-    used = None if down.schedule is None else down.schedule.used_rows
+    # The scratch of a quantised weight is freed before the next one is made.
+    del up
+    y, used = _down_projection(routed, h, down_proj, down_bias, schedule)
     output = sum_rows(y, scatter, after, routed.rows.top_k, used)
     if not for_backward:
         return output
     return output, hidden_states.new_empty(0) if z is None else z, token_counts, gather, scatter
 
 
+def _down_projection(
+    routed: RoutedRows,
+    h: torch.Tensor,
+    weight: torch.Tensor | StoredWeight,
+    bias: torch.Tensor | None,
+    schedule: TileSchedule | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return h @ weight[e].T + bias[e], and how many rows it has; None: all, those of none are 0."""
+    rows = Rows(routed.rows.token_counts, routed.rows.num_rows)
+    if not isinstance(weight, torch.Tensor):
+        decoding = DecodingGemm.where_planned(h, weight, rows, routed.kernel_config, bias=bias)
+        if decoding is not None:
+            y = h.new_empty(rows.num_rows, weight.shape[1])
+            decoding.launch(y)
+            return y, None
+    gemm = GroupedGemm(
+        "forward", h, weight, rows,
+        bias=bias, can_describe_y=True, kernel_config=routed.kernel_config,
+    )  # fmt: skip
+    y = gemm.new_operand()
+    gemm.launch(y, zeros_tail=False, shared=schedule)
+    return y, None if gemm.schedule is None else gemm.schedule.used_rows
+
+
 def fused_experts_down_backward(
     grad_output: torch.Tensor,
     hidden_states: torch.Tensor | None,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
+    gate_up_proj: torch.Tensor | StoredWeight,
+    down_proj: torch.Tensor | StoredWeight,
     topk_weights: torch.Tensor,
     gate_up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
@@ -122,6 +135,7 @@ def fused_experts_down_backward(
             up = UpProjection(routed, hidden_states, gate_up_proj, gate_up_bias, before)
             z = grad_output.new_empty(num_rows, gate_up_proj.shape[1])
             up.launch(z, None)
+            del up
         dz, h, dots = down(dy, divisor, z, need_dz, need_down, need_dots)
         del z
         if dz is not None:
@@ -138,7 +152,7 @@ def fused_experts_down_backward(
 def fused_experts_up_backward(
     grad_pre_activation: torch.Tensor,
     hidden_states: torch.Tensor | None,
-    gate_up_proj: torch.Tensor,
+    gate_up_proj: torch.Tensor | StoredWeight,
     topk_weights: torch.Tensor | None,
     token_counts: torch.Tensor,
     gather_indices: torch.Tensor,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_ops._pytorch.dequantize import matrices
 from moe_ops._pytorch.products import Products
 from moe_ops._pytorch.rows import (
     rows_of_slots,
@@ -20,11 +21,12 @@ from moe_ops._pytorch.rows import (
     tokens_of_rows,
     weights_of_rows,
 )
+from moe_ops.quantization.stored import StoredWeight
 
 
 def grouped_gemm(
     input: Tensor,
-    weight: Tensor,
+    weight: Tensor | StoredWeight,
     token_counts: Tensor,
     gather_indices: Tensor | None = None,
     topk_weights: Tensor | None = None,
@@ -42,7 +44,8 @@ def grouped_gemm(
         slots = slots_of_rows(gather_indices).long() if permute_y else None
 
     exact = input.dtype if topk_weights is None else _wide(input.dtype)
-    output = products.multiply(input, weight.mT, bias, sources=tokens, dtype=exact)  # (R, N)
+    matrix = matrices(weight, input.dtype).mT
+    output = products.multiply(input, matrix, bias, sources=tokens, dtype=exact)  # (R, N)
     if topk_weights is not None:
         # The rows of no expert are zero. Their weights may be NaN.
         used = slice(products.tail)
@@ -55,7 +58,7 @@ def grouped_gemm(
 
 def grouped_gemm_dx(
     grad_output: Tensor,
-    weight: Tensor,
+    weight: Tensor | StoredWeight,
     token_counts: Tensor,
     gather_indices: Tensor | None,
     topk_weights: Tensor | None,
@@ -80,7 +83,8 @@ def grouped_gemm_dx(
         tokens = tokens_of_rows(gather_indices, top_k) if permute_x else None
 
     exact = dtype if topk_weights is None else wide
-    grad_rows = products.multiply(grad_output, weight, sources=slots, dtype=exact)  # (R, D)
+    matrix = matrices(weight, dtype)
+    grad_rows = products.multiply(grad_output, matrix, sources=slots, dtype=exact)  # (R, D)
     if need_weights:
         assert topk_weights is not None  # the schema's `where` says so
         assert input is not None

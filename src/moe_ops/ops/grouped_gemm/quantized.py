@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Register grouped_gemm_quantized, one composition for PyTorch and for Triton, and its gradient.
+"""Register grouped_gemm_quantized and its gradient: grouped_gemm's functions, with stored weights.
 
-The weight is dequantised in each pass. So nothing of its size is kept between forward and backward.
+They decide how to read the weight. Nothing of its size is kept between forward and backward.
 """
 
 from __future__ import annotations
@@ -12,52 +12,41 @@ import torch
 from torch import Tensor
 
 from moe_ops._core.library import Op, function_of
+from moe_ops.quantization.stored import StoredWeight
 from moe_ops.quantization.weight import NUM_STORED, QuantizedWeight
 
 _op = Op("grouped_gemm_quantized")
+_dx_op = Op("grouped_gemm_quantized_dx")
 
 
-def grouped_gemm_quantized(
-    input: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    nested_scale: Tensor | None,
-    nested_offset: Tensor | None,
-    format: str,
-    group_size: int,
-    scale_encoding: str,
-    token_counts: Tensor,
-    gather_indices: Tensor | None = None,
-    topk_weights: Tensor | None = None,
-    bias: Tensor | None = None,
-    top_k: int = 1,
-    permute_x: bool = False,
-    permute_y: bool = False,
-    kernel_config: str | None = None,
-    *,
-    by: str,
-) -> Tensor:
-    """Dequantise the weight and multiply by it, with the functions of `by`: pytorch or triton."""
-    weight = function_of(f"moe_ops._{by}.dequantize:dequantize_weight")(
-        codes, scale, nested_scale, nested_offset, format, group_size, scale_encoding,
-        input.shape[1], input.dtype,
-    )  # fmt: skip
-    output: Tensor = function_of(f"moe_ops.ops.grouped_gemm.{by}:grouped_gemm")(
-        input, weight, token_counts, gather_indices, topk_weights, bias, top_k, permute_x, permute_y,
-        kernel_config,
-    )  # fmt: skip
+def grouped_gemm_quantized(input: Tensor, *arguments: Any, by: str) -> Tensor:
+    """Multiply with the function of `by`: pytorch or triton."""
+    weight = StoredWeight._make((*arguments[:NUM_STORED], input.shape[1]))
+    function = function_of(f"moe_ops.ops.grouped_gemm.{by}:grouped_gemm")
+    output: Tensor = function(input, weight, *arguments[NUM_STORED:])
     return output
+
+
+def grouped_gemm_quantized_dx(
+    grad_output: Tensor, *arguments: Any, by: str
+) -> tuple[Tensor, Tensor]:
+    """Return grouped_gemm_dx with the function of `by`: pytorch or triton."""
+    weight = StoredWeight._make(arguments[: NUM_STORED + 1])
+    function = function_of(f"moe_ops.ops.grouped_gemm.{by}:grouped_gemm_dx")
+    grads: tuple[Tensor, Tensor] = function(grad_output, weight, *arguments[NUM_STORED + 1 :])
+    return grads
 
 
 for _by in ("pytorch", "triton"):
     _op.implement(_by, grouped_gemm_quantized, by=_by)
+    _dx_op.implement(_by, grouped_gemm_quantized_dx, by=_by)
 
 
 def _save(ctx: Any, args: tuple[Any, ...], output: Tensor) -> None:
     input, *stored = args[: 1 + NUM_STORED]
     token_counts, gather_indices, topk_weights, bias, *flags, config = args[1 + NUM_STORED :]
     need_input, *_, need_topk_weights, need_bias = ctx.needs[: 1 + NUM_STORED + 4]
-    tensors, ctx.layout = stored[:4], stored[4:]
+    tensors, layout = stored[:4], stored[4:]
     ctx.save_for_backward(
         input if need_bias or need_topk_weights else None,
         *(tensors if need_input or need_topk_weights else [None] * 4),
@@ -67,7 +56,7 @@ def _save(ctx: Any, args: tuple[Any, ...], output: Tensor) -> None:
         bias if need_topk_weights else None,
     )
     ctx.needed = need_input, need_topk_weights, need_bias
-    ctx.width, ctx.flags, ctx.config = input.shape[1], flags, config
+    ctx.layout, ctx.flags, ctx.config = (*layout, input.shape[1]), flags, config
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -76,14 +65,10 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     grad_input = grad_topk_weights = grad_bias = None
     routing = (token_counts, gather_indices, topk_weights)
     if need_input or need_topk_weights:
-        weight = torch.ops.moe.dequantize_weight.default(
-            *tensors, *ctx.layout, ctx.width, grad_output.dtype
-        )
-        grad_input, grad_topk_weights = torch.ops.moe.grouped_gemm_dx.default(
-            grad_output, weight, *routing, input if need_topk_weights else None, bias, *ctx.flags,
-            [need_input, need_topk_weights], ctx.config,
+        grad_input, grad_topk_weights = _dx_op.overload(
+            grad_output, *tensors, *ctx.layout, *routing, input if need_topk_weights else None, bias,
+            *ctx.flags, [need_input, need_topk_weights], ctx.config,
         )  # fmt: skip
-        del weight
     if need_bias:
         _, grad_bias = torch.ops.moe.grouped_gemm_dw.default(
             grad_output, input, *routing, *ctx.flags, [False, True], False, ctx.config

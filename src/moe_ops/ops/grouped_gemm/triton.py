@@ -6,13 +6,15 @@ from __future__ import annotations
 import torch
 
 from moe_ops._triton.gemm import GroupedGemm, grad_bias, grad_weight
+from moe_ops._triton.quantized import DecodingGemm
 from moe_ops._triton.rows import gather_rows, sum_parts, sum_rows
 from moe_ops._triton.schedule import Rows, expert_offsets
+from moe_ops.quantization.stored import StoredWeight
 
 
 def grouped_gemm(
     input: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | StoredWeight,
     token_counts: torch.Tensor,
     gather_indices: torch.Tensor | None = None,
     topk_weights: torch.Tensor | None = None,
@@ -23,12 +25,22 @@ def grouped_gemm(
     kernel_config: str | None = None,
 ) -> torch.Tensor:
     num_rows = input.shape[0] * top_k if permute_x else input.shape[0]
+    rows = Rows.of(token_counts, num_rows, gather_indices, top_k)
+    divisor = top_k if permute_x else 0
+    if not isinstance(weight, torch.Tensor):
+        decoding = DecodingGemm.where_planned(
+            input, weight, rows, kernel_config, x_divisor=divisor, bias=bias
+        )
+        if decoding is not None:
+            output = input.new_empty(num_rows, weight.shape[1])
+            decoding.launch(output, scale=topk_weights, scatter_y=permute_y)
+            return output
     gemm = GroupedGemm(
         "forward",
         input,
-        weight.transpose(1, 2),
-        Rows.of(token_counts, num_rows, gather_indices, top_k),
-        x_divisor=top_k if permute_x else 0,
+        weight,
+        rows,
+        x_divisor=divisor,
         scale=topk_weights,
         bias=bias,
         scatter_y=permute_y,
@@ -41,7 +53,7 @@ def grouped_gemm(
 
 def grouped_gemm_dx(
     grad_output: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | StoredWeight,
     token_counts: torch.Tensor,
     gather_indices: torch.Tensor | None,
     topk_weights: torch.Tensor | None,

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multiply each expert's rows by its quantised matrix, which is decoded inside the product.
+
+For few rows: each tile of rows reads and decodes its weight again. M, N, K are a GEMM's, as in
+grouped_gemm.py: y (M, N) = x (M, K) @ weight[e] (N, K).T. B bytes and G blocks of a row of codes,
+width the columns of h.
+"""
+
+import triton
+import triton.language as tl
+
+from moe_ops._triton.kernels.activations import gated_activation, plain_activation, split_gate
+from moe_ops._triton.kernels.dequantize import decode_blocks, load_blocks
+from moe_ops._triton.kernels.grouped_gemm import finish_tile, source_rows
+from moe_ops._triton.kernels.schedule import begin_walk, walked_tile, zero_tail
+
+
+@triton.jit
+def _column_of(j, n0, width, BLOCK_N: tl.constexpr, HALVES: tl.constexpr):
+    """Return the column of z that column j of a tile is, and whether the matrix has it.
+
+    With HALVES a tile is BLOCK_N // 2 columns from n0 on, and the same columns of the second half.
+    """
+    if HALVES:
+        HALF: tl.constexpr = BLOCK_N // 2
+        in_half = n0 + j % HALF
+        column = (j // HALF) * width + in_half
+        is_column = in_half < width
+    else:
+        column = n0 + j
+        is_column = column < width
+    return column, is_column
+
+
+@triton.jit
+def multiply_decoded(
+    x_ptr, codes_ptr, scale_ptr, nested_scale_ptr, nested_offset_ptr, tables_ptr, bias_ptr,
+    source, in_source, e, n0, width, N, K, B, G,
+    stride_xm, stride_xk, stride_bias_e, stride_bias_n,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    HALVES: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BITS: tl.constexpr, LOW_FIRST: tl.constexpr, ENCODING: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, HAS_FP8: tl.constexpr,
+):  # fmt: skip
+    """Return x[source] @ weight[e].T + bias[e] in fp32, (BLOCK_M, BLOCK_N), for the tile at n0."""
+    BLOCK_G: tl.constexpr = BLOCK_K // GROUP
+    k = tl.arange(0, BLOCK_K)
+    x_pointers = (
+        x_ptr + source[:, None].to(tl.int64) * stride_xm + k[None, :].to(tl.int64) * stride_xk
+    )
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if HAS_BIAS:
+        n, in_n = _column_of(tl.arange(0, BLOCK_N), n0, width, BLOCK_N, HALVES)
+        bias_pointers = bias_ptr + e.to(tl.int64) * stride_bias_e + n.to(tl.int64) * stride_bias_n
+        acc += tl.load(bias_pointers, mask=in_n, other=0).to(tl.float32)[None, :]
+    i = tl.arange(0, BLOCK_N * BLOCK_G)
+    row, in_rows = _column_of(i // BLOCK_G, n0, width, BLOCK_N, HALVES)
+    column = i % BLOCK_G
+    codes, scales = load_blocks(
+        codes_ptr, scale_ptr, nested_scale_ptr, nested_offset_ptr, tables_ptr,
+        e, row, column, in_rows, N, B, G, BITS, ENCODING, GROUP, BLOCK_ROWS,
+    )  # fmt: skip
+    x = tl.load(x_pointers, mask=in_source[:, None] & (k < K)[None, :], other=0)
+    for k0 in tl.range(0, K, BLOCK_K, num_stages=1):
+        # What the next step reads comes meanwhile; past the last one everything is masked. Triton's
+        # own pipeline would also stage the table.
+        x_pointers += tl.cast(stride_xk, tl.int64) * BLOCK_K
+        column += BLOCK_G
+        in_next = k0 + BLOCK_K + k < K
+        next_x = tl.load(x_pointers, mask=in_source[:, None] & in_next[None, :], other=0)
+        next_codes, next_scales = load_blocks(
+            codes_ptr, scale_ptr, nested_scale_ptr, nested_offset_ptr, tables_ptr,
+            e, row, column, in_rows, N, B, G, BITS, ENCODING, GROUP, BLOCK_ROWS,
+        )  # fmt: skip
+        weight = decode_blocks(codes, scales, tables_ptr, BITS, LOW_FIRST, HAS_FP8)
+        weight = weight.to(x.dtype).reshape((BLOCK_N, BLOCK_K))
+        if not EVEN_K:
+            # Codes of zero fill the last block of a row, and they need not mean zero.
+            weight = tl.where((k0 + k < K)[None, :], weight, 0.0)
+        acc = tl.dot(x, weight.T, acc, input_precision=PRECISION)
+        x, codes, scales = next_x, next_codes, next_scales
+    return acc
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _quantized_fwd_kernel(
+    x_ptr, codes_ptr, scale_ptr, nested_scale_ptr, nested_offset_ptr, tables_ptr, bias_ptr,
+    weights_ptr, gather_ptr, y_ptr, z_ptr, counts_ptr,
+    num_rows, num_experts, width, K, B, G, top_k, x_divisor, limit,
+    stride_xm, stride_xk, stride_bias_e, stride_bias_n, stride_wt, stride_wk, stride_y,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN_K: tl.constexpr, GATHER_X: tl.constexpr,
+    SCATTER_Y: tl.constexpr, HAS_GATHER: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, ACTIVATION: tl.constexpr, HAS_LIMIT: tl.constexpr,
+    GATED: tl.constexpr, INTERLEAVED: tl.constexpr, STORE_Y: tl.constexpr, STORE_Z: tl.constexpr,
+    EXPERTS: tl.constexpr, BLOCK_W: tl.constexpr, BITS: tl.constexpr, LOW_FIRST: tl.constexpr,
+    ENCODING: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, HAS_FP8: tl.constexpr,
+):  # fmt: skip
+    """Compute z[row] = x[row] @ weight[e].T + bias[e], and of it y, tile by tile.
+
+    y is topk_weights[slot] * z, or where there is an ACTIVATION y = act(z), whose `width` columns
+    with GATED are half of z's: act(gate) * up. So a tile is BLOCK_N columns of z, and with GATED
+    BLOCK_N // 2 of y.
+
+    Grid (any,), persistent: a program owns the tiles pid, pid + grid size, ... It finds them from
+    the counts alone. It zeros the rows of no expert in z, and in y where there is no activation.
+    """
+    HAS_ACTIVATION: tl.constexpr = ACTIVATION != "none"
+    HALVES: tl.constexpr = GATED and not INTERLEAVED
+    BLOCK_I: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    N = 2 * width if GATED else width
+    tiles_n = tl.cdiv(width, BLOCK_I)
+    tiles_m, walk = begin_walk(
+        counts_ptr, counts_ptr, 0, num_rows, num_experts, BLOCK_M, EXPERTS, True
+    )
+    used = tl.max(walk[1], 0)
+    if STORE_Z:
+        zero_tail(z_ptr, gather_ptr, used, num_rows, N, False, BLOCK_W)
+    if STORE_Y and not HAS_ACTIVATION:
+        zero_tail(y_ptr, gather_ptr, used, num_rows, N, SCATTER_Y, BLOCK_W)
+    for t in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        e, first, end, tile_n = walked_tile(
+            t, tiles_m, tiles_n, walk, GROUP_M, BLOCK_M, EXPERTS, True
+        )
+        rows = first + tl.arange(0, BLOCK_M)
+        in_rows = rows < end
+        n0 = tile_n * BLOCK_I if HALVES else tile_n * BLOCK_N
+        # The columns of z that the rows of the matrix are counted by.
+        limit_n = width if HALVES else N
+        source, in_source = source_rows(gather_ptr, rows, in_rows, num_rows, x_divisor, GATHER_X)
+        acc = multiply_decoded(
+            x_ptr, codes_ptr, scale_ptr, nested_scale_ptr, nested_offset_ptr, tables_ptr, bias_ptr,
+            source, in_source, e, n0, limit_n, N, K, B, G,
+            stride_xm, stride_xk, stride_bias_e, stride_bias_n,
+            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, HALVES, EVEN_K, HAS_BIAS,
+            BITS, LOW_FIRST, ENCODING, GROUP, BLOCK_ROWS, HAS_FP8,
+        )  # fmt: skip
+        cols, in_cols = _column_of(tl.arange(0, BLOCK_N), n0, limit_n, BLOCK_N, HALVES)
+        if STORE_Z:
+            z_pointers = z_ptr + rows[:, None].to(tl.int64) * N + cols[None, :]
+            in_z = in_rows[:, None] & in_cols[None, :]
+            tl.store(z_pointers, acc.to(z_ptr.dtype.element_ty), mask=in_z)
+        if HAS_ACTIVATION:
+            if STORE_Y:
+                if GATED:
+                    gate, up = split_gate(acc, BLOCK_M, BLOCK_I, INTERLEAVED)
+                    y, _, _ = gated_activation(gate, up, limit, ACTIVATION, HAS_LIMIT)
+                else:
+                    y, _ = plain_activation(acc, limit, ACTIVATION, HAS_LIMIT)
+                i = tile_n * BLOCK_I + tl.arange(0, BLOCK_I)
+                y_pointers = y_ptr + rows[:, None].to(tl.int64) * stride_y + i[None, :]
+                in_y = in_rows[:, None] & (i < width)[None, :]
+                tl.store(y_pointers, y.to(y_ptr.dtype.element_ty), mask=in_y)
+        else:
+            finish_tile(
+                acc, rows, cols, in_rows, in_cols, weights_ptr, gather_ptr, y_ptr, None, None, None,
+                first, end, tile_n, num_rows, N, top_k, 1, stride_wt, stride_wk, 0, 0,
+                BLOCK_M, BLOCK_N, False, SCATTER_Y, HAS_GATHER, HAS_WEIGHTS, True, False, False, 1,
+            )  # fmt: skip

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decide how a product reads its quantised weight, and why, before anything is allocated.
+
+Two ways compute the same. A kernel may decode within the product: it reads the packed bytes, and
+decodes them again for each tile of rows. Or the weight is first dequantised to a scratch, and a
+kernel for plain weights multiplies by that: the scratch is written once and read once. The scratch
+holds as many experts as a bound of its bytes allows. Then each part of the experts is one product.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moe_ops.configs.kernel_string import parse
+from moe_ops.quantization.formats import FORMATS
+
+# A part costs three launches and the last wave of its tiles, 1% to 2% of a part's product where a
+# part has this size. Activations of 16,384 tokens are as large.
+SCRATCH_BYTES = 512 * 2**20
+# To decode a number takes a GPU as long as to read so many bytes: 5 or 6 instructions.
+_DECODING = 1.0
+# Rows of the lowest tile, which tensor cores multiply.
+_LOW = 16
+
+
+@dataclass(frozen=True, eq=False)
+class WeightPlan:
+    """Say how a product reads its quantised weight.
+
+    Attributes:
+        in_product: whether the product's kernel decodes the weight.
+        options: that kernel's tile, and Triton's own options; empty without in_product.
+        programs_per_sm: of that kernel.
+        parts: how many products compute it, each with the experts of one scratch.
+        experts: the experts of a part.
+        scratch_bytes: the size of the scratch; 0 with in_product.
+        reason: why.
+    """
+
+    in_product: bool
+    options: dict[str, Any]
+    programs_per_sm: int
+    parts: int
+    experts: int
+    scratch_bytes: int
+    reason: str
+
+
+# One lookup, keyed by plain values only, as plan_once in plan.py.
+@functools.lru_cache(maxsize=4096)
+def plan_weight(
+    kind: str,
+    dtype: torch.dtype,
+    format: str,
+    group_size: int,
+    num_experts: int,
+    out_features: int,
+    in_features: int,
+    rows: int,
+    kernel_config: str | None = None,
+) -> WeightPlan:
+    """Return the plan of a quantised weight (E, N, D) in a product.
+
+    Args:
+        kind: "forward" or "backward_dX".
+        dtype: what the product multiplies in.
+        format: of the weight.
+        group_size: of its blocks along in_features.
+        num_experts: E.
+        out_features: N.
+        in_features: D.
+        rows: the mean number of rows per expert, as one of ROWS_BUCKETS.
+        kernel_config: the caller's configurations, as one string.
+    """
+    bits = FORMATS[format].codes.bits
+    height = _tile_rows(rows)
+    # Beside its full tiles an expert has a last one, which is half full in the mean.
+    tiles = max(rows / height + 0.5, 1.0)
+    decoding = tiles * (bits / 8 + _DECODING)
+    moving = bits / 8 + 2 * dtype.itemsize
+    costs = (
+        f"a weight of {bits} bits costs as much as {decoding:.1f} bytes if each of {tiles:.1f} row "
+        f"tiles of an expert decodes it, and {moving:.1f} if a scratch is written and read"
+    )
+    obstacle = None
+    if kind != "forward":
+        obstacle = "no kernel decodes a weight along its out_features, as dX reads it"
+    elif kernel_config is not None and kind in parse(kernel_config):
+        obstacle = "kernel_config is of a kernel for plain weights"
+    elif 0 in {num_experts, out_features, in_features}:
+        obstacle = "it has no elements"
+    if obstacle is None and decoding <= moving:
+        options, programs = _tile(height, group_size, dtype)
+        reason = f"decoded in the product: {costs}"
+        return WeightPlan(True, options, programs, 1, num_experts, 0, reason)
+    why = obstacle or costs
+    of_expert = out_features * in_features * dtype.itemsize
+    parts = min(max(-(-num_experts * of_expert // SCRATCH_BYTES), 1), max(num_experts, 1))
+    experts = -(-num_experts // parts) if num_experts else 0
+    parts = -(-num_experts // experts) if experts else 1
+    scratch = experts * of_expert
+    size = f"{scratch / 2**20:.0f} MiB"
+    if parts == 1:
+        reason = f"dequantised whole, to {size}: {why}"
+    else:
+        reason = (
+            f"dequantised in {parts} parts of {experts} experts, {size} each, since a scratch has at "
+            f"most {SCRATCH_BYTES // 2**20} MiB or one expert: {why}"
+        )
+    return WeightPlan(False, {}, 0, parts, experts, scratch, reason)
+
+
+def _tile_rows(rows: int) -> int:
+    """Return the rows of a tile of the kernel that decodes."""
+    return _LOW if rows <= 8 else 32 if rows <= 32 else 64
+
+
+def _tile(height: int, group_size: int, dtype: torch.dtype) -> tuple[dict[str, Any], int]:
+    """Return the options of the kernel that decodes, and its programs on each SM.
+
+    A thread holds 64 numbers of a step, and what the next step reads. So an SM has registers for
+    three programs of four warps with a low tile, and for two with a high one.
+    """
+    columns, contracted = (64, 128) if dtype.itemsize == 2 else (32, max(64, group_size))
+    options = {
+        "BLOCK_M": height, "BLOCK_N": columns, "BLOCK_K": contracted, "GROUP_M": 8, "num_warps": 4
+    }  # fmt: skip
+    return options, 3 if height == _LOW else 2

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products with quantised weights are right: decoded in the product, and dequantised in parts."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import moe_ops
+from testing import experts_problem, gemm_problem
+from testing.interpreted import pytestmark  # noqa: F401
+from testing.on_device import assert_same_bits
+from testing.quantized_problem import KINDS, QuantizedExperts, QuantizedGemm
+
+CPU = torch.device("cpu")
+kinds = pytest.mark.parametrize(
+    ("format", "group_size"), sorted({(format, size) for format, _, size in KINDS})
+)
+formats = pytest.mark.parametrize("format", sorted({format for format, *_ in KINDS}))
+# T, K, E, N, D: every dimension ends in a part of a tile, some experts have several tiles of rows.
+FEW_ROWS = {"one": (3, 2, 8, 72, 136), "some": (40, 2, 4, 40, 72), "more": (70, 2, 3, 40, 264)}
+MANY_ROWS = (150, 3, 3, 24, 40)
+
+
+def experts(format: str, shape: tuple[int, ...], dtype: torch.dtype, **flags: Any):
+    num_tokens, top_k, num_experts, width, hidden = shape
+    given = experts_problem.problem(
+        (num_tokens, top_k, num_experts, hidden, width), dtype, device=CPU, **flags
+    )
+    return QuantizedExperts(given, format)
+
+
+@kinds
+@pytest.mark.parametrize("shape", FEW_ROWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_decoded_in_the_product(format, group_size, shape, dtype):
+    given = gemm_problem.problem(
+        FEW_ROWS[shape],
+        dtype,
+        routing="dropped",
+        permute_x=True,
+        weights=True,
+        bias=True,
+        device=CPU,
+    )
+    gemm_problem.check(QuantizedGemm(given, format, group_size=group_size))
+
+
+@formats
+@pytest.mark.parametrize("mode", gemm_problem.MODES)
+def test_modes_of_the_product(format, mode):
+    flags = gemm_problem.MODES[mode]
+    for shape in (FEW_ROWS["one"], MANY_ROWS):
+        given = gemm_problem.problem(shape, torch.float16, routing="dropped", device=CPU, **flags)
+        gemm_problem.check(QuantizedGemm(given, format))
+
+
+@formats
+@pytest.mark.parametrize("mode", experts_problem.MODES)
+@pytest.mark.parametrize("routing", ["dropped", "hot_and_empty"])
+def test_experts_of_few_rows(format, mode, routing):
+    flags = experts_problem.MODES[mode]
+    experts_problem.check(experts(format, FEW_ROWS["one"], torch.float16, routing=routing, **flags))
+
+
+@pytest.mark.parametrize("mode", experts_problem.MODES)
+def test_experts_of_many_rows(mode):
+    flags = experts_problem.MODES[mode]
+    experts_problem.check(experts("nf4", MANY_ROWS, torch.float32, routing="dropped", **flags))
+
+
+@pytest.fixture
+def scratch_of(monkeypatch):
+    """Return what sets how many bytes a scratch has at most."""
+    from moe_ops._triton import weight_plan
+
+    def bound(size: int) -> None:
+        monkeypatch.setattr(weight_plan, "SCRATCH_BYTES", size)
+        weight_plan.plan_weight.cache_clear()
+
+    yield bound
+    monkeypatch.undo()
+    weight_plan.plan_weight.cache_clear()
+
+
+@pytest.mark.parametrize("mode", experts_problem.MODES)
+def test_numbers_do_not_depend_on_the_parts_of_experts(mode, scratch_of):
+    flags = experts_problem.MODES[mode]
+    # Five experts, in parts of two or of one.
+    shape = (300, 2, 5, 24, 40)
+    found = []
+    for size in (2**30, 2 * 24 * 40 * 4, 1):
+        scratch_of(size)
+        output, gradients = experts("mxfp4", shape, torch.float32, routing="dropped", **flags).run()
+        found.append([output, *gradients.values()])
+    for other in found[1:]:
+        assert_same_bits(found[0], other)
+
+
+@pytest.mark.parametrize("mode", gemm_problem.MODES)
+def test_numbers_of_a_product_do_not_depend_on_the_parts(mode, scratch_of, descriptors):
+    found = []
+    for size in (2**30, 1):
+        scratch_of(size)
+        given = gemm_problem.problem(
+            (300, 2, 5, 24, 40), torch.float16, routing="dropped", device=CPU,
+            **gemm_problem.MODES[mode],
+        )  # fmt: skip
+        output, gradients = QuantizedGemm(given, "int4").run()
+        found.append([output, *gradients.values()])
+    assert_same_bits(*found)
+
+
+@formats
+def test_without_rows_and_with_empty_sizes(format):
+    for shape in ((0, 2, 3, 8, 40), (3, 2, 3, 0, 40), (3, 2, 3, 8, 0)):
+        num_rows, num_experts = shape[0] * shape[1], shape[2]
+        given = moe_ops.quantize_weight(torch.ones(num_experts, *shape[3:]), format)
+        counts = torch.zeros(num_experts, dtype=torch.int32)
+        output = moe_ops.grouped_gemm(torch.ones(num_rows, shape[4]), given, counts)
+        assert output.shape == (num_rows, shape[3])
+        assert not output.any()
