@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 
 import moe_ops
-from moe_ops import fp8
-from testing import checks
 
 FP8 = torch.float8_e4m3fn
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
