@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -92,7 +92,7 @@ def projection(
                 f"{_HERE}.projection: expected {name}.requires_grad == False, since a weight in FP8 has "
                 "no gradient, got True; call .requires_grad_(False)"
             )
-    return partial(_multiply_fp8, weight, weight_scale, kernel_config)
+    return partial(_multiply_fp8, cast(Tensor, weight), weight_scale, kernel_config)
 
 
 def _multiply_fp8(
