@@ -116,8 +116,9 @@ def test_every_kernel_compiles(gpu):
         named.update({f"{size} {name}": call for name, call in made.items()})
     made = calls.experts(SIZES["training"], dtype)
     named.update({f"experts {name}": call for name, call in made.items()})
-    made = calls.quantized_gemm(SIZES["decode-8"], dtype, "nf4")
-    named.update({f"quantised {name}": call for name, call in made.items()})
+    if gpu != "sm_75":
+        made = calls.quantized_gemm(SIZES["decode-8"], dtype, "nf4")
+        named.update({f"quantised {name}": call for name, call in made.items()})
     gather = calls.grouped_gemm(SIZES["training"], dtype, **MODES["permute_y-weights"])
     plain = calls.grouped_gemm(SIZES["training"], F32)
     more = [
@@ -136,7 +137,8 @@ def test_every_kernel_compiles(gpu):
     assert names == {
         n
         for n in kernels_of_the_package()
-        if gpu == "sm_90" or not any(word in n for word in HOPPER_ALONE)
+        if (gpu == "sm_90" or not any(word in n for word in HOPPER_ALONE))
+        and (gpu != "sm_75" or n != "_quantized_fwd_kernel")
     }
     check(device, named, stack_limit(gpu))
 
@@ -324,7 +326,9 @@ def test_quantised_weights(gpu, size):
         flags = MODES["permute_x-weights-bias"]
         made = calls.quantized_gemm(SIZES[size], dtype, format, **flags)
         experts = calls.experts(SIZES[size], dtype, format=format)
-        assert "_quantized_fwd_kernel" in launched(GPUS[gpu], made["forward"])
+        decodes = "_quantized_fwd_kernel" in launched(GPUS[gpu], made["forward"])
+        # Before sm_80 a tile of it does not fit the registers.
+        assert decodes == (gpu != "sm_75")
         named = {
             f"{format} {dtype} forward": made["forward"],
             f"{format} {dtype} experts": experts["inference"],

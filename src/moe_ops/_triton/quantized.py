@@ -41,7 +41,7 @@ def plan_stored(
     num_experts, out_features, in_features = weight.shape
     return plan_weight(
         kind, dtype, weight.format, weight.group_size, num_experts, out_features, in_features,
-        rows_bucket(rows.num_rows, num_experts), kernel_config,
+        rows_bucket(rows.num_rows, num_experts), device_of(weight.codes.device), kernel_config,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from moe_ops.configs.device import Device
 from moe_ops.configs.kernel_string import parse
 from moe_ops.quantization.formats import FORMATS
 
@@ -61,6 +62,7 @@ def plan_weight(
     out_features: int,
     in_features: int,
     rows: int,
+    device: Device,
     kernel_config: str | None = None,
 ) -> WeightPlan:
     """Return the plan of a quantised weight (E, N, D) in a product.
@@ -74,6 +76,7 @@ def plan_weight(
         out_features: N.
         in_features: D.
         rows: the mean number of rows per expert, as one of ROWS_BUCKETS.
+        device: the GPU.
         kernel_config: the caller's configurations, as one string.
     """
     bits = FORMATS[format].codes.bits
@@ -91,6 +94,10 @@ def plan_weight(
         obstacle = "no kernel decodes a weight along its out_features, as dX reads it"
     elif kernel_config is not None and kind in parse(kernel_config):
         obstacle = "kernel_config is of a kernel for plain weights"
+    elif device.capability < (8, 0) and not device.is_interpreted:
+        obstacle = (
+            "the tile of the kernel that decodes needs tensor cores of compute capability 8.0"
+        )
     elif 0 in {num_experts, out_features, in_features}:
         obstacle = "it has no elements"
     if obstacle is None and decoding <= moving:

@@ -168,7 +168,7 @@ def _rows(
         operands = fused_operands(projection, problem) if is_fused else dense_operands(problem)
         weight = None
         if quantized is not None:
-            weight = _weight_plan(quantized, problem, layer.dtype, kernel_config)
+            weight = _weight_plan(quantized, problem, layer.dtype, device, kernel_config)
             # Rows of a scratch begin where TMA can load them.
             operands = operands._replace(b=True)
         if weight is not None and weight.in_product:
@@ -204,13 +204,17 @@ def _rows(
 
 
 def _weight_plan(
-    format: str, problem: Problem, dtype: torch.dtype, kernel_config: str | None
+    format: str,
+    problem: Problem,
+    dtype: torch.dtype,
+    device: Device,
+    kernel_config: str | None,
 ) -> WeightPlan:
     from moe_ops._triton.weight_plan import plan_weight
 
     return plan_weight(
         problem.kind, dtype, format, FORMATS[format].group_sizes[0], problem.num_experts,
-        problem.out_features, problem.in_features, problem.rows, kernel_config,
+        problem.out_features, problem.in_features, problem.rows, device, kernel_config,
     )  # fmt: skip
 
 

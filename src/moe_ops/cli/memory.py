@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from moe_ops.configs.device import KNOWN_GPUS
 from moe_ops.configs.problem import rows_bucket
 from moe_ops.quantization import storage
 from moe_ops.quantization.formats import FORMATS
@@ -148,9 +149,13 @@ def _kept_bytes(layer: Experts, num_tokens: int) -> int:
 def _scratch_bytes(layer: Experts, num_tokens: int) -> int:
     from moe_ops._triton.weight_plan import plan_weight
 
+    # A scratch has the same size on every GPU that decodes some products.
+    device = KNOWN_GPUS["H200"]
     bucket = rows_bucket(num_tokens * layer.top_k, layer.num_experts)
     return max(
-        plan_weight(kind, layer.dtype, "nf4", 64, layer.num_experts, *side, bucket).scratch_bytes
+        plan_weight(
+            kind, layer.dtype, "nf4", 64, layer.num_experts, *side, bucket, device
+        ).scratch_bytes
         for side in _sides(layer)
         for kind in ("forward", "backward_dX")
     )
