@@ -5,7 +5,7 @@
 
 Each part writes benchmarks/results/<gpu>_<part>.json, from which `python -m benchmarks.report` makes
 tables and plots. What does not fit into the seconds is left out, and the file says so. The parts
-decode-block, host and model run where --only names them. The sweep over drawn shapes has a command
+decode-block, host, model and quantised run where --only names them. The sweep over drawn shapes has a command
 of its own, `python -m benchmarks.cuda.sweep`.
 
 Run from the root of the repository. `TRITON_INTERPRET=1 MOE_OPS_IMPLEMENTATION=triton python -m
@@ -41,6 +41,7 @@ from benchmarks.cuda import (
     lora,
     model,
     peers,
+    quantised,
     routing,
     rows,
 )
@@ -61,7 +62,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 logger = logging.getLogger("moe_ops.benchmarks")
 
 PEERS, BLOCKS, HOST, MODEL = "experts-peers", "blocks", "host", "model"
-DECODE_BLOCK = "decode-block"
+DECODE_BLOCK, QUANTISED = "decode-block", "quantised"
 PARTS: dict[str, Callable[[Bench, list[Shape]], Iterator[Case]]] = {
     "gemm": gemm.cases,
     "rows": rows.cases,
@@ -77,11 +78,12 @@ PARTS: dict[str, Callable[[Bench, list[Shape]], Iterator[Case]]] = {
     "lora": lora.cases,
     BLOCKS: functools.partial(blocks.cases, until=math.inf),
     MODEL: model.cases,
+    QUANTISED: quantised.cases,
     # Last, since it takes what time there is.
     PEERS: functools.partial(peers.cases, until=math.inf),
 }
 # Measured only where --only names them: a run of all parts would not fit into its time.
-BY_NAME = (DECODE_BLOCK, HOST, MODEL)
+BY_NAME = (DECODE_BLOCK, HOST, MODEL, QUANTISED)
 # What is compiled before anything is measured, by several processes.
 AHEAD: dict[str, Callable[[Bench, list[Shape]], dict[str, Callable[[], None]]]] = {
     "experts": experts.jobs_ahead,

@@ -179,3 +179,110 @@ def test_bad_arguments_get_one_line(capsys, arguments, reason):
         cli.main(["explain", *SIZES, *arguments])
     said = str(ended.value) if isinstance(ended.value.code, str) else capsys.readouterr().err
     assert reason in said.splitlines()[-1]
+
+
+def test_quantised_weights_are_decoded_or_dequantised_with_a_reason(capsys):
+    _, rows = explained(capsys, "--gpu", "h200", "--quantized", "nf4", "--num-tokens", "8", "16384")
+    few, many = ([row for row in rows if row["num_tokens"] == n] for n in (8, 16384))
+    assert {row["kind"] for row in rows} == {"forward", "backward_dX"}
+    assert [row["kernel"] for row in few[:2]] == ["decoding", "decoding"]
+    for row in few[:2]:
+        assert row["weight"].startswith(
+            "decoded in the product: a weight of 4 bits costs as much as "
+        )
+        assert row["scratch_bytes"] == 0
+    up, down = many[:2]
+    assert (up["kernel"], down["kernel"]) == ("pingpong", "pingpong")
+    # Half of the up projection in bf16, and all of the down projection.
+    assert up["scratch_bytes"] == down["scratch_bytes"] == 64 * 1536 * 2048 * 2
+    assert up["weight"].startswith("dequantised in 2 parts of 64 experts, 384 MiB each, since ")
+    assert down["weight"].startswith("dequantised whole, to 384 MiB: ")
+    for row in [*few, *many]:
+        if row["kind"] == "backward_dX":
+            assert "no kernel decodes a weight along its out_features" in row["weight"]
+
+
+def test_a_given_configuration_takes_the_kernels_of_plain_weights(capsys):
+    arguments = ["--gpu", "h200", "--quantized", "nf4", "--num-tokens", "8"]
+    _, rows = explained(capsys, *arguments, "--kernel-config", SPECIALIZED)
+    assert rows[0]["kernel"] != "decoding"
+    assert rows[0]["weight"].endswith("kernel_config is of a kernel for plain weights")
+
+
+def test_gpus_without_the_tensor_cores_dequantise(capsys):
+    arguments = ["--gpu", "T4", "--quantized", "nf4", "--num-tokens", "8", "--dtype", "float16"]
+    _, rows = explained(capsys, *arguments)
+    assert {row["kernel"] for row in rows} == {"persistent"}
+
+
+def memory(capsys, *arguments):
+    assert cli.main(["explain", *arguments, "--memory", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_memory_of_a_named_model(capsys):
+    (found,) = memory(capsys, "Qwen3-30B-A3B")
+    weights = 48 * 128 * 3 * 2048 * 768
+    assert found["num_layers"] == 48
+    assert found["bfloat16"] == 2 * weights
+    assert found["formats"] == {
+        # A byte of code, and 4 bytes of scale for 128 x 128 of them.
+        "fp8_block": weights + weights // 4096,
+        # Half a byte; a byte for 64; 4 bytes for 256 of those; 4 for each expert.
+        "nf4": weights // 2 + weights // 64 + weights // 4096 + 48 * 128 * 2 * 4,
+        "mxfp4": weights // 2 + weights // 32,
+        "int4": weights // 2 + weights // 16,
+    }
+    assert found["adapters"] == 48 * 128 * 16 * (2048 + 1536 + 768 + 2048) * 4
+    assert found["optimizer"] == 2 * found["adapters"]
+    rows = 4096 * 8
+    kept = (4096 * 2048 + rows * 1536) * 2 + (128 + 2 * rows) * 4 + rows * 4
+    assert found["activations_of_a_layer"] == kept
+    assert found["activations"] == 48 * kept
+    assert found["scratch"] == 64 * 1536 * 2048 * 2
+
+
+def test_memory_of_sizes_and_of_several_numbers_of_tokens(capsys):
+    sizes = [*SIZES[:4], "--num-layers", "48", "--rank", "8", "--num-tokens", "4096", "8"]
+    (named,) = memory(capsys, "qwen3-30b-a3b", "--rank", "8")
+    first, second = memory(capsys, *sizes)
+    assert first == named
+    assert second["adapters"] == first["adapters"]
+    assert second["activations"] < first["activations"]
+
+
+def test_biases_and_transposed_checkpoints_have_the_same_weights(capsys):
+    (found,) = memory(capsys, "gpt-oss-20b")
+    assert found["biases"] == 24 * 32 * (5760 + 2880) * 2
+    # Quantised along in_features, whatever the checkpoint's order.
+    assert found["formats"]["mxfp4"] == 24 * 32 * (5760 + 2880) * (2880 // 2 + 2880 // 32)
+
+
+def test_memory_of_a_config(capsys, tmp_path):
+    pytest.importorskip("transformers")
+    config = {
+        "model_type": "qwen3_moe", "num_hidden_layers": 3, "mlp_only_layers": [1],
+        "hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2,
+        "vocab_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "decoder_sparse_step": 1,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (found,) = memory(capsys, str(tmp_path))
+    assert found["num_layers"] == 2
+    assert found["bfloat16"] == 2 * 4 * 3 * 64 * 32 * 2
+
+
+def test_memory_as_text(capsys):
+    assert cli.main(["explain", "GLM-4.5-Air", "--memory"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("45 layers of experts, GB (1e9 bytes)\n")
+    assert "weights in nf4           51.41   25.8%" in text
+
+
+@pytest.mark.parametrize(
+    "arguments", [["Qwen3-30B-A3B", "--num-layers", "2"], [*SIZES[:4], "--rank", "0"]]
+)
+def test_refuses_what_memory_cannot_count(capsys, arguments):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["explain", *arguments, "--memory"])
+    assert ended.value.code == 2
+    assert "--num-layers" in capsys.readouterr().err

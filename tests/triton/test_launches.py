@@ -21,9 +21,8 @@ pytest.importorskip("triton", exc_type=ImportError)
 
 from triton.runtime.jit import JITFunction
 
-from moe_ops._triton import gemm
 from moe_ops._triton.descriptors import can_describe
-from moe_ops._triton.plan import Plan
+from moe_ops._triton.plan import Plan, plan_once
 from moe_ops.configs import choose
 from testing import kernel_calls as calls
 from testing.compiled import GPUS, compiling_for
@@ -57,7 +56,6 @@ def noted(gpu: str) -> Iterator[tuple[list[Plan], list[Launch]]]:
     """Yield the plans that launchers make inside, and the launches. Nothing is compiled."""
     plans: list[Plan] = []
     launches: list[Launch] = []
-    plan_once = gemm.plan_once
 
     def planned(*args: Any, **kwargs: Any) -> Plan:
         plans.append(plan_once(*args, **kwargs))
@@ -72,7 +70,7 @@ def noted(gpu: str) -> Iterator[tuple[list[Plan], list[Launch]]]:
     with (
         compiling_for(GPUS[gpu]),
         mock.patch.object(JITFunction, "run", note),
-        mock.patch.object(gemm, "plan_once", planned),
+        mock.patch("moe_ops._triton.gemm.plan_once", planned),
     ):
         yield plans, launches
 
@@ -144,15 +142,15 @@ def draw(seed: int) -> tuple[str, Sizes, torch.dtype, dict[str, Any]]:
         in_features=generator.choice(WIDTHS),
     )  # fmt: skip
     dtype = generator.choice((torch.bfloat16, torch.float16, torch.float16, torch.float32))
-    flags = {name: generator.random() < 0.5 for name in ("bias", "transposed")}
+    flags: dict[str, Any] = {n: generator.random() < 0.5 for n in ("bias", "transposed")}
     return generator.choice(("sm_80", "sm_90", "sm_90", "sm_100")), sizes, dtype, flags
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_grouped_gemm(seed):
     gpu, sizes, dtype, flags = draw(seed)
-    mode = ({}, {"permute_x": True}, {"permute_y": True})[seed % 3]
-    made = calls.grouped_gemm(sizes, dtype, weights=seed % 2 == 0, **mode, **flags)
+    flags |= ({}, {"permute_x": True}, {"permute_y": True})[seed % 3]
+    made = calls.grouped_gemm(sizes, dtype, weights=seed % 2 == 0, **flags)
     for call in made.values():
         with noted(gpu) as (plans, launches):
             call()
@@ -179,7 +177,10 @@ def test_these_draws_copy_operands():
     for seed in range(60):
         gpu, sizes, dtype, flags = draw(seed)
         with noted(gpu) as (plans, launches):
-            for call in calls.grouped_gemm(sizes, dtype, permute_x=True, **flags).values():
+            made = calls.grouped_gemm(
+                sizes, dtype, permute_x=True, bias=flags["bias"], transposed=flags["transposed"]
+            )
+            for call in made.values():
                 call()
         found += check(plans, launches)
     assert found > 20
