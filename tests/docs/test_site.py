@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the documentation site is made with: docstrings as RST, and the picture."""
 
+import re
 import xml.etree.ElementTree as ET
 
 import torch
@@ -8,6 +9,14 @@ import torch
 import moe_ops
 from docs import picture
 from docs.docstrings import restructured
+from testing.pages import DOCS
+
+
+def test_the_api_page_has_every_public_name():
+    listed = re.findall(
+        r"^\.\. auto(?:function|class):: moe_ops\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE
+    )
+    assert set(listed) == set(moe_ops.__all__)
 
 
 def test_sections_become_lists():
