@@ -93,7 +93,8 @@ endef
 export WRITE_PAGES
 
 # -n: each name that a page or a docstring links to exists, or conf.py says why not. -W: or it fails.
-SPHINX = $(PY) -m sphinx -q -n -W --keep-going -b html -d build/site.doctrees docs build/site
+# -E -a: everything anew, for a page that is not read again does not repeat its warnings.
+SPHINX = $(PY) -m sphinx -q -n -W --keep-going -E -a -b html -d build/site.doctrees docs build/site
 
 ##@ Use
 .PHONY: help demo
