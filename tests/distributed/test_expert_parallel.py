@@ -199,6 +199,26 @@ class Block(nn.Module):
         return compute(hidden, weights)
 
 
+def check_compiled_capacity(rank, world_size):
+    """Rows that have no room are the same ones, compiled for any number of tokens."""
+    mesh = mesh_of(world_size)
+    parallel = parallel_copy(experts(torch.float32), mesh, capacity_factor=0.25)
+    copied = copy.deepcopy(parallel)
+    compiled = torch.compile(parallel, fullgraph=True, backend="aot_eager", dynamic=True)
+    for count in (6, 9):
+        given = problem(rank, [count] * world_size, EXPERTS, dtype=torch.float32)
+        with torch.no_grad():
+            assert torch.equal(compiled(*given.of_rank()), copied(*given.of_rank()))
+    # A copy of a parallel module counts by itself.
+    one, two = (dropped_slots(module)[""] for module in (parallel, copied))
+    assert one.item() == two.item() > 0
+    assert one is not two
+
+
+def test_compiled_with_a_capacity(ranks):
+    ranks(2).run(check_compiled_capacity)
+
+
 def check_checkpointing(rank, world_size):
     mesh, whole = mesh_of(world_size), Block(experts(), False)
     given = problem(rank, [6, 6], EXPERTS)

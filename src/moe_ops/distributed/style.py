@@ -135,9 +135,8 @@ class Calls:
             return most
         share = most * top_k * self.factor.numerator
         parts = self.world_size * self.factor.denominator
-        # The size is known by name alone to a compiler, which has no min() of it to fold.
-        rows = (share + parts - 1) // parts
-        return min(most, rows)
+        # In integers, because a compiler may know the number of tokens by name alone.
+        return min(most, (share + parts - 1) // parts)
 
 
 def calls_of(module: nn.Module) -> Calls | None:
