@@ -9,6 +9,7 @@ The global batch is the same for every N, so the losses are the same to rounding
 """
 
 import argparse
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -121,9 +122,17 @@ def main() -> None:
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("nccl" if on_gpu else "gloo")
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
     options.checkpoints.mkdir(parents=True, exist_ok=True)
+    train(options, device)
+    # What holds a mesh is gone by now, and all ranks end together.
+    gc.collect()
+    distributed.barrier()
+    distributed.destroy_process_group()
 
+
+def train(options: argparse.Namespace, device: str) -> None:
+    """Train from the last checkpoint on."""
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
     model = parallel_model(device, options.expert_ranks or 2 - world_size % 2)
     # foreach would mix tensors of two meshes.
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, foreach=False)
@@ -150,7 +159,6 @@ def main() -> None:
             print(f"step {step}  loss {mean.item():.6f}", flush=True)
         if (step + 1) % options.save_every == 0:
             write(options.checkpoints, step + 1, model, optimizer)
-    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
