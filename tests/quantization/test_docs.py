@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The code of docs/quantised.md runs, and its table of formats is the code's."""
 
+import json
 import re
 
 from moe_ops.quantization import quantize_weight
@@ -13,6 +14,18 @@ PAGE = DOCS / "quantised.md"
 def test_every_code_block_runs():
     assert has_only_python_blocks(PAGE)
     run_python_blocks(PAGE)
+
+
+def test_the_losses_are_the_committed_ones():
+    """The table has them, and each format is nearer to bf16 than another seed is."""
+    path = DOCS.parent / "benchmarks" / "results" / "lora_formats.json"
+    bases = json.loads(path.read_text(encoding="utf-8"))["bases"]
+    text = PAGE.read_text(encoding="utf-8")
+    for name, base in bases.items():
+        assert f"| {name} | {base['heldout_before']:.3f} | {base['heldout_after']:.3f} |" in text
+    plain = bases["bfloat16"]["heldout_after"]
+    chance = abs(bases["bfloat16, another seed"]["heldout_after"] - plain)
+    assert all(abs(bases[format]["heldout_after"] - plain) < chance for format in FORMATS)
 
 
 def test_the_table_has_every_format():
