@@ -14,6 +14,7 @@ Arguments for calls:
     every_op          what is tested of every op: names, opcheck, calls with corrupt indices
     gemm_problem      grouped_gemm with gradients at any size, and their check
     experts_problem   fused_experts with gradients at any size, and its check
+    quantised_checkpoints  tiny checkpoints as other quantisers save them
     quantized_problem layers of quantised experts, beside the same with plain weights
     boundaries        calls exactly at a boundary: of a tail, of a limit, of a chunk of rows
     masked_routing    routings with experts masked by -inf
@@ -35,6 +36,7 @@ Blocks, layers and models:
 What runs:
     ranks             checks on the ranks of a gloo group, in processes that tests share
     recorders         which ops run, and what they allocate
+    largest_floats    how large the floating tensors are that ops make
     launches          which Triton kernels run on a GPU
     compiled          what would be launched on a GPU that is not there, compiled
     kernel_calls      calls of every Triton launcher on meta tensors

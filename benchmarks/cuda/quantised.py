@@ -208,8 +208,8 @@ class Layer(nn.Module):
         width = (hidden_states.shape[1],)
         return hidden_states + lora_experts(
             nn.functional.rms_norm(hidden_states, width),
-            self.gate_up_proj,  # type: ignore[arg-type]
-            self.down_proj,  # type: ignore[arg-type]
+            self.gate_up_proj,
+            self.down_proj,
             topk_ids,
             topk_weights,
             gate_up_lora=(LoraWeights(up_a, up_b, 1.0),),

@@ -14,7 +14,9 @@ from testing.pages import DOCS
 
 def test_the_api_page_has_every_public_name():
     listed = re.findall(
-        r"^\.\. auto(?:function|class):: moe_ops\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE
+        r"^\.\. auto(?:function|class):: moe_ops\.(\w+)$",
+        (DOCS / "api.md").read_text(),
+        re.MULTILINE,
     )
     assert set(listed) == set(moe_ops.__all__)
 

@@ -21,58 +21,150 @@ _forward_op = Op("fused_experts_quantized_forward")
 _down_backward_op = Op("fused_experts_quantized_down_backward")
 _up_backward_op = Op("fused_experts_quantized_up_backward")
 
-# The positions, behind the first arguments of an op, of the stored tensors of its two weights.
-_UP, _DOWN = slice(0, NUM_STORED), slice(NUM_STORED, 2 * NUM_STORED)
-_OTHERS = slice(2 * NUM_STORED, None)
 
-
-def _weights(stored: tuple[Any, ...], hidden_size: int, gated: bool) -> list[StoredWeight]:
-    """Return the two weights whose stored tensors begin the arguments."""
-    width = stored[0].shape[1]
-    inner = width // 2 if gated else width
-    return [
-        StoredWeight._make((*stored[_UP], hidden_size)),
-        StoredWeight._make((*stored[_DOWN], inner)),
-    ]
+def _inner_width(gate_up_codes: Tensor, gated: bool) -> int:
+    """Return I, which the padded rows of the down projection's codes do not show."""
+    width = gate_up_codes.shape[1]
+    return width // 2 if gated else width
 
 
 def fused_experts_quantized(
-    hidden_states: Tensor, *arguments: Any, by: str, for_backward: bool
+    hidden_states: Tensor,
+    gate_up_codes: Tensor,
+    gate_up_scale: Tensor,
+    gate_up_nested_scale: Tensor | None,
+    gate_up_nested_offset: Tensor | None,
+    gate_up_format: str,
+    gate_up_group_size: int,
+    gate_up_scale_encoding: str,
+    down_codes: Tensor,
+    down_scale: Tensor,
+    down_nested_scale: Tensor | None,
+    down_nested_offset: Tensor | None,
+    down_format: str,
+    down_group_size: int,
+    down_scale_encoding: str,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    gated: bool,
+    interleaved: bool,
+    activation_limit: float | None,
+    weights_before: bool,
+    recompute: str,
+    kernel_config: str | None,
+    *,
+    by: str,
+    for_backward: bool,
 ) -> Any:
     """Compute fused_experts with the function of `by`: pytorch or triton."""
-    # topk_ids, topk_weights, two biases, activation, gated, ...
-    others = arguments[_OTHERS]
-    weights = _weights(arguments, hidden_states.shape[1], gated=others[5])
+    gate_up_proj = StoredWeight(
+        gate_up_codes, gate_up_scale, gate_up_nested_scale, gate_up_nested_offset, gate_up_format,
+        gate_up_group_size, gate_up_scale_encoding, hidden_states.shape[1],
+    )  # fmt: skip
+    down_proj = StoredWeight(
+        down_codes, down_scale, down_nested_scale, down_nested_offset, down_format, down_group_size,
+        down_scale_encoding, _inner_width(gate_up_codes, gated),
+    )  # fmt: skip
     function = function_of(f"moe_ops.ops.fused_experts.{by}:fused_experts")
-    return function(hidden_states, *weights, *others, for_backward=for_backward)
+    return function(
+        hidden_states, gate_up_proj, down_proj, topk_ids, topk_weights, gate_up_bias, down_bias,
+        activation, gated, interleaved, activation_limit, weights_before, recompute, kernel_config,
+        for_backward=for_backward,
+    )  # fmt: skip
 
 
 def fused_experts_quantized_down_backward(
-    grad_output: Tensor, hidden_states: Tensor | None, *arguments: Any, by: str
+    grad_output: Tensor,
+    hidden_states: Tensor | None,
+    gate_up_codes: Tensor,
+    gate_up_scale: Tensor,
+    gate_up_nested_scale: Tensor | None,
+    gate_up_nested_offset: Tensor | None,
+    gate_up_format: str,
+    gate_up_group_size: int,
+    gate_up_scale_encoding: str,
+    down_codes: Tensor,
+    down_scale: Tensor,
+    down_nested_scale: Tensor | None,
+    down_nested_offset: Tensor | None,
+    down_format: str,
+    down_group_size: int,
+    down_scale_encoding: str,
+    topk_weights: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    pre_activation: Tensor | None,
+    token_counts: Tensor,
+    gather_indices: Tensor,
+    scatter_indices: Tensor,
+    activation: str,
+    gated: bool,
+    interleaved: bool,
+    activation_limit: float | None,
+    weights_before: bool,
+    needs: list[bool],
+    kernel_config: str | None,
+    *,
+    by: str,
 ) -> tuple[Tensor, ...]:
     """Compute fused_experts_down_backward with the function of `by`."""
-    # topk_weights, two biases, z, three index tensors, activation, gated, ...
-    *others, needs, config = arguments[_OTHERS]
-    weights = _weights(arguments, grad_output.shape[1], gated=others[8])
+    gate_up_proj = StoredWeight(
+        gate_up_codes, gate_up_scale, gate_up_nested_scale, gate_up_nested_offset, gate_up_format,
+        gate_up_group_size, gate_up_scale_encoding, grad_output.shape[1],
+    )  # fmt: skip
+    down_proj = StoredWeight(
+        down_codes, down_scale, down_nested_scale, down_nested_offset, down_format, down_group_size,
+        down_scale_encoding, _inner_width(gate_up_codes, gated),
+    )  # fmt: skip
     function = function_of(f"moe_ops.ops.fused_experts.{by}:fused_experts_down_backward")
-    dz, _, grad_weights, grad_bias = function(
-        grad_output, hidden_states, *weights, *others, [needs[0], False, *needs[1:]], False, config
-    )
-    return dz, grad_weights, grad_bias
+    dz, _, grad_topk_weights, grad_bias = function(
+        grad_output, hidden_states, gate_up_proj, down_proj, topk_weights, gate_up_bias, down_bias,
+        pre_activation, token_counts, gather_indices, scatter_indices, activation, gated, interleaved,
+        activation_limit, weights_before, _without_weight(needs), False, kernel_config,
+    )  # fmt: skip
+    return dz, grad_topk_weights, grad_bias
 
 
 def fused_experts_quantized_up_backward(
-    grad_pre_activation: Tensor, hidden_states: Tensor | None, *arguments: Any, by: str
+    grad_pre_activation: Tensor,
+    hidden_states: Tensor | None,
+    gate_up_codes: Tensor,
+    gate_up_scale: Tensor,
+    gate_up_nested_scale: Tensor | None,
+    gate_up_nested_offset: Tensor | None,
+    gate_up_format: str,
+    gate_up_group_size: int,
+    gate_up_scale_encoding: str,
+    hidden_size: int,
+    topk_weights: Tensor | None,
+    token_counts: Tensor,
+    gather_indices: Tensor,
+    scatter_indices: Tensor,
+    top_k: int,
+    needs: list[bool],
+    kernel_config: str | None,
+    *,
+    by: str,
 ) -> tuple[Tensor, ...]:
     """Compute fused_experts_up_backward with the function of `by`."""
-    weight = StoredWeight._make(arguments[: NUM_STORED + 1])
-    *others, needs, config = arguments[NUM_STORED + 1 :]
-    function = function_of(f"moe_ops.ops.fused_experts.{by}:fused_experts_up_backward")
-    grad_x, _, grad_weights, grad_bias = function(
-        grad_pre_activation, hidden_states, weight, *others, [needs[0], False, *needs[1:]], False,
-        config,
+    gate_up_proj = StoredWeight(
+        gate_up_codes, gate_up_scale, gate_up_nested_scale, gate_up_nested_offset, gate_up_format,
+        gate_up_group_size, gate_up_scale_encoding, hidden_size,
     )  # fmt: skip
-    return grad_x, grad_weights, grad_bias
+    function = function_of(f"moe_ops.ops.fused_experts.{by}:fused_experts_up_backward")
+    grad_x, _, grad_topk_weights, grad_bias = function(
+        grad_pre_activation, hidden_states, gate_up_proj, topk_weights, token_counts,
+        gather_indices, scatter_indices, top_k, _without_weight(needs), False, kernel_config,
+    )  # fmt: skip
+    return grad_x, grad_topk_weights, grad_bias
+
+
+def _without_weight(needs: list[bool]) -> list[bool]:
+    """Return the plain op's needs: the weight, which is second there, has no gradient."""
+    return [needs[0], False, *needs[1:]]
 
 
 for _by in ("pytorch", "triton"):
@@ -94,7 +186,7 @@ def _save(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
         down_bias=need_down_bias, weights_before=weights_before, recompute=recompute,
     )  # fmt: skip
     kept = needed.kept(hidden_states, topk_weights, gate_up_bias, down_bias, pre_activation)
-    up, down = stored[_UP], stored[_DOWN]
+    up, down = stored[:NUM_STORED], stored[NUM_STORED:]
     ctx.save_for_backward(*up[:4], *down[:4], *kept, *routing)
     ctx.up_layout, ctx.down_layout = up[4:], down[4:]
     # Without the gradients of the weights.

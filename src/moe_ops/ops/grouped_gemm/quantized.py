@@ -19,21 +19,70 @@ _op = Op("grouped_gemm_quantized")
 _dx_op = Op("grouped_gemm_quantized_dx")
 
 
-def grouped_gemm_quantized(input: Tensor, *arguments: Any, by: str) -> Tensor:
+def grouped_gemm_quantized(
+    input: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    nested_scale: Tensor | None,
+    nested_offset: Tensor | None,
+    format: str,
+    group_size: int,
+    scale_encoding: str,
+    token_counts: Tensor,
+    gather_indices: Tensor | None,
+    topk_weights: Tensor | None,
+    bias: Tensor | None,
+    top_k: int,
+    permute_x: bool,
+    permute_y: bool,
+    kernel_config: str | None,
+    *,
+    by: str,
+) -> Tensor:
     """Multiply with the function of `by`: pytorch or triton."""
-    weight = StoredWeight._make((*arguments[:NUM_STORED], input.shape[1]))
+    weight = StoredWeight(
+        codes, scale, nested_scale, nested_offset, format, group_size, scale_encoding, input.shape[1]
+    )  # fmt: skip
     function = function_of(f"moe_ops.ops.grouped_gemm.{by}:grouped_gemm")
-    output: Tensor = function(input, weight, *arguments[NUM_STORED:])
+    output: Tensor = function(
+        input, weight, token_counts, gather_indices, topk_weights, bias, top_k, permute_x, permute_y,
+        kernel_config,
+    )  # fmt: skip
     return output
 
 
 def grouped_gemm_quantized_dx(
-    grad_output: Tensor, *arguments: Any, by: str
+    grad_output: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    nested_scale: Tensor | None,
+    nested_offset: Tensor | None,
+    format: str,
+    group_size: int,
+    scale_encoding: str,
+    in_features: int,
+    token_counts: Tensor,
+    gather_indices: Tensor | None,
+    topk_weights: Tensor | None,
+    input: Tensor | None,
+    bias: Tensor | None,
+    top_k: int,
+    permute_x: bool,
+    permute_y: bool,
+    needs: list[bool],
+    kernel_config: str | None,
+    *,
+    by: str,
 ) -> tuple[Tensor, Tensor]:
     """Return grouped_gemm_dx with the function of `by`: pytorch or triton."""
-    weight = StoredWeight._make(arguments[: NUM_STORED + 1])
+    weight = StoredWeight(
+        codes, scale, nested_scale, nested_offset, format, group_size, scale_encoding, in_features
+    )  # fmt: skip
     function = function_of(f"moe_ops.ops.grouped_gemm.{by}:grouped_gemm_dx")
-    grads: tuple[Tensor, Tensor] = function(grad_output, weight, *arguments[NUM_STORED + 1 :])
+    grads: tuple[Tensor, Tensor] = function(
+        grad_output, weight, token_counts, gather_indices, topk_weights, input, bias, top_k, permute_x,
+        permute_y, needs, kernel_config,
+    )  # fmt: skip
     return grads
 
 
