@@ -160,9 +160,12 @@ class Activation:
 
     def _limited(self, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return what act takes, and what multiplies it."""
+        # A clamp has a gradient exactly at its limit in some versions of torch, and none in others.
         if self.limit is not None:
-            gate = gate.clamp(max=self.limit)
-            up = None if up is None else up.clamp(-self.limit, self.limit)
+            gate = torch.where(gate > self.limit, self.limit, gate)
+            if up is not None:
+                up = torch.where(up > self.limit, self.limit, up)
+                up = torch.where(up < -self.limit, -self.limit, up)
         offset = _FUNCTIONS[self.name].up_offset
         return gate, up + offset if up is not None and offset else up
 
