@@ -2,11 +2,13 @@
 """`moe_ops explain` has a row for each product: its kernel, its configuration, the reason."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 import moe_ops
 from moe_ops import cli
+from moe_ops.cli.experts import MODELS
 from moe_ops.configs.kernel_config import PASSES
 
 pytest.importorskip("triton")
@@ -286,3 +288,11 @@ def test_refuses_what_memory_cannot_count(capsys, arguments):
         cli.main(["explain", *arguments, "--memory"])
     assert ended.value.code == 2
     assert "--num-layers" in capsys.readouterr().err
+
+
+def test_the_table_of_the_docs_is_what_the_command_prints(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "quantised.md").read_text(encoding="utf-8")
+    assert "explain $model --memory --table" in page
+    for model in MODELS:
+        assert cli.main(["explain", model, "--memory", "--table"]) == 0
+        assert capsys.readouterr().out in page

@@ -134,6 +134,9 @@ def _memory(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Ite
     found = [memory.memory_of(layers, options.rank, tokens) for tokens in num_tokens]
     if options.json:
         return [json.dumps([asdict(each) for each in found], indent=2)]
+    if options.table:
+        name = "sizes" if options.config is None else options.config.name
+        return [memory.table_row(name, each) for each in found]
     return [line for each in found for line in memory.lines(each)]
 
 

@@ -67,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the bytes of weights in each format, adapters and activations in place of kernels",
     )  # fmt: skip
     parser.add_argument(
+        "--table", action="store_true", help="with --memory: print a row of a Markdown table"
+    )
+    parser.add_argument(
         "--rank", type=int, default=16, metavar="N", help="with --memory: of LoRA, default 16"
     )
     parser.add_argument(
@@ -116,6 +119,15 @@ def lines(memory: Memory) -> Iterator[str]:
         f"{memory.activations_of_a_layer / _GB:.2f} of one layer"
     )
     yield f"  scratch               {memory.scratch / _GB:8.2f}"
+
+
+def table_row(name: str, memory: Memory) -> str:
+    """Return the numbers in GB, in the order of the table in docs/quantised.md."""
+    sizes = [
+        memory.bfloat16, *memory.formats.values(), memory.adapters, memory.optimizer,
+        memory.activations_of_a_layer, memory.activations, memory.scratch,
+    ]  # fmt: skip
+    return f"| {name} | " + " | ".join(f"{size / _GB:.2f}" for size in sizes) + " |"
 
 
 def _sides(layer: Experts) -> tuple[tuple[int, int], tuple[int, int]]:
