@@ -7,9 +7,18 @@ import torch
 import moe_ops
 from moe_ops import quantize_weight
 from moe_ops._pytorch.dequantize import dequantize_weight
+from moe_ops._triton import replay, weight_plan
 from moe_ops.quantization.formats import FORMATS
+from testing import experts_problem, gemm_problem
 from testing.on_device import DEVICE, assert_same_bits, memory_slot, move
-from testing.quantized_problem import KINDS, assert_equal, stored, values_of
+from testing.quantized_problem import (
+    KINDS,
+    QuantizedExperts,
+    QuantizedGemm,
+    assert_equal,
+    stored,
+    values_of,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -69,17 +78,83 @@ def step(up, down, hidden_states, topk_ids, topk_weights, **options):
 
 
 @formats
-@pytest.mark.parametrize("num_tokens", [300, 4])
 @pytest.mark.parametrize("weights_before", [False, True])
 @pytest.mark.parametrize("recompute", ["none", "pre_activation"])
-def test_experts_equal_those_with_plain_weights(format, num_tokens, weights_before, recompute):
+def test_many_rows_equal_those_with_plain_weights(format, weights_before, recompute):
     """The later calls are replayed: they free and allocate what the first ones did."""
     options = {"weights_before": weights_before, "recompute": recompute}
-    up, down, *others = problem(format, num_tokens)
+    up, down, *others = problem(format)
     plain = [values_of(weight, torch.bfloat16) for weight in (up, down)]
     want = step(*plain, *others, **options)
     for _ in range(4):
         assert_same_bits(step(up, down, *others, **options), want)
+
+
+# T, K, E, N, D: few rows an expert, whose products decode; some experts have several tiles of rows.
+DECODED = {
+    "decode": (6, 4, 32, 256, 512), "decode-odd": (3, 2, 8, 67, 131), "some": (100, 2, 8, 200, 328),
+    "more": (250, 2, 8, 136, 264), "qwen3": (8, 8, 128, 1536, 2048), "gptoss": (8, 4, 32, 360, 2880),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("format", "group_size"), sorted({(f, size) for f, _, size in KINDS}))
+@pytest.mark.parametrize("shape", DECODED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_decoded_in_the_product(format, group_size, shape, dtype):
+    given = gemm_problem.problem(
+        DECODED[shape], dtype, routing="dropped", permute_x=True, weights=True, bias=True
+    )
+    gemm_problem.check(QuantizedGemm(given, format, group_size=group_size))
+
+
+@formats
+@pytest.mark.parametrize("mode", gemm_problem.MODES)
+@pytest.mark.parametrize("shape", ["decode", "moonlight"])
+def test_modes_of_the_product(format, mode, shape):
+    sizes = {**gemm_problem.SHAPES, **DECODED}[shape]
+    given = gemm_problem.problem(
+        sizes, torch.bfloat16, routing="dropped", **gemm_problem.MODES[mode]
+    )
+    gemm_problem.check(QuantizedGemm(given, format))
+
+
+# T, K, E, H, I.
+EXPERTS = {
+    "decode": (5, 4, 32, 512, 200),
+    "some": (100, 2, 8, 328, 136),
+    "many": (900, 2, 4, 320, 264),
+}
+
+
+@formats
+@pytest.mark.parametrize("mode", experts_problem.MODES)
+@pytest.mark.parametrize("shape", EXPERTS)
+def test_experts(format, mode, shape):
+    flags = experts_problem.MODES[mode]
+    given = experts_problem.problem(EXPERTS[shape], torch.bfloat16, routing="dropped", **flags)
+    problem = QuantizedExperts(given, format)
+    first = experts_problem.check(problem)
+    # These are recorded, then replayed.
+    for _ in range(3):
+        output, gradients = problem.run()
+        assert_same_bits([output, *gradients.values()], [first[0], *first[1].values()])
+
+
+@pytest.mark.parametrize("mode", experts_problem.MODES)
+def test_numbers_do_not_depend_on_the_parts_of_experts(mode, monkeypatch):
+    found = []
+    for size in (2**30, 1):
+        monkeypatch.setattr(weight_plan, "SCRATCH_BYTES", size)
+        weight_plan.plan_weight.cache_clear()
+        replay.forget()
+        flags = experts_problem.MODES[mode]
+        given = experts_problem.problem(EXPERTS["many"], torch.bfloat16, **flags)
+        output, gradients = QuantizedExperts(given, "int4").run()
+        found.append([output, *gradients.values()])
+    monkeypatch.undo()
+    weight_plan.plan_weight.cache_clear()
+    replay.forget()
+    assert_same_bits(*found)
 
 
 @formats

@@ -120,3 +120,22 @@ def test_without_rows_and_with_empty_sizes(format):
         output = moe_ops.grouped_gemm(torch.ones(num_rows, shape[4]), given, counts)
         assert output.shape == (num_rows, shape[3])
         assert not output.any()
+
+
+def test_every_code_of_fp8_is_exact():
+    """As the weights of a row's product and of its gradient: NaN is NaN."""
+    codes = torch.arange(256, dtype=torch.uint8).view(1, 256, 1).view(torch.float8_e4m3fn)
+    weight = moe_ops.QuantizedWeight.from_fp8_block(codes, torch.ones(1, 2, 1))
+    expected = codes.float().view(256)
+    assert expected.isnan().sum() == 2
+    for num_rows in (1, 70, 600):
+        counts = torch.tensor([num_rows])
+        rows = torch.ones(num_rows, 1, requires_grad=True)
+        output = moe_ops.grouped_gemm(rows, weight, counts)
+        assert torch.equal(output.isnan(), expected.isnan().expand_as(output))
+        assert torch.equal(output.nan_to_num(), expected.nan_to_num().expand_as(output))
+        numbers = torch.where(expected.isnan(), 0.0, torch.arange(256) % 3 - 1.0)
+        tangent = numbers.expand_as(output).contiguous()
+        (gradient,) = torch.autograd.grad(output, rows, tangent)
+        # NaN times zero is NaN.
+        assert gradient.isnan().all()

@@ -9,6 +9,7 @@ import dataclasses
 import os
 import random
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -21,9 +22,14 @@ pytest.importorskip("triton", exc_type=ImportError)
 
 from triton.runtime.jit import JITFunction
 
+import moe_ops
 from moe_ops._triton.descriptors import can_describe
 from moe_ops._triton.plan import Plan, plan_once
+from moe_ops._triton.recorder import Recorder
+from moe_ops._triton.replay import Record
 from moe_ops.configs import choose
+from moe_ops.ops.fused_experts import triton as fused_experts
+from moe_ops.quantization.stored import StoredWeight
 from testing import kernel_calls as calls
 from testing.compiled import GPUS, compiling_for
 from testing.kernel_calls import Sizes
@@ -204,3 +210,60 @@ def test_quantised_experts_do_what_their_plan_says(format, size):
     schedules = [launch for launch in launches if launch.name == "tile_schedule_kernel"]
     of_parts = [(s.values["first_expert"], s.values["end_expert"]) for s in schedules]
     assert of_parts[-2:] == [(0, 64), (64, 128)]
+
+
+class NotedLaunches:
+    """A driver that launches nothing."""
+
+    def launch(self, compiled: Any, grid: tuple[int, ...], values: dict[str, Any]) -> Any:
+        pointers = [v[0] if isinstance(v, tuple) and not hasattr(v, "slot") else v
+                    for v in values.values()]  # fmt: skip
+        return SimpleNamespace(slots={p.slot for p in pointers if hasattr(p, "slot")})
+
+    def zero(self, pointer: Any, size: int) -> Any:
+        return SimpleNamespace(slots={pointer.slot})
+
+    def is_current(self, index: int) -> bool:
+        return True
+
+    def stream(self, index: int) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("num_tokens", [3, 300])
+@pytest.mark.parametrize("format", ["nf4", "fp8_block"])
+def test_calls_of_quantised_experts_can_be_replayed(num_tokens, format):
+    """They ask torch for memory alone, and everything else is launches."""
+    up, down = (StoredWeight._make(stored(format, s)) for s in ((3, 48, 40), (3, 40, 24)))
+    x = torch.zeros(num_tokens, 40, dtype=torch.bfloat16)
+    ids = torch.zeros(num_tokens, 2, dtype=torch.int32)
+    weights = torch.zeros(num_tokens, 2)
+    given = [x, *up[:4], *down[:4], ids, weights]
+
+    def recorded(function: Any, inputs: list[Any], *arguments: Any, **flags: Any) -> Any:
+        with noted("sm_90"), Recorder(inputs, NotedLaunches()) as watched:
+            outputs = function(*arguments, **flags)
+        assert watched.obstacle is None
+        assert watched.launches
+        Record(watched, tuple(t for t in outputs if t.numel()), inputs[0])
+        return outputs
+
+    output, z, *routing = recorded(
+        fused_experts.fused_experts, given, x, up, down, ids, weights, for_backward=True
+    )
+    inputs = [output, *given, z, *routing]
+    dz, *_ = recorded(
+        fused_experts.fused_experts_down_backward, inputs,
+        output, x, up, down, weights, None, None, z, *routing,
+        "silu", True, False, None, False, [True, False, True, False], False,
+    )  # fmt: skip
+    recorded(
+        fused_experts.fused_experts_up_backward, [dz, *inputs],
+        dz, x, up, None, *routing, 2, [True, False, False, False], False,
+    )  # fmt: skip
+
+
+def stored(format: str, shape: tuple[int, int, int]) -> list[Any]:
+    weight = moe_ops.quantize_weight(torch.ones(shape), format)
+    tensors = [t.detach() if isinstance(t, torch.Tensor) else t for t in weight.stored]
+    return [*tensors, shape[2]]
