@@ -62,7 +62,11 @@ class Scratch:
         num_experts, out_features, in_features = weight.shape
         experts = plan.experts
         room = new_rows(like, experts * out_features, in_features)
-        self.room = room.unflatten(0, (experts, out_features))
+        stride = room.stride(0)
+        # unflatten() gives a dimension of size 1 another stride.
+        self.room = room.as_strided(
+            (experts, out_features, in_features), (out_features * stride, stride, 1)
+        )
         self.bounds = [
             (first, min(first + experts, num_experts))
             for first in range(0, num_experts, max(experts, 1))

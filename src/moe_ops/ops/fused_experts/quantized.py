@@ -21,11 +21,8 @@ _forward_op = Op("fused_experts_quantized_forward")
 _down_backward_op = Op("fused_experts_quantized_down_backward")
 _up_backward_op = Op("fused_experts_quantized_up_backward")
 
-
-def _inner_width(gate_up_codes: Tensor, gated: bool) -> int:
-    """Return I, which the padded rows of the down projection's codes do not show."""
-    width = gate_up_codes.shape[1]
-    return width // 2 if gated else width
+# The positions, behind hidden_states, of the stored tensors of the two weights.
+_UP, _DOWN = slice(0, NUM_STORED), slice(NUM_STORED, 2 * NUM_STORED)
 
 
 def fused_experts_quantized(
@@ -46,33 +43,32 @@ def fused_experts_quantized(
     down_scale_encoding: str,
     topk_ids: Tensor,
     topk_weights: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    gated: bool,
-    interleaved: bool,
-    activation_limit: float | None,
-    weights_before: bool,
-    recompute: str,
-    kernel_config: str | None,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
+    gated: bool = True,
+    interleaved: bool = False,
+    activation_limit: float | None = None,
+    weights_before: bool = False,
+    recompute: str = "none",
+    kernel_config: str | None = None,
     *,
     by: str,
     for_backward: bool,
 ) -> Any:
     """Compute fused_experts with the function of `by`: pytorch or triton."""
     gate_up_proj = StoredWeight(
-        gate_up_codes, gate_up_scale, gate_up_nested_scale, gate_up_nested_offset, gate_up_format,
-        gate_up_group_size, gate_up_scale_encoding, hidden_states.shape[1],
+        gate_up_codes, gate_up_scale, gate_up_nested_scale, gate_up_nested_offset,
+        gate_up_format, gate_up_group_size, gate_up_scale_encoding, hidden_states.shape[1],
     )  # fmt: skip
     down_proj = StoredWeight(
-        down_codes, down_scale, down_nested_scale, down_nested_offset, down_format, down_group_size,
-        down_scale_encoding, _inner_width(gate_up_codes, gated),
+        down_codes, down_scale, down_nested_scale, down_nested_offset,
+        down_format, down_group_size, down_scale_encoding, _inner(gate_up_codes, gated),
     )  # fmt: skip
-    function = function_of(f"moe_ops.ops.fused_experts.{by}:fused_experts")
-    return function(
+    return function_of(f"moe_ops.ops.fused_experts.{by}:fused_experts")(
         hidden_states, gate_up_proj, down_proj, topk_ids, topk_weights, gate_up_bias, down_bias,
-        activation, gated, interleaved, activation_limit, weights_before, recompute, kernel_config,
-        for_backward=for_backward,
+        activation, gated, interleaved, activation_limit, weights_before, recompute,
+        kernel_config, for_backward=for_backward,
     )  # fmt: skip
 
 
@@ -106,26 +102,26 @@ def fused_experts_quantized_down_backward(
     activation_limit: float | None,
     weights_before: bool,
     needs: list[bool],
-    kernel_config: str | None,
+    kernel_config: str | None = None,
     *,
     by: str,
 ) -> tuple[Tensor, ...]:
     """Compute fused_experts_down_backward with the function of `by`."""
     gate_up_proj = StoredWeight(
-        gate_up_codes, gate_up_scale, gate_up_nested_scale, gate_up_nested_offset, gate_up_format,
-        gate_up_group_size, gate_up_scale_encoding, grad_output.shape[1],
+        gate_up_codes, gate_up_scale, gate_up_nested_scale, gate_up_nested_offset,
+        gate_up_format, gate_up_group_size, gate_up_scale_encoding, grad_output.shape[1],
     )  # fmt: skip
     down_proj = StoredWeight(
-        down_codes, down_scale, down_nested_scale, down_nested_offset, down_format, down_group_size,
-        down_scale_encoding, _inner_width(gate_up_codes, gated),
+        down_codes, down_scale, down_nested_scale, down_nested_offset,
+        down_format, down_group_size, down_scale_encoding, _inner(gate_up_codes, gated),
     )  # fmt: skip
     function = function_of(f"moe_ops.ops.fused_experts.{by}:fused_experts_down_backward")
-    dz, _, grad_topk_weights, grad_bias = function(
+    dz, _, grad_weights, grad_bias = function(
         grad_output, hidden_states, gate_up_proj, down_proj, topk_weights, gate_up_bias, down_bias,
-        pre_activation, token_counts, gather_indices, scatter_indices, activation, gated, interleaved,
-        activation_limit, weights_before, _without_weight(needs), False, kernel_config,
+        pre_activation, token_counts, gather_indices, scatter_indices, activation, gated,
+        interleaved, activation_limit, weights_before, _with_weight(needs), False, kernel_config,
     )  # fmt: skip
-    return dz, grad_topk_weights, grad_bias
+    return dz, grad_weights, grad_bias
 
 
 def fused_experts_quantized_up_backward(
@@ -145,25 +141,31 @@ def fused_experts_quantized_up_backward(
     scatter_indices: Tensor,
     top_k: int,
     needs: list[bool],
-    kernel_config: str | None,
+    kernel_config: str | None = None,
     *,
     by: str,
 ) -> tuple[Tensor, ...]:
     """Compute fused_experts_up_backward with the function of `by`."""
     gate_up_proj = StoredWeight(
-        gate_up_codes, gate_up_scale, gate_up_nested_scale, gate_up_nested_offset, gate_up_format,
-        gate_up_group_size, gate_up_scale_encoding, hidden_size,
+        gate_up_codes, gate_up_scale, gate_up_nested_scale, gate_up_nested_offset,
+        gate_up_format, gate_up_group_size, gate_up_scale_encoding, hidden_size,
     )  # fmt: skip
     function = function_of(f"moe_ops.ops.fused_experts.{by}:fused_experts_up_backward")
-    grad_x, _, grad_topk_weights, grad_bias = function(
+    grad_x, _, grad_weights, grad_bias = function(
         grad_pre_activation, hidden_states, gate_up_proj, topk_weights, token_counts,
-        gather_indices, scatter_indices, top_k, _without_weight(needs), False, kernel_config,
+        gather_indices, scatter_indices, top_k, _with_weight(needs), False, kernel_config,
     )  # fmt: skip
-    return grad_x, grad_topk_weights, grad_bias
+    return grad_x, grad_weights, grad_bias
 
 
-def _without_weight(needs: list[bool]) -> list[bool]:
-    """Return the plain op's needs: the weight, which is second there, has no gradient."""
+def _inner(gate_up_codes: Tensor, gated: bool) -> int:
+    """Return intermediate_size."""
+    width = gate_up_codes.shape[1]
+    return width // 2 if gated else width
+
+
+def _with_weight(needs: list[bool]) -> list[bool]:
+    """Return which gradients the plain op computes: not the weight's, its second."""
     return [needs[0], False, *needs[1:]]
 
 
@@ -186,7 +188,7 @@ def _save(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
         down_bias=need_down_bias, weights_before=weights_before, recompute=recompute,
     )  # fmt: skip
     kept = needed.kept(hidden_states, topk_weights, gate_up_bias, down_bias, pre_activation)
-    up, down = stored[:NUM_STORED], stored[NUM_STORED:]
+    up, down = stored[_UP], stored[_DOWN]
     ctx.save_for_backward(*up[:4], *down[:4], *kept, *routing)
     ctx.up_layout, ctx.down_layout = up[4:], down[4:]
     # Without the gradients of the weights.

@@ -29,22 +29,28 @@ def grouped_gemm_quantized(
     group_size: int,
     scale_encoding: str,
     token_counts: Tensor,
-    gather_indices: Tensor | None,
-    topk_weights: Tensor | None,
-    bias: Tensor | None,
-    top_k: int,
-    permute_x: bool,
-    permute_y: bool,
-    kernel_config: str | None,
+    gather_indices: Tensor | None = None,
+    topk_weights: Tensor | None = None,
+    bias: Tensor | None = None,
+    top_k: int = 1,
+    permute_x: bool = False,
+    permute_y: bool = False,
+    kernel_config: str | None = None,
     *,
     by: str,
 ) -> Tensor:
     """Multiply with the function of `by`: pytorch or triton."""
     weight = StoredWeight(
-        codes, scale, nested_scale, nested_offset, format, group_size, scale_encoding, input.shape[1]
-    )  # fmt: skip
-    function = function_of(f"moe_ops.ops.grouped_gemm.{by}:grouped_gemm")
-    output: Tensor = function(
+        codes,
+        scale,
+        nested_scale,
+        nested_offset,
+        format,
+        group_size,
+        scale_encoding,
+        input.shape[1],
+    )
+    output: Tensor = function_of(f"moe_ops.ops.grouped_gemm.{by}:grouped_gemm")(
         input, weight, token_counts, gather_indices, topk_weights, bias, top_k, permute_x, permute_y,
         kernel_config,
     )  # fmt: skip
@@ -70,18 +76,17 @@ def grouped_gemm_quantized_dx(
     permute_x: bool,
     permute_y: bool,
     needs: list[bool],
-    kernel_config: str | None,
+    kernel_config: str | None = None,
     *,
     by: str,
 ) -> tuple[Tensor, Tensor]:
     """Return grouped_gemm_dx with the function of `by`: pytorch or triton."""
     weight = StoredWeight(
         codes, scale, nested_scale, nested_offset, format, group_size, scale_encoding, in_features
-    )  # fmt: skip
-    function = function_of(f"moe_ops.ops.grouped_gemm.{by}:grouped_gemm_dx")
-    grads: tuple[Tensor, Tensor] = function(
-        grad_output, weight, token_counts, gather_indices, topk_weights, input, bias, top_k, permute_x,
-        permute_y, needs, kernel_config,
+    )
+    grads: tuple[Tensor, Tensor] = function_of(f"moe_ops.ops.grouped_gemm.{by}:grouped_gemm_dx")(
+        grad_output, weight, token_counts, gather_indices, topk_weights, input, bias, top_k,
+        permute_x, permute_y, needs, kernel_config,
     )  # fmt: skip
     return grads
 
