@@ -122,7 +122,8 @@ def test_layers_of_experts_share_one_graph(format, backend):
     assert len(set(graphs)) == 1
 
 
-def test_no_plain_weight_goes_from_op_to_op():
+def test_the_backward_reads_the_stored_weights_again():
+    """No node of a graph returns a weight: the ops dequantise inside."""
     up, down = (quantize_weight(torch.randn(shape), "nf4") for shape in ((4, 12, 8), (4, 8, 6)))
 
     def block(hidden, weights):
