@@ -259,3 +259,9 @@ def test_adapters_train_on_adopted_experts(tmp_path, input_ids):
     trained = [name for name, gradient in gradients.items() if gradient is not None]
     assert len(trained) == 4
     assert all("lora_" in name and gradients[name].norm() > 0 for name in trained)
+
+
+@pytest.mark.parametrize("config", [None, "a/path", {"model_type": "gpt_oss"}])
+def test_what_is_no_config(config):
+    with pytest.raises(TypeError, match="expected a config of transformers, .* got "):
+        adopt_config(config)

@@ -132,6 +132,8 @@ def test_modules_are_chosen_by_name(modules, expected):
             TypeError,
             "expected modules to be a sequence of names, got 'experts'",
         ),
+        (("nf4", []), ValueError, "expected modules to name experts or to be None, got none"),
+        (("nf4", [0]), TypeError, "expected modules to be names, got 0"),
     ],
 )
 def test_bad_arguments(arguments, error, text):
@@ -139,6 +141,12 @@ def test_bad_arguments(arguments, error, text):
     with pytest.raises(error, match=text):
         quantize_experts_(model, *arguments)
     assert not weights_of(model)
+
+
+def test_names_may_come_from_an_iterator():
+    model = two_layers()
+    assert len(quantize_experts_(model, "nf4", (name for name in ["layers.0.mlp.experts"]))) == 1
+    assert weights_of(model)
 
 
 def test_other_sizes_of_blocks():

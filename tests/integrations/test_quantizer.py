@@ -196,6 +196,11 @@ def test_register_is_repeatable_and_can_be_undone():
             ValueError,
             "expected group_size of int4 to be one of",
         ),
+        (
+            {"format": "nf4", "modules": "layers.0.mlp.experts"},
+            TypeError,
+            "expected modules to be a sequence of names, got 'layers.0.mlp.experts'",
+        ),
         ({"format": "nf4", "bits": 4}, TypeError, r"got unknown arguments \['bits'\]"),
     ],
 )

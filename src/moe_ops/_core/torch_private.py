@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Collects the private torch names that the core uses, each with the reason why.
 
-torch's own custom ops use all but the last two (torch/_library/autograd.py).
+torch's own custom ops use all but the last three (torch/_library/autograd.py).
 """
 
 from __future__ import annotations
@@ -26,3 +26,11 @@ def forward_ad_is_on() -> bool:
     Asking each tensor for its tangent, which is public, costs every call as much as a kernel's checks.
     """
     return forward_ad._current_level >= 0
+
+
+def is_in_backward() -> bool:
+    """Tell whether autograd is at work, as it is where a checkpoint computes a forward again.
+
+    torch's own checkpoint asks in the same way.
+    """
+    return torch._C._current_graph_task_id() != -1

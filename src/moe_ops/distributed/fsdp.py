@@ -29,7 +29,7 @@ class GradientDivisor:
     def __init__(self, module: nn.Module, world_size: int) -> None:
         self.module = module
         self.world_size = world_size
-        self._num_states = -1
+        self._states: tuple[Any, ...] | None = None
         self._group: Any = None
 
     def number(self) -> int:
@@ -37,8 +37,10 @@ class GradientDivisor:
 
         It is 1 too where somebody has called set_gradient_divide_factor for the parameters.
         """
-        if self._num_states != len(_module_state_mapping):
-            self._num_states = len(_module_state_mapping)
+        # Weak references: those of modules that are gone stay different from any other.
+        states = tuple(_module_state_mapping.values())
+        if self._states is None or not _are_same(self._states, states):
+            self._states = states
             self._group = _group_of(self.module)
         if self._group is None or self._group.gradient_divide_factor is not None:
             return 1
@@ -49,6 +51,10 @@ class GradientDivisor:
 def divisor_of(divisor: GradientDivisor) -> int:
     """Return divisor.number(), which compiled code takes as it is when it is compiled."""
     return divisor.number()
+
+
+def _are_same(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
+    return len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True))
 
 
 def _group_of(module: nn.Module) -> Any:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from fractions import Fraction
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.utils.checkpoint import checkpoint
 
+from moe_ops._core.torch_private import is_in_backward
 from moe_ops.distributed.experts import check_experts, num_experts_of
 from moe_ops.distributed.local import local_view
 from moe_ops.distributed.shard import shard_experts_
@@ -41,7 +43,8 @@ class ExpertParallel(ParallelStyle):
             ranks bring equally many. With a number they may differ, down to none.
         capacity_factor (float or None): a rank has room for this many times its even share of the
             slots of each rank. Tokens beyond it are not sent: their slots add exactly zero, and
-            dropped_slots counts them. With None every routing fits.
+            dropped_slots counts them. With None every routing fits in which no token names an expert
+            twice.
         keep_rows (bool): keep what the rank received, and what its experts keep, for the backward.
             By default it keeps its own tokens, and dispatches and computes again.
 
@@ -53,7 +56,8 @@ class ExpertParallel(ParallelStyle):
     synchronises with the host, and torch.compile(fullgraph=True) takes it.
 
     Raises:
-        ValueError: max_tokens_per_rank or capacity_factor that is not positive. From
+        TypeError: max_tokens_per_rank is no int, or capacity_factor no number.
+        ValueError: max_tokens_per_rank or capacity_factor that is not positive and finite. From
             parallelize_module: a mesh of several dimensions, a number of experts that the mesh's size
             does not divide, a module without experts or one that is parallel already. From a call: more
             than max_tokens_per_rank tokens.
@@ -73,8 +77,12 @@ class ExpertParallel(ParallelStyle):
             ("max_tokens_per_rank", max_tokens_per_rank),
             ("capacity_factor", capacity_factor),
         ):
-            if value is not None and not value > 0:
-                raise ValueError(f"{_HERE}: expected {name} > 0 or None, got {value}")
+            is_count = name == "max_tokens_per_rank"
+            kinds, what = (int, "an int") if is_count else ((int, float), "a number")
+            if value is not None and not isinstance(value, kinds):
+                raise TypeError(f"{_HERE}: expected {name} to be {what} or None, got {value!r}")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{_HERE}: expected {name} > 0 and finite, or None, got {value}")
         self.max_tokens_per_rank = max_tokens_per_rank
         self.capacity_factor = capacity_factor
         self.keep_rows = keep_rows
@@ -144,21 +152,35 @@ def calls_of(module: nn.Module) -> Calls | None:
     return module.__dict__.get("_expert_parallel")
 
 
-def _forward(calls: Calls, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-    """Compute a parallel experts module, in place of its forward."""
-    if calls.world_size == 1:
-        return calls.view.forward(hidden_states, topk_ids, topk_weights)
+def _forward(
+    calls: Calls,
+    hidden_states: Tensor,
+    topk_ids: Tensor | None = None,
+    topk_weights: Tensor | None = None,
+    *,
+    top_k_index: Tensor | None = None,
+    top_k_weights: Tensor | None = None,
+) -> Tensor:
+    """Compute a parallel experts module, in place of its forward. transformers has the latter names."""
+    topk_ids = top_k_index if topk_ids is None else topk_ids
+    topk_weights = top_k_weights if topk_weights is None else topk_weights
+    if topk_ids is None or topk_weights is None:
+        raise TypeError(f"{_HERE}: expected hidden_states, topk_ids and topk_weights, got fewer")
     top_k = topk_ids.shape[-1]
     tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
     routing = topk_ids.reshape(-1, top_k), topk_weights.reshape(-1, top_k)
     capacity = calls.capacity(tokens.shape[0], top_k)
+    if calls.world_size == 1 and calls.factor is None:
+        return calls.view.forward(hidden_states, topk_ids, topk_weights)
     if calls.keep_rows or not torch.is_grad_enabled():
         rows, sent_slots, num_dropped = _rows(calls, capacity, tokens, *routing)
     else:
         rows, sent_slots, num_dropped = checkpoint(
             functools.partial(_rows, calls, capacity), tokens, *routing, use_reentrant=False
         )
-    calls.num_dropped.add_(num_dropped)
+    # A checkpoint around the module calls it again in the backward.
+    if torch.compiler.is_compiling() or not is_in_backward():
+        calls.num_dropped.add_(num_dropped)
     output = ep_combine(
         rows, sent_slots, calls.num_experts, calls.world_size, capacity, calls.group
     )

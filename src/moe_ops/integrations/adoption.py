@@ -58,10 +58,16 @@ def adopt_config(config: Any) -> Any:
         config: a copy, whose quantization_config is a MoeOpsConfig's.
 
     Raises:
+        TypeError: it is no config.
         ValueError: the checkpoint is not quantised, or in another way.
     """
     from moe_ops.integrations.quantizer import METHOD, MoeOpsConfig, register
 
+    if not hasattr(config, "get_text_config"):
+        raise TypeError(
+            f"{_HERE}: expected a config of transformers, as of AutoConfig.from_pretrained(path), got "
+            f"{config!r}"
+        )
     config = copy.deepcopy(config)
     holder = config
     if getattr(config, "quantization_config", None) is None:

@@ -200,13 +200,18 @@ def _chosen(
             f"{function}: expected a model with {what} that go through transformers' experts "
             f"interface, got a {type(model).__name__} without"
         )
-    for pattern in modules or ():
+    patterns = None if modules is None else list(modules)
+    if patterns == []:
+        raise ValueError(f"{function}: expected modules to name {what} or to be None, got none")
+    for pattern in patterns or ():
+        if not isinstance(pattern, str):
+            raise TypeError(f"{function}: expected modules to be names, got {pattern!r}")
         if not any(fits(name, [pattern]) for name in found):
             raise ValueError(
                 f"{function}: expected modules to name {what}, got {pattern!r}; they are "
                 f"{', '.join(found)}"
             )
-    return {name: experts for name, experts in found.items() if fits(name, modules)}
+    return {name: experts for name, experts in found.items() if fits(name, patterns)}
 
 
 def _check_plain(function: str, name: str, weight: Any) -> None:

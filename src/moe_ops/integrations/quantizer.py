@@ -90,6 +90,8 @@ class MoeOpsConfig(QuantizationConfigMixin):
         self.quant_method = METHOD  # type: ignore[assignment]
         self.format = format
         self.group_size = group_size
+        if isinstance(modules, str):
+            raise TypeError(f"{_HERE}: expected modules to be a sequence of names, got {modules!r}")
         self.modules = None if modules is None else list(modules)
         self.weights = {name: list(layout) for name, layout in (weights or {}).items()}
         self.adopt = None if adopt is None else dict(adopt)
