@@ -263,5 +263,5 @@ def test_adapters_train_on_adopted_experts(tmp_path, input_ids):
 
 @pytest.mark.parametrize("config", [None, "a/path", {"model_type": "gpt_oss"}])
 def test_what_is_no_config(config):
-    with pytest.raises(TypeError, match="expected a config of transformers, .* got "):
+    with pytest.raises(TypeError, match=r"expected a config of transformers, .* got "):
         adopt_config(config)
