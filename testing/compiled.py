@@ -19,7 +19,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from moe_ops._triton import dequantize, experts, gemm, launch, quantized, schedule
+from moe_ops._triton import (
+    dequantize,
+    experts,
+    gemm,
+    launch,
+    quantized,
+    schedule,
+    weight_gradient,
+)
 from moe_ops.configs.device import KNOWN_GPUS, Device
 
 # By the name of the architecture; shared memory is what one block may have.
@@ -84,7 +92,9 @@ def compiling_for(device: Device) -> Iterator[list[Resources]]:
 def taken_for(device: Device) -> Iterator[None]:
     """Let the launchers take every torch device for this one."""
     with contextlib.ExitStack() as stack:
-        for module in (dequantize, experts, gemm, launch, quantized, schedule):
+        for module in (
+            dequantize, experts, gemm, launch, quantized, schedule, weight_gradient,
+        ):  # fmt: skip
             stack.enter_context(mock.patch.object(module, "device_of", return_value=device))
         yield
 

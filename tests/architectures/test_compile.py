@@ -38,7 +38,7 @@ pytest.importorskip("triton", exc_type=ImportError)
 
 from triton.runtime.jit import JITFunction
 
-from moe_ops._triton import gemm, plan
+from moe_ops._triton import gemm, plan, weight_gradient
 from moe_ops.quantization.formats import FORMATS
 from testing import kernel_calls as calls
 from testing.compiled import GPUS, Resources, compiling_for
@@ -384,7 +384,8 @@ def test_sizes(gpu, size):
 def test_fp32(gpu, precision, monkeypatch):
     if precision == "tf32" and gpu == "sm_75":
         pytest.skip("no tf32 before compute capability 8.0")
-    monkeypatch.setattr(gemm, "precision", lambda dtype: precision)
+    for module in (gemm, weight_gradient):
+        monkeypatch.setattr(module, "precision", lambda dtype: precision)
     named = calls.grouped_gemm(SIZES["training"], F32, **MODES["permute_y-weights-bias"])
     check(GPUS[gpu], named, stack_limit(gpu))
     used = "tf32" in compile_all(GPUS[gpu], [named["forward"]])[-1].ptx

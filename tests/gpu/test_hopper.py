@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import moe_ops
-from moe_ops._triton import gemm
 from moe_ops._triton.schedule import expert_offsets
+from moe_ops._triton.weight_gradient import grad_weight
 from testing import experts_problem
 from testing.gemm_problem import check, problem
 from testing.launches import Launches, launches
@@ -299,9 +299,9 @@ def test_dw_is_that_of_the_other_kernel_bit_for_bit(tile, transposed):
     """Both add up the same products in the same order."""
     plain = moe_ops.kernel_config(backward_dW=moe_ops.KernelConfigBackward_dW(flatten=False))
     g, x, offsets = operands()
-    expected = gemm.grad_weight(g, x, offsets, transposed, plain)
+    expected = grad_weight(g, x, offsets, transposed, plain)
     for _ in range(20):
-        found = gemm.grad_weight(g, x, offsets, transposed, config(*tile))
+        found = grad_weight(g, x, offsets, transposed, config(*tile))
         assert torch.equal(found, expected)
 
 
@@ -332,7 +332,7 @@ def check_weights_of_more_than_2_31_elements():
     x = torch.randn(200, in_features, device=DEVICE).bfloat16()
     g = torch.randn(200, out_features, device=DEVICE).bfloat16()
     offsets = expert_offsets(counts, 200)
-    dw = gemm.grad_weight(g, x, offsets, False, config(128, 256, 32, 6))
+    dw = grad_weight(g, x, offsets, False, config(128, 256, 32, 6))
     assert dw.numel() > 2**31
     assert not dw[:-1].any()
     assert reference_error(dw[-1], g.float().t() @ x.float()) < 4e-3

@@ -23,7 +23,7 @@ def descriptors(monkeypatch):
     """
     pytest.importorskip("triton")
     from moe_ops._triton import descriptors as described
-    from moe_ops._triton import experts, gemm
+    from moe_ops._triton import experts, gemm, weight_gradient
     from testing.compiled import taken_for
 
     made: list[tuple[str, int]] = []
@@ -33,7 +33,7 @@ def descriptors(monkeypatch):
         made.append(("ragged" if ragged else "plain", len(block)))
         return describe(tensor, block, ragged)
 
-    for module in (experts, gemm):
+    for module in (experts, gemm, weight_gradient):
         monkeypatch.setattr(module, "describe", describe_and_list)
     with taken_for(HOPPER):
         yield made

@@ -77,6 +77,7 @@ def noted(gpu: str) -> Iterator[tuple[list[Plan], list[Launch]]]:
         compiling_for(GPUS[gpu]),
         mock.patch.object(JITFunction, "run", note),
         mock.patch("moe_ops._triton.gemm.plan_once", planned),
+        mock.patch("moe_ops._triton.weight_gradient.plan_once", planned),
     ):
         yield plans, launches
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launch grouped GEMMs over the rows of all experts: y (M, N) = x (M, K) @ b[e] (K, N), and dW.
+"""Launch grouped GEMMs over the rows of all experts: y (M, N) = x (M, K) @ b[e] (K, N).
 
-M rows, N columns of the result, K contracted elements, E experts, T tokens; in dW (N, D) is an
-expert's result and M is contracted. A GroupedGemm plans its product when it is made. Its methods
-then allocate, schedule and launch as the plan says.
+M rows, N columns of the result, K contracted elements, E experts, T tokens. A GroupedGemm plans its
+product when it is made. Its methods then allocate, schedule and launch as the plan says. dW is in
+weight_gradient.py.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from moe_ops._triton.descriptors import can_describe, can_describe_rows, describ
 from moe_ops._triton.kernels.grouped_gemm import grouped_gemm_kernel
 from moe_ops._triton.kernels.grouped_gemm_dw import (
     grouped_gemm_bwd_bias_dots_kernel,
-    grouped_gemm_bwd_dbias_kernel,
-    grouped_gemm_bwd_dw_kernel,
 )
 from moe_ops._triton.launch import cdiv, launch, precision, refuse_bf16, strides
 from moe_ops._triton.plan import PERSISTENT, plan_once
@@ -333,58 +331,6 @@ class GroupedGemm:
         )  # fmt: skip
 
 
-def grad_weight(
-    g: torch.Tensor,
-    x: torch.Tensor,
-    offsets: torch.Tensor,
-    transposed: bool,
-    kernel_config: str | None = None,
-) -> torch.Tensor:
-    """Return sum_i outer(g[i], x[i]) over each expert's rows, (E, N, D).
-
-    If transposed, it is stored as (E, D, N).
-    """
-    refuse_bf16(g)
-    num_experts, num_rows = offsets.shape[1], g.shape[0]
-    left, right = (x, g) if transposed else (g, x)
-    sizes = (num_experts, left.shape[1], right.shape[1])
-    if num_rows == 0 or 0 in sizes:
-        stored = g.new_zeros(sizes)
-        return stored.transpose(1, 2) if transposed else stored
-    device = device_of(g.device)
-    planned = plan_once(
-        "backward_dW", g.dtype, num_experts, g.shape[1], x.shape[1],
-        rows_bucket(num_rows, num_experts),
-        gather=False, scatter=False, scale=False, bias=False, dots=False, transposed=transposed,
-        epilogue="none",
-        x=can_describe(left), b=can_describe(right), y=can_describe_rows(sizes[2], g.dtype),
-        device=device, kernel_config=kernel_config, needs_schedule=False,
-    )  # fmt: skip
-    if planned.copied.x:
-        left = gather_rows(left, None, None, 1)
-    if planned.copied.b:
-        right = gather_rows(right, None, None, 1)
-    block_left, block_right, block_m = planned.tile
-    tiles = num_experts * cdiv(sizes[1], block_left) * cdiv(sizes[2], block_right)
-    programs = min(device.num_sms * planned.config.programs_per_sm, tiles)
-    stored = g.new_empty(sizes)
-    if planned.kernel != PERSISTENT:
-        hopper.grad_weight(planned, left, right, stored, offsets, programs, kernel_config)
-        return stored.transpose(1, 2) if transposed else stored
-    tma, columns = planned.tma, block_right // planned.config.epilogue_subtile
-    left_desc = describe(left, (block_m, block_left), ragged=True) if tma.x else None
-    right_desc = describe(right, (block_m, block_right), ragged=True) if tma.b else None
-    desc = describe(stored, (1, block_left, columns)) if tma.y else None
-    launch(
-        grouped_gemm_bwd_dw_kernel, (programs,),
-        left, left_desc, right, right_desc, stored, desc, offsets,
-        *sizes, *left.stride(), *right.stride(),
-        PRECISION=precision(g.dtype), **planned.options,
-        on=g, kernel_config=kernel_config,
-    )  # fmt: skip
-    return stored.transpose(1, 2) if transposed else stored
-
-
 def _copied(matrices: torch.Tensor) -> torch.Tensor:
     """Copy matrices (E, rows, columns) into rows that begin at sectors, which TMA can load.
 
@@ -392,30 +338,3 @@ def _copied(matrices: torch.Tensor) -> torch.Tensor:
     """
     num_experts, num_rows, _ = matrices.shape
     return gather_rows(matrices.flatten(0, 1), None, None, 1).unflatten(0, (num_experts, num_rows))
-
-
-def grad_bias(
-    g: torch.Tensor,
-    offsets: torch.Tensor,
-    scale: torch.Tensor | None = None,
-    gather: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return the fp32 sum of each expert's rows of g, (E, N), each row times scale[slot].
-
-    g is in expert order and scale is (T, top_k). The slot of row i is gather[i], or i without
-    gather.
-    """
-    num_experts, width = offsets.shape[1], g.shape[1]
-    summed = g.new_empty(num_experts, width)
-    if summed.numel() > 0:
-        block_n = 64
-        launch(
-            grouped_gemm_bwd_dbias_kernel, (num_experts, cdiv(width, block_n)),
-            g, summed, offsets, scale, None if gather is None else gather.contiguous(),
-            g.shape[0], num_experts, width, 1 if scale is None else scale.shape[1],
-            *g.stride(), *strides(scale),
-            BLOCK_M=64, BLOCK_N=block_n, HAS_SCALE=scale is not None,
-            HAS_GATHER=gather is not None,
-            on=g,
-        )  # fmt: skip
-    return summed
