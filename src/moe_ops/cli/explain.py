@@ -108,10 +108,11 @@ def explain(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Ite
         raise _ended(error, parser) from error
     if options.json:
         found = [asdict(row) for _, of_layer in rows for row in of_layer]
-        notes = [note for layer in layers if (note := _padding(layer, device))]
+        plain = layers if options.quantized is None else []
+        notes = [note for layer in plain if (note := _padding(layer, device))]
         content = {"gpu": device.name, "products": found, "padding": notes}
         return [json.dumps(content, indent=2)]
-    return _lines(device, rows)
+    return _lines(device, rows, is_plain=options.quantized is None)
 
 
 def _ended(error: Exception, parser: argparse.ArgumentParser) -> SystemExit:
@@ -257,7 +258,9 @@ def _num_described(layer: tuning.Experts, device: Device) -> int:
     return sum(all(fused_operands(*product)) for product in products)
 
 
-def _lines(device: Device, rows: list[tuple[tuning.Experts, list[Row]]]) -> Iterator[str]:
+def _lines(
+    device: Device, rows: list[tuple[tuning.Experts, list[Row]]], is_plain: bool
+) -> Iterator[str]:
     major, minor = device.capability
     yield f"{device.name}: compute capability {major}.{minor}, {device.num_sms} SMs"
     for layer, of_layer in rows:
@@ -267,7 +270,8 @@ def _lines(device: Device, rows: list[tuple[tuning.Experts, list[Row]]]) -> Iter
             f"up {layer.up[0]}x{layer.up[1]}, down {layer.down[0]}x{layer.down[1]}, "
             f"{str(layer.dtype).removeprefix('torch.')}"
         )
-        if note := _padding(layer, device):
+        # Dequantised weights lie where TMA can load them, whatever their width.
+        if is_plain and (note := _padding(layer, device)):
             yield f"  {note}"
         for last, row in zip((None, *of_layer), of_layer, strict=False):
             on_top = "" if row.epilogue == "none" else f", {row.epilogue.replace('_', ' ')}"

@@ -105,20 +105,27 @@ def memory_of(layers: list[Experts], rank: int, num_tokens: int = NUM_TOKENS) ->
 
 
 def lines(memory: Memory) -> Iterator[str]:
-    """Yield the bytes as text, in GB of 1e9 bytes."""
-    yield f"{memory.num_layers} layers of experts, GB (1e9 bytes)"
-    yield f"  weights in bfloat16   {memory.bfloat16 / _GB:8.2f}"
-    for name, size in memory.formats.items():
-        yield f"  weights in {name:<11}{size / _GB:8.2f}   {size / memory.bfloat16:.1%}"
-    if memory.biases:
-        yield f"  biases                {memory.biases / _GB:8.2f}"
-    yield f"  LoRA, rank {memory.rank}, fp32   {memory.adapters / _GB:8.2f}   gradients the same"
-    yield f"  its AdamW state       {memory.optimizer / _GB:8.2f}"
-    yield (
-        f"  kept for backward     {memory.activations / _GB:8.2f}   at {memory.num_tokens} tokens; "
-        f"{memory.activations_of_a_layer / _GB:.2f} of one layer"
+    """Yield the bytes as text, in GB of 1e9 bytes, or in MB of 1e6 for small models."""
+    name, unit = (
+        ("GB (1e9 bytes)", _GB) if memory.bfloat16 >= _GB else ("MB (1e6 bytes)", _GB / 1e3)
     )
-    yield f"  scratch               {memory.scratch / _GB:8.2f}"
+    yield f"{_number_of(memory.num_layers, 'layer')} of experts, {name}"
+    yield f"  weights in bfloat16   {memory.bfloat16 / unit:8.2f}"
+    for format, size in memory.formats.items():
+        yield f"  weights in {format:<11}{size / unit:8.2f}   {size / memory.bfloat16:.1%}"
+    if memory.biases:
+        yield f"  biases                {memory.biases / unit:8.2f}"
+    yield f"  LoRA, rank {memory.rank}, fp32   {memory.adapters / unit:8.2f}   gradients the same"
+    yield f"  its AdamW state       {memory.optimizer / unit:8.2f}"
+    yield (
+        f"  kept for backward     {memory.activations / unit:8.2f}   at {_number_of(memory.num_tokens, 'token')}; "
+        f"{memory.activations_of_a_layer / unit:.2f} of one layer"
+    )
+    yield f"  scratch               {memory.scratch / unit:8.2f}"
+
+
+def _number_of(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def table_row(name: str, memory: Memory) -> str:
