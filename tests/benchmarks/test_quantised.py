@@ -12,8 +12,11 @@ from benchmarks import suite
 from benchmarks.cuda import quantised
 from benchmarks.cuda.__main__ import BY_NAME, PARTS, QUANTISED, run_part
 from benchmarks.cuda.timing import OURS, Bench
+from benchmarks.report.columns import markdown
+from benchmarks.report.tables import TABLES
 from moe_ops.quantization.formats import FORMATS
 
+TABLES_OF = ("lora", "decode", "dequantise", "stack")
 CEILINGS = {"dense_tflops": 790.0, "copy_tbs": 4.3, "read_tbs": 4.0}
 
 
@@ -37,6 +40,15 @@ def test_tiny_run():
             assert set(record["ratio"]) == {quantised.BF16}
     assert records[-1]["losses"][1] < records[-1]["losses"][0]
     assert records[-1]["tokens_per_second"] > 0
+    # Each record is a row of one table.
+    rows = {
+        table: [line for line in markdown(table, records) if line.startswith("| tiny")]
+        for table in TABLES[QUANTISED]
+    }
+    counts = [sum(record["what"] == what for record in records) for what in TABLES_OF]
+    assert [len(lines) for lines in rows.values()] == counts
+    ours, theirs = records[len(FORMATS) * 2]["milliseconds"].values()
+    assert f"| {ours[1]:.2f} | {theirs[1]:.2f} |" in next(iter(rows.values()))[0]
 
 
 def test_it_runs_by_name_alone():

@@ -18,7 +18,7 @@ def test_every_code_block_runs():
 
 def test_the_losses_are_the_committed_ones():
     """The table has them, and each format is nearer to bf16 than another seed is."""
-    path = DOCS.parent / "benchmarks" / "results" / "lora_formats.json"
+    path = DOCS.parent / "demo" / "lora_formats.json"
     bases = json.loads(path.read_text(encoding="utf-8"))["bases"]
     text = PAGE.read_text(encoding="utf-8")
     for name, base in bases.items():

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from benchmarks.report.columns import Table
-from benchmarks.report.tables import compiled, experts, host, model, ops, sweep
+from benchmarks.report.tables import compiled, experts, host, model, ops, quantised, sweep
 
 CPU = ops.CPU
 # By part of a GPU run, in the order of the page.
@@ -23,6 +23,7 @@ TABLES: dict[str, tuple[Table, ...]] = {
     "experts-first-call": (ops.first_call("fused_experts"),),
     "experts-peers": (experts.EXPERTS_PEERS,),
     "lora": (experts.LORA, experts.LORA_MEMORY),
+    "quantised": (quantised.LORA, quantised.DECODE, quantised.DEQUANTISE, quantised.STACK),
     "blocks": (experts.BLOCKS, experts.BLOCKS_STEPS, experts.BLOCKS_PEERS),
     "sweep": (sweep.MEANS, sweep.SHAPES),
     "named": (sweep.MEANS, sweep.SHAPES),
