@@ -35,7 +35,7 @@ SCRIPTS = {
             *(rf"step {step}  loss" for step in range(10)),
             "loaded again, loss",
         ],
-        {"moe::grouped_gemm_quantized", "moe::dequantize_weight", *GROUPED_GEMM},
+        {"moe::grouped_gemm_quantized", "moe::grouped_gemm_quantized_dx", *GROUPED_GEMM},
     ),
     "lora": (
         ["trainable params: 14,336 ", *(rf"step {step}  loss" for step in range(10))],

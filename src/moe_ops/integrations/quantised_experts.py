@@ -201,8 +201,6 @@ def _chosen(
             f"interface, got a {type(model).__name__} without"
         )
     patterns = None if modules is None else list(modules)
-    if patterns == []:
-        raise ValueError(f"{function}: expected modules to name {what} or to be None, got none")
     for pattern in patterns or ():
         if not isinstance(pattern, str):
             raise TypeError(f"{function}: expected modules to be names, got {pattern!r}")
