@@ -376,9 +376,13 @@ def check_errors(rank, world_size):
     given = problem(rank, [4, 4], EXPERTS)
     with pytest.raises(ValueError, match=r"at most max_tokens_per_rank \(3\) tokens, got 4"):
         parallel(*given.of_rank())
-    with pytest.raises(ValueError, match="expected max_tokens_per_rank > 0 or None, got 0"):
+    with pytest.raises(
+        ValueError, match="expected max_tokens_per_rank > 0 and finite, or None, got 0"
+    ):
         ExpertParallel(max_tokens_per_rank=0)
-    with pytest.raises(ValueError, match="expected capacity_factor > 0 or None, got -1"):
+    with pytest.raises(
+        ValueError, match="expected capacity_factor > 0 and finite, or None, got -1"
+    ):
         ExpertParallel(capacity_factor=-1)
 
 

@@ -95,7 +95,7 @@ def test_medians_of_turns(monkeypatch):
 INTERPRETED = """
 import torch
 from dataclasses import replace
-from moe_ops._triton import experts, gemm, plan as planning
+from moe_ops._triton import experts, gemm, plan as planning, weight_gradient
 from moe_ops.tuning.space import candidates
 from moe_ops.configs.device import device_of
 from moe_ops.tuning import bench, tasks_of, tune_tasks
@@ -108,7 +108,7 @@ def recorded(problem, *rest):
     seen.append((problem, made.config))
     return made
 planning.plan = recorded
-gemm.plan_once = planning.plan_once.__wrapped__  # asked each time
+gemm.plan_once = weight_gradient.plan_once = planning.plan_once.__wrapped__  # asked each time
 # What Hopper's kernels could serve is asked for; it is interpreted in those for every GPU.
 experts.device_of = lambda device: replace(HOPPER, is_interpreted=True)
 layers = [LAYER, replace(LAYER, dtype=torch.float16, transposed=True, has_bias=True)]

@@ -132,7 +132,7 @@ def test_a_bucket_once():
 RECORDED = """
 import sys, torch, transformers
 import moe_ops.integrations.transformers
-from moe_ops._triton import gemm, plan as planning
+from moe_ops._triton import gemm, plan as planning, weight_gradient
 from moe_ops.tuning import find_experts, tasks_of
 from testing import tiny_models
 
@@ -140,7 +140,7 @@ moe_ops.integrations.transformers.register()
 launched = set()
 plan = planning.plan
 planning.plan = lambda problem, *rest: launched.add(problem.key) or plan(problem, *rest)
-gemm.plan_once = planning.plan_once.__wrapped__  # asked each time
+gemm.plan_once = weight_gradient.plan_once = planning.plan_once.__wrapped__  # asked each time
 for name in sys.argv[1:]:
     launched.clear()
     model = tiny_models.make_model(name)
