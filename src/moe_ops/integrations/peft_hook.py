@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import sys
-from collections.abc import Sequence
 from types import ModuleType
 
 from torch import nn
+
+from moe_ops._core.after_import import after_import
 
 _MODULE = "peft"
 
@@ -25,8 +23,7 @@ def install(model: nn.Module) -> None:
     """
     module = sys.modules.get(_MODULE)
     if module is None:
-        if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-            sys.meta_path.insert(0, _Finder())
+        after_import(_MODULE, _install_in)
     elif not _is_being_imported(module):
         _install(model)
 
@@ -41,31 +38,9 @@ def _install(model: nn.Module | None = None) -> None:
             peft.attach(model)
 
 
+def _install_in(_module: ModuleType) -> None:
+    _install()
+
+
 def _is_being_imported(module: ModuleType) -> bool:
     return getattr(module.__spec__, "_initializing", False)
-
-
-class _Finder(importlib.abc.MetaPathFinder):
-    """Lets the import of PEFT end with _install."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _MODULE:
-            return None
-        # Looked up without this finder, which stays: being looked up is not being imported.
-        place = sys.meta_path.index(self)
-        sys.meta_path.remove(self)
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            sys.meta_path.insert(place, self)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_install(module: ModuleType) -> None:
-                execute(module)
-                _install()
-
-            spec.loader.exec_module = execute_and_install  # type: ignore[method-assign]
-        return spec
