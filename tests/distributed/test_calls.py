@@ -34,7 +34,10 @@ def check_divisor(rank, world_size):
     mesh = init_device_mesh("cpu", (1, world_size), mesh_dim_names=("fsdp", "ep"))
     experts, gradients = Experts(EXPERTS, HIDDEN, INTERMEDIATE), []
     for comes_late in (False, True):
-        model: Any = copy.deepcopy(experts)
+        # So that as many modules are under fully_shard before as after.
+        model: Any = None
+        gc.collect()
+        model = copy.deepcopy(experts)
         other = fully_shard(nn.Linear(4, 4), mesh=mesh["fsdp"]) if comes_late else None
         expert_parallel(model, mesh["ep"])
         if comes_late:

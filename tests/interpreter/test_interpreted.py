@@ -31,7 +31,6 @@ DTYPES = (torch.float32, torch.float16)
 FP32 = {"dtype": torch.float32}
 GEMMS = [name for name in WITH_TRITON if name.startswith(("grouped_gemm", "fused_experts"))]
 
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 schemas = pytest.mark.parametrize("name", WITH_TRITON)
 
 

@@ -155,6 +155,7 @@ class MoeOpsQuantizer(HfQuantizer):
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Return the bytes of an element, which device_map="auto" adds up."""
         if self.param_needs_quantization(model, param_name):
+            # Scales add an eighth to int4's codes, and less to those of other formats.
             return FORMATS[self.quantization_config.format].codes.bits / 8 * 1.125
         return super().param_element_size(model, param_name, param)
 
