@@ -124,9 +124,10 @@ def main() -> None:
     distributed.init_process_group("nccl" if on_gpu else "gloo")
     options.checkpoints.mkdir(parents=True, exist_ok=True)
     train(options, device)
-    # What holds a mesh is gone by now, and all ranks end together.
-    gc.collect()
+    # A thread of gloo that frees the last collective's tensors while Python ends aborts the process
+    # (pytorch#190489). After the barrier it has time to.
     distributed.barrier()
+    gc.collect()
     distributed.destroy_process_group()
 
 

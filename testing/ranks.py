@@ -10,7 +10,8 @@ A process that imports torch costs 3 s, so a test session starts those of each w
 
 Every rank imports the test module by its path and calls the check. The default process group is
 there, of gloo, and stays; a check that destroys it makes it anew (`init`). After a failure the
-processes are ended, and the next check gets new ones.
+processes are ended, and the next check gets new ones. They are always killed: a Python that ends
+while a thread of gloo frees a tensor aborts (pytorch#190489).
 """
 
 import importlib.util

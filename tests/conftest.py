@@ -12,6 +12,9 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import HealthCheck
+from torch import distributed
+
+from testing.ranks import all_ranks
 
 pytest.register_assert_rewrite("testing.checks")
 
@@ -49,3 +52,12 @@ def _fresh_compiler():
     # Importing Dynamo takes two seconds. If nothing imported it, there is nothing to forget.
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Return a function from a world size to its Ranks."""
+    if not (distributed.is_available() and distributed.is_gloo_available()):
+        pytest.skip("this torch has no gloo")
+    with all_ranks() as function:
+        yield function

@@ -8,7 +8,6 @@ a fixture: that takes seconds, and turns FakeTensorMode.__init__ into a function
 import copy
 import dataclasses
 import importlib.util
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import functional as F
 
 from testing.pages import DOCS, run_python_blocks
+from testing.ranks import all_ranks
 from testing.recorders import MoeOps
 from testing.tolerances import MODULE_NORM, relative_error
 
@@ -345,102 +348,78 @@ def test_rejects_experts_of_an_unknown_kind(titan):
         titan.override(config, OVERRIDE)
 
 
-# Two ranks have three of six experts each, and the halves of one batch. Each prints how far its output
-# and gradients are from those of torchtitan's experts with the whole batch. Parameters are what each
-# backend makes of them: local tensors, or DTensors.
-RANK = """
-import json, sys
-import torch
-import torch.distributed as dist
-from torch import nn
-from torch.distributed.tensor import Shard, distribute_tensor
-from torchtitan.distributed.spmd_types import set_spmd_meshes
-from torchtitan.distributed.utils import set_spmd_backend
-from torchtitan.models.common.config_utils import make_routed_experts_config
-from moe_ops.integrations.torchtitan import fused_experts
-from testing.recorders import MoeOps
-from testing.tolerances import relative_error
+def check_expert_parallel(rank, world_size, backend):
+    """Three of six experts on each rank, and half of a batch, against the whole batch here."""
+    from torchtitan.distributed.spmd_types import set_spmd_meshes
+    from torchtitan.distributed.utils import set_spmd_backend
+    from torchtitan.models.common.config_utils import make_routed_experts_config
 
-rank, backend = int(sys.argv[2]), sys.argv[3]
-own = slice(3 * rank, 3 * rank + 3)
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=2)
-mesh = dist.init_device_mesh("cpu", (2,), mesh_dim_names=("ep",))
-set_spmd_backend(backend)
-if backend == "spmd_types":
-    set_spmd_meshes(dense_mesh=mesh, sparse_mesh=mesh)
-config = make_routed_experts_config(
-    dim=32, hidden_dim=48, num_experts=6, top_k=2, param_init={}, comm_backend="standard"
-)
-torch.manual_seed(0)
-whole, layer = config.build(), fused_experts(config).build()
-for parameter in whole.parameters():
-    nn.init.normal_(parameter, std=0.2)
-layer.load_state_dict(whole.state_dict())
-for name, parameter in list(layer.inner_experts.named_parameters()):
-    local = parameter.detach()[own].clone()
-    if backend == "partial_dtensor":
-        local = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
-    setattr(layer.inner_experts, name, nn.Parameter(local))
-layer.token_dispatcher.wire_meshes(ep_mesh=mesh)
+    from moe_ops.integrations.torchtitan import fused_experts
 
-x, scores = torch.randn(2, 24, 32), torch.rand(2, 24, 2)
-tangent = torch.randn(2, 24, 32)
-affinity = torch.rand(2, 24, 6)
-affinity[..., 1], affinity[0, :, 5] = -1.0, 2.0  # One expert has nothing, one half of a batch.
-ids = affinity.topk(2).indices
-if backend == "spmd_types":  # Its collective through gloo takes splits of one size only.
-    ids = torch.cat([affinity[..., :3].topk(1).indices, affinity[..., 3:].topk(1).indices + 3], -1)
+    own = slice(3 * rank, 3 * rank + 3)
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("ep",))
+    set_spmd_backend(backend)
+    if backend == "spmd_types":
+        set_spmd_meshes(dense_mesh=mesh, sparse_mesh=mesh)
+    config = make_routed_experts_config(
+        dim=32, hidden_dim=48, num_experts=6, top_k=2, param_init={}, comm_backend="standard"
+    )
+    whole, layer = config.build(), fused_experts(config).build()
+    for parameter in whole.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    layer.load_state_dict(whole.state_dict())
+    # Parameters are what each backend makes of them: local tensors, or DTensors.
+    for name, parameter in list(layer.inner_experts.named_parameters()):
+        local = parameter.detach()[own].clone()
+        if backend == "partial_dtensor":
+            local = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
+        setattr(layer.inner_experts, name, nn.Parameter(local))
+    layer.token_dispatcher.wire_meshes(ep_mesh=mesh)
 
+    x, scores = torch.randn(2, 24, 32), torch.rand(2, 24, 2)
+    tangent = torch.randn(2, 24, 32)
+    affinity = torch.rand(2, 24, 6)
+    affinity[..., 1], affinity[0, :, 5] = -1.0, 2.0  # One expert has nothing, one half of a batch.
+    ids = affinity.topk(2).indices
+    if backend == "spmd_types":  # Its collective through gloo takes splits of one size only.
+        low, high = (part.topk(1).indices for part in affinity.split(3, -1))
+        ids = torch.cat([low, high + 3], -1)
 
-def run(layer, part):
-    mine, weights = (t[part].clone().requires_grad_() for t in (x, scores))
-    counts = torch.bincount(ids[part].flatten(), minlength=6)
-    output = layer(mine, weights, ids[part], counts)
-    output.backward(tangent[part])
-    return {"output": output.detach(), "x": mine.grad, "scores": weights.grad}
+    def run(layer, part):
+        mine, weights = (t[part].clone().requires_grad_() for t in (x, scores))
+        counts = torch.bincount(ids[part].flatten(), minlength=6)
+        output = layer(mine, weights, ids[part], counts)
+        output.backward(tangent[part])
+        return {"output": output.detach(), "x": mine.grad, "scores": weights.grad}
 
-
-with MoeOps() as ops:
-    found = run(layer, slice(rank, rank + 1))
-assert ops.counts["grouped_gemm"] == 2 and not ops.counts["fused_experts_forward"], ops.counts
-expected = run(whole, slice(0, 2))
-errors = {name: relative_error(value, expected[name][rank : rank + 1]) for name, value in found.items()}
-w13, w2 = (
-    grad.to_local() if backend == "partial_dtensor" else grad
-    for grad in (layer.inner_experts.w13.grad, layer.inner_experts.w2_EDF.grad)
-)
-for name, grad in {"w1_EFD": w13[:, :, 0], "w3_EFD": w13[:, :, 1], "w2_EDF": w2}.items():
-    errors[name] = relative_error(grad, getattr(whole.inner_experts, name).grad[own])
-print(json.dumps(errors))
-dist.destroy_process_group()
-"""
+    with MoeOps() as ops:
+        found = run(layer, slice(rank, rank + 1))
+    assert ops.counts["grouped_gemm"] == 2
+    assert not ops.counts["fused_experts_forward"]
+    expected = run(whole, slice(0, 2))
+    errors = {
+        name: relative_error(value, expected[name][rank : rank + 1])
+        for name, value in found.items()
+    }
+    w13, w2 = (
+        grad.to_local() if backend == "partial_dtensor" else grad
+        for grad in (layer.inner_experts.w13.grad, layer.inner_experts.w2_EDF.grad)
+    )
+    for name, grad in {"w1_EFD": w13[:, :, 0], "w3_EFD": w13[:, :, 1], "w2_EDF": w2}.items():
+        errors[name] = relative_error(grad, getattr(whole.inner_experts, name).grad[own])
+    assert max(errors.values()) <= BF16, errors
 
 
 @pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    not (distributed.is_available() and distributed.is_gloo_available()),
     reason="this torch has no gloo",
 )
 @pytest.mark.parametrize("backend", ["spmd_types", "partial_dtensor"])
-def test_expert_parallel(installed, tmp_path, backend):
+def test_expert_parallel(installed, backend):
     """torchtitan's dispatcher moves the tokens of two ranks, and moe ops compute those that came."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(tmp_path / "store"), str(rank), backend],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=240) for process in processes]
-    for process, (_, err) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, err
-    for out, _ in outputs:
-        errors = json.loads(out.splitlines()[-1])
-        assert set(errors) == {"output", "x", "scores", "w1_EFD", "w2_EDF", "w3_EFD"}
-        for name, error in errors.items():
-            assert error <= BF16, f"{name}: {error:.2e}"
+    # Importing torchtitan changes a process: these have no other test.
+    with all_ranks() as ranks:
+        ranks(2).run(check_expert_parallel, backend=backend)
 
 
 def test_without_torchtitan():

@@ -3,69 +3,50 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
+from unittest import mock
 
 import pytest
+from torch import distributed
 
-from testing.tuning_fakes import TASKS
+from testing.tuning_fakes import TASKS, Clock, tune_on_cpu
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 KEYS = [task.problem.key for task in TASKS]
 
 
-RANK = """
-import json, os, sys
-import torch.distributed as dist
-from testing.tuning_fakes import TASKS, Clock, tune_on_cpu
-
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2)
-fails = sys.argv[2:] == ["1", "fail"]
-clock = Clock(lambda config: config.BLOCK_M / (0 if fails else 1))
-try:
-    found = tune_on_cpu(clock)
-except (RuntimeError, ZeroDivisionError) as error:
-    print(json.dumps(str(error)))
-else:
-    print(json.dumps([len(clock.timed), {key: config.to_dict() for key, config in found.items()}]))
-dist.destroy_process_group()
-"""
+def tuned(clock, folder):
+    """Tune with the cache in the folder; return what was found, as JSON."""
+    with mock.patch.dict(os.environ, {"MOE_OPS_CACHE_DIR": folder}):
+        found = tune_on_cpu(clock)
+    return json.dumps({key: config.to_dict() for key, config in found.items()})
 
 
-def run_ranks(tmp_path, behaviour, folders):
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(tmp_path / behaviour), str(rank), behaviour],
-            env={**os.environ, "MOE_OPS_CACHE_DIR": str(folder)},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, folder in enumerate(folders)
-    ]
-    outputs = [process.communicate(timeout=120) for process in processes]
-    for process, (_, err) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, err
-    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+def check_the_work_is_shared(rank, world_size, folders):
+    first, again = Clock(), Clock()
+    found = [""] * world_size
+    distributed.all_gather_object(found, tuned(first, folders[rank]))
+    assert len(first.timed) == 3
+    assert found[0] == found[1]
+    assert list(json.loads(found[0])) == KEYS
+    assert tuned(again, folders[rank]) == found[0]
+    assert not again.timed
 
 
-@pytest.mark.slow
-def test_ranks_share_the_work(tmp_path):
+def test_ranks_share_the_work(ranks, tmp_path):
     """Two nodes have disks of their own. Each finds everything in its cache afterwards."""
-    folders = [tmp_path / "node0", tmp_path / "node1"]
-    (timed_0, found_0), (timed_1, found_1) = run_ranks(tmp_path, "work", folders)
-    assert (timed_0, timed_1) == (3, 3)
-    assert found_0 == found_1
-    assert list(found_0) == KEYS
-    assert [result[0] for result in run_ranks(tmp_path, "again", folders)] == [0, 0]
+    folders = [str(tmp_path / "node0"), str(tmp_path / "node1")]
+    ranks(2).run(check_the_work_is_shared, folders=folders)
 
 
-@pytest.mark.slow
-def test_a_rank_that_fails_fails_all(tmp_path):
-    messages = run_ranks(tmp_path, "fail", [tmp_path, tmp_path])
-    assert messages == [
+def check_one_fails(rank, world_size, folder):
+    clock = Clock(lambda config: config.BLOCK_M / (1 - rank))
+    with pytest.raises((RuntimeError, ZeroDivisionError)) as raised:
+        tuned(clock, folder)
+    assert str(raised.value) == [
         "moe_ops.tune: rank 1 failed: ZeroDivisionError: division by zero",
         "division by zero",
-    ]
+    ][rank]  # fmt: skip
+
+
+def test_a_rank_that_fails_fails_all(ranks, tmp_path):
+    ranks(2).run(check_one_fails, folder=str(tmp_path))
