@@ -258,6 +258,9 @@ MISTAKES = {
     "misspelt tensor key": (changed(arguments__input__type="x"), "arguments.input.type", "unknown"),
     "tensor key of a scalar": (changed(arguments__flip__grad=True), "arguments.flip.grad", "unknown"),
     "grad no flag": (changed(arguments__input__grad="yes!"), "arguments.input.grad", "true, false or ignored"),
+    "stands_for no name": (
+        changed(arguments__input__stands_for=["weight"]), "arguments.input.stands_for", "a name such as",
+    ),
     "advice that is text": (
         changed(arguments__input__advice="convert it"), "arguments.input.advice", "mapping",
     ),
@@ -363,6 +366,14 @@ def test_an_op_that_runs_for_another_is_called_by_that_name(tmp_path):
         (tmp_path / f"{mapping['op']}.yaml").write_text(text)
     schemas = load_all(tmp_path)
     assert {name: op.called for name, op in schemas.items()} == dict.fromkeys(schemas, "scale")
+
+
+def test_errors_name_what_a_tensor_stands_for_but_for_its_last_axis():
+    op = read(changed(arguments__input__stands_for="weight"))
+    assert [size.called for size in op.sizes][:2] == ["weight.shape[0]", "input.shape[1]"]
+    source = codegen.generate(op).source
+    assert "expected weight.shape[0] to be a multiple of top_k" in source
+    assert "expected row_ids.device == input.device" in source
 
 
 def test_load_all_names_the_file_that_runs_for_a_missing_op(tmp_path):

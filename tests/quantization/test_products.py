@@ -4,6 +4,7 @@
 tests/ops/test_every_op.py holds the ops underneath against the oracle.
 """
 
+import re
 from typing import Any
 
 import pytest
@@ -222,14 +223,46 @@ def test_refuses_rows_of_another_rank():
 def test_refuses_another_number_of_experts_or_rows():
     experts = make_experts("nf4", bias=False)
     experts.down_proj = experts.down_proj[:3]
-    expected = r"expected down_codes.shape\[0\] == gate_up_codes.shape\[0\] \(4\), got 3"
+    expected = r"expected down_proj.shape\[0\] == gate_up_proj.shape\[0\] \(4\), got 3$"
     with pytest.raises(ValueError, match=expected):
         experts()
     weight, _ = make_weights("nf4")
     with pytest.raises(
-        ValueError, match=r"token_counts.shape\[0\] == codes.shape\[0\] \(4\), got 3"
+        ValueError, match=r"token_counts.shape\[0\] == weight.shape\[0\] \(4\), got 3$"
     ):
         moe_ops.grouped_gemm(torch.ones(9, HIDDEN), weight, COUNTS[:3])
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"gate_up_bias": (4, 79)}, "gate_up_bias.shape[1] == gate_up_proj.shape[1] (80), got 79"),
+        ({"gate_up_bias": (5, 80)}, "gate_up_bias.shape[0] == gate_up_proj.shape[0] (4), got 5"),
+        ({"down_bias": (5, 70)}, "down_bias.shape[0] == gate_up_proj.shape[0] (4), got 5"),
+        ({"gate_up_proj": (4, 79, 70)}, "gate_up_proj.shape[1] to be a multiple of 2, got 79"),
+        ({"down_proj": (4, 71, 40)}, "down_proj.shape[1] == hidden_states.shape[1] (70), got 71"),
+    ],
+)
+def test_errors_name_what_the_caller_passed(changed, expected):
+    """Not the stored tensors that the op gets."""
+    experts = make_experts("nf4")
+    weights: dict[str, Any] = {
+        "gate_up_proj": experts.gate_up_proj, "down_proj": experts.down_proj
+    }  # fmt: skip
+    for name, shape in changed.items():
+        if name in weights:
+            weights[name] = quantize_weight(torch.ones(shape), "nf4")
+        else:
+            experts.leaves[name] = torch.ones(shape)
+    with pytest.raises(ValueError, match=re.escape(expected) + "$"):
+        moe_ops.fused_experts(**weights, **experts.leaves, **experts.others)
+
+
+def test_a_weight_on_another_device_is_named():
+    weight, _ = make_weights("nf4")
+    expected = r"expected weight.device == input.device \(meta\), got cpu$"
+    with pytest.raises(ValueError, match=expected):
+        moe_ops.grouped_gemm(torch.ones(9, HIDDEN, device="meta"), weight, COUNTS.to("meta"))
 
 
 @pytest.mark.parametrize(

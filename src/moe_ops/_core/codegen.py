@@ -179,7 +179,7 @@ class _Body:
         self.symbolic = symbolic
         self.first = schema.arguments[0]
         # Errors name the axis that bound a letter: it stands for the whole expression of its size.
-        self.axis_of = {s.expr.source: _named(s) for s in schema.sizes if s.letter}
+        self.axis_of = {s.expr.source: s.called for s in schema.sizes if s.letter}
 
     def checks(self) -> list[str]:
         lines: list[str] = []
@@ -241,7 +241,7 @@ class _Body:
         lines += self.dtype(argument)
         if argument is not self.first:
             message = self.message(
-                f"{name}.device == {self.first.name}.device ({{{self.first.name}.device}})",
+                f"{argument.called}.device == {self.first.name}.device ({{{self.first.name}.device}})",
                 f"{{{name}.device}}",
             )
             asked = "" if self.symbolic else "_may_mix and "
@@ -298,7 +298,7 @@ class _Body:
             factors = _factors(size.expr.node, size.letter)
             lines += self.require(
                 f"{axis} == {_operand(size.expr)}",
-                f"{_named(size)} to be a multiple of {factors}{_value(factors)}",
+                f"{size.called} to be a multiple of {factors}{_value(factors)}",
                 f"{{{axis}}}",
                 self.advice(size.argument),
             )
@@ -308,7 +308,7 @@ class _Body:
         axis = f"_{size.argument.name}_shape[{size.axis}]"
         return self.require(
             f"{axis} == {_operand(size.expr)}",
-            f"{_named(size)} == {self.spell(size.expr)} ({{{size.expr.source}}})",
+            f"{size.called} == {self.spell(size.expr)} ({{{size.expr.source}}})",
             f"{{{axis}}}",
             self.advice(size.argument),
         )
@@ -366,11 +366,6 @@ class _Body:
 def _literal(text: str) -> str:
     """Return `text` so that an f-string in double quotes shows it as it stands."""
     return text.replace("{", "{{").replace("}", "}}").replace('"', "'")
-
-
-def _named(size: Size) -> str:
-    """Return the axis as errors name it."""
-    return f"{size.argument.name}.shape[{size.axis}]"
 
 
 def _value(source: str) -> str:

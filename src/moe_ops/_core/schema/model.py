@@ -52,6 +52,8 @@ class Argument:
     shape: tuple[Expr, ...] = ()
     dtype: str = ""
     values: str = ""
+    # What a caller of the Python function passes, of which this tensor is the stored form.
+    stands_for: str = ""
     grad: bool = False
     # It has no gradient, and may require one all the same.
     ignores_grad: bool = False
@@ -62,6 +64,11 @@ class Argument:
     format: str = ""
     # What to do about an error: by the given dtype, for any wrong "dtype", or for "any" error.
     advice: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    @property
+    def called(self) -> str:
+        """Return what errors call the argument as a whole."""
+        return self.stands_for or self.name
 
     @property
     def is_tensor(self) -> bool:
@@ -110,6 +117,13 @@ class Size:
     axis: int
     expr: Expr
     letter: str = ""
+
+    @property
+    def called(self) -> str:
+        """Return the axis as errors name it. The last axis of a stored form is its own: bytes."""
+        is_last = self.axis == len(self.argument.shape) - 1
+        name = self.argument.name if is_last else self.argument.called
+        return f"{name}.shape[{self.axis}]"
 
 
 @dataclass(frozen=True)

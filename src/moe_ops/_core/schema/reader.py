@@ -82,7 +82,9 @@ class _Reader:
         "op", "since", "summary", "equation", "schema", "dims", "let", "arguments", "where",
         "outputs", "runs_for", "backward", "flops", "notes", "source",
     }  # fmt: skip
-    TENSOR_KEYS = {"shape", "dtype", "values", "grad", "autocast", "advice", "doc"}
+    TENSOR_KEYS = {
+        "shape", "dtype", "values", "stands_for", "grad", "autocast", "advice", "doc",
+    }  # fmt: skip
     SCALAR_KEYS = {"min", "max", "choices", "format", "doc"}
     OUTPUT_KEYS = {"shape", "dtype", "if", "column_major", "doc"}
 
@@ -236,6 +238,7 @@ class _Reader:
                 shape=self.exprs(f"{key}.shape", entry["shape"]),
                 dtype=self.dtype(f"{key}.dtype", entry["dtype"], tensors, DTYPES),
                 values=self.values(f"{key}.values", entry.get("values"), names),
+                stands_for=self.stands_for(f"{key}.stands_for", entry.get("stands_for", "")),
                 grad=self.grad(f"{key}.grad", entry.get("grad", False)),
                 ignores_grad=entry.get("grad") == "ignored",
                 advice=self.advice(f"{key}.advice", entry.get("advice", {})),
@@ -243,6 +246,11 @@ class _Reader:
             )
             if kind == "Tensor":
                 tensors.append(name)
+
+    def stands_for(self, key: str, value: Any) -> str:
+        if value and (not isinstance(value, str) or not value.isidentifier()):
+            self.fail(key, f"expected a name such as weight, got {value!r}")
+        return str(value)
 
     def advice(self, key: str, value: Any) -> dict[str, str]:
         entries = self.mapping(key, value, {*QUANTISED, "quantised", "dtype", "any"})

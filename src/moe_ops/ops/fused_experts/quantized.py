@@ -258,7 +258,10 @@ def quantized_experts(
         width = hidden_states.shape[1]
         gate_up_proj.check_width(function, "gate_up_proj", width, "hidden_states.shape[1]")
     divisor, inner = (2, "gate_up_proj.shape[1] // 2") if gated else (1, "gate_up_proj.shape[1]")
-    down_proj.check_width(function, "down_proj", gate_up_proj.shape[1] // divisor, inner)
+    intermediate_size, rest = divmod(gate_up_proj.shape[1], divisor)
+    # The op itself refuses a rest.
+    if not rest:
+        down_proj.check_width(function, "down_proj", intermediate_size, inner)
     output: Tensor = _op.overload(
         hidden_states, *gate_up_proj.stored, *down_proj.stored, topk_ids, topk_weights,
         gate_up_bias, down_bias, activation, gated, *others,
