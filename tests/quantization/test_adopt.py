@@ -183,6 +183,19 @@ def bad_calls():
     from_fp8, from_mxfp4 = QuantizedWeight.from_fp8_block, QuantizedWeight.from_mxfp4
     from_int4, from_bnb = QuantizedWeight.from_compressed_int4, QuantizedWeight.from_bitsandbytes
 
+    yield from_fp8, (None, None), TypeError, (
+        f"{HERE}.from_fp8_block: expected weight to be a tensor, got None"
+    )  # fmt: skip
+    yield from_mxfp4, ([torch.zeros(3), None], None), TypeError, (
+        f"{HERE}.from_mxfp4: expected blocks[1] to be a tensor, got None"
+    )  # fmt: skip
+    yield from_bnb, (torch.zeros(3), None), TypeError, (
+        f"{HERE}.from_bitsandbytes: expected quant_state to be a QuantState of bitsandbytes, got None"
+    )  # fmt: skip
+    yield from_int4, (*int4(), None, 32), TypeError, (
+        f"{HERE}.from_compressed_int4: expected shape to be (out_features, in_features), or that after "
+        "num_experts, got None"
+    )  # fmt: skip
     weight, scale = fp8()
     at = f"{HERE}.from_fp8_block: expected "
     yield (
@@ -319,6 +332,9 @@ def bad_calls():
     )  # fmt: skip
     yield from_bnb, ([data, data], [state_of(absmax, shape)]), ValueError, (
         at + "len(data) == len(quant_state) (1), got 2"
+    )  # fmt: skip
+    yield from_bnb, (None, state_of(absmax, shape)), TypeError, (
+        at + "data to be a tensor, got None"
     )  # fmt: skip
     yield from_bnb, ([], []), ValueError, at + "quant_state to have states of one shape, got none"
     weight = quantize_weight(torch.randn(1, N, D), "nf4")

@@ -4,6 +4,7 @@
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -333,9 +334,35 @@ def test_refuses_a_gradient():
             ValueError,
             "expected group_size of nf4 to be one of 64, got 0",
         ),
+        (
+            (torch.ones(2, 3, 4), "int4", 32.0),
+            ValueError,
+            "expected group_size of int4 to be one of 32, 128, got 32.0",
+        ),
+        ((None, "nf4"), TypeError, "expected weight to be a tensor, got None"),
+        (([[[1.0]]], "nf4"), TypeError, "expected weight to be a tensor, got list"),
+        (
+            (quantize_weight(torch.ones(1, 1, 1), "int4"), "nf4"),
+            TypeError,
+            ("expected weight to be a tensor, got QuantizedWeight; pass its .dequantize() to quantise it "
+            "anew"),
+        ),
+        (
+            (torch.ones(2, 3, 4), None),
+            ValueError,
+            "expected format to be one of fp8_block, nf4, mxfp4, int4, got None",
+        ),
+        (
+            (torch.ones(2, 3, 4), ["nf4"]),
+            ValueError,
+            "expected format to be one of fp8_block, nf4, mxfp4, int4, got ['nf4']",
+        ),
     ],
-    ids=["dim", "int32", "float8", "format", "group_size", "only_group_size", "zero"],
-)
+    ids=[
+        "dim", "int32", "float8", "format", "group_size", "only_group_size", "zero", "float",
+        "none", "list", "quantised", "no_format", "formats",
+    ],
+)  # fmt: skip
 def test_bad_input(arguments, error, text):
     with pytest.raises(error) as caught:
         quantize_weight(*arguments)
@@ -355,3 +382,47 @@ def test_bad_input_of_empty():
         TypeError, match=r"^moe_ops.QuantizedWeight: expected dtype in .*, got int8$"
     ):
         QuantizedWeight.empty((2, 3, 4), "int4", dtype=torch.int8)
+
+
+SIZES = "(num_experts, out_features, in_features)"
+# What mypy does not know of, since the calls are wrong.
+WEIGHT: Any = QuantizedWeight
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: WEIGHT.empty(None, "nf4"), TypeError, f".empty: expected shape to be {SIZES}, got None"),
+        (lambda: WEIGHT.empty("abc", "nf4"), TypeError, f".empty: expected shape to be {SIZES}, got 'abc'"),
+        (
+            lambda: WEIGHT.empty((2, 3.0, 4), "nf4"), TypeError,
+            f".empty: expected shape to be {SIZES}, got (2, 3.0, 4)",
+        ),
+        (
+            lambda: WEIGHT.empty((2, 3, 4), "nf4", dtype="bf16"), TypeError,
+            ": expected dtype in (bfloat16, float16, float32, float64), got 'bf16'",
+        ),
+        (
+            lambda: WEIGHT(torch.ones(2, 3, 4)), TypeError,
+            (": expected weight to be what .packed of a quantised weight is, got Tensor; call "
+            "moe_ops.quantize_weight, or a from_ method"),
+        ),
+        (
+            lambda: WEIGHT.from_state_dict(None), TypeError,
+            ".from_state_dict: expected state to be a mapping of names to tensors, got NoneType",
+        ),
+        (
+            lambda: WEIGHT.from_state_dict({"_extra_state": torch.zeros(3).byte()}), ValueError,
+            ".from_state_dict: expected _extra_state to be what get_extra_state returns, got other bytes",
+        ),
+        (
+            lambda: WEIGHT.from_state_dict({"_extra_state": None}), ValueError,
+            ".from_state_dict: expected _extra_state to be what get_extra_state returns, got other bytes",
+        ),
+    ],
+)  # fmt: skip
+def test_arguments_of_another_kind(call, error, text):
+    with pytest.raises(error) as caught:
+        call()
+    assert type(caught.value) is error
+    assert str(caught.value) == f"moe_ops.QuantizedWeight{text}"

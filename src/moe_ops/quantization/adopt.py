@@ -10,7 +10,7 @@ E num_experts, N out_features, D in_features, G D / group_size blocks of a row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from moe_ops.fp8 import BLOCK
 from moe_ops.quantization.format import Layout
 from moe_ops.quantization.formats import FORMATS
 from moe_ops.quantization.scales import BFLOAT16, E8M0, FLOAT32
-from moe_ops.quantization.storage import Packed, dtype_name, layout_of
+from moe_ops.quantization.storage import Packed, check_tensor, dtype_name, layout_of
 
 Tensors = Tensor | Sequence[Tensor]
 
@@ -79,7 +79,7 @@ def from_compressed_int4(
     scale = stacked(function, "weight_scale", weight_scale)
     check_dtype(function, "weight_packed", words, torch.int32)
     check_dtype(function, "weight_scale", scale, torch.bfloat16, torch.float16, torch.float32)
-    sizes = tuple(int(size) for size in shape)
+    sizes = _integers(function, shape)
     if len(sizes) == 2:
         # compressed-tensors' weight_shape is that of one expert.
         sizes = (words.shape[0], *sizes)
@@ -114,10 +114,14 @@ def stacked(function: str, name: str, tensors: Tensors) -> Tensor:
     """Return the tensor (E, ...), or the tensors of E experts stacked.
 
     Raises:
+        TypeError: they are no tensors.
         ValueError: there are none, or their shapes or dtypes differ.
     """
-    if isinstance(tensors, Tensor):
+    if isinstance(tensors, Tensor) or not isinstance(tensors, Iterable):
+        check_tensor(function, name, tensors)
         return tensors.detach()
+    for expert, tensor in enumerate(tensors):
+        check_tensor(function, f"{name}[{expert}]", tensor)
     kinds = {(tuple(tensor.shape), dtype_name(tensor.dtype)) for tensor in tensors}
     if len(kinds) != 1:
         raise ValueError(
@@ -125,6 +129,21 @@ def stacked(function: str, name: str, tensors: Tensors) -> Tensor:
             f"got {sorted(kinds) or 'none'}"
         )
     return torch.stack([tensor.detach() for tensor in tensors])
+
+
+def _integers(function: str, shape: Iterable[int] | Tensor) -> tuple[int, ...]:
+    """Return a shape, which may be a tensor, as integers.
+
+    Raises:
+        TypeError: it is no shape.
+    """
+    try:
+        return tuple(int(size) for size in shape)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{function}: expected shape to be (out_features, in_features), or that after "
+            f"num_experts, got {shape!r}"
+        ) from None
 
 
 def check_dtype(function: str, name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moe_ops.quantization.adopt import as_bytes, check_beside, check_dtype
 from moe_ops.quantization.scales import DYNAMIC_CODE, FLOAT32, NESTED, NESTED_BLOCK
-from moe_ops.quantization.storage import Packed, layout_of, shapes
+from moe_ops.quantization.storage import Packed, check_tensor, layout_of, shapes
 
 _BLOCK = 64
 
@@ -74,9 +74,15 @@ def _sizes(function: str, states: list[Any]) -> tuple[int, int, int]:
     """Return the (E, N, D) that every state has. A state of (N, D) has one expert.
 
     Raises:
+        TypeError: a state is none of bitsandbytes.
         ValueError: there is no state, a state is not NF4 in blocks of 64, or their shapes differ.
     """
     for state in states:
+        if not all(hasattr(state, name) for name in ("quant_type", "blocksize", "absmax")):
+            got = "None" if state is None else type(state).__name__
+            raise TypeError(
+                f"{function}: expected quant_state to be a QuantState of bitsandbytes, got {got}"
+            )
         for name, expected in (("quant_type", "nf4"), ("blocksize", _BLOCK)):
             if (value := getattr(state, name)) != expected:
                 raise ValueError(
@@ -109,6 +115,7 @@ def _codes(function: str, data: Tensor, state: Any, sizes: tuple[int, int, int])
     Raises:
         ValueError, TypeError: data or a tensor of its state has another length, dtype or device.
     """
+    check_tensor(function, "data", data)
     codes = as_bytes(data.detach().as_subclass(Tensor)).flatten()
     count = math.prod(sizes)
     if codes.numel() != count // 2:

@@ -44,7 +44,7 @@ def quantize_weight(
         quantised (QuantizedWeight (E, N, D)): on the weight's device; its dtype is weight's.
 
     Raises:
-        TypeError: weight is not floating, or has 8 bits or fewer.
+        TypeError: weight is no tensor, is not floating, or has 8 bits or fewer.
         ValueError: weight has not three dimensions; an unknown format; a group_size that it has not.
 
     Not differentiable. Deterministic bit for bit. It takes one expert at a time, and temporaries a few
@@ -53,6 +53,9 @@ def quantize_weight(
     Source: each format's file in moe_ops/quantization/formats names its own.
     """
     function = "moe_ops.quantize_weight"
+    is_quantized = isinstance(weight, QuantizedWeight)
+    advice = "; pass its .dequantize() to quantise it anew" if is_quantized else ""
+    storage.check_tensor(function, "weight", weight, advice)
     storage.check_weight_dtype(function, weight.dtype, "weight.dtype")
     if weight.dim() != 3:
         raise ValueError(

@@ -6,8 +6,9 @@ E num_experts, N out_features, D in_features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,17 +27,19 @@ class Packed(NamedTuple):
 def layout_of(
     function: str,
     format: str,
-    shape: tuple[int, ...],
+    shape: Sequence[int],
     group_size: int | None = None,
     scale_encoding: str | None = None,
 ) -> Layout:
     """Return the layout of a weight that `function` makes. None chooses the format's default.
 
     Raises:
+        TypeError: a shape that is no sequence of integers.
         ValueError: an unknown format; a group_size or a scale_encoding that it has not; a shape that
             is not (E, N, D).
     """
-    if format not in FORMATS:
+    # The tuple takes what has no hash too.
+    if format not in tuple(FORMATS):
         raise ValueError(
             f"{function}: expected format to be one of {', '.join(FORMATS)}, got {format!r}"
         )
@@ -46,19 +49,25 @@ def layout_of(
         ("group_size", group_size, declared.group_sizes),
         ("scale_encoding", scale_encoding, encodings),
     ):
-        if value is not None and value not in allowed:
+        if value is not None and (isinstance(value, float) or value not in allowed):
             raise ValueError(
                 f"{function}: expected {name} of {format} to be one of "
                 f"{', '.join(map(str, allowed))}, got {value!r}"
             )
-    if len(shape) != 3 or min(shape) < 0:
-        raise ValueError(
+    is_sizes = _are_integers(shape)
+    if not is_sizes or len(shape) != 3 or min(shape) < 0:
+        raise (ValueError if is_sizes else TypeError)(
             f"{function}: expected shape to be (num_experts, out_features, in_features), "
-            f"got {tuple(shape)}"
+            f"got {tuple(shape) if is_sizes else repr(shape)}"
         )
     return Layout(
         format, tuple(shape), group_size or declared.group_sizes[0], scale_encoding or encodings[0]
     )
+
+
+def _are_integers(shape: Any) -> bool:
+    integers = (numbers.Integral, torch.SymInt)
+    return isinstance(shape, Sequence) and all(isinstance(size, integers) for size in shape)
 
 
 def shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
@@ -122,8 +131,20 @@ def check_weight_dtype(function: str, dtype: torch.dtype, name: str = "dtype") -
     Raises:
         TypeError: it is not a floating one of 16 bits or more.
     """
-    if not dtype.is_floating_point or dtype.itemsize < 2:
+    is_dtype = isinstance(dtype, torch.dtype)
+    if not is_dtype or not dtype.is_floating_point or dtype.itemsize < 2:
         raise TypeError(
             f"{function}: expected {name} in (bfloat16, float16, float32, float64), "
-            f"got {dtype_name(dtype)}"
+            f"got {dtype_name(dtype) if is_dtype else repr(dtype)}"
         )
+
+
+def check_tensor(function: str, name: str, value: Any, advice: str = "") -> None:
+    """Refuse what is no tensor.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(value, Tensor):
+        got = "None" if value is None else type(value).__name__
+        raise TypeError(f"{function}: expected {name} to be a tensor, got {got}{advice}")

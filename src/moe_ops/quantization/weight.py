@@ -57,6 +57,11 @@ class QuantizedWeight(nn.Module):
 
     def __init__(self, weight: Packed, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
+        if not isinstance(weight, Packed):
+            raise TypeError(
+                f"{_HERE}: expected weight to be what .packed of a quantised weight is, got "
+                f"{type(weight).__name__}; call moe_ops.quantize_weight, or a from_ method"
+            )
         layout, tensors = weight
         storage.check_weight_dtype(_HERE, dtype)
         self.format, _, self.group_size, self.scale_encoding = layout
@@ -90,9 +95,9 @@ class QuantizedWeight(nn.Module):
 
         Raises:
             ValueError: an unknown format; a shape, group_size or scale_encoding that it has not.
-            TypeError: dtype is not a floating one of 16 bits or more.
+            TypeError: dtype is not a floating one of 16 bits or more; shape has no integers.
         """
-        layout = layout_of(f"{_HERE}.empty", format, tuple(shape), group_size, scale_encoding)
+        layout = layout_of(f"{_HERE}.empty", format, shape, group_size, scale_encoding)
         return cls(storage.empty(layout, device), dtype)
 
     @classmethod
@@ -100,15 +105,25 @@ class QuantizedWeight(nn.Module):
         """Return the weight whose state_dict(prefix=prefix) is in `state`, with its very tensors.
 
         Raises:
+            TypeError: `state` is no mapping.
             ValueError: `state` has no description of a weight under that prefix.
             RuntimeError: a tensor is missing, or has another shape or dtype.
         """
+        function = f"{_HERE}.from_state_dict"
+        if not isinstance(state, Mapping):
+            raise TypeError(
+                f"{function}: expected state to be a mapping of names to tensors, got "
+                f"{type(state).__name__}"
+            )
         if prefix + _DESCRIPTION not in state:
             raise ValueError(
-                f"{_HERE}.from_state_dict: expected state to have {prefix}{_DESCRIPTION}, "
+                f"{function}: expected state to have {prefix}{_DESCRIPTION}, "
                 f"got {', '.join(state) or 'nothing'}"
             )
-        layout, dtype = _described(state[prefix + _DESCRIPTION])
+        try:
+            layout, dtype = _described(state[prefix + _DESCRIPTION])
+        except ValueError as error:
+            raise ValueError(f"{function}: {error}") from error
         weight = cls(storage.empty(layout, "meta"), dtype)
         mine = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
         weight.load_state_dict(mine, assign=True)
@@ -347,8 +362,17 @@ class QuantizedWeight(nn.Module):
 
 
 def _described(state: Tensor) -> tuple[Layout, torch.dtype]:
-    """Return the layout and the dtype that get_extra_state wrote."""
-    description = json.loads(bytes(state.tolist()))
-    dtype = getattr(torch, description.pop("dtype"))
-    shape = tuple(description.pop("shape"))
-    return Layout(shape=shape, **description), dtype
+    """Return the layout and the dtype that get_extra_state wrote.
+
+    Raises:
+        ValueError: somebody else wrote the state.
+    """
+    try:
+        description = json.loads(bytes(state.tolist()))
+        dtype = getattr(torch, description.pop("dtype"))
+        shape = tuple(description.pop("shape"))
+        return Layout(shape=shape, **description), dtype
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(
+            f"expected {_DESCRIPTION} to be what get_extra_state returns, got other bytes"
+        ) from error
