@@ -239,6 +239,12 @@ def _compressed(**weights):
             {**COMPRESSED, "format": "marlin-24"},
             "expected format .* 'pack-quantized', got 'marlin-24'",
         ),
+        (
+            {**COMPRESSED, "config_groups": {"W4A16": ["Linear"]}},
+            r"config_groups.W4A16 of the quantization_config to be a mapping, got \['Linear'\]",
+        ),
+        ({**COMPRESSED, "config_groups": {}}, "expected config_groups .* to have a group, got {}"),
+        ({}, "quant_method to be one of mxfp4, .*, got None"),
     ],
 )
 def test_what_is_not_adopted(quantization_config, text, tmp_path):
@@ -247,6 +253,57 @@ def test_what_is_not_adopted(quantization_config, text, tmp_path):
         config.quantization_config = quantization_config
     with pytest.raises(ValueError, match=text):
         adopt_config(config)
+
+
+WEIGHTS = "config_groups.group_0.weights"
+
+
+@pytest.mark.parametrize(
+    ("config", "path", "name"),
+    [
+        ({"quant_method": "moe_ops", "format": "nf4"}, "", "format"),
+        (FP8, "", "weight_block_size"),
+        (BITSANDBYTES, "", "load_in_4bit"),
+        (BITSANDBYTES, "", "bnb_4bit_quant_type"),
+        (COMPRESSED, "", "config_groups"),
+        (COMPRESSED, "", "format"),
+        (COMPRESSED, "config_groups.group_0", "weights"),
+        (COMPRESSED, WEIGHTS, "num_bits"),
+        (COMPRESSED, WEIGHTS, "strategy"),
+        (COMPRESSED, WEIGHTS, "group_size"),
+    ],
+)
+def test_a_missing_key_is_named(config, path, name):
+    """A config that somebody wrote by hand may lack what a library always writes."""
+    lacking = copy.deepcopy(config)
+    holder = lacking
+    for key in filter(None, path.split(".")):
+        holder = holder[key]
+    del holder[name]
+    where = f"{path} of the quantization_config" if path else "the quantization_config"
+    model_config = AutoConfig.for_model("gpt_oss")
+    model_config.quantization_config = lacking
+    with pytest.raises(ValueError, match=f": expected {where} to have {name}, got [a-z]"):
+        adopt_config(model_config)
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        (BITSANDBYTES, ["bnb_4bit_quant_storage"]),
+        (COMPRESSED, ["type", "symmetric", "actorder", "dynamic", "input_activations"]),
+    ],
+)
+def test_keys_that_libraries_leave_out(config, names):
+    """Files lack these where they have the value that a library assumes."""
+    lacking = copy.deepcopy(config)
+    group = lacking.get("config_groups", {}).get("group_0", {})
+    for name in names:
+        for holder in (lacking, group, group.get("weights", {})):
+            holder.pop(name, None)
+    model_config = AutoConfig.for_model("gpt_oss")
+    model_config.quantization_config = lacking
+    assert adopt_config(model_config).quantization_config["adopt"] == lacking
 
 
 def test_adapters_train_on_adopted_experts(tmp_path, input_ids):

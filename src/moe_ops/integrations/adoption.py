@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
 
 from moe_ops.integrations import transformers_private
 from moe_ops.integrations.quantised_experts import set_quantized
-from moe_ops.integrations.sources import SOURCES, Source, check_adoptable
+from moe_ops.integrations.sources import SOURCES, Source, check_adoptable, required
 from moe_ops.quantization import QuantizedWeight
 
 _HERE = "moe_ops.integrations.transformers.adopt_config"
@@ -59,7 +59,8 @@ def adopt_config(config: Any) -> Any:
 
     Raises:
         TypeError: it is no config.
-        ValueError: the checkpoint is not quantised, or in another way.
+        ValueError: the checkpoint is not quantised, or in another way, or its quantization_config
+            lacks what says in which.
     """
     from moe_ops.integrations.quantizer import METHOD, MoeOpsConfig, register
 
@@ -81,7 +82,9 @@ def adopt_config(config: Any) -> Any:
         )
     theirs = dict(theirs if isinstance(theirs, dict) else theirs.to_dict())
     register()
-    if theirs.get("quant_method") != METHOD:
+    if theirs.get("quant_method") == METHOD:
+        required(_HERE, theirs, "format")
+    else:
         source = check_adoptable(_HERE, theirs)
         holder.quantization_config = MoeOpsConfig(source.format, adopt=theirs).to_dict()
     return config

@@ -66,8 +66,26 @@ def check_adoptable(function: str, config: Mapping[str, Any]) -> Source:
     return SOURCES[method]
 
 
-def _expect(function: str, config: Mapping[str, Any], name: str, *allowed: object) -> None:
-    if (value := config.get(name, allowed[0])) not in allowed:
+def required(function: str, config: object, name: str, path: str = "") -> Any:
+    """Return what a config says. `path` leads to it within the quantization_config.
+
+    Raises:
+        ValueError: it does not say it.
+    """
+    where = f"{path} of the quantization_config" if path else "the quantization_config"
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{function}: expected {where} to be a mapping, got {config!r}")
+    if name not in config:
+        raise ValueError(
+            f"{function}: expected {where} to have {name}, got {', '.join(config) or 'nothing'}"
+        )
+    return config[name]
+
+
+def _expect(
+    function: str, config: Mapping[str, Any], name: str, *allowed: object, path: str = ""
+) -> None:
+    if (value := required(function, config, name, path)) not in allowed:
         raise ValueError(
             f"{function}: expected {name} of the quantization_config to be "
             f"{' or '.join(map(repr, allowed))}, got {value!r}"
@@ -85,8 +103,8 @@ def _mxfp4(name: str, parts: Parts, dtype: torch.dtype) -> QuantizedWeight:
 
 
 def _check_fp8(function: str, config: Mapping[str, Any]) -> None:
-    size = config.get("weight_block_size", (BLOCK, BLOCK))
-    size = size if size is None else list(size)
+    size = required(function, config, "weight_block_size")
+    size = list(size) if isinstance(size, Sequence) else size
     _expect(function, {"weight_block_size": size}, "weight_block_size", [BLOCK, BLOCK])
 
 
@@ -113,7 +131,9 @@ def _fp8(name: str, parts: Parts, dtype: torch.dtype) -> QuantizedWeight:
 def _check_bitsandbytes(function: str, config: Mapping[str, Any]) -> None:
     _expect(function, config, "load_in_4bit", True)
     _expect(function, config, "bnb_4bit_quant_type", "nf4")
-    _expect(function, config, "bnb_4bit_quant_storage", "uint8")
+    # Older files lack it, and are stored in bytes.
+    storage = {"bnb_4bit_quant_storage": "uint8", **config}
+    _expect(function, storage, "bnb_4bit_quant_storage", "uint8")
 
 
 def _bitsandbytes(name: str, parts: Parts, dtype: torch.dtype) -> QuantizedWeight:
@@ -152,21 +172,32 @@ def _state(part: Part, expert: int) -> Any:
     )
 
 
+# What compressed-tensors takes where a file does not say it, and what means the same.
+_UNLESS_SAID: dict[str, tuple[object, ...]] = {
+    "type": ("int",), "symmetric": (True,), "actorder": (None, False), "dynamic": (False, None)
+}  # fmt: skip
+
+
 def _check_compressed(function: str, config: Mapping[str, Any]) -> None:
-    for group in config.get("config_groups", {}).values():
-        weights = group.get("weights") or {}
-        _expect(
-            function,
-            {"format": group.get("format") or config.get("format")},
-            "format",
-            "pack-quantized",
+    groups = required(function, config, "config_groups")
+    if not isinstance(groups, Mapping) or not groups:
+        raise ValueError(
+            f"{function}: expected config_groups of the quantization_config to have a group, got "
+            f"{groups!r}"
         )
+    for key, group in groups.items():
+        path = f"config_groups.{key}"
+        weights = required(function, group, "weights", path)
+        own = group if group.get("format") else config
+        _expect(function, own, "format", "pack-quantized")
+        path = f"{path}.weights"
         for name, allowed in (
-            ("num_bits", (4,)), ("type", ("int",)), ("symmetric", (True,)), ("strategy", ("group",)),
-            ("group_size", (32, 128)), ("actorder", (None, False)), ("dynamic", (False, None)),
+            ("num_bits", (4,)), ("strategy", ("group",)), ("group_size", (32, 128))
         ):  # fmt: skip
-            _expect(function, weights, name, *allowed)
-        _expect(function, group, "input_activations", None)
+            _expect(function, weights, name, *allowed, path=path)
+        for name, same in _UNLESS_SAID.items():
+            _expect(function, {name: same[0], **weights}, name, *same)
+        _expect(function, {"input_activations": None, **group}, "input_activations", None)
 
 
 def _compressed(name: str, parts: Parts, dtype: torch.dtype) -> QuantizedWeight:
