@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import parallelize_module
 
-from moe_ops.distributed.experts import experts_in
 from moe_ops.distributed.style import ExpertParallel, calls_of
+from moe_ops.layers.experts_modules import experts_in
 
 
 def expert_parallel(

@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 # torch shards so itself, under FSDP2 with another sharding below. The class has no public name.
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from moe_ops.distributed.experts import holds_experts, is_peft_wrapper
+from moe_ops.distributed.experts import holds_experts
+from moe_ops.layers.experts_modules import is_peft_wrapper
 
 
 def shard_experts_(

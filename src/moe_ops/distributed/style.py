@@ -15,10 +15,11 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.utils.checkpoint import checkpoint
 
 from moe_ops._core.torch_private import is_in_backward
-from moe_ops.distributed.experts import check_experts, num_experts_of
+from moe_ops.distributed.experts import check_experts
 from moe_ops.distributed.local import local_view
 from moe_ops.distributed.shard import shard_experts_
 from moe_ops.layers import MoE
+from moe_ops.layers.experts_modules import num_experts_of
 from moe_ops.ops.ep_combine import ep_combine
 from moe_ops.ops.ep_dispatch import ep_dispatch
 

@@ -29,13 +29,14 @@ from torch import Tensor, nn
 from moe_ops.integrations import peft_quantised
 from moe_ops.integrations.default_experts import IMPLEMENTATION
 from moe_ops.integrations.patch import MethodPatch
-from moe_ops.integrations.quantised_experts import check_implementation, is_experts
+from moe_ops.integrations.quantised_experts import check_implementation
 from moe_ops.integrations.transformers import (
     Experts,
     in_dtype_for,
     up_name,
     weight_and_bias,
 )
+from moe_ops.layers.experts_modules import is_interface_experts
 from moe_ops.layers.lora import LoraWeights, lora_experts
 from moe_ops.quantization import QuantizedWeight
 
@@ -307,7 +308,7 @@ def _obstacle(wrappers: list[ParamWrapper], *, runs: bool = True) -> str | None:
     """
     experts = wrappers[-1].base_layer
     name = type(experts).__name__
-    if not is_experts(experts):
+    if not is_interface_experts(experts):
         return f"{name} does not go through transformers' experts interface"
     implementation = getattr(experts.config, "_experts_implementation", None)
     if implementation != IMPLEMENTATION:
@@ -369,7 +370,7 @@ def _outermost_wrappers(model: nn.Module) -> Iterator[tuple[str, ParamWrapper]]:
             continue
         # PEFT wraps parameters of any module, such as the weight of a linear layer.
         experts = module.get_base_layer()
-        if is_experts(experts) or getattr(experts, module.parameter_name).ndim == 3:
+        if is_interface_experts(experts) or getattr(experts, module.parameter_name).ndim == 3:
             yield name, module
 
 

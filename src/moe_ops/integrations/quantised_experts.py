@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from moe_ops.integrations import peft_hook
 from moe_ops.integrations.default_experts import IMPLEMENTATION
 from moe_ops.integrations.transformers_private import mark_initialized
+from moe_ops.layers.experts_modules import is_interface_experts
 from moe_ops.quantization import QuantizedWeight, quantize_weight
 from moe_ops.quantization.storage import layout_of
 
@@ -107,14 +108,9 @@ def dequantize_experts_(
     return list(chosen)
 
 
-def is_experts(module: nn.Module) -> bool:
-    """Tell whether a module goes through transformers' experts interface."""
-    return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
-
-
 def experts_modules(model: nn.Module) -> dict[str, Any]:
     """Return the experts modules of a model, by name."""
-    return {name: module for name, module in model.named_modules() if is_experts(module)}
+    return {name: module for name, module in model.named_modules() if is_interface_experts(module)}
 
 
 def weight_names(experts: Any) -> tuple[str, str]:
