@@ -15,8 +15,8 @@ from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
 from moe_ops.integrations.transformers import MINIMUM_VERSION
-from moe_ops.layers import Experts, load_balance_metrics, update_selection_bias_
-from moe_ops.layers.lora import LoraExperts
+from moe_ops.layers import load_balance_metrics, update_selection_bias_
+from moe_ops.layers.experts_modules import experts_in, num_experts_of
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -49,13 +49,9 @@ class TokenCounts:
     def __init__(self, model: nn.Module) -> None:
         self.counts: dict[str, Tensor] = {}
         self._hooks: list[RemovableHandle] = []
-        inner: set[nn.Module] = set()
-        for name, module in model.named_modules():
-            if module in inner or (experts := _experts_of(module)) is None:
-                continue
-            inner.update(module.modules())
+        for name, module in experts_in(model):
             device = next(itertools.chain(module.parameters(), module.buffers())).device
-            counts = torch.zeros(_num_experts(experts), dtype=torch.long, device=device)
+            counts = torch.zeros(num_experts_of(module), dtype=torch.long, device=device)
             self.counts[name] = counts
             self._hooks.append(
                 module.register_forward_pre_hook(_counting_into(counts), with_kwargs=True)
@@ -176,19 +172,6 @@ class SelectionBiasCallback(TrainerCallback):
         if self._token_counts is not None:
             self._token_counts.remove()
             self._token_counts = None
-
-
-def _experts_of(module: nn.Module) -> nn.Module | None:
-    """Return the experts module that this is, or that PEFT's wrappers have inside; or None."""
-    while isinstance(base := getattr(module, "base_layer", None), nn.Module):
-        module = base
-    is_experts = hasattr(module, "is_transposed") or isinstance(module, (Experts, LoraExperts))
-    return module if is_experts else None
-
-
-def _num_experts(experts: Any) -> int:
-    number = getattr(experts, "num_experts", None)
-    return int(experts.down_proj.shape[0] if number is None else number)
 
 
 def _counting_into(counts: Tensor) -> Any:
