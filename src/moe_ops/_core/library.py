@@ -29,6 +29,7 @@ from torch.autograd import forward_ad
 
 from moe_ops._core import codegen, flops, reference
 from moe_ops._core.schema import OpSchema, load_all
+from moe_ops._core.sharded import is_sharded
 from moe_ops._core.torch_private import (
     AFTER_AUTOGRAD,
     any_requires_grad,
@@ -319,8 +320,7 @@ def _refuse_grad(op: Op, argument: str) -> NoReturn:
 def _explain_dtensors(op: Op, args: tuple[Any, ...], error: Exception) -> None:
     """Raise an error that says what to do, where a call failed because it got DTensors."""
     for argument, value in zip(op.schema.arguments, args, strict=False):
-        # By name: importing DTensor takes a second.
-        if isinstance(value, torch.Tensor) and type(value).__name__ == "DTensor":
+        if is_sharded(value):
             raise TypeError(
                 f"{NAMESPACE}::{op.schema.called}: expected plain tensors, or a sharding rule for "
                 f"DTensors, got a DTensor for {argument.name}; spread experts over ranks with "

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.utils.checkpoint import checkpoint
 
+from moe_ops._core.sharded import PARALLEL
 from moe_ops._core.torch_private import is_in_backward
 from moe_ops.distributed.experts import check_experts
 from moe_ops.distributed.local import local_view
@@ -104,7 +105,7 @@ class ExpertParallel(ParallelStyle):
             )
         shard_experts_(experts, device_mesh, num_experts, self.src_data_rank)
         calls = Calls(self, experts, device_mesh, num_experts)
-        experts.__dict__["_expert_parallel"] = calls
+        experts.__dict__[PARALLEL] = calls
         experts.__dict__["forward"] = functools.partial(_forward, calls)
         return module
 
@@ -150,7 +151,7 @@ class Calls:
 
 def calls_of(module: nn.Module) -> Calls | None:
     """Return what ExpertParallel has put on a module, or None."""
-    return module.__dict__.get("_expert_parallel")
+    return module.__dict__.get(PARALLEL)
 
 
 def _forward(

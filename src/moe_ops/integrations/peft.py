@@ -26,6 +26,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from moe_ops._core.sharded import is_sharded
 from moe_ops.integrations import peft_quantised
 from moe_ops.integrations.default_experts import IMPLEMENTATION
 from moe_ops.integrations.patch import MethodPatch
@@ -324,7 +325,7 @@ def _obstacle(wrappers: list[ParamWrapper], *, runs: bool = True) -> str | None:
         if isinstance(weight, QuantizedWeight):
             continue
         # Under expert parallelism it is this rank's part, which is no parameter.
-        is_whole = type(weight) in (nn.Parameter, Tensor) or (not runs and _is_sharded(weight))
+        is_whole = type(weight) in (nn.Parameter, Tensor) or (not runs and is_sharded(weight))
         if not is_whole or weight.dtype not in _DTYPES:
             return f"{parameter} of {name} is a {type(weight).__name__} of {weight.dtype}"
     for wrapper in wrappers:
@@ -335,14 +336,6 @@ def _obstacle(wrappers: list[ParamWrapper], *, runs: bool = True) -> str | None:
 
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def _is_sharded(weight: Tensor) -> bool:
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(weight, DTensor)
 
 
 def _is_hooked(module: nn.Module) -> bool:
