@@ -16,6 +16,8 @@ from collections.abc import Iterator
 
 import torch
 
+from moe_ops._core.sharded import refuse_sharded
+
 BLOCK = 128
 # The largest number in float8_e4m3fn.
 _LARGEST = 448.0
@@ -39,7 +41,7 @@ def quantize_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weight_scale (Tensor (..., ceil(N / 128), ceil(D / 128)), float32): the scale of each block.
 
     Raises:
-        TypeError: weight is not floating, or it is FP8 already.
+        TypeError: weight is not floating, it is FP8 already, or it is a DTensor.
         ValueError: weight has fewer than two dimensions.
 
     Not differentiable. Deterministic bit for bit. moe_ops.QuantizedWeight.from_fp8_block takes
@@ -47,6 +49,7 @@ def quantize_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Source: DeepSeek-V3 (arXiv:2412.19437), section 3.3.
     """
+    refuse_sharded("moe_ops.quantize_fp8", "weight", weight, "quantise it")
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         name = str(weight.dtype).removeprefix("torch.")
         raise TypeError(

@@ -30,6 +30,15 @@ def check_experts(function: str, module: nn.Module) -> None:
             f"{function}: expected a {type(module).__name__} of plain parameters, got DTensors; apply "
             "ExpertParallel once, and before fully_shard"
         )
+    check_implementation(function, base)
+
+
+def check_implementation(function: str, base: nn.Module) -> None:
+    """Refuse experts of transformers that run on another implementation than "moe_ops".
+
+    Raises:
+        ValueError: they do.
+    """
     implementation = getattr(getattr(base, "config", None), "_experts_implementation", "moe_ops")
     if implementation != "moe_ops":
         raise ValueError(

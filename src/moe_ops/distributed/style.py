@@ -16,11 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_ops._core.sharded import PARALLEL
 from moe_ops._core.torch_private import is_in_backward
-from moe_ops.distributed.experts import check_experts
+from moe_ops.distributed.experts import check_experts, check_implementation
 from moe_ops.distributed.local import local_view
 from moe_ops.distributed.shard import shard_experts_
 from moe_ops.layers import MoE
-from moe_ops.layers.experts_modules import num_experts_of
+from moe_ops.layers.experts_modules import base_of, num_experts_of
 from moe_ops.ops.ep_combine import ep_combine
 from moe_ops.ops.ep_dispatch import ep_dispatch
 
@@ -62,7 +62,8 @@ class ExpertParallel(ParallelStyle):
         ValueError: max_tokens_per_rank or capacity_factor that is not positive and finite. From
             parallelize_module: a mesh of several dimensions, a number of experts that the mesh's size
             does not divide, a module without experts or one that is parallel already. From a call: more
-            than max_tokens_per_rank tokens.
+            than max_tokens_per_rank tokens; experts of transformers that were switched to another
+            implementation.
 
     Source: GShard (Lepikhin et al., 2020, arXiv:2006.16668).
     """
@@ -115,6 +116,7 @@ class Calls:
 
     Attributes:
         view (nn.Module): the module with this rank's experts.
+        base (nn.Module): what PEFT's wrappers in the view, if any, are around.
         num_dropped (Tensor (1,), int64): slots of this rank's tokens that had no room, so far.
     """
 
@@ -125,6 +127,7 @@ class Calls:
         self.world_size = mesh.size()
         self.group = mesh.get_group().group_name
         self.view = local_view(experts, num_experts // self.world_size, self.world_size)
+        self.base = base_of(self.view)
         self.num_dropped = torch.zeros(1, dtype=torch.long, device=mesh.device_type)
         self.max_tokens = style.max_tokens_per_rank
         self.keep_rows = style.keep_rows
@@ -172,6 +175,8 @@ def _forward(
     tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
     routing = topk_ids.reshape(-1, top_k), topk_weights.reshape(-1, top_k)
     capacity = calls.capacity(tokens.shape[0], top_k)
+    # The model may have been switched since.
+    check_implementation(_HERE, calls.base)
     if calls.world_size == 1 and calls.factor is None:
         return calls.view.forward(hidden_states, topk_ids, topk_weights)
     if calls.keep_rows or not torch.is_grad_enabled():

@@ -26,7 +26,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from moe_ops._core.sharded import is_sharded
+from moe_ops._core.sharded import is_parallel, is_sharded
 from moe_ops.integrations import peft_quantised
 from moe_ops.integrations.default_experts import IMPLEMENTATION
 from moe_ops.integrations.patch import MethodPatch
@@ -88,6 +88,7 @@ def enable(model: nn.Module) -> list[str]:
 
     Raises:
         ImportError: on import of this module, if peft is missing or older than 0.21.
+        ValueError: PEFT has wrapped the experts after expert_parallel.
 
     Source: PEFT's ParamWrapper, peft/tuners/lora/layer.py, for what its adapters mean.
     """
@@ -179,9 +180,18 @@ def _is_quantised(wrapper: ParamWrapper) -> bool:
 
 
 def _enable(wrappers: dict[str, ParamWrapper]) -> list[str]:
-    """Give outermost wrappers our forward. Return the names of those that it computes split."""
+    """Give outermost wrappers our forward. Return the names of those that it computes split.
+
+    Raises:
+        ValueError: PEFT has wrapped experts that were spread over ranks.
+    """
     enabled = []
     for name, wrapper in wrappers.items():
+        if is_parallel(wrapper.get_base_layer()):
+            raise ValueError(
+                f"moe_ops.integrations.peft: expected adapters that PEFT added before expert_parallel, got "
+                f"some around {name}, whose experts are spread over ranks already; wrap the model first"
+            )
         reason = _obstacle(list(_chain(wrapper)), runs=False)
         if "forward" in wrapper.__dict__ and not _is_ours(wrapper):
             reason = f"the wrapper of {name} has a forward of its own"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_ops._core.sharded import refuse_sharded
 from moe_ops.integrations import peft_hook
 from moe_ops.integrations.default_experts import IMPLEMENTATION
 from moe_ops.integrations.transformers_private import mark_initialized
@@ -89,10 +90,14 @@ def dequantize_experts_(
 
     Raises:
         ValueError: no quantised experts, or a name that fits none of them.
+        TypeError: experts that are spread over ranks. The model then is as it was.
     """
     function = f"{_HERE}.dequantize_experts_"
     found = {n: e for n, e in experts_modules(model).items() if quantized_weights(e)}
     chosen = _chosen(function, "quantised experts", found, model, modules)
+    for at, experts in chosen.items():
+        for name, weight in quantized_weights(experts).items():
+            refuse_sharded(function, f"{at}.{name}.codes", weight.codes, "dequantise the model")
     for experts in chosen.values():
         for name, weight in quantized_weights(experts).items():
             values = torch.ops.moe.dequantize_weight.default(
@@ -214,6 +219,7 @@ def _check_plain(function: str, name: str, weight: Any) -> None:
             f"{function}: expected weights that are not quantised yet, got {name} in {weight.format}; "
             "call dequantize_experts_ on it first, or name other modules"
         )
+    refuse_sharded(function, name, weight, "quantise the model")
     if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.itemsize < 2:
         got = (
             f"{weight.dtype} in a {type(weight).__name__}" if isinstance(weight, Tensor) else weight

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from moe_ops._core.sharded import refuse_sharded
 from moe_ops.quantization import storage
 from moe_ops.quantization.weight import QuantizedWeight
 
@@ -44,7 +45,7 @@ def quantize_weight(
         quantised (QuantizedWeight (E, N, D)): on the weight's device; its dtype is weight's.
 
     Raises:
-        TypeError: weight is no tensor, is not floating, or has 8 bits or fewer.
+        TypeError: weight is no tensor, a DTensor, not floating, or has 8 bits or fewer.
         ValueError: weight has not three dimensions; an unknown format; a group_size that it has not.
 
     Not differentiable. Deterministic bit for bit. It takes one expert at a time, and temporaries a few
@@ -56,6 +57,7 @@ def quantize_weight(
     is_quantized = isinstance(weight, QuantizedWeight)
     advice = "; pass its .dequantize() to quantise it anew" if is_quantized else ""
     storage.check_tensor(function, "weight", weight, advice)
+    refuse_sharded(function, "weight", weight, "quantise it")
     storage.check_weight_dtype(function, weight.dtype, "weight.dtype")
     if weight.dim() != 3:
         raise ValueError(

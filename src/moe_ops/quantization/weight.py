@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_ops._core.sharded import refuse_sharded
 from moe_ops.quantization import adopt, storage
 from moe_ops.quantization.adopt import Tensors
 from moe_ops.quantization.bitsandbytes import from_bitsandbytes
@@ -236,7 +237,11 @@ class QuantizedWeight(nn.Module):
 
         It calls the op moe::dequantize_weight, which a compiler does not look into. In PyTorch, the
         op takes one expert at a time, and temporaries a few times as large as that in fp32.
+
+        Raises:
+            TypeError: the weight is spread over ranks.
         """
+        refuse_sharded(f"{_HERE}.dequantize", "codes", self.codes, "dequantise it")
         return torch.ops.moe.dequantize_weight.default(*self.stored, self.shape[2], self.dtype)
 
     @property

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from moe_ops._core.sharded import is_parallel
 from moe_ops.fp8 import dequantize_fp8
 from moe_ops.layers.experts import Experts
 from moe_ops.layers.lora.functional import LoraWeights, check_dropout, lora_experts
@@ -94,7 +95,8 @@ class LoraExperts(nn.Module):
     Raises:
         TypeError: experts that are no moe_ops.layers.Experts.
         ValueError: other targets; a dropout_p outside [0, 1); experts with weights_before, recompute
-            or a kernel_config, which are not supported here, whenever they are set; a rank below 1.
+            or a kernel_config, which are not supported here, whenever they are set; a rank below 1;
+            experts after expert_parallel.
     """
 
     def __init__(
@@ -124,6 +126,11 @@ class LoraExperts(nn.Module):
                 "pass None for both"
             )
         _check_experts(experts)
+        if is_parallel(experts):
+            raise ValueError(
+                f"{_HERE}.LoraExperts: expected experts that are not spread over ranks yet, got experts "
+                "after expert_parallel; add the adapters first"
+            )
         check_dropout("LoraExperts", "lora_dropout", lora_dropout)
         _check_rank("LoraExperts", rank)
         self.experts = experts.requires_grad_(False)
