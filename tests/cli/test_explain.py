@@ -174,6 +174,11 @@ def test_what_a_config_says_itself_is_not_given(capsys, tmp_path):
         (["--gpu", "H300"], "expected a GPU of T4, A100"),
         (["--kernel-config", "{", "--gpu", "H100"], "--kernel-config: not JSON"),
         (["--top-k=200", "--gpu", "H100"], "expected --top-k at most --num-experts"),
+        (["--hidden-size=0", "--gpu", "H100"], "expected --hidden-size >= 1, got 0"),
+        (["--num-tokens", "8", "-3", "--gpu", "H100"], "expected --num-tokens >= 1, got -3"),
+        (["--num-tokens=0", "--memory"], "expected --num-tokens >= 1, got 0"),
+        # Sizes come before the GPU, which this machine may not have.
+        (["--top-k=200"], "expected --top-k at most --num-experts"),
     ],
 )
 def test_bad_arguments_get_one_line(capsys, arguments, reason):
@@ -181,6 +186,12 @@ def test_bad_arguments_get_one_line(capsys, arguments, reason):
         cli.main(["explain", *SIZES, *arguments])
     said = str(ended.value) if isinstance(ended.value.code, str) else capsys.readouterr().err
     assert reason in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("num_tokens", "told"), [(1, "\n1 token, "), (2, "\n2 tokens, ")])
+def test_one_of_a_kind_has_no_plural(capsys, num_tokens, told):
+    assert cli.main(["explain", *SIZES, "--gpu", "H100", "--num-tokens", str(num_tokens)]) == 0
+    assert told in capsys.readouterr().out
 
 
 def test_quantised_weights_are_decoded_or_dequantised_with_a_reason(capsys):

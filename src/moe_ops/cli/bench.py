@@ -21,6 +21,7 @@ from torch import Tensor
 
 import moe_ops
 from moe_ops.cli import blocks, experts
+from moe_ops.cli.text import number_of
 from moe_ops.tuning import Experts
 
 PASSES = ("forward", "forward+backward")
@@ -138,7 +139,7 @@ def _rows(
                 for passes in all_passes:
                     rows = [Row(_sizes(layer), tokens, passes, name) for name in names]
                     _measure(rows, block, device, options.seconds)
-                    step(f"{tokens} tokens, {passes}")
+                    step(f"{number_of(tokens, 'token')}, {passes}")
                     yield from rows
 
 
@@ -276,7 +277,7 @@ def _milliseconds(call: Callable[[], Any], device: torch.device) -> float:
 def _sizes(layer: Experts) -> str:
     parts = [
         f"hidden {layer.up[1]}, intermediate {layer.down[1]}",
-        f"{layer.top_k} of {layer.num_experts} experts",
+        f"{layer.top_k} of {number_of(layer.num_experts, 'expert')}",
         str(layer.dtype).removeprefix("torch."),
         *(["biases"] if layer.has_bias else []),
         *(["transposed"] if layer.transposed else []),
@@ -286,7 +287,7 @@ def _sizes(layer: Experts) -> str:
 
 
 def _device(device: torch.device) -> str:
-    name = f"CPU {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    name = f"CPU {torch.backends.cpu.get_cpu_capability()}, {number_of(torch.get_num_threads(), 'thread')}"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     return f"{name}, torch {torch.__version__}, moe_ops {moe_ops.__version__}"
@@ -299,7 +300,7 @@ def _table(rows: list[Row], device: torch.device) -> Iterator[str]:
     groups = dict.fromkeys((row.block, row.num_tokens) for row in rows)
     for block, num_tokens in groups:
         here = [row for row in rows if (row.block, row.num_tokens) == (block, num_tokens)]
-        yield f"\n{block}; {num_tokens} tokens"
+        yield f"\n{block}; {number_of(num_tokens, 'token')}"
         headings = dict.fromkeys(row.passes for row in here)
         yield f"  {'':<12}" + "".join(f"{passes:<24}" for passes in headings).rstrip()
         for name in dict.fromkeys(row.name for row in here):
@@ -340,7 +341,7 @@ def _draw(rows: list[Row], device: torch.device, file: Path) -> None:
             places = [place + (i - (len(names) - 1) / 2) * width for place in range(len(groups))]
             bars = axes.bar(places, heights, width, label=name)
             axes.bar_label(bars, [f"{h:.2f}" if h else "" for h in heights], fontsize=7)
-        axes.set_xticks(range(len(groups)), [f"{tokens} tokens" for _, tokens in groups])
+        axes.set_xticks(range(len(groups)), [number_of(tokens, "token") for _, tokens in groups])
         axes.set_title(passes, fontsize=10)
         axes.set_ylabel("ms")
     handles, labels = panels[0].get_legend_handles_labels()

@@ -13,6 +13,7 @@ import torch
 
 from moe_ops import tuning
 from moe_ops.cli import experts, memory
+from moe_ops.cli.text import number_of
 from moe_ops.configs.device import KNOWN_GPUS, Device, device_of, known_gpu
 from moe_ops.configs.kernel_config import KernelConfig
 from moe_ops.configs.kernel_string import why_not_kernel_config
@@ -96,8 +97,8 @@ def explain(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Ite
     if text is not None and (reason := why_not_kernel_config(text)) is not None:
         parser.error(f"--kernel-config: {reason}")
     try:
-        device = _device(options.gpu)
         layers = experts.experts_of(options)
+        device = _device(options.gpu)
         num_tokens = options.num_tokens or tuning.NUM_TOKENS
         rows = [
             (layer, [*_rows(layer, tokens, device, text, options.separate_ops, options.quantized)])
@@ -266,7 +267,8 @@ def _lines(
     for layer, of_layer in rows:
         yield ""
         yield (
-            f"{of_layer[0].num_tokens} tokens, {layer.num_experts} experts, top {layer.top_k}, "
+            f"{number_of(of_layer[0].num_tokens, 'token')}, {number_of(layer.num_experts, 'expert')}, "
+            f"top {layer.top_k}, "
             f"up {layer.up[0]}x{layer.up[1]}, down {layer.down[0]}x{layer.down[1]}, "
             f"{str(layer.dtype).removeprefix('torch.')}"
         )

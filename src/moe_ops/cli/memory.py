@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from moe_ops.cli.text import number_of
 from moe_ops.configs.device import KNOWN_GPUS
 from moe_ops.configs.problem import rows_bucket
 from moe_ops.quantization import storage
@@ -109,7 +110,7 @@ def lines(memory: Memory) -> Iterator[str]:
     name, unit = (
         ("GB (1e9 bytes)", _GB) if memory.bfloat16 >= _GB else ("MB (1e6 bytes)", _GB / 1e3)
     )
-    yield f"{_number_of(memory.num_layers, 'layer')} of experts, {name}"
+    yield f"{number_of(memory.num_layers, 'layer')} of experts, {name}"
     yield f"  weights in bfloat16   {memory.bfloat16 / unit:8.2f}"
     for format, size in memory.formats.items():
         yield f"  weights in {format:<11}{size / unit:8.2f}   {size / memory.bfloat16:.1%}"
@@ -118,14 +119,10 @@ def lines(memory: Memory) -> Iterator[str]:
     yield f"  LoRA, rank {memory.rank}, fp32   {memory.adapters / unit:8.2f}   gradients the same"
     yield f"  its AdamW state       {memory.optimizer / unit:8.2f}"
     yield (
-        f"  kept for backward     {memory.activations / unit:8.2f}   at {_number_of(memory.num_tokens, 'token')}; "
+        f"  kept for backward     {memory.activations / unit:8.2f}   at {number_of(memory.num_tokens, 'token')}; "
         f"{memory.activations_of_a_layer / unit:.2f} of one layer"
     )
     yield f"  scratch               {memory.scratch / unit:8.2f}"
-
-
-def _number_of(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def table_row(name: str, memory: Memory) -> str:
