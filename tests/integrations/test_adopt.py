@@ -223,7 +223,7 @@ def _compressed(**weights):
 @pytest.mark.parametrize(
     ("quantization_config", "text"),
     [
-        (None, "expected the config of a quantised checkpoint, got a GptOssConfig without"),
+        (None, "expected the config of a quantised checkpoint, got GptOssConfig without"),
         ({"quant_method": "gptq"}, "quant_method to be one of mxfp4, fp8, bitsandbytes, .*'gptq'"),
         (
             {**FP8, "weight_block_size": None},

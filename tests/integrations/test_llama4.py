@@ -155,7 +155,7 @@ def test_rejects_models_without_such_layers():
     """A block of moe_ops.compat computes in its own way already."""
     config = make_llama4().config
     for model in (make_model("qwen3_moe"), nn.Linear(2, 2), Llama4GroupedGemmTextMoe(config)):
-        with pytest.raises(ValueError, match=f"got a {type(model).__name__} without; other models"):
+        with pytest.raises(ValueError, match=f"got {type(model).__name__} without; other models"):
             replace_llama4_moe_(model)
 
 
@@ -185,7 +185,7 @@ def packed(layer):
         (hooked, "has hooks on its experts"),
         (another_forward, "has a forward of its own"),
         (another_activation, "has an activation that is unknown here, Mish"),
-        (packed, "has a down_proj that is a Packed of torch.float32"),
+        (packed, "has down_proj as Packed of torch.float32"),
     ],
 )
 def test_rejects_what_it_cannot_compute(change, reason):

@@ -68,7 +68,7 @@ FALLBACKS = {
     "hooked experts": (hooked_experts, "Qwen3MoeExperts in Qwen3MoeExperts has hooks"),
     "hooked wrapper": (hooked_wrapper, "ParamWrapper in Qwen3MoeExperts has hooks"),
     "norm": (experts_with_a_norm, "Qwen3MoeExperts has a norm after each expert"),
-    "packed": (packed_weight, "down_proj of Qwen3MoeExperts is a Packed of torch.float32"),
+    "packed": (packed_weight, "down_proj of Qwen3MoeExperts is Packed of torch.float32"),
 }
 
 

@@ -154,9 +154,7 @@ def test_other_sizes_of_blocks():
     model = two_layers()
     quantize_experts_(model, "int4", group_size=128)
     assert {weight.group_size for weight in weights_of(model).values()} == {128}
-    with pytest.raises(
-        ValueError, match="expected group_size of int4 to be one of 32, 128, got 64"
-    ):
+    with pytest.raises(ValueError, match="expected group_size of int4 to be 32 or 128, got 64"):
         quantize_experts_(two_layers(), "int4", group_size=64)
 
 
@@ -168,10 +166,10 @@ def test_what_has_no_plain_experts():
     ):
         quantize_experts_(model, "int4")
     assert len(weights_of(model)) == 2
-    with pytest.raises(ValueError, match=r"expected a model with experts .*, got a Linear without"):
+    with pytest.raises(ValueError, match=r"expected a model with experts .*, got Linear without"):
         quantize_experts_(torch.nn.Linear(2, 2), "nf4")
     with pytest.raises(
-        ValueError, match=r"with quantised experts .*, got a Qwen3MoeForCausalLM with"
+        ValueError, match=r"with quantised experts .*, got Qwen3MoeForCausalLM with"
     ):
         dequantize_experts_(two_layers())
     experts = find_experts(model)[0]

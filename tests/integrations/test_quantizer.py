@@ -194,7 +194,7 @@ def test_register_is_repeatable_and_can_be_undone():
         (
             {"format": "int4", "group_size": 7},
             ValueError,
-            "expected group_size of int4 to be one of",
+            "expected group_size of int4 to be 32 or 128",
         ),
         (
             {"format": "nf4", "modules": "layers.0.mlp.experts"},

@@ -148,7 +148,7 @@ def test_stands_in_a_layer_that_is_made_of_parts():
     output, _ = layer(torch.randn(5, 8))
     assert output.shape == (5, 8)
     with pytest.raises(
-        TypeError, match=r"expected experts to be a moe_ops\.layers\.Experts, got a Lora"
+        TypeError, match=r"expected experts to be a moe_ops\.layers\.Experts, got Lora"
     ):
         LoraExperts(layer.experts, 2)
 

@@ -305,7 +305,7 @@ def test_load_from_rejects_another_block():
         layer.load_from(as_a_class_of_ones_own(make_block("qwen2_moe")))
     for other in ("qwen2_moe", "mixtral", "olmoe"):
         name = type(make_block(other)).__name__
-        expected = rf"expected a Qwen3MoeSparseMoeBlock, got a {name}; .* a qwen3_moe config$"
+        expected = rf"expected Qwen3MoeSparseMoeBlock, got {name}; .* a qwen3_moe config$"
         with pytest.raises(ValueError, match=expected):
             layer.load_from(make_block(other))
     shape = r"expected experts.down_proj to be \(8, 32, 24\), got \(8, 32, 12\) in "

@@ -272,7 +272,7 @@ def bad_calls():
         at + "weight_scale.dtype in (bfloat16, float16, float32), got float64"
     )  # fmt: skip
     yield from_int4, (words, scale, (N, D), 64), ValueError, (
-        at + "group_size of int4 to be one of 32, 128, got 64"
+        at + "group_size of int4 to be 32 or 128, got 64"
     )  # fmt: skip
     yield from_int4, (words, scale, (N, D), 128), ValueError, (
         at + "weight_scale.shape == (3, 130, 2), got (3, 130, 8)"

@@ -39,7 +39,7 @@ def expert_parallel(
     found = [module for _, module in experts_in(model)]
     if not found:
         raise ValueError(
-            "moe_ops.distributed.expert_parallel: expected a model with experts modules, got a "
+            "moe_ops.distributed.expert_parallel: expected a model with experts modules, got "
             f"{type(model).__name__} without; its experts bypass transformers' experts interface"
         )
     for module in found:

@@ -22,12 +22,12 @@ def check_experts(function: str, module: nn.Module) -> None:
     if not is_experts(base):
         raise ValueError(
             f"{function}: expected an experts module (moe_ops.layers.MoE, Experts or LoraExperts, or "
-            f"one of transformers' experts interface), got a {type(module).__name__}; name it in the "
+            f"one of transformers' experts interface), got {type(module).__name__}; name it in the "
             'plan, as {"layers.*.mlp.experts": ExpertParallel()}'
         )
     if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
         raise ValueError(
-            f"{function}: expected a {type(module).__name__} of plain parameters, got DTensors; apply "
+            f"{function}: expected plain parameters in {type(module).__name__}, got DTensors; apply "
             "ExpertParallel once, and before fully_shard"
         )
     check_implementation(function, base)

@@ -76,7 +76,7 @@ def adopt_config(config: Any) -> Any:
     theirs = getattr(holder, "quantization_config", None)
     if theirs is None:
         raise ValueError(
-            f"{_HERE}: expected the config of a quantised checkpoint, got a {type(config).__name__} "
+            f"{_HERE}: expected the config of a quantised checkpoint, got {type(config).__name__} "
             "without quantization_config; pass quantization_config=MoeOpsConfig(...) to from_pretrained "
             "to quantise it"
         )

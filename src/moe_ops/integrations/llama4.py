@@ -62,7 +62,7 @@ def replace_llama4_moe_(model: nn.Module) -> list[str]:
     }
     if not blocks:
         raise ValueError(
-            f"{_FUNCTION}: expected a model with Llama4TextMoe layers, got a {type(model).__name__} "
+            f"{_FUNCTION}: expected a model with Llama4TextMoe layers, got {type(model).__name__} "
             "without; other models take experts_implementation='moe_ops'"
         )
     for name, block in blocks.items():
@@ -118,7 +118,7 @@ def _obstacle(block: Any) -> str | None:
         weight = getattr(experts, name, None)
         if type(weight) is not nn.Parameter or weight.dtype not in _DTYPES:
             dtype = getattr(weight, "dtype", None)
-            return f"has a {name} that is a {type(weight).__name__} of {dtype}"
+            return f"has {name} as {type(weight).__name__} of {dtype}"
     if activation_name(experts.act_fn) is None:
         return f"has an activation that is unknown here, {type(experts.act_fn).__name__}"
     return None

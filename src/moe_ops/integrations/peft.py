@@ -95,7 +95,7 @@ def enable(model: nn.Module) -> list[str]:
     wrappers = dict(_outermost_wrappers(model))
     if not wrappers:
         _log_once(
-            "enable: expected a model with LoRA adapters on its experts, got a "
+            "enable: expected a model with LoRA adapters on its experts, got "
             f"{type(model).__name__} without: nothing to do; pass peft "
             "LoraConfig(target_parameters=[...])"
         )
@@ -337,7 +337,7 @@ def _obstacle(wrappers: list[ParamWrapper], *, runs: bool = True) -> str | None:
         # Under expert parallelism it is this rank's part, which is no parameter.
         is_whole = type(weight) in (nn.Parameter, Tensor) or (not runs and is_sharded(weight))
         if not is_whole or weight.dtype not in _DTYPES:
-            return f"{parameter} of {name} is a {type(weight).__name__} of {weight.dtype}"
+            return f"{parameter} of {name} is {type(weight).__name__} of {weight.dtype}"
     for wrapper in wrappers:
         parameter = wrapper.parameter_name
         if parameter not in (up_name(experts), "down_proj"):

@@ -199,7 +199,7 @@ def _chosen(
     if not found:
         raise ValueError(
             f"{function}: expected a model with {what} that go through transformers' experts "
-            f"interface, got a {type(model).__name__} without"
+            f"interface, got {type(model).__name__} without"
         )
     patterns = None if modules is None else list(modules)
     for pattern in patterns or ():
@@ -221,9 +221,7 @@ def _check_plain(function: str, name: str, weight: Any) -> None:
         )
     refuse_sharded(function, name, weight, "quantise the model")
     if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.itemsize < 2:
-        got = (
-            f"{weight.dtype} in a {type(weight).__name__}" if isinstance(weight, Tensor) else weight
-        )
+        got = f"{weight.dtype} in {type(weight).__name__}" if isinstance(weight, Tensor) else weight
         raise TypeError(
             f"{function}: expected {name} to be a parameter in bfloat16, float16, float32 or float64, "
             f"got {got}"

@@ -140,7 +140,7 @@ class MoE(nn.Module):
         expected_class = CLASSES[self._model_type]
         if known and known[0] != expected_class:
             raise ValueError(
-                f"moe_ops.layers.MoE.load_from: expected a {expected_class}, got a "
+                f"moe_ops.layers.MoE.load_from: expected {expected_class}, got "
                 f"{type(block).__name__}; this layer was made from a {self._model_type} config"
             )
         theirs = {

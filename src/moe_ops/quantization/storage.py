@@ -50,9 +50,9 @@ def layout_of(
         ("scale_encoding", scale_encoding, encodings),
     ):
         if value is not None and (isinstance(value, float) or value not in allowed):
+            choice = " or ".join(map(str, allowed))
             raise ValueError(
-                f"{function}: expected {name} of {format} to be one of "
-                f"{', '.join(map(str, allowed))}, got {value!r}"
+                f"{function}: expected {name} of {format} to be {choice}, got {value!r}"
             )
     is_sizes = _are_integers(shape)
     if not is_sizes or len(shape) != 3 or min(shape) < 0:

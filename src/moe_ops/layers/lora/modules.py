@@ -113,7 +113,7 @@ class LoraExperts(nn.Module):
         super().__init__()
         if not isinstance(experts, Experts):
             raise TypeError(
-                f"{_HERE}.LoraExperts: expected experts to be a moe_ops.layers.Experts, got a "
+                f"{_HERE}.LoraExperts: expected experts to be a moe_ops.layers.Experts, got "
                 f"{type(experts).__name__}; use lora_experts for other weights"
             )
         self._is_merged = False

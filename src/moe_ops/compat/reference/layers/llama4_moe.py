@@ -137,7 +137,7 @@ class Llama4GroupedGemmTextMoe(Llama4TextMoe):
         if ours.keys() != theirs.keys():
             caller, got = f"{type(self).__name__}.{method}", type(other).__name__
             expected = f"other to be a Llama4TextMoe with the parameters {sorted(ours)}"
-            raise TypeError(f"{caller}: expected {expected}, got a {got} with {sorted(theirs)}")
+            raise TypeError(f"{caller}: expected {expected}, got {got} with {sorted(theirs)}")
         return [(name, ours[name], theirs[name]) for name in ours]
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
