@@ -200,32 +200,54 @@ def test_quantised_weights_are_decoded_or_dequantised_with_a_reason(capsys):
     assert {row["kind"] for row in rows} == {"forward", "backward_dX"}
     assert [row["kernel"] for row in few[:2]] == ["decoding", "decoding"]
     for row in few[:2]:
-        assert row["weight"].startswith(
-            "decoded in the product: a weight of 4 bits costs as much as "
+        assert row["weight"] == (
+            "decoded by the product itself, once for each tile of rows (1.0 an expert): a number costs 1.5 "
+            "bytes of reading that way, and 4.5 by way of a scratch (estimates)"
         )
         assert row["scratch_bytes"] == 0
     up, down = many[:2]
     assert (up["kernel"], down["kernel"]) == ("pingpong", "pingpong")
     # Half of the up projection in bf16, and all of the down projection.
     assert up["scratch_bytes"] == down["scratch_bytes"] == 64 * 1536 * 2048 * 2
-    assert up["weight"].startswith("dequantised in 2 parts of 64 experts, 384 MiB each, since ")
-    assert down["weight"].startswith("dequantised whole, to 384 MiB: ")
+    assert up["weight"] == (
+        "dequantised first, 64 experts at a time into 384 MiB (at most 512 MiB, or one expert): a number "
+        "costs 4.5 bytes of reading that way; the product itself would decode it once for each tile of "
+        "rows (16.5 an expert), at 24.8 (estimates)"
+    )
+    assert down["weight"].startswith("dequantised first, all experts at once into 384 MiB: ")
     for row in [*few, *many]:
         if row["kind"] == "backward_dX":
-            assert "no kernel decodes a weight along its out_features" in row["weight"]
+            assert row["weight"].endswith(
+                ": dX reads the weight along out_features, and no kernel decodes along these"
+            )
 
 
 def test_a_given_configuration_takes_the_kernels_of_plain_weights(capsys):
     arguments = ["--gpu", "h200", "--quantized", "nf4", "--num-tokens", "8"]
     _, rows = explained(capsys, *arguments, "--kernel-config", SPECIALIZED)
     assert rows[0]["kernel"] != "decoding"
-    assert rows[0]["weight"].endswith("kernel_config is of a kernel for plain weights")
+    assert rows[0]["weight"].endswith(
+        ": kernel_config was given, which is for kernels of plain weights"
+    )
 
 
 def test_gpus_without_the_tensor_cores_dequantise(capsys):
     arguments = ["--gpu", "T4", "--quantized", "nf4", "--num-tokens", "8", "--dtype", "float16"]
     _, rows = explained(capsys, *arguments)
     assert {row["kernel"] for row in rows} == {"persistent"}
+    assert rows[0]["weight"].endswith("compute capability 8.0, and this GPU has 7.5")
+
+
+def test_the_reasons_are_printed(capsys):
+    """Of small weights the scratch is told in KiB."""
+    sizes = ["--hidden-size=64", "--intermediate-size=32", "--num-experts=2", "--top-k=2"]
+    arguments = ["--gpu", "h200", "--quantized", "int4", "--num-tokens", "1"]
+    assert cli.main(["explain", *sizes, *arguments]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "\n        its weight is decoded by the product itself, once for each tile of rows " in out
+    )
+    assert "its weight is dequantised first, all experts at once into 8 KiB: dX" in out
 
 
 def memory(capsys, *arguments):

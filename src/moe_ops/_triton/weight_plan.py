@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decide how a product reads its quantised weight, and why, before anything is allocated.
 
-Two ways compute the same. A kernel may decode within the product: it reads the packed bytes, and
-decodes them again for each tile of rows. Or the weight is first dequantised to a scratch, and a
-kernel for plain weights multiplies by that: the scratch is written once and read once. The scratch
-holds as many experts as a bound of its bytes allows. Then each part of the experts is one product.
+Two ways compute the same:
+
+- The product's kernel decodes the weight. It reads the packed bytes, and decodes them again for each
+  tile of rows.
+- The weight is dequantised first, to a scratch that is written once and read once. A kernel for plain
+  weights multiplies by it. The scratch holds as many experts as a bound of its bytes allows. Each
+  part of the experts is then one product.
+
+The way that costs less is taken. The costs are estimates: they count bytes and instructions, and
+nobody has measured them on a GPU.
 """
 
 from __future__ import annotations
@@ -19,10 +25,10 @@ from moe_ops.configs.device import Device
 from moe_ops.configs.kernel_string import parse
 from moe_ops.quantization.formats import FORMATS
 
-# A part costs three launches and the last wave of its tiles, 1% to 2% of a part's product where a
-# part has this size. Activations of 16,384 tokens are as large.
+# A part costs three launches and the last wave of its tiles: an estimated 1% to 2% of its product
+# where it has this size. Activations of 16,384 tokens are as large.
 SCRATCH_BYTES = 512 * 2**20
-# To decode a number takes a GPU as long as to read so many bytes: 5 or 6 instructions.
+# Decoding a number takes about as long as reading so many bytes: 5 or 6 instructions. An estimate.
 _DECODING = 1.0
 # Rows of the lowest tile, which tensor cores multiply.
 _LOW = 16
@@ -79,46 +85,59 @@ def plan_weight(
         device: the GPU.
         kernel_config: the caller's configurations, as one string.
     """
-    bits = FORMATS[format].codes.bits
     height = _tile_rows(rows)
     # Beside its full tiles an expert has a last one, which is half full in the mean.
     tiles = max(rows / height + 0.5, 1.0)
-    decoding = tiles * (bits / 8 + _DECODING)
-    moving = bits / 8 + 2 * dtype.itemsize
-    costs = (
-        f"a weight of {bits} bits costs as much as {decoding:.1f} bytes if each of {tiles:.1f} row "
-        f"tiles of an expert decodes it, and {moving:.1f} if a scratch is written and read"
-    )
-    obstacle = None
-    if kind != "forward":
-        obstacle = "no kernel decodes a weight along its out_features, as dX reads it"
-    elif kernel_config is not None and kind in parse(kernel_config):
-        obstacle = "kernel_config is of a kernel for plain weights"
-    elif device.capability < (8, 0) and not device.is_interpreted:
-        obstacle = (
-            "the tile of the kernel that decodes needs tensor cores of compute capability 8.0"
-        )
-    elif 0 in {num_experts, out_features, in_features}:
-        obstacle = "it has no elements"
+    packed = FORMATS[format].codes.bits / 8
+    decoding, moving = tiles * (packed + _DECODING), packed + 2 * dtype.itemsize
+    obstacle = _obstacle(kind, (num_experts, out_features, in_features), device, kernel_config)
     if obstacle is None and decoding <= moving:
         options, programs = _tile(height, group_size, dtype)
-        reason = f"decoded in the product: {costs}"
+        reason = (
+            f"decoded by the product itself, once for each tile of rows ({tiles:.1f} an expert): a number "
+            f"costs {decoding:.1f} bytes of reading that way, and {moving:.1f} by way of a scratch (estimates)"
+        )
         return WeightPlan(True, options, programs, 1, num_experts, 0, reason)
-    why = obstacle or costs
+    why = obstacle or (
+        f"a number costs {moving:.1f} bytes of reading that way; the product itself would decode it once "
+        f"for each tile of rows ({tiles:.1f} an expert), at {decoding:.1f} (estimates)"
+    )
     of_expert = out_features * in_features * dtype.itemsize
     parts = min(max(-(-num_experts * of_expert // SCRATCH_BYTES), 1), max(num_experts, 1))
     experts = -(-num_experts // parts) if num_experts else 0
     parts = -(-num_experts // experts) if experts else 1
     scratch = experts * of_expert
-    size = f"{scratch / 2**20:.0f} MiB"
     if parts == 1:
-        reason = f"dequantised whole, to {size}: {why}"
+        how = f"all experts at once into {_size(scratch)}"
     else:
-        reason = (
-            f"dequantised in {parts} parts of {experts} experts, {size} each, since a scratch has at "
-            f"most {SCRATCH_BYTES // 2**20} MiB or one expert: {why}"
-        )
+        number = "one expert" if experts == 1 else f"{experts} experts"
+        limit = f"at most {_size(SCRATCH_BYTES)}, or one expert"
+        how = f"{number} at a time into {_size(scratch)} ({limit})"
+    reason = f"dequantised first, {how}: {why}"
     return WeightPlan(False, {}, 0, parts, experts, scratch, reason)
+
+
+def _obstacle(
+    kind: str, shape: tuple[int, int, int], device: Device, kernel_config: str | None
+) -> str | None:
+    """Say why the product's kernel cannot decode the weight; None where it can."""
+    if kind != "forward":
+        return "dX reads the weight along out_features, and no kernel decodes along these"
+    if kernel_config is not None and kind in parse(kernel_config):
+        return "kernel_config was given, which is for kernels of plain weights"
+    if device.capability < (8, 0) and not device.is_interpreted:
+        major, minor = device.capability
+        return (
+            "the kernel that decodes needs tensor cores of compute capability 8.0, and this GPU has "
+            f"{major}.{minor}"
+        )
+    return "the weight has no elements" if 0 in shape else None
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes < 2**20:
+        return f"{num_bytes / 2**10:.0f} KiB"
+    return f"{num_bytes / 2**20:.0f} MiB"
 
 
 def _tile_rows(rows: int) -> int:

@@ -285,7 +285,7 @@ def _lines(
                 yield "        " + ", ".join(
                     f"{name}={value}" for name, value in row.config.items()
                 )
-                yield f"        {row.reason}"
+                yield f"        its weight is {row.weight}"
                 continue
             yield f"        {tuning.describe(_config_of(row))}"
             if row.neighbour is not None:
