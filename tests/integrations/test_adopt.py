@@ -166,6 +166,14 @@ def test_layers_that_are_plain_stay_so(format, tmp_path, input_ids):
     assert_values(load(tmp_path / "again"), load(plain))
 
 
+def test_a_file_that_does_not_name_its_method(tmp_path):
+    """bitsandbytes' files did not, before there were other methods."""
+    quantised, plain = write_checkpoint(tmp_path, "nf4")
+    config = AutoConfig.from_pretrained(quantised)
+    del config.quantization_config["quant_method"]
+    assert_values(load(quantised, adopt_config(config)), load(plain))
+
+
 def test_another_dtype(tmp_path):
     quantised, plain = write_checkpoint(tmp_path, "fp8_block")
     model = adopt(quantised, dtype=torch.float32)

@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
 
 from moe_ops.integrations import transformers_private
 from moe_ops.integrations.quantised_experts import set_quantized
-from moe_ops.integrations.sources import SOURCES, Source, check_adoptable, required
+from moe_ops.integrations.sources import SOURCES, Source, check_adoptable, method_of, required
 from moe_ops.quantization import QuantizedWeight
 
 _HERE = "moe_ops.integrations.transformers.adopt_config"
@@ -98,7 +98,7 @@ def conversions(quantizer: Any, theirs: list[Any], weights: list[str]) -> list[A
         theirs: the model's own, for plain weights.
         weights: names of the experts' weights.
     """
-    source = SOURCES[quantizer.quantization_config.adopt["quant_method"]]
+    source = _source_of(quantizer)
     mine: list[Any] = [
         WeightRenaming(source_patterns=old, target_patterns=new) for old, new in source.renamings
     ]
@@ -130,6 +130,10 @@ def finish(model: Any, saved: list[Any]) -> None:
         for conversion in saved
         if conversion.was_used() or hasattr(conversion, "operations")
     ]
+
+
+def _source_of(quantizer: Any) -> Source:
+    return SOURCES[method_of(quantizer.quantization_config.adopt)]
 
 
 def _for_experts(quantizer: Any, source: Source, conversion: Any) -> Any:
@@ -174,7 +178,7 @@ class _AdoptExperts(ConversionOps):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Return nothing, since the weight is in the model already; or plain weights."""
-        source = SOURCES[self.hf_quantizer.quantization_config.adopt["quant_method"]]
+        source = _source_of(self.hf_quantizer)
         module_name, _, name = full_layer_name.rpartition(".")
         experts = model.get_submodule(module_name)
         parameter = getattr(experts, name)
@@ -236,7 +240,7 @@ class _Dequantize(ConversionOps):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Return the weight in the dtype of the model's parameter."""
-        source = SOURCES[self.hf_quantizer.quantization_config.adopt["quant_method"]]
+        source = _source_of(self.hf_quantizer)
         part = {
             pattern.removeprefix("weight").removesuffix("$"): tensors
             if isinstance(tensors, list)

@@ -49,15 +49,21 @@ class Source:
     renamings: tuple[tuple[str, str], ...] = ()
 
 
+def method_of(config: Mapping[str, Any]) -> Any:
+    """Return the method of a quantization_config. bitsandbytes' older files do not name theirs."""
+    method = config.get("quant_method")
+    if method is None and (config.get("load_in_4bit") or config.get("load_in_8bit")):
+        return "bitsandbytes"
+    return method
+
+
 def check_adoptable(function: str, config: Mapping[str, Any]) -> Source:
     """Return the source of a checkpoint with this quantization_config.
 
     Raises:
         ValueError: its experts are quantised in a way that no format stores.
     """
-    method = config.get("quant_method")
-    if method is None and (config.get("load_in_4bit") or config.get("load_in_8bit")):
-        method = "bitsandbytes"
+    method = method_of(config)
     if method not in SOURCES:
         raise ValueError(
             f"{function}: expected quant_method to be one of {', '.join(SOURCES)}, got {method!r}"
