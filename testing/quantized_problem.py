@@ -56,7 +56,7 @@ class Experts:
 
 def values_of(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """Return the weight as the ops dequantise it for rows of this dtype."""
-    return torch.ops.moe.dequantize_weight.default(*weight.stored, weight.shape[2], dtype)
+    return weight.dequantize(dtype)
 
 
 def make_weights(

@@ -90,6 +90,9 @@ def test_dtype_is_the_source_s(dtype):
     weight = quantize_weight(source, "int4")
     assert weight.dtype == weight.dequantize().dtype == dtype
     assert not weight.dequantize().requires_grad
+    exact = weight.dequantize(torch.float64)
+    assert exact.dtype == torch.float64
+    assert torch.equal(exact.to(dtype), weight.dequantize())
 
 
 CASTS = {

@@ -100,9 +100,7 @@ def dequantize_experts_(
             refuse_sharded(function, f"{at}.{name}.codes", weight.codes, "dequantise the model")
     for experts in chosen.values():
         for name, weight in quantized_weights(experts).items():
-            values = torch.ops.moe.dequantize_weight.default(
-                *weight.stored, weight.shape[2], dtype or weight.dtype
-            )
+            values = weight.dequantize(dtype)
             delattr(experts, name)
             values = values.transpose(1, 2).contiguous() if experts.is_transposed else values
             setattr(experts, name, nn.Parameter(values, requires_grad=False))

@@ -229,10 +229,10 @@ class QuantizedWeight(nn.Module):
         """
         return cls(from_bitsandbytes(f"{_HERE}.from_bitsandbytes", data, quant_state), dtype)
 
-    def dequantize(self) -> Tensor:
-        """Return the weight (E, N, D) in `.dtype`.
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the weight (E, N, D) in `dtype`, or in `.dtype` where that is None.
 
-        It is codes times scale in fp32, which is then rounded to `.dtype`. Scales that are NaN or
+        It is codes times scale in fp32, which is then rounded to the dtype. Scales that are NaN or
         infinite propagate. It is not differentiable, and deterministic bit for bit.
 
         It calls the op moe::dequantize_weight, which a compiler does not look into. In PyTorch, the
@@ -242,7 +242,9 @@ class QuantizedWeight(nn.Module):
             TypeError: the weight is spread over ranks.
         """
         refuse_sharded(f"{_HERE}.dequantize", "codes", self.codes, "dequantise it")
-        return torch.ops.moe.dequantize_weight.default(*self.stored, self.shape[2], self.dtype)
+        return torch.ops.moe.dequantize_weight.default(
+            *self.stored, self.shape[2], dtype or self.dtype
+        )
 
     @property
     def stored(self) -> tuple[Tensor | str | int | None, ...]:

@@ -197,9 +197,7 @@ class LoraExperts(nn.Module):
                 "projections to, or keep the adapters"
             )
         for name, quantised_weight in quantised.items():
-            values = torch.ops.moe.dequantize_weight.default(
-                *quantised_weight.stored, quantised_weight.shape[2], dtype
-            )
+            values = quantised_weight.dequantize(dtype)
             delattr(experts, name)
             setattr(experts, name, nn.Parameter(values, requires_grad=False))
         dtype = dtype or next(self.adapters.parameters()).dtype
