@@ -24,7 +24,7 @@ from transformers.core_model_loading import (
 )
 
 from moe_ops.integrations import transformers_private
-from moe_ops.integrations.quantised_experts import set_quantized
+from moe_ops.integrations.quantised_experts import set_quantized, turned
 from moe_ops.integrations.sources import SOURCES, Source, check_adoptable, method_of, required
 from moe_ops.quantization import QuantizedWeight
 
@@ -193,7 +193,7 @@ class _AdoptExperts(ConversionOps):
         if self.plain is not None and all(set(part) == {""} for part in parts):
             return self._plain(parts, parameter.dtype, target_patterns, **kwargs)
         weight = source.experts(full_layer_name, parts, parameter.dtype)
-        expected = tuple((parameter.mT if experts.is_transposed else parameter).shape)
+        expected = tuple(turned(experts, parameter).shape)
         if tuple(weight.shape) != expected:
             raise ValueError(
                 f"{_HERE}: expected {full_layer_name} of the checkpoint to have the shape {expected}, "

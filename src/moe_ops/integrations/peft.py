@@ -30,11 +30,10 @@ from moe_ops._core.sharded import is_parallel, is_sharded
 from moe_ops.integrations import peft_quantised
 from moe_ops.integrations.default_experts import IMPLEMENTATION
 from moe_ops.integrations.patch import MethodPatch
-from moe_ops.integrations.quantised_experts import check_implementation
+from moe_ops.integrations.quantised_experts import check_implementation, up_name
 from moe_ops.integrations.transformers import (
     Experts,
     in_dtype_for,
-    up_name,
     weight_and_bias,
 )
 from moe_ops.layers.experts_modules import is_interface_experts

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import nn
 
-from moe_ops.integrations.quantised_experts import experts_modules, quantized_weights
+from moe_ops.integrations.quantised_experts import experts_modules, quantized_weights, turned
 from moe_ops.quantization import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def stand_ins(model: nn.Module) -> Iterator[None]:
     for experts, weights in replaced.values():
         for name, weight in weights.items():
             delattr(experts, name)
-            setattr(experts, name, _stand_in(weight, experts.is_transposed))
+            setattr(experts, name, _stand_in(experts, weight))
     try:
         yield
     finally:
@@ -58,10 +58,10 @@ def stand_ins(model: nn.Module) -> Iterator[None]:
                 setattr(experts, name, child)
 
 
-def _stand_in(weight: QuantizedWeight, is_transposed: bool) -> nn.Parameter:
+def _stand_in(experts: nn.Module, weight: QuantizedWeight) -> nn.Parameter:
     one = torch.empty((), dtype=weight.dtype, device=weight.device)
     tensor = one.expand(tuple(weight.shape))
-    return nn.Parameter(tensor.transpose(1, 2) if is_transposed else tensor, requires_grad=False)
+    return nn.Parameter(turned(experts, tensor), requires_grad=False)
 
 
 def check_merge_allowed(original: Callable[..., None], self: LoraModel) -> None:

@@ -102,7 +102,7 @@ def dequantize_experts_(
         for name, weight in quantized_weights(experts).items():
             values = weight.dequantize(dtype)
             delattr(experts, name)
-            values = values.transpose(1, 2).contiguous() if experts.is_transposed else values
+            values = turned(experts, values).contiguous()
             setattr(experts, name, nn.Parameter(values, requires_grad=False))
         for key, hook in list(experts._forward_pre_hooks.items()):
             if hook is check_implementation:
@@ -118,7 +118,17 @@ def experts_modules(model: nn.Module) -> dict[str, Any]:
 
 def weight_names(experts: Any) -> tuple[str, str]:
     """Return the names of the two weights of an experts module."""
-    return ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
+    return up_name(experts), "down_proj"
+
+
+def up_name(experts: Any) -> str:
+    """Return the name of an experts module's up projection."""
+    return "gate_up_proj" if experts.has_gate else "up_proj"
+
+
+def turned(experts: Any, weight: Tensor) -> Tensor:
+    """Turn a weight from its class's layout to (num_experts, out_features, in_features), or back."""
+    return weight.transpose(1, 2) if experts.is_transposed else weight
 
 
 def quantized_weights(experts: nn.Module) -> dict[str, QuantizedWeight]:
@@ -133,10 +143,7 @@ def quantized_weights(experts: nn.Module) -> dict[str, QuantizedWeight]:
 
 def quantized(experts: Any, weight: Tensor, format: str, group_size: int | None) -> QuantizedWeight:
     """Quantise a weight of an experts module, in the module's own layout."""
-    plain = weight.detach()
-    return quantize_weight(
-        plain.transpose(1, 2) if experts.is_transposed else plain, format, group_size
-    )
+    return quantize_weight(turned(experts, weight.detach()), format, group_size)
 
 
 def set_quantized(experts: nn.Module, name: str, weight: QuantizedWeight) -> None:

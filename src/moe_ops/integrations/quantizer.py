@@ -35,6 +35,7 @@ from moe_ops.integrations.quantised_experts import (
     quantized,
     quantized_weights,
     set_quantized,
+    turned,
     weight_names,
 )
 from moe_ops.quantization import QuantizedWeight
@@ -131,7 +132,7 @@ class MoeOpsQuantizer(HfQuantizer):
         for name, experts in chosen.items():
             for weight_name in weight_names(experts):
                 plain = getattr(experts, weight_name)
-                shape = tuple((plain.mT if experts.is_transposed else plain).shape)
+                shape = tuple(turned(experts, plain).shape)
                 layout = config.layout(f"{name}.{weight_name}", shape)
                 empty = QuantizedWeight.empty(
                     layout.shape, layout.format, layout.group_size, dtype=plain.dtype,

@@ -21,7 +21,12 @@ from moe_ops import fused_experts
 from moe_ops._pytorch.activation import Activation
 from moe_ops.integrations import default_experts
 from moe_ops.integrations.default_experts import IMPLEMENTATION
-from moe_ops.integrations.quantised_experts import dequantize_experts_, quantize_experts_
+from moe_ops.integrations.quantised_experts import (
+    dequantize_experts_,
+    quantize_experts_,
+    turned,
+    up_name,
+)
 from moe_ops.integrations.transformers_private import forget
 from moe_ops.layers.functional import composed_experts, projection
 from moe_ops.quantization import QuantizedWeight
@@ -290,11 +295,6 @@ def refuse_fp8_experts(self: object, *args: object, **kwargs: object) -> Any:
     )
 
 
-def up_name(experts: Experts | nn.Module) -> str:
-    """Return the name of an experts module's up projection."""
-    return "gate_up_proj" if experts.has_gate else "up_proj"
-
-
 def weight_and_bias(
     experts: Experts, name: str, hidden_states: Tensor
 ) -> tuple[Tensor | QuantizedWeight, Tensor | None]:
@@ -303,9 +303,7 @@ def weight_and_bias(
     bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
     if bias is not None:
         bias = in_dtype_for(weight, bias, hidden_states)
-    if isinstance(weight, QuantizedWeight) or not experts.is_transposed:
-        return weight, bias
-    return weight.transpose(1, 2), bias
+    return weight if isinstance(weight, QuantizedWeight) else turned(experts, weight), bias
 
 
 def in_dtype_for(
