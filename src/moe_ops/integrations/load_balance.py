@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
+from moe_ops.integrations.requirements import missing
 from moe_ops.integrations.transformers import MINIMUM_VERSION
 from moe_ops.layers import load_balance_metrics, update_selection_bias_
 from moe_ops.layers.experts_modules import experts_in, num_experts_of
@@ -21,9 +22,8 @@ from moe_ops.layers.experts_modules import experts_in, num_experts_of
 try:
     from transformers import Trainer, TrainerCallback
 except ImportError as error:
-    raise ImportError(
-        f"moe_ops.integrations.load_balance: expected transformers >= {MINIMUM_VERSION}, got none "
-        f"that can be imported ({error}); pip install 'transformers>={MINIMUM_VERSION}'"
+    raise missing(
+        "moe_ops.integrations.load_balance", "transformers", MINIMUM_VERSION, error
     ) from error
 
 

@@ -31,6 +31,7 @@ from moe_ops.integrations import peft_quantised
 from moe_ops.integrations.default_experts import IMPLEMENTATION
 from moe_ops.integrations.patch import MethodPatch
 from moe_ops.integrations.quantised_experts import check_implementation, up_name
+from moe_ops.integrations.requirements import check_version, missing
 from moe_ops.integrations.transformers import (
     Experts,
     in_dtype_for,
@@ -42,18 +43,15 @@ from moe_ops.quantization import QuantizedWeight
 
 MINIMUM_VERSION = "0.21"
 
-_needs = f"moe_ops.integrations.peft: expected peft >= {MINIMUM_VERSION}"
+_HERE = "moe_ops.integrations.peft"
 try:
     import peft
     from peft.tuners.lora import LoraModel
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTuner
 except ImportError as error:
-    raise ImportError(
-        f"{_needs}, got none that can be imported ({error}); pip install 'peft>={MINIMUM_VERSION}'"
-    ) from error
-if torch.torch_version.TorchVersion(peft.__version__) < MINIMUM_VERSION:
-    raise ImportError(f"{_needs}, got {peft.__version__}; pip install -U peft")
+    raise missing(_HERE, "peft", MINIMUM_VERSION, error) from error
+check_version(_HERE, peft, MINIMUM_VERSION)
 
 logger = logging.getLogger("moe_ops")
 
@@ -188,7 +186,7 @@ def _enable(wrappers: dict[str, ParamWrapper]) -> list[str]:
     for name, wrapper in wrappers.items():
         if is_parallel(wrapper.get_base_layer()):
             raise ValueError(
-                f"moe_ops.integrations.peft: expected adapters that PEFT added before expert_parallel, got "
+                f"{_HERE}: expected adapters that PEFT added before expert_parallel, got "
                 f"some around {name}, whose experts are spread over ranks already; wrap the model first"
             )
         reason = _obstacle(list(_chain(wrapper)), runs=False)
@@ -386,4 +384,4 @@ def _log_merged(reason: str) -> None:
 
 @functools.cache
 def _log_once(text: str) -> None:
-    logger.warning("moe_ops.integrations.peft: %s", text)
+    logger.warning("%s: %s", _HERE, text)

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 import moe_ops
 from moe_ops._pytorch.activation import Activation
+from moe_ops.integrations.requirements import missing
 
 MINIMUM_VERSION = "0.3"
 
@@ -28,9 +29,8 @@ try:
     from torchtitan.models.common import moe, token_dispatcher
     from torchtitan.overrides import fused_swiglu
 except ImportError as error:
-    raise ImportError(
-        f"moe_ops.integrations.torchtitan: expected torchtitan >= {MINIMUM_VERSION}, got none that "
-        f"can be imported ({error}); pip install 'torchtitan>={MINIMUM_VERSION}'"
+    raise missing(
+        "moe_ops.integrations.torchtitan", "torchtitan", MINIMUM_VERSION, error
     ) from error
 
 # torchtitan's w13 (E, F, 2, D) has a row of gate, then the same row of up.

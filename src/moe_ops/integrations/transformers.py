@@ -27,6 +27,7 @@ from moe_ops.integrations.quantised_experts import (
     turned,
     up_name,
 )
+from moe_ops.integrations.requirements import check_version, missing
 from moe_ops.integrations.transformers_private import forget
 from moe_ops.layers.functional import composed_experts, projection
 from moe_ops.quantization import QuantizedWeight
@@ -82,20 +83,18 @@ def register(*, default: bool = False) -> None:
 
     Source: the experts interface of transformers, transformers/integrations/moe.py.
     """
-    needs = f"moe_ops.integrations.transformers: expected transformers >= {MINIMUM_VERSION}"
+    here = "moe_ops.integrations.transformers"
     try:
         import transformers
     except ImportError as error:
-        raise ImportError(
-            f"{needs}, got none installed; pip install 'transformers>={MINIMUM_VERSION}'"
-        ) from error
-    if torch.torch_version.TorchVersion(transformers.__version__) < MINIMUM_VERSION:
-        raise ImportError(f"{needs}, got {transformers.__version__}; pip install -U transformers")
+        raise missing(here, "transformers", MINIMUM_VERSION, error) from error
+    check_version(here, transformers, MINIMUM_VERSION)
     try:
         from transformers.integrations.moe import ExpertsInterface
     except ImportError as error:
         raise ImportError(
-            f"{needs} with its experts interface, got {transformers.__version__} without: {error}"
+            f"{here}: expected transformers >= {MINIMUM_VERSION} with its experts interface, got "
+            f"{transformers.__version__} without: {error}"
         ) from error
     ExpertsInterface.register(IMPLEMENTATION, experts_forward)
     # FP8 experts dispatch through an interface of their own. Unregistered there, the name would be
