@@ -90,7 +90,7 @@ class DecodingGemm:
         x: the rows in expert order, or with x_divisor in the order of tokens or slots.
         weight: the weight (E, N, D).
         rows: the rows of each expert.
-        plan: its in_product holds.
+        plan: one whose in_product is true.
         x_divisor: row i of the product reads x[gather[i] // x_divisor], or with 0 x[i].
         bias ((E, N), floating): added to the product.
         gated: whether N holds gate and up of an activation.
@@ -111,12 +111,8 @@ class DecodingGemm:
     ) -> None:
         refuse_bf16(x)
         self.x, self.weight, self.rows, self.plan = x, weight, rows, plan
-        self.x_divisor, self.bias, self.gated, self.interleaved = (
-            x_divisor,
-            bias,
-            gated,
-            interleaved,
-        )
+        self.x_divisor, self.bias = x_divisor, bias
+        self.gated, self.interleaved = gated, interleaved
 
     @classmethod
     def where_planned(

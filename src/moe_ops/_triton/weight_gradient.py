@@ -36,9 +36,11 @@ def grad_weight(
     num_experts, num_rows = offsets.shape[1], g.shape[0]
     left, right = (x, g) if transposed else (g, x)
     sizes = (num_experts, left.shape[1], right.shape[1])
-    if num_rows == 0 or 0 in sizes:
-        stored = g.new_zeros(sizes)
-        return stored.transpose(1, 2) if transposed else stored
+    is_empty = num_rows == 0 or 0 in sizes
+    stored = g.new_zeros(sizes) if is_empty else g.new_empty(sizes)
+    gradient = stored.transpose(1, 2) if transposed else stored
+    if is_empty:
+        return gradient
     device = device_of(g.device)
     planned = plan_once(
         "backward_dW", g.dtype, num_experts, g.shape[1], x.shape[1],
@@ -55,10 +57,9 @@ def grad_weight(
     block_left, block_right, block_m = planned.tile
     tiles = num_experts * cdiv(sizes[1], block_left) * cdiv(sizes[2], block_right)
     programs = min(device.num_sms * planned.config.programs_per_sm, tiles)
-    stored = g.new_empty(sizes)
     if planned.kernel != PERSISTENT:
         hopper.grad_weight(planned, left, right, stored, offsets, programs, kernel_config)
-        return stored.transpose(1, 2) if transposed else stored
+        return gradient
     tma, columns = planned.tma, block_right // planned.config.epilogue_subtile
     left_desc = describe(left, (block_m, block_left), ragged=True) if tma.x else None
     right_desc = describe(right, (block_m, block_right), ragged=True) if tma.b else None
@@ -70,7 +71,7 @@ def grad_weight(
         PRECISION=precision(g.dtype), **planned.options,
         on=g, kernel_config=kernel_config,
     )  # fmt: skip
-    return stored.transpose(1, 2) if transposed else stored
+    return gradient
 
 
 def grad_bias(
