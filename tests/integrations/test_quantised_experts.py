@@ -172,6 +172,9 @@ def test_what_has_no_plain_experts():
         ValueError, match=r"with quantised experts .*, got Qwen3MoeForCausalLM with"
     ):
         dequantize_experts_(two_layers())
+    with pytest.raises(TypeError, match=r"dequantize_experts_: expected dtype in .*, got int8"):
+        dequantize_experts_(model, dtype=torch.int8)
+    assert len(weights_of(model)) == 2
     experts = find_experts(model)[0]
     experts.down_proj = torch.nn.Parameter(experts.down_proj.to(torch.float8_e4m3fn), False)
     with pytest.raises(

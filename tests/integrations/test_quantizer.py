@@ -201,6 +201,12 @@ def test_register_is_repeatable_and_can_be_undone():
             TypeError,
             "expected modules to be a sequence of names, got 'layers.0.mlp.experts'",
         ),
+        ({"format": "nf4", "modules": [0]}, TypeError, "expected modules to be names, got 0"),
+        (
+            {"format": "nf4", "modules": 0},
+            TypeError,
+            "expected modules to be a sequence of names, got 0",
+        ),
         ({"format": "nf4", "bits": 4}, TypeError, r"got unknown arguments \['bits'\]"),
     ],
 )

@@ -172,8 +172,7 @@ def _quantised(wrappers: dict[str, ParamWrapper]) -> dict[str, ParamWrapper]:
 
 
 def _is_quantised(wrapper: ParamWrapper) -> bool:
-    weight = getattr(wrapper.get_base_layer(), wrapper.parameter_name)
-    return isinstance(weight, QuantizedWeight)
+    return isinstance(peft_quantised.adapted_weight(wrapper), QuantizedWeight)
 
 
 def _enable(wrappers: dict[str, ParamWrapper]) -> list[str]:
@@ -369,8 +368,8 @@ def _outermost_wrappers(model: nn.Module) -> Iterator[tuple[str, ParamWrapper]]:
         if not isinstance(module, ParamWrapper) or id(module) in inner:
             continue
         # PEFT wraps parameters of any module, such as the weight of a linear layer.
-        experts = module.get_base_layer()
-        if is_interface_experts(experts) or getattr(experts, module.parameter_name).ndim == 3:
+        is_experts = is_interface_experts(module.get_base_layer())
+        if is_experts or peft_quantised.adapted_weight(module).ndim == 3:
             yield name, module
 
 

@@ -89,8 +89,13 @@ def merge(self: ParamWrapper, *args: Any, **kwargs: Any) -> None:
     type(self).merge(self, *args, **kwargs)
 
 
+def adapted_weight(wrapper: ParamWrapper) -> Any:
+    """Return the weight that a wrapper adapts: a parameter, or a QuantizedWeight."""
+    return getattr(wrapper.get_base_layer(), wrapper.parameter_name)
+
+
 def _check_plain(wrapper: ParamWrapper) -> None:
-    weight = getattr(wrapper.get_base_layer(), wrapper.parameter_name)
+    weight = adapted_weight(wrapper)
     if isinstance(weight, QuantizedWeight):
         raise ValueError(
             f"{_HERE}: expected plain weights to merge adapters into, got {wrapper.parameter_name} in "

@@ -22,7 +22,7 @@ from moe_ops.integrations.default_experts import IMPLEMENTATION
 from moe_ops.integrations.transformers_private import mark_initialized
 from moe_ops.layers.experts_modules import is_interface_experts
 from moe_ops.quantization import QuantizedWeight, quantize_weight
-from moe_ops.quantization.storage import layout_of
+from moe_ops.quantization.storage import check_weight_dtype, layout_of
 
 _HERE = "moe_ops.integrations.transformers"
 
@@ -90,9 +90,12 @@ def dequantize_experts_(
 
     Raises:
         ValueError: no quantised experts, or a name that fits none of them.
-        TypeError: experts that are spread over ranks. The model then is as it was.
+        TypeError: experts that are spread over ranks; a dtype that no weight has. The model then is as
+            it was.
     """
     function = f"{_HERE}.dequantize_experts_"
+    if dtype is not None:
+        check_weight_dtype(function, dtype)
     found = {n: e for n, e in experts_modules(model).items() if quantized_weights(e)}
     chosen = _chosen(function, "quantised experts", found, model, modules)
     for at, experts in chosen.items():
@@ -184,6 +187,23 @@ def chosen_experts(
     return _chosen(function, "experts", experts_modules(model), model, modules)
 
 
+def names_in(function: str, modules: Sequence[str] | None) -> list[str] | None:
+    """Return the names that `modules` has, or None for None.
+
+    Raises:
+        TypeError: it is no sequence of names.
+    """
+    if modules is None:
+        return None
+    if isinstance(modules, str) or not hasattr(modules, "__iter__"):
+        raise TypeError(f"{function}: expected modules to be a sequence of names, got {modules!r}")
+    names = list(modules)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"{function}: expected modules to be names, got {name!r}")
+    return names
+
+
 def fits(name: str, patterns: Sequence[str] | None) -> bool:
     """Tell whether a module's name, or its end, is one of the patterns. None fits every name."""
     return patterns is None or any(
@@ -199,17 +219,13 @@ def _chosen(
     model: nn.Module,
     modules: Sequence[str] | None,
 ) -> dict[str, Any]:
-    if isinstance(modules, str):
-        raise TypeError(f"{function}: expected modules to be a sequence of names, got {modules!r}")
+    patterns = names_in(function, modules)
     if not found:
         raise ValueError(
             f"{function}: expected a model with {what} that go through transformers' experts "
             f"interface, got {type(model).__name__} without"
         )
-    patterns = None if modules is None else list(modules)
     for pattern in patterns or ():
-        if not isinstance(pattern, str):
-            raise TypeError(f"{function}: expected modules to be names, got {pattern!r}")
         if not any(fits(name, [pattern]) for name in found):
             raise ValueError(
                 f"{function}: expected modules to name {what}, got {pattern!r}; they are "

@@ -32,6 +32,7 @@ from moe_ops.integrations.quantised_experts import (
     dequantize_experts_,
     experts_modules,
     fits,
+    names_in,
     quantized,
     quantized_weights,
     set_quantized,
@@ -91,9 +92,7 @@ class MoeOpsConfig(QuantizationConfigMixin):
         self.quant_method = METHOD  # type: ignore[assignment]
         self.format = format
         self.group_size = group_size
-        if isinstance(modules, str):
-            raise TypeError(f"{_HERE}: expected modules to be a sequence of names, got {modules!r}")
-        self.modules = None if modules is None else list(modules)
+        self.modules = names_in(_HERE, modules)
         self.weights = {name: list(layout) for name, layout in (weights or {}).items()}
         self.adopt = None if adopt is None else dict(adopt)
 
