@@ -379,9 +379,10 @@ class _Builder:
             return self.token_counts
         if match["ids"]:
             return self.topk_ids
-        if argument.values == "sent slots":
+        if argument.values in ("sent slots", "local ids"):
             sizes = (self.known[name] for name in ("num_experts", "world_size", "capacity"))
-            return oracle.sent_slots(self.topk_ids, *sizes)
+            made = oracle.sent_slots if argument.values == "sent slots" else oracle.local_ids
+            return made(self.topk_ids, *sizes)
         if match["inverse"]:
             return torch.argsort(self.tensors[match["inverse"]].long())
         return self.gather_indices

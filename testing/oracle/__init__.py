@@ -26,6 +26,7 @@ from testing.oracle.expert_parallel import (
     ep_dispatch,
     ep_dispatch_backward,
     filled_rows,
+    local_ids,
     sent_slots,
     unspecified,
 )
@@ -74,6 +75,7 @@ __all__ = [
     "grouped_gemm",
     "grouped_gemm_dw",
     "grouped_gemm_dx",
+    "local_ids",
     "permute",
     "plain_call",
     "random_topk_ids",

@@ -37,6 +37,18 @@ def sent_slots(topk_ids: Tensor, num_experts: int, world_size: int, capacity: in
     return places
 
 
+def local_ids(topk_ids: Tensor, num_experts: int, world_size: int, capacity: int) -> Tensor:
+    """Return local_ids of ep_dispatch in a world of one."""
+    assert world_size == 1
+    columns = min(topk_ids.shape[1], num_experts)
+    local = torch.full((capacity * columns,), -1, dtype=torch.int32)
+    places = sent_slots(topk_ids, num_experts, world_size, capacity)
+    for place, expert in zip(places.flatten().tolist(), topk_ids.flatten().tolist(), strict=True):
+        if place >= 0:
+            local[place] = expert
+    return local.reshape(capacity, columns)
+
+
 def dispatch(
     inputs: list[Tensor],
     ids: list[Tensor],
@@ -106,17 +118,19 @@ def ep_dispatch(
 
 
 def ep_combine(
-    input: Tensor, sent_slots: Tensor, num_experts: int, world_size: int, capacity: int, group: str
-) -> Tensor:
+    input: Tensor, local_ids: Tensor, sent_slots: Tensor, num_experts: int, world_size: int,
+    capacity: int, group: str,
+) -> Tensor:  # fmt: skip
     assert world_size == 1
     return combine([input], [sent_slots], num_experts, capacity)[0]
 
 
 def ep_dispatch_backward(
-    grad_output: Tensor, grad_local_weights: Tensor, sent_slots: Tensor, num_experts: int,
-    world_size: int, capacity: int, group: str, needs: list[bool],
+    grad_output: Tensor, grad_local_weights: Tensor, local_ids: Tensor, sent_slots: Tensor,
+    num_experts: int, world_size: int, capacity: int, group: str, needs: list[bool],
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    grad_input = ep_combine(grad_output, sent_slots, num_experts, world_size, capacity, group)
+    sizes = (num_experts, world_size, capacity, group)
+    grad_input = ep_combine(grad_output, local_ids, sent_slots, *sizes)
     sent = to_fp64(grad_local_weights).flatten().tolist()
     grad_weights = torch.tensor(
         [[sent[place] if place >= 0 else 0.0 for place in token] for token in sent_slots.tolist()],

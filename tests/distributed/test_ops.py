@@ -74,7 +74,7 @@ def check_against_the_oracle(rank, world_size):
         outputs = (got[0] * got[2].sum(1, keepdim=True).to(got[0].dtype)).masked_fill(
             ~mask, float("nan")
         )
-        output = moe_ops.ep_combine(outputs, got[3], *sizes)
+        output = moe_ops.ep_combine(outputs, got[1], got[3], *sizes)
         made = [each[0] * each[2].sum(1, keepdim=True) for each in every]
         sums = oracle.expert_parallel.combine(made, [e[3] for e in every], num_experts, capacity)
         scale = torch.stack([each.nan_to_num().abs().sum() for each in made]).sum()
@@ -116,7 +116,7 @@ def check_bits(rank, world_size):
         for _ in range(2):
             rows, local, *rest = moe_ops.ep_dispatch(inputs[rank], ids[rank], weights[rank], *sizes)
             rows = rows.masked_fill(~filled(local), 0)
-            found.append([rows, local, *rest, moe_ops.ep_combine(rows, rest[1], *sizes)])
+            found.append([rows, local, *rest, moe_ops.ep_combine(rows, local, rest[1], *sizes)])
         for one, two in zip(*found, strict=True):
             assert torch.equal(one, two)
 

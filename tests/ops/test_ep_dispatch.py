@@ -42,7 +42,7 @@ def test_what_does_not_fit_is_counted():
     assert ids.tolist() == [[0, 5], [5, 0]]
     assert slots.tolist() == [[0, 1], [-1, -1], [2, 3], [-1, -1]]
     assert dropped.tolist() == [2]
-    output = moe_ops.ep_combine(rows, slots, 6, 1, 2, "")
+    output = moe_ops.ep_combine(rows, ids, slots, 6, 1, 2, "")
     assert output.tolist() == [[0, 1], [0, 0], [4, 5], [0, 0]]
 
 
@@ -60,21 +60,24 @@ def test_slots_that_repeat_an_expert_beyond_the_columns_are_counted():
 
 
 def test_rows_without_a_token_are_not_read():
-    rows, _, weights, slots, _ = moe_ops.ep_dispatch(**arguments())
+    rows, ids, weights, slots, _ = moe_ops.ep_dispatch(**arguments())
     rows[3] = float("nan")
-    output = moe_ops.ep_combine(rows, slots, 6, 1, 4, "")
+    output = moe_ops.ep_combine(rows, ids, slots, 6, 1, 4, "")
     assert output.tolist() == [[0, 1], [0, 0], [4, 5], [6, 7]]
-    grads = torch.ops.moe.ep_dispatch_backward(rows, weights, slots, 6, 1, 4, "", [True, True])
+    grads = torch.ops.moe.ep_dispatch_backward(
+        rows, weights, ids, slots, 6, 1, 4, "", [True, True]
+    )
     assert torch.equal(grads[0], output)
 
 
 def test_tokens_and_ids_are_all_that_is_kept():
-    """What was received is not kept: the backward needs where the slots went."""
+    """The received rows are not kept: the backward needs ids, and where the slots went."""
     call = arguments()
     leaf = call["input"].requires_grad_()
     rows, *_ = moe_ops.ep_dispatch(**call)
-    (kept,) = rows.grad_fn.saved_tensors
-    assert kept.shape == IDS.shape
+    local_ids, sent_slots = rows.grad_fn.saved_tensors
+    assert local_ids.shape == (4, 2)
+    assert sent_slots.shape == IDS.shape
     assert torch.autograd.grad(rows[:3].sum(), leaf)[0].tolist() == [[1, 1], [0, 0], [1, 1], [1, 1]]
 
 

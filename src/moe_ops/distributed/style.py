@@ -180,16 +180,16 @@ def _forward(
     if calls.world_size == 1 and calls.factor is None:
         return calls.view.forward(hidden_states, topk_ids, topk_weights)
     if calls.keep_rows or not torch.is_grad_enabled():
-        rows, sent_slots, num_dropped = _rows(calls, capacity, tokens, *routing)
+        rows, local_ids, sent_slots, num_dropped = _rows(calls, capacity, tokens, *routing)
     else:
-        rows, sent_slots, num_dropped = checkpoint(
+        rows, local_ids, sent_slots, num_dropped = checkpoint(
             functools.partial(_rows, calls, capacity), tokens, *routing, use_reentrant=False
         )
     # A checkpoint around the module calls it again in the backward.
     if torch.compiler.is_compiling() or not is_in_backward():
         calls.num_dropped.add_(num_dropped)
     output = ep_combine(
-        rows, sent_slots, calls.num_experts, calls.world_size, capacity, calls.group
+        rows, local_ids, sent_slots, calls.num_experts, calls.world_size, capacity, calls.group
     )
     # FSDP2 warns of outputs that are views.
     return output if hidden_states.ndim == 2 else output.reshape(hidden_states.shape)
@@ -197,10 +197,10 @@ def _forward(
 
 def _rows(
     calls: Calls, capacity: int, tokens: Tensor, topk_ids: Tensor, topk_weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Dispatch the tokens, and compute this rank's experts on what came."""
     rows, local_ids, local_weights, sent_slots, num_dropped = ep_dispatch(
         tokens, topk_ids, topk_weights, calls.num_experts, calls.world_size, capacity, calls.group
     )
     output: Any = calls.view.forward(rows, local_ids, local_weights)
-    return output, sent_slots, num_dropped
+    return output, local_ids, sent_slots, num_dropped

@@ -30,7 +30,7 @@ QUANTISED = (
 VALUES = re.compile(
     r"permutation|inverse of (?P<inverse>\w+)|counts of (?P<counts>\w+)"
     r"|(?:distinct )?ids below (?P<ids>\w+)"
-    r"|weights in (?P<format>\w+)|scales in (?P<scales>\w+)|nested scales|sent slots"
+    r"|weights in (?P<format>\w+)|scales in (?P<scales>\w+)|nested scales|sent slots|local ids"
 )
 # What a string argument may have to be; codegen.py asks the question that belongs to each.
 FORMATS = ("kernel_config",)

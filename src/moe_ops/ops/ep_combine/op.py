@@ -18,7 +18,7 @@ _backward_op.implement("pytorch", pytorch.ep_combine_backward)
 
 
 def _save(ctx: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, sent_slots, *ctx.sizes = args
+    _, _, sent_slots, *ctx.sizes = args
     ctx.save_for_backward(sent_slots)
 
 
@@ -33,10 +33,11 @@ _op.differentiate(_save, _backward)
 @documented
 def ep_combine(
     input: torch.Tensor,
+    local_ids: torch.Tensor,
     sent_slots: torch.Tensor,
     num_experts: int,
     world_size: int,
     capacity: int,
     group: str,
 ) -> torch.Tensor:
-    return _op.overload(input, sent_slots, num_experts, world_size, capacity, group)
+    return _op.overload(input, local_ids, sent_slots, num_experts, world_size, capacity, group)

@@ -11,6 +11,7 @@ from moe_ops._pytorch.transport import exchange
 
 def ep_combine(
     input: Tensor,
+    local_ids: Tensor,
     sent_slots: Tensor,
     num_experts: int,
     world_size: int,

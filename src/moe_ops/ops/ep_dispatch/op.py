@@ -18,10 +18,10 @@ _backward_op.implement("pytorch", pytorch.ep_dispatch_backward)
 
 
 def _save(ctx: Any, args: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> None:
-    rows, _, weights, sent_slots, _ = outputs
-    ctx.save_for_backward(sent_slots)
+    rows, local_ids, weights, sent_slots, _ = outputs
+    ctx.save_for_backward(local_ids, sent_slots)
     ctx.sizes = args[3:]
-    # Sizes and dtypes alone: what was received is not kept.
+    # Sizes and dtypes alone: of what was received, the ids are kept and the rows are not.
     ctx.rows, ctx.weights = (
         (t.shape, {"dtype": t.dtype, "device": t.device}) for t in (rows, weights)
     )
@@ -35,7 +35,7 @@ def _backward(
     _slots: None,
     _dropped: None,
 ) -> tuple[torch.Tensor | None, ...]:
-    (sent_slots,) = ctx.saved_tensors
+    local_ids, sent_slots = ctx.saved_tensors
     if grad_rows is None:
         shape, kind = ctx.rows
         grad_rows = torch.zeros(shape, **kind)
@@ -44,7 +44,7 @@ def _backward(
         grad_weights = torch.zeros(shape, **kind)
     needs = [ctx.needs[0], ctx.needs[2]]
     grad_input, grad_topk_weights = _backward_op.overload(
-        grad_rows, grad_weights, sent_slots, *ctx.sizes, needs
+        grad_rows, grad_weights, local_ids, sent_slots, *ctx.sizes, needs
     )
     return grad_input, None, grad_topk_weights
 

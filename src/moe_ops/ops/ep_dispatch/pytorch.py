@@ -59,6 +59,7 @@ def _values_at(values: Tensor, slots: Tensor, empty: int) -> Tensor:
 def ep_dispatch_backward(
     grad_output: Tensor,
     grad_local_weights: Tensor,
+    local_ids: Tensor,
     sent_slots: Tensor,
     num_experts: int,
     world_size: int,
