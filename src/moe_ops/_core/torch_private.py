@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Collects the private torch names that the core uses, each with the reason why.
 
-torch's own custom ops use all but the last three (torch/_library/autograd.py).
+torch's own custom ops use the first three (torch/_library/autograd.py).
 """
 
 from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any, cast
 
 import torch
 from torch.autograd import forward_ad
@@ -34,3 +37,34 @@ def is_in_backward() -> bool:
     torch's own checkpoint asks in the same way.
     """
     return torch._C._current_graph_task_id() != -1
+
+
+def process_group(name: str) -> Any:
+    """Return the process group of this name, or raise torch's RuntimeError.
+
+    torch's own functional collectives find a group by its name in this way.
+    """
+    from torch.distributed import distributed_c10d
+
+    # Newer torch has a type of its own for names.
+    return cast(Any, distributed_c10d)._resolve_process_group(name)
+
+
+def group_timeout(group: Any, device: torch.device) -> timedelta:
+    """Return the time limit of a process group's collectives on a device.
+
+    torch tells it only to those who make the group. Where a backend has no options, torch's default
+    holds.
+    """
+    from torch.distributed.constants import default_pg_timeout
+
+    options = getattr(group._get_backend(device), "options", None)
+    timeout: timedelta = getattr(options, "_timeout", default_pg_timeout)
+    return timeout
+
+
+def symmetric_memory() -> Any:
+    """Return torch's module of symmetric memory, which has no public name yet."""
+    import torch.distributed._symmetric_memory as module
+
+    return module

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from moe_ops._core.transport import exchange
 from moe_ops._pytorch.expert_parallel import num_columns, rows_to_send, sum_over_ranks, within
-from moe_ops._pytorch.transport import exchange
 
 
 def ep_combine(

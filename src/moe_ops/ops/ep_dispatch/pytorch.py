@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_ops._core.transport import exchange
 from moe_ops._pytorch.expert_parallel import (
     invert,
     num_columns,
@@ -17,7 +18,6 @@ from moe_ops._pytorch.expert_parallel import (
     sum_over_ranks,
     within,
 )
-from moe_ops._pytorch.transport import exchange
 
 
 def ep_dispatch(
