@@ -24,6 +24,7 @@ Arguments for calls:
 
 Blocks, layers and models:
     moe_block         a small MoE block made of the ops
+    ep_ops            ep_dispatch and ep_combine on several ranks, held against the oracle
     ep_problem        an MoE layer on several ranks, beside the same in one process
     layer_models      one MoE block of each transformers model, and a step of it
     layers_problem    our layers on a GPU, and a step of each

@@ -211,9 +211,31 @@ def specified_gradient(sample: Sample, argument: str, gradient: Tensor) -> Tenso
     """Return a gradient with zeros in the rows of which the op's contract says nothing."""
     if (sample.schema.name, argument) != ("ep_combine", "input"):
         return gradient
-    names = ("sent_slots", "num_experts", "world_size", "capacity")
-    is_gap = ~oracle.filled_rows(*(sample.arguments[name] for name in names))
-    return gradient.masked_fill(is_gap[:, None].to(gradient.device), 0.0)
+    return gradient.masked_fill(_rows_without_a_token(sample).to(gradient.device), 0.0)
+
+
+# The outputs, or the gradients behind them, of which the contract leaves rows open.
+_WITH_GAPS = {"ep_dispatch": 0, "ep_combine_backward": 0, "ep_combine": 1}
+
+
+def specified(sample: Sample, results: Any) -> tuple[Any, ...]:
+    """Return outputs, and gradients if there are any, with zeros where the contract is silent."""
+    found = list(as_tuple(results))
+    index = _WITH_GAPS.get(sample.schema.name, len(found))
+    if index < len(found):
+        gaps = _rows_without_a_token(sample).to(found[index].device)
+        found[index] = found[index].masked_fill(gaps, 0.0)
+    return tuple(found)
+
+
+def _rows_without_a_token(sample: Sample) -> Tensor:
+    """Return which of the rows (W * C, 1) that ranks send hold no token."""
+    sizes = [sample.arguments[name] for name in ("num_experts", "world_size", "capacity")]
+    if sample.schema.name == "ep_dispatch":
+        places = oracle.sent_slots(sample.arguments["topk_ids"], *sizes)
+    else:
+        places = sample.arguments["sent_slots"]
+    return ~oracle.filled_rows(places, *sizes)[:, None]
 
 
 def assert_rejects(

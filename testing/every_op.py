@@ -12,9 +12,7 @@ from testing import checks, layouts, strategies
 from testing.strategies import Sample, seeded_sample
 
 ALL = sorted(SCHEMAS)
-# They move rows between ranks, and PyTorch serves them on every device: no kernel pushes rows yet.
-WITHOUT_TRITON = ("ep_combine", "ep_combine_backward", "ep_dispatch", "ep_dispatch_backward")
-WITH_TRITON = sorted(set(SCHEMAS) - set(WITHOUT_TRITON))
+WITH_TRITON = ALL
 DIFFERENTIABLE = sorted(name for name, s in SCHEMAS.items() if any(a.grad for a in s.tensors))
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INDEX = (torch.int32, torch.int64)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_ops._triton import dequantize
+from moe_ops._triton import expert_parallel as ep
 from moe_ops.ops.fused_experts import triton as fused_experts
 from moe_ops.ops.grouped_gemm import triton as gemm
 from moe_ops.ops.permute import triton as permute
@@ -238,3 +239,50 @@ def routing(sizes: Sizes, dtype: torch.dtype) -> Iterator[Call]:
         yield call(
             topk_routing.topk_routing_backward, weights, logits, ids, function, before, True, 1.0
         )
+
+
+def expert_parallel(
+    sizes: Sizes, dtype: torch.dtype, world_size: int = 8, push: bool = False
+) -> dict[str, Call]:
+    """Return the launches of ep_dispatch and ep_combine, by name; with `push` through a pool."""
+    num_tokens, hidden = sizes.num_tokens, sizes.in_features
+    of_call = ep.Sizes(sizes.num_experts, world_size, num_tokens, sizes.top_k)
+    shape = (of_call.num_rows, of_call.columns)
+    tokens, rows = (_empty(n, hidden, dtype=dtype) for n in (num_tokens, of_call.num_rows))
+    ids, weights = _empty(num_tokens, sizes.top_k), _empty(num_tokens, sizes.top_k, dtype=dtype)
+    local = (_empty(*shape), _empty(*shape, dtype=dtype))
+    places, senders = _empty(num_tokens, sizes.top_k), _empty(of_call.num_rows)
+    window = ep.Window(_empty(world_size, dtype=torch.int64), _empty(1), 1 << 30, 1)
+    layout = ep.Layout.of(rows.nbytes, local[0].nbytes, local[1].nbytes)
+    where: dict[str, Any] = {"window": window} if push else {}
+    to: dict[str, Any] = {} if push else {"to": rows}
+    in_turn: tuple[Any, ...] = (world_size, num_tokens)
+    call = functools.partial
+    calls: dict[str, Call] = {
+        "place": call(
+            ep.place_slots, ids, weights, of_call,
+            None if push else tuple(t.view(world_size, -1) for t in local),
+            layout=layout if push else None, **where,
+        ),
+        "invert": call(ep.invert_places, places, of_call),
+        "send tokens": call(
+            ep.send_rows, tokens, world_size, num_tokens, senders=senders, **to, **where
+        ),
+        "sum": call(ep.sum_over_ranks, rows, places, of_call, **where),
+        "take": call(ep.take_values, local[1], places, of_call, **where),
+    }  # fmt: skip
+    if push:
+        calls |= {
+            "begin": call(ep.begin_exchange, window),
+            "send filled rows": call(ep.send_rows, rows, *in_turn, ids=local[0], window=window),
+            "send weights": call(
+                ep.send_rows, local[1].view(world_size, -1), world_size, 1, window=window,
+                offset=layout.weights,
+            ),
+            "send gradients": call(
+                ep.send_rows, tokens, *in_turn, senders=senders, window=window, flags=layout.ids
+            ),
+            "receive": call(ep.receive_rows, rows, window, layout, local),
+            "receive gradients": call(ep.receive_rows, rows, window, layout),
+        }  # fmt: skip
+    return calls

@@ -120,6 +120,9 @@ def corrupt_indices(sample: Sample) -> Iterator[dict[str, Tensor]]:
 
 
 def assert_same_bits(got: Any, want: Any, what: Any = "") -> None:
+    """Check that results are the same bits; of a sample's, what its op's contract specifies."""
+    if isinstance(what, Sample):
+        got, want = checks.specified(what, got), checks.specified(what, want)
     for one, two in zip(checks.as_tuple(got), checks.as_tuple(want), strict=True):
         assert one.dtype == two.dtype, what
         assert one.shape == two.shape, what

@@ -116,6 +116,9 @@ def test_every_kernel_compiles(gpu):
         named.update({f"{size} {name}": call for name, call in made.items()})
     made = calls.experts(SIZES["training"], dtype)
     named.update({f"experts {name}": call for name, call in made.items()})
+    for push in (False, True):
+        made = calls.expert_parallel(SIZES["training"], dtype, push=push)
+        named.update({f"expert parallel {name} {push=}": call for name, call in made.items()})
     if gpu != "sm_75":
         made = calls.quantized_gemm(SIZES["decode-8"], dtype, "nf4")
         named.update({f"quantised {name}": call for name, call in made.items()})
@@ -368,6 +371,20 @@ def test_dependent_launch(gpu):
         ptx = compile_all(GPUS[gpu], [made["forward"]])[-1].ptx
         for instruction in ("griddepcontrol.wait", "griddepcontrol.launch_dependents"):
             assert (instruction in ptx) == (follows and gpu == "sm_90")
+
+
+@pytest.mark.parametrize("push", [False, True])
+@pytest.mark.parametrize("size", ["training", "uneven"])
+def test_rows_go_between_ranks_16_bytes_at_a_time(size, push):
+    """Triton knows that pools are aligned. Rows that are not are moved number by number."""
+    made = calls.expert_parallel(SIZES[size], BF16, push=push)
+    check(GPUS["sm_90"], {f"{size} {name}": call for name, call in made.items()}, 0)
+    movers = [name for name in made if name.startswith(("send tokens", "send filled", "receive"))]
+    for name in [*movers, "sum"]:
+        (kernel,) = compile_all(GPUS["sm_90"], [made[name]])
+        for direction in ("ld", "st"):
+            is_wide = re.search(rf"\b{direction}\.global\S*\.v4\.b32", kernel.ptx) is not None
+            assert is_wide == (size == "training"), (name, direction)
 
 
 @gpus

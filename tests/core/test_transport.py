@@ -99,7 +99,7 @@ def new_group(tmp_path):
     """Return a function that makes the default process group anew, of one rank."""
     if not (distributed.is_available() and distributed.is_gloo_available()):
         pytest.skip("this torch has no gloo")
-    made = []
+    made: list[None] = []
 
     def make():
         if distributed.is_initialized():
@@ -107,7 +107,9 @@ def new_group(tmp_path):
         made.append(None)
         store = f"file://{tmp_path}/{len(made)}"
         distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-        return distributed.group.WORLD.group_name
+        group = distributed.group.WORLD
+        assert group is not None
+        return group.group_name
 
     yield make
     if distributed.is_initialized():

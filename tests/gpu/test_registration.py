@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from moe_ops._core.library import ENVIRONMENT_VARIABLE, OPS, SCHEMAS
-from testing.every_op import WITH_TRITON, WITHOUT_TRITON
 from testing.on_device import ALL, move_sample
 from testing.strategies import seeded_sample
 
@@ -30,9 +29,7 @@ def fresh_python(script: str, **environment: str) -> str:
 def test_triton_serves_cuda_by_default(name):
     assert ENVIRONMENT_VARIABLE not in os.environ
     choice = OPS[name].choose("cuda")
-    wanted = ("pytorch", "this op has no triton implementation")
-    wanted = ("triton", "the default") if name in WITH_TRITON else wanted
-    assert (choice.name, choice.reason) == wanted
+    assert (choice.name, choice.reason) == ("triton", "the default")
     for key in ("CUDA", "Autograd", "Meta", "CPU"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"moe::{name}", key)
 
@@ -72,10 +69,7 @@ def test_env_says_that_triton_serves_cuda():
     lines = fresh_python(script).splitlines()
     for name in ALL:
         (line,) = [line for line in lines if line.split()[:1] == [name]]
-        served = (
-            "pytorch (this op has no triton" if name in WITHOUT_TRITON else "triton (the default)"
-        )
-        assert served in line
+        assert "triton (the default)" in line
     assert any(line.startswith("torch ") and torch.__version__ in line for line in lines)
 
 

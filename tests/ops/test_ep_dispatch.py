@@ -64,9 +64,7 @@ def test_rows_without_a_token_are_not_read():
     rows[3] = float("nan")
     output = moe_ops.ep_combine(rows, ids, slots, 6, 1, 4, "")
     assert output.tolist() == [[0, 1], [0, 0], [4, 5], [6, 7]]
-    grads = torch.ops.moe.ep_dispatch_backward(
-        rows, weights, ids, slots, 6, 1, 4, "", [True, True]
-    )
+    grads = torch.ops.moe.ep_dispatch_backward(rows, weights, ids, slots, 6, 1, 4, "", [True, True])
     assert torch.equal(grads[0], output)
 
 

@@ -12,9 +12,11 @@ from moe_ops.ops.ep_combine import pytorch
 
 _op = Op("ep_combine")
 _op.implement("pytorch", pytorch.ep_combine)
+_op.implement("triton", "moe_ops.ops.ep_combine.triton:ep_combine")
 
 _backward_op = Op("ep_combine_backward")
 _backward_op.implement("pytorch", pytorch.ep_combine_backward)
+_backward_op.implement("triton", "moe_ops.ops.ep_combine.triton:ep_combine_backward")
 
 
 def _save(ctx: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -12,9 +12,11 @@ from moe_ops.ops.ep_dispatch import pytorch
 
 _op = Op("ep_dispatch")
 _op.implement("pytorch", pytorch.ep_dispatch)
+_op.implement("triton", "moe_ops.ops.ep_dispatch.triton:ep_dispatch")
 
 _backward_op = Op("ep_dispatch_backward")
 _backward_op.implement("pytorch", pytorch.ep_dispatch_backward)
+_backward_op.implement("triton", "moe_ops.ops.ep_dispatch.triton:ep_dispatch_backward")
 
 
 def _save(ctx: Any, args: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> None:
