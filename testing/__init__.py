@@ -42,6 +42,7 @@ What runs:
     compiled          what would be launched on a GPU that is not there, compiled
     kernel_calls      calls of every Triton launcher on meta tensors
     interpreted       the mark of tests in Triton's interpreter
+    fake_pools        ranks of one process whose interpreted kernels push rows to each other
     fast_interpreter  quick steps for Triton's interpreter
     on_device         samples on a GPU, and the memory that tests there share
     tuning_fakes      a GPU that is not there, and a clock, for tuning

@@ -3,10 +3,12 @@
 
 A program of its own, `python -m testing.guarded_calls end|start OP...`: an access out of
 bounds is a segmentation fault. Each tensor ends where a page begins that may not be touched, or
-starts where one ends. "oob" in place of an op goes out of bounds on purpose.
+starts where one ends. "oob" in place of an op goes out of bounds on purpose. "push" makes the ops of
+expert parallelism push rows between ranks.
 """
 
 import ctypes
+import functools
 import math
 import mmap
 import sys
@@ -19,7 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_ops._core.library import SCHEMAS
+from moe_ops._triton.expert_parallel import Sizes
+from moe_ops.ops.ep_combine.triton import push_combine, push_combine_backward
+from moe_ops.ops.ep_dispatch.triton import push_dispatch, push_dispatch_backward
 from testing import fast_interpreter
+from testing.fake_pools import FakePool, FakeRanks
 from testing.on_device import corrupt_indices, some_variants
 from testing.strategies import Sample, seeded_sample
 
@@ -105,6 +111,40 @@ def run(name: str, guarded: Guarded) -> int:
     return count
 
 
+def run_push(guarded: Guarded) -> int:
+    """Let two ranks push rows where their indices say, which are corrupt; return how often."""
+    sizes = Sizes(4, 2, 3, 3)
+    num_rows, columns, num_tokens, width = sizes.num_rows, sizes.columns, 5, 17
+    largest = torch.iinfo(torch.int64).max
+    values = (-1, -7, 0, 3, 4, sizes.num_places - 1, sizes.num_places, 2**31, largest, -largest - 1)
+
+    def indices(value: int, rows: int, length: int) -> Tensor:
+        return guarded.empty((rows, length), torch.int64).fill_(value)
+
+    def work(value: int, rank: int, pool: FakePool) -> None:
+        tokens, rows = (guarded.empty((n, width), torch.float32) for n in (num_tokens, num_rows))
+        weights = guarded.empty((num_tokens, sizes.top_k), torch.float16)
+        local_weights = guarded.empty((num_rows, columns), torch.float16)
+        local_ids = indices(value, num_rows, columns)
+        # The ranks go out of their ways differently.
+        places = indices(value if rank == 0 else ~value, num_tokens, sizes.top_k)
+        push_dispatch(pool, tokens, places, weights, sizes)
+        push_combine(pool, rows, local_ids, places, sizes)
+        push_combine_backward(pool, tokens, places, sizes)
+        needs = [True, True]
+        push_dispatch_backward(pool, rows, local_weights, local_ids, places, sizes, needs)
+
+    count = 0
+    for value in values:
+        # A half has no room to spare.
+        half_bytes = 1024
+        ranks = FakeRanks(2, half_bytes, empty=guarded.empty)
+        ranks.run(functools.partial(work, value))
+        assert {pool.largest for pool in ranks.pools} == {half_bytes}
+        count += 1
+    return count
+
+
 def main(side: str, *names: str) -> None:
     fast_interpreter.install()
     guarded = Guarded(side)
@@ -114,7 +154,7 @@ def main(side: str, *names: str) -> None:
             tensor = guarded.empty((5,), torch.float32)
             _store_out_of_bounds_kernel[(1,)](tensor, 5 if side == "end" else -1)
         else:
-            print(name, run(name, guarded))
+            print(name, run_push(guarded) if name == "push" else run(name, guarded))
     print("done")
 
 

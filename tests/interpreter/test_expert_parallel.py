@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """ep_dispatch and ep_combine on several ranks, with interpreted kernels: the oracle's results."""
 
-import pytest
+import os
 
+import pytest
+import torch
+
+import moe_ops
 from moe_ops._core.library import OPS
-from testing.ep_ops import check_against_the_oracle, check_bits
+from moe_ops._core.transport import ENVIRONMENT_VARIABLE
+from testing.ep_ops import check_against_the_oracle, check_bits, group_name
 from testing.interpreted import pytestmark  # noqa: F401
 
 EP_OPS = ("ep_combine", "ep_combine_backward", "ep_dispatch", "ep_dispatch_backward")
@@ -23,3 +28,20 @@ def test_against_the_oracle(ranks, world_size):
 @pytest.mark.slow
 def test_bitwise_repeatable(ranks):
     ranks(2).run(check_bits)
+
+
+def check_a_wish_that_cannot_be_met(rank, world_size):
+    os.environ[ENVIRONMENT_VARIABLE] = "symmetric"
+    try:
+        with pytest.raises(RuntimeError, match=r"=symmetric: the tensors of rank 0 are on cpu"):
+            moe_ops.ep_dispatch(
+                torch.ones(1, 2), torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1),
+                4, 2, 1, group_name(),
+            )  # fmt: skip
+    finally:
+        del os.environ[ENVIRONMENT_VARIABLE]
+
+
+@pytest.mark.slow
+def test_a_wish_that_cannot_be_met(ranks):
+    ranks(2).run(check_a_wish_that_cannot_be_met)

@@ -165,7 +165,9 @@ def _gather(group: Any, device: torch.device) -> tuple[Rank, ...]:
             "capture; run it once before the capture"
         )
     found: list[Any] = [None] * group.size()
-    torch.distributed.all_gather_object(found, _this_rank(device), group=group)
+    # torch gathers objects on the current device; -1 leaves that as it is.
+    with torch.cuda.device(device.index if device.type == "cuda" else -1):
+        torch.distributed.all_gather_object(found, _this_rank(device), group=group)
     return tuple(found)
 
 

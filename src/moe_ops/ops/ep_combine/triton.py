@@ -6,7 +6,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from moe_ops._core.transport import exchange
-from moe_ops._triton.expert_parallel import Sizes, invert_places, send_rows, sum_over_ranks
+from moe_ops._triton.expert_parallel import (
+    Layout,
+    Sizes,
+    invert_places,
+    receive_rows,
+    send_rows,
+    sum_over_ranks,
+)
+from moe_ops._triton.symmetric import Exchanges, pool_for
 
 
 def ep_combine(
@@ -18,9 +26,22 @@ def ep_combine(
     capacity: int,
     group: str,
 ) -> Tensor:
+    op = "ep_combine"
     sizes = Sizes(num_experts, world_size, capacity, sent_slots.shape[1])
-    rows = exchange("ep_combine", input.contiguous(), world_size, group)
+    if (pool := pool_for(op, world_size, group, input.device)) is not None:
+        return push_combine(pool, input, local_ids, sent_slots, sizes)
+    rows = exchange(op, input.contiguous(), world_size, group)
     return sum_over_ranks(rows, sent_slots, sizes)
+
+
+def push_combine(
+    pool: Exchanges, input: Tensor, local_ids: Tensor, sent_slots: Tensor, sizes: Sizes
+) -> Tensor:
+    """Do ep_combine through the ranks' pools."""
+    window = pool.begin(Layout.of(input.numel() * input.itemsize, 0, 0).end)
+    send_rows(input, sizes.world_size, sizes.capacity, ids=local_ids, window=window)
+    pool.meet()
+    return sum_over_ranks(input, sent_slots, sizes, window)
 
 
 def ep_combine_backward(
@@ -31,8 +52,26 @@ def ep_combine_backward(
     capacity: int,
     group: str,
 ) -> Tensor:
+    op = "ep_combine_backward"
     sizes = Sizes(num_experts, world_size, capacity, sent_slots.shape[1])
+    if (pool := pool_for(op, world_size, group, grad_output.device)) is not None:
+        return push_combine_backward(pool, grad_output, sent_slots, sizes)
     rows = grad_output.new_empty(sizes.num_rows, grad_output.shape[1])
     senders = invert_places(sent_slots, sizes)
     send_rows(grad_output, world_size, capacity, to=rows, senders=senders)
-    return exchange("ep_combine_backward", rows, world_size, group)
+    return exchange(op, rows, world_size, group)
+
+
+def push_combine_backward(
+    pool: Exchanges, grad_output: Tensor, sent_slots: Tensor, sizes: Sizes
+) -> Tensor:
+    """Do ep_combine_backward through the ranks' pools. Flags tell which rows came."""
+    rows = grad_output.new_empty(sizes.num_rows, grad_output.shape[1])
+    layout = Layout.of(rows.nbytes, 4 * sizes.num_rows, 0)
+    window = pool.begin(layout.end)
+    senders = invert_places(sent_slots, sizes)
+    in_turn = (sizes.world_size, sizes.capacity)
+    send_rows(grad_output, *in_turn, senders=senders, window=window, flags=layout.ids)
+    pool.meet()
+    receive_rows(rows, window, layout)
+    return rows
