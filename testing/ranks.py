@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs checks on the ranks of a gloo group, in processes that many checks share.
+"""Runs checks on the ranks of a process group, in processes that many checks share.
 
 A process that imports torch costs 3 s, so a test session starts those of each world size once:
 
@@ -9,7 +9,7 @@ A process that imports torch costs 3 s, so a test session starts those of each w
         ranks(2).run(check, how="eager")
 
 Every rank imports the test module by its path and calls the check. The default process group is
-there, of gloo, and stays; a check that destroys it makes it anew (`init`). After a failure the
+there, of gloo or NCCL, and stays; a check that destroys it makes it anew (`init`). After a failure the
 processes are ended, and the next check gets new ones. They are always killed: a Python that ends
 while a thread of gloo frees a tensor aborts (pytorch#190489).
 """
@@ -36,10 +36,10 @@ TIMEOUT = 60
 
 
 class Ranks:
-    """Processes, one for each rank of a world."""
+    """Processes, one for each rank of a world; with NCCL each has the GPU of its number."""
 
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
+    def __init__(self, world_size: int, backend: str = "gloo") -> None:
+        self.world_size, self.backend = world_size, backend
         self._processes: list[subprocess.Popen[str]] = []
 
     def run(self, check: Callable[..., None], **arguments: Any) -> None:
@@ -73,7 +73,10 @@ class Ranks:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self._processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "testing.ranks", str(store), str(rank), str(self.world_size)],
+                [
+                    sys.executable, "-m", "testing.ranks", str(store), str(rank),
+                    str(self.world_size), self.backend,
+                ],
                 env=environment, cwd=ROOT, text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             )
@@ -100,17 +103,25 @@ def all_ranks() -> Iterator[Callable[[int], Ranks]]:
             ranks.end()
 
 
-def init(store: Path | str, rank: int, world_size: int, timeout: float = TIMEOUT) -> None:
+def init(
+    store: Path | str,
+    rank: int,
+    world_size: int,
+    timeout: float = TIMEOUT,
+    backend: str = "gloo",
+) -> None:
     """Make the default process group."""
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size,
+        backend, init_method=f"file://{store}", rank=rank, world_size=world_size,
         timeout=timedelta(seconds=timeout),
     )  # fmt: skip
 
 
-def main(store: str, rank: int, world_size: int) -> None:
+def main(store: str, rank: int, world_size: int, backend: str) -> None:
     torch.set_num_threads(1)
-    init(store, rank, world_size)
+    init(store, rank, world_size, backend=backend)
     modules: dict[str, Any] = {}
     for line in sys.stdin:
         file, name, arguments = json.loads(line)
@@ -139,4 +150,4 @@ def _module(file: str) -> Any:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
