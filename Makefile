@@ -112,6 +112,10 @@ demo: $(DEMO_ENV) ## Train a small Qwen3-MoE on real text, compiled, and show wh
 bench: $(DEV_ENV) ## Benchmark the Triton kernels; needs a CUDA GPU
 	$(PY) -m benchmarks.cuda $(ARGS)
 
+.PHONY: bench-ep
+bench-ep: $(DEV_ENV) ## Benchmark expert parallelism over the GPUs of this host; needs two
+	$(PY) -m benchmarks.expert_parallel $(ARGS)
+
 ##@ Check
 .PHONY: test test-fast test-interpreter test-gpu gpu-report-check test-transformers-newest lint format types imports docs docs-check site ci
 test: $(DEV_ENV) ## Run the whole CPU test suite

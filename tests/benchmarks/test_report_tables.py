@@ -256,4 +256,4 @@ def test_a_part_without_a_result_has_no_table(tmp_path):
 
 
 def test_every_part_has_tables():
-    assert set(TABLES) == {"ceilings", "sweep", "named", "compiled", *PARTS}
+    assert set(TABLES) == {"ceilings", "sweep", "named", "compiled", "expert-parallel", *PARTS}

@@ -4,7 +4,16 @@
 from __future__ import annotations
 
 from benchmarks.report.columns import Table
-from benchmarks.report.tables import compiled, experts, host, model, ops, quantised, sweep
+from benchmarks.report.tables import (
+    compiled,
+    expert_parallel,
+    experts,
+    host,
+    model,
+    ops,
+    quantised,
+    sweep,
+)
 
 CPU = ops.CPU
 # By part of a GPU run, in the order of the page.
@@ -29,6 +38,7 @@ TABLES: dict[str, tuple[Table, ...]] = {
     "named": (sweep.MEANS, sweep.SHAPES),
     "model": (model.MODEL,),
     "compiled": (compiled.COMPILED,),
+    "expert-parallel": (expert_parallel.EXCHANGES, expert_parallel.BLOCKS, expert_parallel.AIMS),
 }
 # Parts whose tables stand on pages of their own. The device's page has the first table of each.
 OWN_PAGES = ("sweep", "named")
