@@ -21,6 +21,7 @@ from moe_ops.distributed.local import local_view
 from moe_ops.distributed.shard import shard_experts_
 from moe_ops.layers import MoE
 from moe_ops.layers.experts_modules import base_of, num_experts_of
+from moe_ops.layers.functional import flattened
 from moe_ops.ops.ep_combine import ep_combine
 from moe_ops.ops.ep_dispatch import ep_dispatch
 
@@ -171,10 +172,8 @@ def _forward(
     topk_weights = top_k_weights if topk_weights is None else topk_weights
     if topk_ids is None or topk_weights is None:
         raise TypeError(f"{_HERE}: expected hidden_states, topk_ids and topk_weights, got fewer")
-    top_k = topk_ids.shape[-1]
-    tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-    routing = topk_ids.reshape(-1, top_k), topk_weights.reshape(-1, top_k)
-    capacity = calls.capacity(tokens.shape[0], top_k)
+    tokens, *routing = flattened(hidden_states, topk_ids, topk_weights)
+    capacity = calls.capacity(tokens.shape[0], topk_ids.shape[-1])
     # The model may have been switched since.
     check_implementation(_HERE, calls.base)
     if calls.world_size == 1 and calls.factor is None:

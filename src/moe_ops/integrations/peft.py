@@ -38,6 +38,7 @@ from moe_ops.integrations.transformers import (
     weight_and_bias,
 )
 from moe_ops.layers.experts_modules import is_interface_experts
+from moe_ops.layers.functional import flattened
 from moe_ops.layers.lora import LoraWeights, lora_experts
 from moe_ops.quantization import QuantizedWeight
 
@@ -286,13 +287,13 @@ def _split(
     }
     up_weight, up_bias = weight_and_bias(experts, up_name(experts), hidden_states)
     down_weight, down_bias = weight_and_bias(experts, "down_proj", hidden_states)
-    top_k = top_k_index.shape[-1]
+    tokens, topk_ids, topk_weights = flattened(hidden_states, top_k_index, top_k_weights)
     output = lora_experts(
-        in_dtype_for(up_weight, hidden_states.reshape(-1, hidden_states.shape[-1])),
+        in_dtype_for(up_weight, tokens),
         up_weight,
         down_weight,
-        top_k_index.reshape(-1, top_k),
-        top_k_weights.reshape(-1, top_k),
+        topk_ids,
+        topk_weights,
         adapters.get(up_name(experts), ()),
         adapters.get("down_proj", ()),
         up_bias,

@@ -29,7 +29,7 @@ from moe_ops.integrations.quantised_experts import (
 )
 from moe_ops.integrations.requirements import check_version, missing
 from moe_ops.integrations.transformers_private import forget
-from moe_ops.layers.functional import composed_experts, projection
+from moe_ops.layers.functional import composed_experts, flattened, projection
 from moe_ops.quantization import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -178,48 +178,36 @@ def experts_forward(
     Differentiable in hidden_states, top_k_weights and the module's parameters. Deterministic.
     """
     activation = known_activation(self)
+    tokens, topk_ids, topk_weights = flattened(hidden_states, top_k_index, top_k_weights)
+    up_weight, up_bias = weight_and_bias(self, up_name(self), hidden_states)
+    down_weight, down_bias = weight_and_bias(self, "down_proj", hidden_states)
+    tokens = in_dtype_for(up_weight, tokens)
     if activation is not None:
-        return _fused(self, activation, hidden_states, top_k_index, top_k_weights)
-    top_k = top_k_index.shape[-1]
-    up_weight, up_bias = weight_and_bias(self, up_name(self), hidden_states)
-    down_weight, down_bias = weight_and_bias(self, "down_proj", hidden_states)
-    apply_gate = self._apply_gate if self.has_gate else self.act_fn
-    output = composed_experts(
-        in_dtype_for(up_weight, hidden_states.reshape(-1, hidden_states.shape[-1])),
-        top_k_index.reshape(-1, top_k),
-        top_k_weights.reshape(-1, top_k),
-        self.num_experts,
-        up=projection(up_weight, up_bias),
-        activation=lambda z: in_dtype_for(down_weight, apply_gate(z), hidden_states),
-        down=projection(down_weight, down_bias),
-        norm=self.post_expert_norm if getattr(self, "has_post_expert_norm", False) else None,
-    )
-    return output.reshape(hidden_states.shape).to(hidden_states.dtype)
-
-
-def _fused(
-    self: Experts,
-    activation: Activation,
-    hidden_states: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-) -> Tensor:
-    top_k = top_k_index.shape[-1]
-    up_weight, up_bias = weight_and_bias(self, up_name(self), hidden_states)
-    down_weight, down_bias = weight_and_bias(self, "down_proj", hidden_states)
-    output = fused_experts(
-        in_dtype_for(up_weight, hidden_states.reshape(-1, hidden_states.shape[-1])),
-        up_weight,
-        down_weight,
-        top_k_index.reshape(-1, top_k),
-        top_k_weights.reshape(-1, top_k),
-        up_bias,
-        down_bias,
-        activation.name,
-        gated=activation.gated,
-        interleaved=activation.interleaved,
-        activation_limit=activation.limit,
-    )
+        output = fused_experts(
+            tokens,
+            up_weight,
+            down_weight,
+            topk_ids,
+            topk_weights,
+            up_bias,
+            down_bias,
+            activation.name,
+            gated=activation.gated,
+            interleaved=activation.interleaved,
+            activation_limit=activation.limit,
+        )
+    else:
+        apply_gate = self._apply_gate if self.has_gate else self.act_fn
+        output = composed_experts(
+            tokens,
+            topk_ids,
+            topk_weights,
+            self.num_experts,
+            up=projection(up_weight, up_bias),
+            activation=lambda z: in_dtype_for(down_weight, apply_gate(z), hidden_states),
+            down=projection(down_weight, down_bias),
+            norm=self.post_expert_norm if getattr(self, "has_post_expert_norm", False) else None,
+        )
     return output.reshape(hidden_states.shape).to(hidden_states.dtype)
 
 

@@ -176,6 +176,15 @@ def composed_experts(
     return unpermute(y_RH, gather_R, None if weights_before else weights_TK, top_k, scatter_R)
 
 
+def flattened(
+    hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (..., H) and twice (..., K) with one row for each token: (T, H), (T, K), (T, K)."""
+    top_k = topk_ids.shape[-1]
+    tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+    return tokens, topk_ids.reshape(-1, top_k), topk_weights.reshape(-1, top_k)
+
+
 def _up_projection(
     up: Projection,
     hidden_states: Tensor,
