@@ -36,3 +36,8 @@ class StoredWeight(NamedTuple):
         """Return the part that holds the experts from `first` up to `end`."""
         tensors = (None if t is None else t[first:end] for t in self[:4])
         return StoredWeight._make((*tensors, *self[4:]))
+
+
+TENSOR_NAMES = StoredWeight._fields[:4]
+# How many arguments of an op QuantizedWeight.stored is: all but in_features.
+NUM_STORED = len(StoredWeight._fields) - 1

@@ -19,10 +19,9 @@ from moe_ops.quantization.adopt import Tensors
 from moe_ops.quantization.bitsandbytes import from_bitsandbytes
 from moe_ops.quantization.format import Layout
 from moe_ops.quantization.storage import Packed, dtype_name, layout_of
+from moe_ops.quantization.stored import TENSOR_NAMES
 
 _HERE = "moe_ops.QuantizedWeight"
-# How many arguments of an op QuantizedWeight.stored is.
-NUM_STORED = 7
 # What torch.nn.Module calls the state that get_extra_state returns.
 _DESCRIPTION = "_extra_state"
 
@@ -68,7 +67,7 @@ class QuantizedWeight(nn.Module):
         self.format, _, self.group_size, self.scale_encoding = layout
         self.shape = torch.Size(layout.shape)
         self.dtype = dtype
-        for name in ("codes", "scale", "nested_scale", "nested_offset"):
+        for name in TENSOR_NAMES:
             tensor = tensors.get(name)
             parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
             self.register_parameter(name, parameter)

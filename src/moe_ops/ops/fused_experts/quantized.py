@@ -13,8 +13,8 @@ from torch import Tensor
 
 from moe_ops._core.library import Op, function_of
 from moe_ops.ops.fused_experts.gradients import Gradients
-from moe_ops.quantization.stored import StoredWeight
-from moe_ops.quantization.weight import NUM_STORED, QuantizedWeight
+from moe_ops.quantization.stored import NUM_STORED, StoredWeight
+from moe_ops.quantization.weight import QuantizedWeight
 
 _op = Op("fused_experts_quantized")
 _forward_op = Op("fused_experts_quantized_forward")

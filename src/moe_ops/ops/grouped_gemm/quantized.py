@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from moe_ops._core.library import Op, function_of
-from moe_ops.quantization.stored import StoredWeight
-from moe_ops.quantization.weight import NUM_STORED, QuantizedWeight
+from moe_ops.quantization.stored import NUM_STORED, StoredWeight
+from moe_ops.quantization.weight import QuantizedWeight
 
 _op = Op("grouped_gemm_quantized")
 _dx_op = Op("grouped_gemm_quantized_dx")
