@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_ops._core.checks import check_weight_dtype
 from moe_ops._core.sharded import refuse_sharded
 from moe_ops.integrations import peft_hook
 from moe_ops.integrations.default_experts import IMPLEMENTATION
 from moe_ops.integrations.transformers_private import mark_initialized
 from moe_ops.layers.experts_modules import is_interface_experts
 from moe_ops.quantization import QuantizedWeight, quantize_weight
-from moe_ops.quantization.storage import check_weight_dtype, layout_of
+from moe_ops.quantization.storage import layout_of
 
 _HERE = "moe_ops.integrations.transformers"
 

@@ -15,11 +15,12 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from moe_ops._core.checks import check_tensor, dtype_name
 from moe_ops.fp8 import BLOCK
 from moe_ops.quantization.format import Layout
 from moe_ops.quantization.formats import FORMATS
 from moe_ops.quantization.scales import BFLOAT16, E8M0, FLOAT32
-from moe_ops.quantization.storage import Packed, check_tensor, dtype_name, layout_of
+from moe_ops.quantization.storage import Packed, layout_of
 
 Tensors = Tensor | Sequence[Tensor]
 

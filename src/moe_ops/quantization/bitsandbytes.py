@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_ops._core.checks import check_tensor
 from moe_ops.quantization.adopt import as_bytes, check_beside, check_dtype
 from moe_ops.quantization.scales import DYNAMIC_CODE, FLOAT32, NESTED, NESTED_BLOCK
-from moe_ops.quantization.storage import Packed, check_tensor, layout_of, shapes
+from moe_ops.quantization.storage import Packed, layout_of, shapes
 
 _BLOCK = 64
 

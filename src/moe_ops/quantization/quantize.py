@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from moe_ops._core.checks import check_tensor, check_weight_dtype
 from moe_ops._core.sharded import refuse_sharded
 from moe_ops.quantization import storage
 from moe_ops.quantization.weight import QuantizedWeight
@@ -56,9 +57,9 @@ def quantize_weight(
     function = "moe_ops.quantize_weight"
     is_quantized = isinstance(weight, QuantizedWeight)
     advice = "; pass its .dequantize() to quantise it anew" if is_quantized else ""
-    storage.check_tensor(function, "weight", weight, advice)
+    check_tensor(function, "weight", weight, advice)
     refuse_sharded(function, "weight", weight, "quantise it")
-    storage.check_weight_dtype(function, weight.dtype, "weight.dtype")
+    check_weight_dtype(function, weight.dtype, "weight.dtype")
     if weight.dim() != 3:
         raise ValueError(
             f"{function}: expected weight.dim() == 3, got {weight.dim()} {tuple(weight.shape)}"

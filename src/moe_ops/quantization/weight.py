@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_ops._core.checks import check_weight_dtype, dtype_name
 from moe_ops._core.sharded import refuse_sharded
 from moe_ops.quantization import adopt, storage
 from moe_ops.quantization.adopt import Tensors
 from moe_ops.quantization.bitsandbytes import from_bitsandbytes
 from moe_ops.quantization.format import Layout
-from moe_ops.quantization.storage import Packed, dtype_name, layout_of
+from moe_ops.quantization.storage import Packed, layout_of
 from moe_ops.quantization.stored import TENSOR_NAMES
 
 _HERE = "moe_ops.QuantizedWeight"
@@ -63,7 +64,7 @@ class QuantizedWeight(nn.Module):
                 f"{type(weight).__name__}; call moe_ops.quantize_weight, or a from_ method"
             )
         layout, tensors = weight
-        storage.check_weight_dtype(_HERE, dtype)
+        check_weight_dtype(_HERE, dtype)
         self.format, _, self.group_size, self.scale_encoding = layout
         self.shape = torch.Size(layout.shape)
         self.dtype = dtype

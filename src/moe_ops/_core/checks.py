@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of what a caller gave to functions that are no ops, in the words of the ops' own errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype without "torch."."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_weight_dtype(function: str, dtype: torch.dtype, name: str = "dtype") -> None:
+    """Refuse a dtype that a weight cannot have.
+
+    Raises:
+        TypeError: it is not a floating one of 16 bits or more.
+    """
+    is_dtype = isinstance(dtype, torch.dtype)
+    if not is_dtype or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise TypeError(
+            f"{function}: expected {name} in (bfloat16, float16, float32, float64), "
+            f"got {dtype_name(dtype) if is_dtype else repr(dtype)}"
+        )
+
+
+def check_tensor(function: str, name: str, value: Any, advice: str = "") -> None:
+    """Refuse what is no tensor.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(value, Tensor):
+        got = "None" if value is None else type(value).__name__
+        raise TypeError(f"{function}: expected {name} to be a tensor, got {got}{advice}")
