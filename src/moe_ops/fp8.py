@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 import torch
 
+from moe_ops._core.checks import check_tensor, check_weight_dtype, dtype_name
 from moe_ops._core.sharded import refuse_sharded
 
 BLOCK = 128
@@ -49,17 +50,13 @@ def quantize_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Source: DeepSeek-V3 (arXiv:2412.19437), section 3.3.
     """
-    refuse_sharded("moe_ops.quantize_fp8", "weight", weight, "quantise it")
-    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
-        name = str(weight.dtype).removeprefix("torch.")
-        raise TypeError(
-            "moe_ops.quantize_fp8: expected weight.dtype in (bfloat16, float16, float32, float64), "
-            f"got {name}"
-        )
+    function = "moe_ops.quantize_fp8"
+    check_tensor(function, "weight", weight)
+    refuse_sharded(function, "weight", weight, "quantise it")
+    check_weight_dtype(function, weight.dtype, "weight.dtype")
     if weight.dim() < 2:
         raise ValueError(
-            f"moe_ops.quantize_fp8: expected weight.dim() >= 2, got {weight.dim()} "
-            f"{tuple(weight.shape)}"
+            f"{function}: expected weight.dim() >= 2, got {weight.dim()} {tuple(weight.shape)}"
         )
     quantised = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
     *_, rows, columns = weight.shape
@@ -102,34 +99,31 @@ def dequantize_fp8(
 
     Source: DeepSeek-V3 (arXiv:2412.19437), section 3.3.
     """
+    function = "moe_ops.dequantize_fp8"
     for name, tensor, expected in (
         ("weight", weight, torch.float8_e4m3fn),
         ("weight_scale", weight_scale, torch.float32),
     ):
+        check_tensor(function, name, tensor)
         if tensor.dtype != expected:
-            names = [str(d).removeprefix("torch.") for d in (expected, tensor.dtype)]
             raise TypeError(
-                f"moe_ops.dequantize_fp8: expected {name}.dtype == {names[0]}, got {names[1]}"
+                f"{function}: expected {name}.dtype == {dtype_name(expected)}, got "
+                f"{dtype_name(tensor.dtype)}"
             )
-    if not dtype.is_floating_point or dtype.itemsize < 2:
-        raise TypeError(
-            "moe_ops.dequantize_fp8: expected dtype in (bfloat16, float16, float32, float64), got "
-            f"{str(dtype).removeprefix('torch.')}"
-        )
+    check_weight_dtype(function, dtype)
     if weight.dim() < 2:
         raise ValueError(
-            f"moe_ops.dequantize_fp8: expected weight.dim() >= 2, got {weight.dim()} "
-            f"{tuple(weight.shape)}"
+            f"{function}: expected weight.dim() >= 2, got {weight.dim()} {tuple(weight.shape)}"
         )
     if weight_scale.device != weight.device:
         raise ValueError(
-            f"moe_ops.dequantize_fp8: expected weight_scale.device == weight.device "
+            f"{function}: expected weight_scale.device == weight.device "
             f"({weight.device}), got {weight_scale.device}"
         )
     shape = _scale_shape(weight)
     if tuple(weight_scale.shape) != shape:
         raise ValueError(
-            f"moe_ops.dequantize_fp8: expected weight_scale.shape == {shape}, one scale for each "
+            f"{function}: expected weight_scale.shape == {shape}, one scale for each "
             f"block of 128 x 128 weights, got {tuple(weight_scale.shape)}"
         )
     output = torch.empty(weight.shape, dtype=dtype, device=weight.device)

@@ -88,6 +88,12 @@ def test_quantise_takes_any_strides():
     [
         ("quantize_fp8", (torch.ones(2, 2).to(FP8),), TypeError, "got float8_e4m3fn"),
         ("quantize_fp8", (torch.ones(2, 2).int(),), TypeError, "got int32"),
+        ("quantize_fp8", (None,), TypeError, "weight to be a tensor, got None"),
+        ("dequantize_fp8", (None, None), TypeError, "weight to be a tensor, got None"),
+        (
+            "dequantize_fp8", (torch.ones(2, 2).to(FP8), [1.0]), TypeError,
+            "weight_scale to be a tensor, got list",
+        ),
         ("quantize_fp8", (torch.ones(2),), ValueError, r"weight.dim\(\) >= 2, got 1 \(2,\)"),
         (
             "dequantize_fp8", (torch.ones(2, 2), torch.ones(1, 1)), TypeError,

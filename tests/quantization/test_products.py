@@ -220,6 +220,18 @@ def test_refuses_rows_of_another_rank():
             experts()
 
 
+def test_refuses_what_is_no_tensor():
+    weight, _ = make_weights("nf4")
+    gemm: Any = moe_ops.grouped_gemm
+    with pytest.raises(TypeError, match=r"expected input to be a tensor, got None$"):
+        gemm(None, weight, COUNTS)
+    experts = make_experts("nf4", bias=False)
+    leaves: dict[str, Any] = {**experts.leaves, "hidden_states": None}
+    weights = {"gate_up_proj": experts.gate_up_proj, "down_proj": experts.down_proj}
+    with pytest.raises(TypeError, match=r"expected hidden_states to be a tensor, got None$"):
+        moe_ops.fused_experts(**weights, **leaves, **experts.others)
+
+
 def test_refuses_another_number_of_experts_or_rows():
     experts = make_experts("nf4", bias=False)
     experts.down_proj = experts.down_proj[:3]

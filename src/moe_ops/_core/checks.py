@@ -37,3 +37,8 @@ def check_tensor(function: str, name: str, value: Any, advice: str = "") -> None
     if not isinstance(value, Tensor):
         got = "None" if value is None else type(value).__name__
         raise TypeError(f"{function}: expected {name} to be a tensor, got {got}{advice}")
+
+
+def is_matrix(value: object) -> bool:
+    """Tell whether a value is a tensor of two dimensions."""
+    return isinstance(value, Tensor) and value.dim() == 2

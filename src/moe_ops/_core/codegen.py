@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import torch
 
+from moe_ops._core.checks import dtype_name
 from moe_ops._core.schema import (
     ACCUMULATOR,
     DTYPES,
@@ -39,7 +40,7 @@ _GLOBALS: dict[str, Any] = {
     "_check_with": check_with,
     # One for each format of a string argument: returns why a string is not in it, or None.
     "_why_not_kernel_config": why_not_kernel_config,
-    "_dtype_name": lambda dtype: str(dtype).removeprefix("torch."),
+    "_dtype_name": dtype_name,
     **{f"_group_{g}": frozenset(getattr(torch, d) for d in names) for g, names in DTYPES.items()},
     **{f"_{name}": getattr(torch, name) for name in (*DTYPES["floating"], "int32")},
 }

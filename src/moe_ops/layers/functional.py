@@ -17,6 +17,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from moe_ops._core.checks import dtype_name
 from moe_ops._pytorch.activation import ACTIVATIONS, Activation
 from moe_ops.fp8 import BLOCK
 from moe_ops.ops.grouped_gemm import grouped_gemm
@@ -82,10 +83,9 @@ def projection(
         ("weight_scale", weight_scale, torch.float32),
     ):
         if tensor.dtype != dtype:
-            names = [str(d).removeprefix("torch.") for d in (dtype, tensor.dtype)]
             raise TypeError(
-                f"{_HERE}.projection: expected {name}.dtype == {names[0]} beside weight_scale, got "
-                f"{names[1]}; quantise the weight with moe_ops.quantize_fp8"
+                f"{_HERE}.projection: expected {name}.dtype == {dtype_name(dtype)} beside weight_scale, "
+                f"got {dtype_name(tensor.dtype)}; quantise the weight with moe_ops.quantize_fp8"
             )
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moe_ops._core.checks import is_matrix
 from moe_ops._core.library import Op, function_of
 from moe_ops.ops.fused_experts.gradients import Gradients
 from moe_ops.quantization.stored import NUM_STORED, StoredWeight
@@ -254,7 +255,8 @@ def quantized_experts(
     assert isinstance(gate_up_proj, QuantizedWeight)
     assert isinstance(down_proj, QuantizedWeight)
     function = "moe::fused_experts"
-    if hidden_states.dim() == 2:
+    # Other rows the op itself refuses.
+    if is_matrix(hidden_states):
         width = hidden_states.shape[1]
         gate_up_proj.check_width(function, "gate_up_proj", width, "hidden_states.shape[1]")
     divisor, inner = (2, "gate_up_proj.shape[1] // 2") if gated else (1, "gate_up_proj.shape[1]")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_ops._core.checks import is_matrix
 from moe_ops._core.library import Op, function_of
 from moe_ops.quantization.stored import NUM_STORED, StoredWeight
 from moe_ops.quantization.weight import QuantizedWeight
@@ -139,7 +140,8 @@ def multiply_quantized(input: Tensor, weight: QuantizedWeight, *others: Any) -> 
     Raises:
         ValueError: the weight has another width. A row's padding hides it from the op.
     """
-    if input.dim() == 2:
+    # Other rows the op itself refuses.
+    if is_matrix(input):
         weight.check_width("moe::grouped_gemm", "weight", input.shape[1], "input.shape[1]")
     output: Tensor = _op.overload(input, *weight.stored, *others)
     return output
