@@ -253,6 +253,8 @@ def _compressed(**weights):
         ),
         ({**COMPRESSED, "config_groups": {}}, "expected config_groups .* to have a group, got {}"),
         ({}, "quant_method to be one of mxfp4, .*, got None"),
+        ({"quant_method": ["fp8"]}, r"quant_method to be one of mxfp4, .*, got \['fp8'\]"),
+        ("fp8", "expected quantization_config to be a mapping, got 'fp8'"),
     ],
 )
 def test_what_is_not_adopted(quantization_config, text, tmp_path):

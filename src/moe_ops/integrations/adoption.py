@@ -11,6 +11,7 @@ A source is how checkpoints call the tensors of a weight (sources.py).
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -80,7 +81,10 @@ def adopt_config(config: Any) -> Any:
             "without quantization_config; pass quantization_config=MoeOpsConfig(...) to from_pretrained "
             "to quantise it"
         )
-    theirs = dict(theirs if isinstance(theirs, dict) else theirs.to_dict())
+    theirs = theirs.to_dict() if hasattr(theirs, "to_dict") else theirs
+    if not isinstance(theirs, Mapping):
+        raise ValueError(f"{_HERE}: expected quantization_config to be a mapping, got {theirs!r}")
+    theirs = dict(theirs)
     register()
     if theirs.get("quant_method") == METHOD:
         required(_HERE, theirs, "format")

@@ -64,7 +64,8 @@ def check_adoptable(function: str, config: Mapping[str, Any]) -> Source:
         ValueError: its experts are quantised in a way that no format stores.
     """
     method = method_of(config)
-    if method not in SOURCES:
+    # The tuple takes what has no hash too.
+    if method not in tuple(SOURCES):
         raise ValueError(
             f"{function}: expected quant_method to be one of {', '.join(SOURCES)}, got {method!r}"
         )
