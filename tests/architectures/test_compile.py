@@ -373,20 +373,6 @@ def test_dependent_launch(gpu):
             assert (instruction in ptx) == (follows and gpu == "sm_90")
 
 
-@pytest.mark.parametrize("push", [False, True])
-@pytest.mark.parametrize("size", ["training", "uneven"])
-def test_rows_go_between_ranks_16_bytes_at_a_time(size, push):
-    """Triton knows that pools are aligned. Rows that are not are moved number by number."""
-    made = calls.expert_parallel(SIZES[size], BF16, push=push)
-    check(GPUS["sm_90"], {f"{size} {name}": call for name, call in made.items()}, 0)
-    movers = [name for name in made if name.startswith(("send tokens", "send filled", "receive"))]
-    for name in [*movers, "sum"]:
-        (kernel,) = compile_all(GPUS["sm_90"], [made[name]])
-        for direction in ("ld", "st"):
-            is_wide = re.search(rf"\b{direction}\.global\S*\.v4\.b32", kernel.ptx) is not None
-            assert is_wide == (size == "training"), (name, direction)
-
-
 @gpus
 @pytest.mark.parametrize("size", [size for size in SIZES if size != "training"])
 def test_sizes(gpu, size):

@@ -252,12 +252,12 @@ def receive_rows_kernel(
     if HAS_SLOTS:  # noqa: SIM102 - a constant
         if tl.program_id(1) == 0:
             s = tl.arange(0, COLUMNS)
-            is_slot = s < columns
-            ids = tl.load(ids_ptr + s, mask=is_slot)
-            tl.store(local_ids_ptr + d * columns + s, ids, mask=is_slot)
+            is_column = s < columns
+            ids = tl.load(ids_ptr + s, mask=is_column)
+            tl.store(local_ids_ptr + d * columns + s, ids, mask=is_column)
             weights_ptr = (half + from_weights).to(local_weights_ptr.dtype) + d * columns
-            weights = tl.load(weights_ptr + s, mask=is_slot)
-            tl.store(local_weights_ptr + d * columns + s, weights, mask=is_slot)
+            weights = tl.load(weights_ptr + s, mask=is_column)
+            tl.store(local_weights_ptr + d * columns + s, weights, mask=is_column)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_places", "half_bytes", "me"])
