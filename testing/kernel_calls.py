@@ -255,18 +255,17 @@ def expert_parallel(
     window = ep.Window(_empty(world_size, dtype=torch.int64), _empty(1), 1 << 30, 1)
     layout = ep.Layout.of(rows.nbytes, local[0].nbytes, local[1].nbytes)
     where: dict[str, Any] = {"window": window} if push else {}
-    to: dict[str, Any] = {} if push else {"to": rows}
     in_turn: tuple[Any, ...] = (world_size, num_tokens)
     call = functools.partial
     calls: dict[str, Call] = {
         "place": call(
             ep.place_slots, ids, weights, of_call,
-            None if push else tuple(t.view(world_size, -1) for t in local),
+            tuple(t.view(world_size, -1) for t in local),
             layout=layout if push else None, **where,
         ),
         "invert": call(ep.invert_places, places, of_call),
         "send tokens": call(
-            ep.send_rows, tokens, world_size, num_tokens, senders=senders, **to, **where
+            ep.send_rows, tokens, world_size, num_tokens, to=rows, senders=senders, **where
         ),
         "sum": call(ep.sum_over_ranks, rows, places, of_call, **where),
         "take": call(ep.take_values, local[1], places, of_call, **where),
@@ -280,9 +279,10 @@ def expert_parallel(
                 offset=layout.weights,
             ),
             "send gradients": call(
-                ep.send_rows, tokens, *in_turn, senders=senders, window=window, flags=layout.ids
+                ep.send_rows, tokens, *in_turn, to=rows, senders=senders, window=window,
+                flags=layout.ids,
             ),
-            "receive": call(ep.receive_rows, rows, window, layout, local),
-            "receive gradients": call(ep.receive_rows, rows, window, layout),
+            "receive": call(ep.receive_rows, rows, of_call, window, layout, local),
+            "receive gradients": call(ep.receive_rows, rows, of_call, window, layout),
         }  # fmt: skip
     return calls

@@ -37,6 +37,8 @@ _MOVED_BYTES = 4096
 _SUMMED_BYTES = 2048
 # Values that lie alone: each is a read of its own.
 _VALUES = 1024
+# The bytes that a thread moves at a time.
+_VECTOR = 16
 # Where a part of a pool's half begins. Cache lines have 128 bytes.
 _ALIGNMENT = 256
 
@@ -131,7 +133,7 @@ def place_slots(
     topk_ids: Tensor,
     topk_weights: Tensor,
     sizes: Sizes,
-    to: Sequence[Tensor] | None,
+    to: Sequence[Tensor],
     window: Window | None = None,
     layout: Layout | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,8 +143,8 @@ def place_slots(
         topk_ids: (T, K).
         topk_weights: (T, K).
         sizes: of the call.
-        to: the ids and weights (W, C * S) for all ranks; rows may be further apart than that. None
-            with a window.
+        to: the ids and weights (W, C * S) for all ranks; rows may be further apart than that. With a
+            window they take only what this rank sends to itself.
         window: where the ranks exchange.
         layout: where things lie in it.
 
@@ -165,20 +167,16 @@ def place_slots(
         TOP_K=sizes.top_k, SLOTS=slots, BLOCK_T=block_t,
         on=topk_ids,
     )  # fmt: skip
-    ids, weights = (None, None) if to is None else to
-    if layout is not None:
-        parts = (layout.ids, layout.weights)
-    else:
-        parts = (0, 0) if to is None else (to[0].stride(0), to[1].stride(0))
+    parts = [t.stride(0) for t in to] if layout is None else [layout.ids, layout.weights]
     launch(
         place_slots_kernel, (num_blocks,),
-        topk_ids, topk_weights, counts, sent_slots, senders, num_dropped, ids, weights,
+        topk_ids, topk_weights, counts, sent_slots, senders, num_dropped, *to,
         *_pool(window), *topk_ids.stride(), *topk_weights.stride(), *parts,
         0 if window is None else window.half_bytes, 0 if window is None else window.me,
         num_tokens, sizes.num_experts, sizes.num_local, sizes.world_size, sizes.capacity,
         sizes.columns, num_blocks,
         TOP_K=sizes.top_k, SLOTS=slots, COLUMNS=next_power_of_2(sizes.columns), BLOCK_T=block_t,
-        BLOCKS=_COUNTS, PUSH=window is not None,
+        BLOCKS=_COUNTS, PUSH=window is not None, num_warps=8,
         on=topk_ids,
     )  # fmt: skip
     return sent_slots, senders, num_dropped
@@ -216,7 +214,8 @@ def send_rows(
         source: rows of tokens where senders are given, else W * C rows.
         world_size: W.
         capacity: C.
-        to: what takes the rows (W * C, H) for all ranks; None with a window.
+        to: what takes the rows (W * C, H) for all ranks. With a window it takes what this rank sends
+            to itself; None: nothing takes that.
         senders: 1 + the row of source for each row that is sent, 0 for none.
         ids ((W * C, S), index): a row moves if its first id is not negative.
         window: where the ranks exchange.
@@ -237,22 +236,24 @@ def send_rows(
         0 if window is None else window.half_bytes, offset, 0 if flags is None else flags,
         0 if window is None else window.me,
         HAS_SENDERS=senders is not None, HAS_IDS=ids is not None, HAS_FLAGS=flags is not None,
-        PUSH=window is not None, BLOCK_H=block_h, UNIT=unit,
+        HAS_TO=to is not None, PUSH=window is not None, BLOCK_H=block_h, UNIT=unit,
         on=source,
     )  # fmt: skip
 
 
 def receive_rows(
     output: Tensor,
+    sizes: Sizes,
     window: Window,
     layout: Layout,
     slots: Sequence[Tensor] | None = None,
 ) -> None:
-    """Copy what came to this rank out of its pool: rows, and ids and weights (W * C, S) if given.
+    """Copy what came from other ranks out of the pool: rows, and ids and weights (W * C, S) if given.
 
     Without those, flags tell which rows came.
     """
-    num_rows, width = output.shape
+    width = output.shape[1]
+    num_rows = sizes.num_rows - sizes.capacity
     if num_rows == 0 or (width == 0 and slots is None):
         return
     ids, weights = (None, None) if slots is None else slots
@@ -261,8 +262,8 @@ def receive_rows(
     unit = unit_of(width)
     launch(
         receive_rows_kernel, (num_rows, max(1, cdiv(width, block_h))),
-        output, ids, weights, *_pool(window), width // unit, columns, window.half_bytes,
-        layout.ids, layout.weights, window.me,
+        output, ids, weights, *_pool(window), sizes.capacity, width // unit, columns,
+        window.half_bytes, layout.ids, layout.weights, window.me,
         HAS_SLOTS=slots is not None, COLUMNS=next_power_of_2(columns), BLOCK_H=block_h, UNIT=unit,
         on=output,
     )  # fmt: skip
@@ -274,7 +275,7 @@ def sum_over_ranks(
     """Sum each token's rows in fp32 (fp64 for fp64), in rank order: (T, H).
 
     Args:
-        rows: (W * C, H), contiguous. With a window they lie there, and this tells their dtype.
+        rows: (W * C, H), contiguous. With a window only this rank's own are read from here.
         sent_slots: (T, K).
         sizes: of the call.
         window: where the ranks exchange.
@@ -283,12 +284,14 @@ def sum_over_ranks(
     output = rows.new_empty(num_tokens, width)
     if output.numel() == 0:
         return output
+    if window is not None and rows.data_ptr() % _VECTOR != 0:
+        rows = rows.clone()
     block_h = _columns_of(rows, _SUMMED_BYTES)
     unit = unit_of(width)
     launch(
         sum_over_ranks_kernel, (num_tokens, cdiv(width, block_h)),
         rows, sent_slots, output, *_pool(window), *sent_slots.stride(),
-        sizes.num_rows, sizes.num_places, sizes.columns, width // unit,
+        sizes.num_rows, sizes.num_places, sizes.columns, width // unit, sizes.capacity,
         0 if window is None else window.half_bytes, 0 if window is None else window.me,
         TOP_K=sizes.top_k, SLOTS=next_power_of_2(sizes.top_k),
         PARTS=min(sizes.top_k, sizes.world_size), IS_FP64=rows.dtype == torch.float64,
@@ -304,8 +307,8 @@ def take_values(
     """Return the value at each slot's place, 0 where it has none: (T, K).
 
     Args:
-        values: (W * C, S), contiguous. With a window they lie there, `offset` bytes behind the half's
-            begin, and this tells their dtype.
+        values: (W * C, S), contiguous. With a window only this rank's own are read from here, and
+            the others `offset` bytes behind the half's begin.
         sent_slots: (T, K).
         sizes: of the call.
         window: where the ranks exchange.
@@ -317,7 +320,8 @@ def take_values(
         launch(
             take_values_kernel, (cdiv(num_slots, _VALUES),),
             values, sent_slots, output, *_pool(window), *sent_slots.stride(),
-            num_slots, sizes.num_places, 0 if window is None else window.half_bytes, offset,
+            num_slots, sizes.num_places, sizes.capacity * sizes.columns,
+            0 if window is None else window.half_bytes, offset,
             0 if window is None else window.me,
             TOP_K=sizes.top_k, PULL=window is not None, BLOCK=_VALUES,
             on=values,

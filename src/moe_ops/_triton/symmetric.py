@@ -9,6 +9,8 @@ turns: exchange n uses half n % 2. An exchange has these steps on every rank, in
     meet    a barrier: what all ranks pushed is there
     read    copy or sum what lies in half n % 2 of the own pool
 
+What a rank would send to itself does not go through its pool.
+
 One barrier for each exchange is enough. A rank that pushes exchange n + 2 writes into the half of
 exchange n, so its peers must have read that. It pushes behind its barrier of n + 1. That ends when all
 peers have come to it, and a peer comes to it behind its own read of n.

@@ -8,8 +8,8 @@ senders (W * C,) holds 1 + the token of each row, and 0 where there is none.
 
 With PUSH a kernel writes into the other ranks' memory, and with PULL it reads what they wrote into
 this rank's (_triton/symmetric.py). peers_ptr holds the address of every rank's pool. A pool has two
-halves, and an exchange uses the one that turn_ptr names. Without PUSH the parts for all ranks lie in
-one buffer.
+halves, and an exchange uses the one that turn_ptr names. What a rank would send to itself does not go
+through its pool. Without PUSH the parts for all ranks lie in one buffer.
 
 Places and ids from outside are compared with their range before each use.
 """
@@ -94,7 +94,8 @@ def place_slots_kernel(
     Writes sent_slots (T, K), all of senders, and adds to num_dropped. Of the ids and weights for
     each rank it writes all C * S, with -1 and 0 where no slot is. Those for rank r begin at
     to_ids_ptr + r * part_ids and to_weights_ptr + r * part_weights. With PUSH they go to part `me`
-    of that rank's pool, part_ids and part_weights bytes behind the half's begin.
+    of that rank's pool, part_ids and part_weights bytes behind the half's begin; this rank's own go
+    to part `me` of to_ids and to_weights.
 
     Grid (num_blocks,): one program owns BLOCK_T tokens, and of the rows without a token it fills in
     cdiv(C, num_blocks) for each rank. Needs counts and num_dropped from count_visits_kernel. Adding
@@ -126,8 +127,10 @@ def place_slots_kernel(
         if PUSH:
             half = _half(peers_ptr, turn_ptr, rank, half_bytes)
             first = tl.cast(me, tl.int64) * capacity * columns
-            to_ids = (half + part_ids).to(tl.pointer_type(tl.int32)) + first
-            to_weights = (half + part_weights).to(weights_ptr.dtype) + first
+            ids_at = tl.where(rank == me, to_ids_ptr.to(tl.int64), half + part_ids)
+            weights_at = tl.where(rank == me, to_weights_ptr.to(tl.int64), half + part_weights)
+            to_ids = ids_at.to(tl.pointer_type(tl.int32)) + first
+            to_weights = weights_at.to(weights_ptr.dtype) + first
         else:
             to_ids = to_ids_ptr + tl.cast(rank, tl.int64) * part_ids
             to_weights = to_weights_ptr + tl.cast(rank, tl.int64) * part_weights
@@ -185,15 +188,16 @@ def send_rows_kernel(
     source_ptr, senders_ptr, ids_ptr, to_ptr, peers_ptr, turn_ptr,
     stride_r, stride_h, stride_ids, num_source_rows, world_size, capacity, width,
     half_bytes, to_rows, to_flags, me,
-    HAS_SENDERS: tl.constexpr, HAS_IDS: tl.constexpr, HAS_FLAGS: tl.constexpr, PUSH: tl.constexpr,
-    BLOCK_H: tl.constexpr, UNIT: tl.constexpr,
+    HAS_SENDERS: tl.constexpr, HAS_IDS: tl.constexpr, HAS_FLAGS: tl.constexpr,
+    HAS_TO: tl.constexpr, PUSH: tl.constexpr, BLOCK_H: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Send row d to rank d // C, as row d % C of this rank's part there.
 
     Its source is the row of the token senders[d] - 1, or with HAS_IDS row d if ids[d] is not
     negative, or else row d. What has no source does not move. With PUSH it goes to_rows bytes behind
-    the half's begin, to part `me`; else to row d of to_ptr. With HAS_FLAGS the peer also gets 0 for
-    each row that moves, and -1 for one that does not, to_flags bytes behind the half's begin.
+    the half's begin, to part `me`; else, and for this rank itself, to row d of to_ptr. Without HAS_TO
+    this rank's own rows do not move. With HAS_FLAGS the peer also gets 0 for each row that moves, and
+    -1 for one that does not, to_flags bytes behind the half's begin.
 
     Grid (W * C, max(1, cdiv(width, BLOCK_H))): one program owns BLOCK_H columns of a row. Programs
     that follow each other send to different ranks, so no rank's link has to take all at once.
@@ -210,14 +214,18 @@ def send_rows_kernel(
         is_filled = (source >= 0) & (source < num_source_rows)
     if HAS_IDS:
         is_filled = tl.load(ids_ptr + d * stride_ids) >= 0
+    if PUSH and not HAS_TO:
+        is_filled = is_filled & (rank != me)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask = h < tl.where(is_filled, width, 0)
     x = tl.load(source_ptr + source * stride_r + h.to(tl.int64) * stride_h, mask=mask)
     if PUSH:
         half = _half(peers_ptr, turn_ptr, rank, half_bytes)
         row = me * tl.cast(capacity, tl.int64) + i
-        to_ptr = _aligned(half + to_rows, source_ptr.dtype)
-        tl.store(to_ptr + row * width + h, x, mask=mask)
+        rows_at = half + to_rows
+        if HAS_TO:
+            rows_at = tl.where(rank == me, to_ptr.to(tl.int64), rows_at)
+        tl.store(_aligned(rows_at, source_ptr.dtype) + row * width + h, x, mask=mask)
         if HAS_FLAGS:  # noqa: SIM102 - a constant
             if tl.program_id(1) == 0:
                 flags_ptr = (half + to_flags).to(tl.pointer_type(tl.int32))
@@ -226,22 +234,23 @@ def send_rows_kernel(
         tl.store(to_ptr + d * width + h, x, mask=mask)
 
 
-@triton.jit(do_not_specialize=["half_bytes", "from_ids", "from_weights", "me"])
+@triton.jit(do_not_specialize=["capacity", "half_bytes", "from_ids", "from_weights", "me"])
 def receive_rows_kernel(
     output_ptr, local_ids_ptr, local_weights_ptr, peers_ptr, turn_ptr,
-    width, columns, half_bytes, from_ids, from_weights, me,
+    capacity, width, columns, half_bytes, from_ids, from_weights, me,
     HAS_SLOTS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_H: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Copy the rows that came to this rank out of its pool, and with HAS_SLOTS ids and weights.
+    """Copy the rows that came from other ranks out of the pool, and with HAS_SLOTS ids and weights.
 
     A row came if its first id is not negative. The rows lie at the half's begin, the ids from_ids
     bytes behind it, `columns` for each row, the weights from_weights bytes behind it. The flags of
     send_rows_kernel are ids too, of one column. COLUMNS is columns rounded up to a power of two.
 
-    Grid (W * C, max(1, cdiv(width, BLOCK_H))): one program owns BLOCK_H columns of a row.
+    Grid ((W - 1) * C, max(1, cdiv(width, BLOCK_H))): one program owns BLOCK_H columns of a row.
     """
     width *= UNIT
     d = tl.program_id(0).to(tl.int64)
+    d = tl.where(d < me * tl.cast(capacity, tl.int64), d, d + capacity)
     half = _half(peers_ptr, turn_ptr, me, half_bytes)
     ids_ptr = (half + from_ids).to(tl.pointer_type(tl.int32)) + d * columns
     is_filled = tl.load(ids_ptr) >= 0
@@ -260,10 +269,10 @@ def receive_rows_kernel(
             tl.store(local_weights_ptr + d * columns + s, weights, mask=is_column)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_places", "half_bytes", "me"])
+@triton.jit(do_not_specialize=["num_rows", "num_places", "capacity", "half_bytes", "me"])
 def sum_over_ranks_kernel(
     rows_ptr, places_ptr, output_ptr, peers_ptr, turn_ptr,
-    stride_pt, stride_pk, num_rows, num_places, columns, width, half_bytes, me,
+    stride_pt, stride_pk, num_rows, num_places, columns, width, capacity, half_bytes, me,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr, IS_FP64: tl.constexpr,
     PULL: tl.constexpr, BLOCK_H: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -271,7 +280,7 @@ def sum_over_ranks_kernel(
 
     Grid (num_tokens, cdiv(width, BLOCK_H)): one program owns BLOCK_H columns of a token. SLOTS is K
     rounded up to a power of two, PARTS = min(K, W) the most rows that a token has. With PULL the rows
-    lie at the half's begin; rows_ptr then tells their dtype only.
+    lie at the half's begin, but for part `me`, which lies in rows_ptr. That must be aligned then.
     """
     width *= UNIT
     t = tl.program_id(0).to(tl.int64)
@@ -282,7 +291,7 @@ def sum_over_ranks_kernel(
     is_row_K = (place_K >= 0) & (place_K < num_places) & (place_K % columns == 0)
     row_K = tl.where(is_row_K, place_K // columns, num_rows).to(tl.int32)
     if PULL:
-        rows_ptr = _aligned(_half(peers_ptr, turn_ptr, me, half_bytes), rows_ptr.dtype)
+        half = _half(peers_ptr, turn_ptr, me, half_bytes)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     accumulator: tl.constexpr = tl.float64 if IS_FP64 else tl.float32
     total = tl.zeros((BLOCK_H,), accumulator)
@@ -290,32 +299,42 @@ def sum_over_ranks_kernel(
     for _ in tl.static_range(PARTS):
         row = tl.min(tl.where(row_K > last, row_K, num_rows), 0)
         mask = h < tl.where(row < num_rows, width, 0)
-        total += tl.load(rows_ptr + row.to(tl.int64) * width + h, mask=mask, other=0).to(
-            accumulator
-        )
+        from_ptr = rows_ptr
+        if PULL:
+            is_own = (row >= me * capacity) & (row < (me + 1) * capacity)
+            from_ptr = _aligned(tl.where(is_own, rows_ptr.to(tl.int64), half), rows_ptr.dtype)
+        x = tl.load(from_ptr + row.to(tl.int64) * width + h, mask=mask, other=0)
+        total += x.to(accumulator)
         last = row
     total = total.to(output_ptr.dtype.element_ty)
     tl.store(output_ptr + t * width + h, total, mask=h < width)
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_places", "half_bytes", "from_values", "me"])
+@triton.jit(
+    do_not_specialize=["num_slots", "num_places", "own_places", "half_bytes", "from_values", "me"]
+)
 def take_values_kernel(
     values_ptr, places_ptr, output_ptr, peers_ptr, turn_ptr,
-    stride_pt, stride_pk, num_slots, num_places, half_bytes, from_values, me,
+    stride_pt, stride_pk, num_slots, num_places, own_places, half_bytes, from_values, me,
     TOP_K: tl.constexpr, PULL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write output[slot] = values[places[slot]], or 0 where a slot has no place.
 
     Grid (cdiv(num_slots, BLOCK),): one program owns BLOCK slots. With PULL the values lie
-    from_values bytes behind the half's begin; values_ptr then tells their dtype only.
+    from_values bytes behind the half's begin, but for the own_places of part `me`, which lie in
+    values_ptr.
     """
     slot = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     is_slot = slot < num_slots
     pointers = places_ptr + (slot // TOP_K) * stride_pt + (slot % TOP_K) * stride_pk
     place = tl.load(pointers, mask=is_slot, other=-1)
-    if PULL:
-        half = _half(peers_ptr, turn_ptr, me, half_bytes)
-        values_ptr = (half + from_values).to(values_ptr.dtype)
     is_place = (place >= 0) & (place < num_places)
-    values = tl.load(values_ptr + place, mask=is_place, other=0)
+    if PULL:
+        is_own = is_place & (place >= me * own_places) & (place < (me + 1) * own_places)
+        half = _half(peers_ptr, turn_ptr, me, half_bytes)
+        came_ptr = (half + from_values).to(values_ptr.dtype)
+        came = tl.load(came_ptr + place, mask=is_place & ~is_own, other=0)
+        values = tl.where(is_own, tl.load(values_ptr + place, mask=is_own, other=0), came)
+    else:
+        values = tl.load(values_ptr + place, mask=is_place, other=0)
     tl.store(output_ptr + slot, values, mask=is_slot)

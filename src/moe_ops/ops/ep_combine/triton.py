@@ -38,7 +38,8 @@ def push_combine(
     pool: Exchanges, input: Tensor, local_ids: Tensor, sent_slots: Tensor, sizes: Sizes
 ) -> Tensor:
     """Do ep_combine through the ranks' pools."""
-    window = pool.begin(Layout.of(input.numel() * input.itemsize, 0, 0).end)
+    input = input.contiguous()
+    window = pool.begin(Layout.of(input.nbytes, 0, 0).end)
     send_rows(input, sizes.world_size, sizes.capacity, ids=local_ids, window=window)
     pool.meet()
     return sum_over_ranks(input, sent_slots, sizes, window)
@@ -70,8 +71,10 @@ def push_combine_backward(
     layout = Layout.of(rows.nbytes, 4 * sizes.num_rows, 0)
     window = pool.begin(layout.end)
     senders = invert_places(sent_slots, sizes)
-    in_turn = (sizes.world_size, sizes.capacity)
-    send_rows(grad_output, *in_turn, senders=senders, window=window, flags=layout.ids)
+    send_rows(
+        grad_output, sizes.world_size, sizes.capacity,
+        to=rows, senders=senders, window=window, flags=layout.ids,
+    )  # fmt: skip
     pool.meet()
-    receive_rows(rows, window, layout)
+    receive_rows(rows, sizes, window, layout)
     return rows

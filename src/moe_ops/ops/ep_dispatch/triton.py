@@ -63,12 +63,13 @@ def push_dispatch(
     rows, local_ids, local_weights = _new_outputs(input, topk_weights, sizes)
     layout = Layout.of(rows.nbytes, local_ids.nbytes, local_weights.nbytes)
     window = pool.begin(layout.end)
+    local = (local_ids, local_weights)
     sent_slots, senders, num_dropped = place_slots(
-        topk_ids, topk_weights, sizes, None, window, layout
+        topk_ids, topk_weights, sizes, local, window, layout
     )
-    send_rows(input, sizes.world_size, sizes.capacity, senders=senders, window=window)
+    send_rows(input, sizes.world_size, sizes.capacity, to=rows, senders=senders, window=window)
     pool.meet()
-    receive_rows(rows, window, layout, (local_ids, local_weights))
+    receive_rows(rows, sizes, window, layout, local)
     return rows, local_ids, local_weights, sent_slots, num_dropped
 
 
@@ -150,12 +151,13 @@ def push_dispatch_backward(
     sent = [grad_output if needs[0] else None, None, grad_local_weights if needs[1] else None]
     layout = Layout.of(*(0 if t is None else t.numel() * t.itemsize for t in sent))
     window = pool.begin(layout.end)
+    grad_output, grad_local_weights = grad_output.contiguous(), grad_local_weights.contiguous()
     if needs[0]:
         send_rows(grad_output, *in_turn, ids=local_ids, window=window)
     if needs[1]:
         # What goes to a rank is one long row.
         width = sizes.num_places // sizes.world_size
-        flat = grad_local_weights.contiguous().view(sizes.world_size, width)
+        flat = grad_local_weights.view(sizes.world_size, width)
         send_rows(flat, sizes.world_size, 1, window=window, offset=layout.weights)
     pool.meet()
     if needs[0]:
