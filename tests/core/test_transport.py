@@ -139,8 +139,7 @@ def test_a_value_goes_with_its_group(new_group):
 
 
 def test_ranks_tell_where_they_run(new_group):
-    name = new_group()
-    (rank,) = transport._ranks.get(name, lambda g: transport._gather(g, torch.device("cpu")))
+    (rank,) = transport.ranks_of(new_group(), torch.device("cpu"))
     assert rank.device_type == "cpu"
     assert rank.host
     assert "on cpu" in transport.why_not_symmetric((rank,))

@@ -149,12 +149,21 @@ class OfGroups(Generic[T]):
             del self._values[name]
 
 
-_ranks: OfGroups[tuple[Rank, ...]] = OfGroups()
+# By the type of the device: a group may serve two.
+_ranks: OfGroups[dict[str, tuple[Rank, ...]]] = OfGroups()
 
 
 def plan_of(world_size: int, group: str, device: torch.device, can_push: bool) -> Plan:
     """Choose the transport for the process group of this name, for tensors on this device."""
-    return plan(world_size, lambda: _ranks.get(group, lambda g: _gather(g, device)), can_push)
+    return plan(world_size, lambda: ranks_of(group, device), can_push)
+
+
+def ranks_of(group: str, device: torch.device) -> tuple[Rank, ...]:
+    """Return where all ranks of the process group of this name run. The first call is a collective."""
+    known = _ranks.get(group, lambda _: {})
+    if device.type not in known:
+        known[device.type] = _gather(process_group(group), device)
+    return known[device.type]
 
 
 def _gather(group: Any, device: torch.device) -> tuple[Rank, ...]:
