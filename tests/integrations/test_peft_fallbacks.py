@@ -188,7 +188,7 @@ def test_says_once_that_there_is_nothing_to_do(caplog):
         assert moe_ops_peft.enable(make_model("qwen3_moe")) == []
     texts = [record.getMessage() for record in caplog.records]
     expected = (
-        "moe_ops.integrations.peft: enable: expected a model with LoRA adapters on its experts, got a "
+        "moe_ops.integrations.peft: enable: expected a model with LoRA adapters on its experts, got "
         "{} without: nothing to do; pass peft LoraConfig(target_parameters=[...])"
     )
     assert texts == [expected.format("PeftModel"), expected.format("Qwen3MoeForCausalLM")]
