@@ -192,6 +192,11 @@ def test_private_torch_names_stand_in_one_file():
                 text = ast.unparse(node)
                 if re.match(r"(torch|forward_ad)\b.*\._", text):
                     found.add(file.name)
-            if isinstance(node, ast.ImportFrom) and re.match(r"torch\b.*\._", node.module or ""):
+            names = []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            if any(re.match(r"torch\b.*\._", name) for name in names):
                 found.add(file.name)
     assert found == {"torch_private.py"}

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 # What torch's kernels set before they call what stands below autograd. torch.no_grad() is not the
@@ -63,8 +64,29 @@ def group_timeout(group: Any, device: torch.device) -> timedelta:
     return timeout
 
 
+def all_to_all(rows: Tensor, world_size: int, group: str) -> Tensor:
+    """Send the r-th of world_size equal parts of rows to rank r; return what came, by rank.
+
+    torch's functional collectives have no public name, and the public all_to_all_single takes a group
+    and a tensor for its output.
+    """
+    functional = torch.ops._c10d_functional
+    parts = [rows.shape[0] // world_size] * world_size
+    came: Tensor = functional.wait_tensor(functional.all_to_all_single(rows, parts, parts, group))
+    return came
+
+
+def has_symmetric_memory() -> bool:
+    """Tell whether this torch has symmetric memory."""
+    try:
+        symmetric_memory()
+    except ImportError:
+        return False
+    return True
+
+
 def symmetric_memory() -> Any:
     """Return torch's module of symmetric memory, which has no public name yet."""
-    import torch.distributed._symmetric_memory as module
+    from torch.distributed import _symmetric_memory
 
-    return module
+    return _symmetric_memory

@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from moe_ops._core.torch_private import process_group
+from moe_ops._core.torch_private import all_to_all, has_symmetric_memory, process_group
 
 ENVIRONMENT_VARIABLE = "MOE_OPS_EP_TRANSPORT"
 WISHES = ("functional", "symmetric")
@@ -190,19 +190,11 @@ def _this_rank(device: torch.device) -> Rank:
         for other in range(torch.cuda.device_count())
         if other != own and torch.cuda.can_device_access_peer(own, other)
     )
-    return Rank(host, "cuda", _uuid(own), reaches, _has_symmetric_memory())
+    return Rank(host, "cuda", _uuid(own), reaches, has_symmetric_memory())
 
 
 def _uuid(index: int) -> str:
     return str(torch.cuda.get_device_properties(index).uuid)
-
-
-def _has_symmetric_memory() -> bool:
-    try:
-        import torch.distributed._symmetric_memory  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def check_world_size(op: str, world_size: int, group: str) -> None:
@@ -233,6 +225,4 @@ def exchange(op: str, rows: Tensor, world_size: int, group: str) -> Tensor:
     if plan(world_size, tuple, can_push=False).transport == "none":
         return rows
     check_world_size(op, world_size, group)
-    functional = torch.ops._c10d_functional
-    parts = [rows.shape[0] // world_size] * world_size
-    return functional.wait_tensor(functional.all_to_all_single(rows, parts, parts, group))
+    return all_to_all(rows, world_size, group)
