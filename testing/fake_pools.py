@@ -18,7 +18,6 @@ from moe_ops._triton.expert_parallel import Window, begin_exchange
 
 # What the pools hold where nobody wrote.
 UNWRITTEN = 0xA5
-GUARD = 4096
 
 
 class FakePool:
