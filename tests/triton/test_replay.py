@@ -271,8 +271,14 @@ def copies(input, other):
     return other.t().contiguous()
 
 
+def computes_nothing(input, other):
+    """A collective of nothing is a collective: on other ranks it may hold something."""
+    return torch.clone(input[:0])
+
+
 @pytest.mark.parametrize(
-    "implementation", [returns_an_argument, computes, reads_a_value, shares, writes, copies]
+    "implementation",
+    [returns_an_argument, computes, computes_nothing, reads_a_value, shares, writes, copies],
 )
 def test_what_cannot_be_recorded_is_called(implementation):
     called = Called(implementation)

@@ -194,8 +194,11 @@ def memory_range(tensor: torch.Tensor | None) -> tuple[int, int]:
 
 
 def _is_view(result: Any, args: tuple[Any, ...]) -> bool:
-    """Return whether an op that writes nothing returned views of its arguments only."""
-    given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+    """Return whether an op that writes nothing returned views of its arguments only.
+
+    Where there is no memory nobody could tell: a collective of nothing is no view.
+    """
+    given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)} - {0}
     made = result if isinstance(result, (tuple, list)) else (result,)
     # A number that an op returns may be a tensor's value.
     return all(
