@@ -55,6 +55,33 @@ def test_fully_shard_after_a_call(ranks):
     ranks(2).run(check_divisor)
 
 
+def check_compiled_one_by_one(rank, world_size):
+    """More layers than torch.compile compiles anew share one graph, and one more under fully_shard."""
+    mesh = init_device_mesh("cpu", (1, world_size), mesh_dim_names=("fsdp", "ep"))
+    given = draw(rank)
+    for is_sharded in (False, True):
+        torch._dynamo.utils.counters.clear()
+        layers = [Experts(EXPERTS, HIDDEN, INTERMEDIATE) for _ in range(10)]
+        gradients = []
+        for layer in layers:
+            expert_parallel(layer, mesh["ep"])
+            if is_sharded:
+                fully_shard(layer, mesh=mesh["fsdp"])
+            layer(*given).sum().backward()
+            gradients.append(summed(grad_of(layer.gate_up_proj)))
+            layer.zero_grad()
+        for layer, gradient in zip(layers, gradients, strict=True):
+            layer.compile(backend="aot_eager", fullgraph=not is_sharded)
+            layer(*given).sum().backward()
+            torch.testing.assert_close(summed(grad_of(layer.gate_up_proj)), gradient)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert 0 < graphs <= 2, graphs
+
+
+def test_layers_compiled_one_by_one(ranks):
+    ranks(2).run(check_compiled_one_by_one)
+
+
 def check_outer_checkpoint(rank, world_size):
     """The recomputation of a checkpoint around the module drops again, and counts nothing."""
     mesh = init_device_mesh("cpu", (world_size,))

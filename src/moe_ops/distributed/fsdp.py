@@ -9,6 +9,7 @@ a module does not know the modules around it, which fully_shard may have been ca
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,10 +48,27 @@ class GradientDivisor:
         return self.world_size
 
 
+def asking(divisor: GradientDivisor) -> Callable[[], int]:
+    """Return a function that returns divisor.number(), for `constant_of`.
+
+    torch.compile guards a function by its code, and an object by its identity. So layers that are
+    compiled one by one share one graph if they hold functions.
+    """
+    return lambda: divisor.number()
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def divisor_of(divisor: GradientDivisor) -> int:
-    """Return divisor.number(), which compiled code takes as it is when it is compiled."""
-    return divisor.number()
+def constant_of(ask: Callable[[], int]) -> int:
+    """Return what `ask` returns, which compiled code takes as it is when it is compiled."""
+    return ask()
+
+
+def is_managed(module: nn.Module) -> bool:
+    """Return whether fully_shard was called on the module or on one around it.
+
+    fully_shard writes this for torch.compile, which guards it.
+    """
+    return "_is_fsdp_managed_module" in module.__dict__
 
 
 def _are_same(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:

@@ -11,14 +11,14 @@ and returns its local part.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moe_ops.distributed.fsdp import GradientDivisor, divisor_of
+from moe_ops.distributed.fsdp import GradientDivisor, asking, constant_of, is_managed
 from moe_ops.quantization import QuantizedWeight
 
 # What nn.Module keeps of itself. All else is read from the module, as it is then.
@@ -43,31 +43,33 @@ class _Local:
 
     Attributes:
         _source: the module, in a tuple, else nn.Module would register it.
-        _divisor: knows by what the gradients of its parameters are divided.
+        _divisor: returns by what the gradients of its parameters are divided.
     """
 
     _source: tuple[nn.Module]
-    _divisor: GradientDivisor
+    _divisor: Callable[[], int]
 
     def __getattr__(self, name: str) -> Any:
         (source,) = self.__dict__["_source"]
         state = source.__dict__
         for kind in ("_parameters", "_buffers"):
             if name in state[kind]:
-                return _local(state[kind][name], self.__dict__["_divisor"])
+                return self._local(state[kind][name])
         if name in state:
             return state[name]
         return super().__getattr__(name)  # type: ignore[misc]
 
-
-def _local(tensor: Tensor | None, divisor: GradientDivisor) -> Tensor | None:
-    if not isinstance(tensor, DTensor):
-        return tensor
-    local = tensor.to_local()
-    if not local.requires_grad or (number := divisor_of(divisor)) == 1:
-        return local
-    scaled: Tensor = _ScaleGradient.apply(local, 1 / number)  # type: ignore[no-untyped-call]
-    return scaled
+    def _local(self, tensor: Tensor | None) -> Tensor | None:
+        if not isinstance(tensor, DTensor):
+            return tensor
+        local = tensor.to_local()
+        if not local.requires_grad or not is_managed(self.__dict__["_source"][0]):
+            return local
+        number = constant_of(self.__dict__["_divisor"])
+        if number == 1:
+            return local
+        scaled: Tensor = _ScaleGradient.apply(local, 1 / number)  # type: ignore[no-untyped-call]
+        return scaled
 
 
 def local_view(module: nn.Module, num_local: int, world_size: int) -> nn.Module:
@@ -81,7 +83,7 @@ def local_view(module: nn.Module, num_local: int, world_size: int) -> nn.Module:
     view: nn.Module = object.__new__(_local_class(type(module)))  # type: ignore[arg-type]
     own: Mapping[str, Any] = {key: module.__dict__[key] for key in _OWN if key in module.__dict__}
     view.__dict__.update(own, _parameters={}, _buffers={}, _source=(module,))
-    view.__dict__["_divisor"] = GradientDivisor(module, world_size)
+    view.__dict__["_divisor"] = asking(GradientDivisor(module, world_size))
     view.__dict__["_modules"] = {
         name: None if child is None else local_view(child, num_local, world_size)
         for name, child in module._modules.items()
