@@ -228,6 +228,11 @@ def specified(sample: Sample, results: Any) -> tuple[Any, ...]:
     return tuple(found)
 
 
+def has_gaps(sample: Sample) -> bool:
+    """Return whether the contract leaves rows of the op's outputs, or of gradients, open."""
+    return sample.schema.name in _WITH_GAPS and bool(_rows_without_a_token(sample).any())
+
+
 def _rows_without_a_token(sample: Sample) -> Tensor:
     """Return which of the rows (W * C, 1) that ranks send hold no token."""
     sizes = [sample.arguments[name] for name in ("num_experts", "world_size", "capacity")]

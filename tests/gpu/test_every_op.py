@@ -192,7 +192,9 @@ def opcheck_cases(name: str) -> list[dict[str, Any]]:
     ],
 )
 def test_opcheck(name, seed, fixed):
-    opcheck(move_sample(seeded_sample(SCHEMAS[name], seed, **fixed)))
+    # opcheck compares whole outputs of two calls.
+    samples = (seeded_sample(SCHEMAS[name], seed + 1000 * i, **fixed) for i in range(200))
+    opcheck(move_sample(next(each for each in samples if not checks.has_gaps(each))))
 
 
 @schemas
