@@ -61,7 +61,7 @@ def check_compiled_one_by_one(rank, world_size):
     given = draw(rank)
     for is_sharded in (False, True):
         torch._dynamo.utils.counters.clear()
-        layers = [Experts(EXPERTS, HIDDEN, INTERMEDIATE) for _ in range(10)]
+        layers: list[Any] = [Experts(EXPERTS, HIDDEN, INTERMEDIATE) for _ in range(10)]
         gradients = []
         for layer in layers:
             expert_parallel(layer, mesh["ep"])

@@ -52,9 +52,13 @@ def asking(divisor: GradientDivisor) -> Callable[[], int]:
     """Return a function that returns divisor.number(), for `constant_of`.
 
     torch.compile guards a function by its code, and an object by its identity. So layers that are
-    compiled one by one share one graph if they hold functions.
+    compiled one by one share one graph if they hold functions. A bound method has an identity, too.
     """
-    return lambda: divisor.number()
+
+    def ask() -> int:
+        return divisor.number()
+
+    return ask
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
