@@ -143,10 +143,12 @@ def unsloth(block: Block) -> Implementation:
 def sonicmoe(block: Block) -> Implementation:
     """sonicmoe.moe_general_routing_inputs, which takes the routing that it is given.
 
-    A version without `concat_layout` wants gate and up rows by turns, and gets a copy. Written from
-    the comments above that function and transformers' call of it, and not run.
+    A version without `concat_layout` wants gate and up rows by turns, and gets a copy. Its products
+    take their default configurations: tuning them takes minutes for each shape. Written from the
+    comments above that function and transformers' call of it.
     """
     library: Any = importlib.import_module("sonicmoe")
+    _take_default_configurations()
     swiglu = importlib.import_module("sonicmoe.enums").ActivationType.SWIGLU
     shape = block.shape
     device = block.bench.device
@@ -182,6 +184,15 @@ def sonicmoe(block: Block) -> Implementation:
     if concatenated:
         return Implementation(forward, leaves)
     return Implementation(forward, leaves, _one_after_the_other)
+
+
+def _take_default_configurations() -> None:
+    """Let quack's products not tune themselves: each has the function beside what tunes it."""
+    interface: Any = importlib.import_module("quack.gemm_interface")
+    for name in [name for name in vars(interface) if name.endswith("_tuned")]:
+        function = getattr(getattr(interface, name), "fn", None)
+        if function is not None:
+            setattr(interface, name, partial(function, config=None))
 
 
 def _by_turns(gate_up: Tensor) -> Tensor:
