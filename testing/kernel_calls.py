@@ -41,6 +41,7 @@ class Sizes:
 SIZES = {
     "training": Sizes(),
     "long": Sizes(num_tokens=65536),
+    "decode-1": Sizes(num_tokens=8),
     "decode-8": Sizes(num_tokens=128),
     "decode-32": Sizes(num_tokens=512),
     "prefill-64": Sizes(num_tokens=1024),

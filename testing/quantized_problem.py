@@ -14,8 +14,9 @@ import moe_ops
 from moe_ops import QuantizedWeight, quantize_weight
 from moe_ops.quantization.formats import FORMATS
 from moe_ops.quantization.storage import empty, layout_of
-from testing import checks, experts_problem, gemm_problem
+from testing import checks, experts_problem, gemm_problem, reference
 from testing.on_device import assert_same_bits
+from testing.tolerances import KINK_DISTANCE
 
 # Each format, with each encoding of its scales and each size of its blocks.
 KINDS = [
@@ -142,15 +143,27 @@ def assert_equal(got: Tensor, want: Tensor) -> None:
 
 
 class QuantizedExperts(experts_problem.Problem):
-    """A call of fused_experts whose weights are quantised. Its arguments hold their values."""
+    """A call of fused_experts whose weights are quantised. Its arguments hold their values.
 
-    def __init__(self, given: experts_problem.Problem, format: str, **options: Any) -> None:
+    With is_exact these are in fp32, as the Triton kernel for one row an expert takes them: on which
+    side of a kink a pre-activation lies is decided by values that were not rounded.
+    """
+
+    def __init__(
+        self, given: experts_problem.Problem, format: str, is_exact: bool = False, **options: Any
+    ) -> None:
         names = ("gate_up_proj", "down_proj")
         dtype = given.arguments["hidden_states"].dtype
         self.weights = {n: quantize_weight(given.arguments[n], format, **options) for n in names}
-        values = {name: values_of(weight, dtype) for name, weight in self.weights.items()}
+        values_in = torch.float32 if is_exact else dtype
+        values = {name: values_of(weight, values_in) for name, weight in self.weights.items()}
+        arguments = {**given.arguments, **values}
+        # The weights are others than those by which the tokens at kinks were found before.
+        at_kinks = reference.tokens_at_kinks(**arguments, rounds_to=dtype, distance=KINK_DISTANCE)
+        grad_output = given.grad_output.masked_fill(at_kinks[:, None], 0)
+        assert grad_output.any() or not given.grad_output.any()
         differentiable = [name for name in given.differentiable if name not in names]
-        super().__init__({**given.arguments, **values}, differentiable, given.grad_output)
+        super().__init__(arguments, differentiable, grad_output)
 
     def run(self) -> tuple[Tensor, dict[str, Tensor]]:
         leaves = {name: self.arguments[name].requires_grad_() for name in self.differentiable}

@@ -104,7 +104,8 @@ def check(device: Device, named: dict[str, Call], stack: int) -> None:
 
 
 def stack_limit(gpu: str, size: str = "training") -> int:
-    return 0 if gpu == "sm_90" and size != "uneven" else SPILL_LIMIT
+    # For decode-1 a few spilled bytes were faster than fewer programs on an SM.
+    return 0 if gpu == "sm_90" and size not in ("uneven", "decode-1") else SPILL_LIMIT
 
 
 @gpus
@@ -318,7 +319,7 @@ def test_a_bias_keeps_nothing_from_being_loaded_ahead(gpu):
     assert loads(bias=True) == loads() >= 4
 
 
-FEW_ROWS = ("decode-8", "decode-32", "prefill-64")
+FEW_ROWS = ("decode-1", "decode-8", "decode-32", "prefill-64")
 
 
 @pytest.mark.parametrize(("gpu", "size"), [(gpu, size) for gpu in GPUS for size in FEW_ROWS])
@@ -336,7 +337,7 @@ def test_quantised_weights(gpu, size):
             f"{format} {dtype} forward": made["forward"],
             f"{format} {dtype} experts": experts["inference"],
         }
-        check(GPUS[gpu], named, stack_limit(gpu))
+        check(GPUS[gpu], named, stack_limit(gpu, size))
 
 
 @pytest.mark.parametrize("gpu", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
@@ -351,6 +352,20 @@ def test_quantised_weights_are_decoded_between_loads_and_tensor_cores(gpu, forma
     assert re.search(r"ld\.global\S*\.v4\.b32", kernel.ptx)
     has_fp8 = GPUS[gpu].capability >= (8, 9)
     assert ("e4m3" in kernel.ptx) == (has_fp8 and format == "fp8_block")
+
+
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_one_row_of_quantised_weights_goes_through_no_barrier(gpu, format):
+    """A step looks up and sums within a warp. Triton's pipeline waits once for what it brought."""
+    call = calls.quantized_gemm(SIZES["decode-1"], BF16, format)["forward"]
+    (kernel,) = (k for k in compile_all(GPUS[gpu], [call]) if k.kernel == "_quantized_fwd_kernel")
+    assert kernel.warps == 1
+    assert "mma" not in kernel.ptx
+    # Rows of x, and where they are wide enough rows of codes.
+    assert re.search(r"cp\.async\.c[ag]\.shared", kernel.ptx)
+    assert "shfl" in kernel.ptx
+    assert kernel.ptx.count("bar.sync") <= 6
 
 
 @pytest.mark.parametrize("gpu", TENSOR_CORES)

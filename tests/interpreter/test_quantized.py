@@ -27,7 +27,8 @@ def experts(format: str, shape: tuple[int, ...], dtype: torch.dtype, **flags: An
     given = experts_problem.problem(
         (num_tokens, top_k, num_experts, hidden, width), dtype, device=CPU, **flags
     )
-    return QuantizedExperts(given, format)
+    few = num_tokens * top_k <= num_experts
+    return QuantizedExperts(given, format, is_exact=few)
 
 
 @kinds

@@ -6,6 +6,8 @@ E num_experts, N out_features, D in_features, G blocks of a row.
 
 from __future__ import annotations
 
+import functools
+import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +15,12 @@ import torch
 from torch import Tensor
 
 from moe_ops._triton.kernels.dequantize import (
-    NUM_CODES,
     _dequantize_fwd_kernel,
-    _dequantize_write_tables_kernel,
+    _dequantize_write_table_kernel,
 )
 from moe_ops._triton.launch import cdiv, launch, next_power_of_2, unit_of
 from moe_ops.configs.device import device_of
-from moe_ops.quantization.codes import Codes, Nibbles
+from moe_ops.quantization.codes import Nibbles
 from moe_ops.quantization.formats import FORMATS
 from moe_ops.quantization.scales import BFLOAT16, DYNAMIC_CODE, FLOAT32, NESTED, aligned
 from moe_ops.quantization.stored import StoredWeight
@@ -60,15 +61,15 @@ class StoredForKernel:
 
     Attributes:
         weight: its tensors are contiguous, and those of numbers begin where numbers may.
-        tables: what its codes and the bytes of its nested scales mean, or None.
+        nested_table: what the bytes of its nested scales mean, or None.
     """
 
     weight: StoredWeight
-    tables: Tensor | None
+    nested_table: Tensor | None
 
     @classmethod
     def of(cls, weight: StoredWeight) -> StoredForKernel:
-        """Prepare a weight that has elements. It launches what writes the tables."""
+        """Prepare a weight that has elements. It launches what writes the table."""
         codes = FORMATS[weight.format].codes
         tensors = (
             # Words of eight codes. Codes of eight bits are read as bytes.
@@ -77,12 +78,12 @@ class StoredForKernel:
             _numbers(weight.nested_scale, torch.float32),
             _numbers(weight.nested_offset, torch.float32),
         )
-        tables = _tables(weight.codes, codes, weight.scale_encoding)
-        return cls(StoredWeight._make((*tensors, *weight[4:])), tables)
+        table = _nested_table(weight.codes) if weight.scale_encoding == NESTED.name else None
+        return cls(StoredWeight._make((*tensors, *weight[4:])), table)
 
     def tensors(self, first: int = 0) -> tuple[Tensor | None, ...]:
-        """Return the kernels' tensor arguments: the stored ones from an expert on, and the tables."""
-        return (*(None if t is None else t[first:] for t in self.weight[:4]), self.tables)
+        """Return the kernels' tensor arguments: the stored ones from an expert on, and the table."""
+        return (*(None if t is None else t[first:] for t in self.weight[:4]), self.nested_table)
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -96,13 +97,13 @@ class StoredForKernel:
         """Return the kernels' constexpr arguments that say how to read the tensors."""
         format, group_size, encoding, _ = self.weight[4:]
         declared, device = FORMATS[format], device_of(self.weight.codes.device)
+        nibbles = declared.codes if isinstance(declared.codes, Nibbles) else None
         return {
             "BITS": declared.codes.bits,
-            "LOW_FIRST": isinstance(declared.codes, Nibbles) and declared.codes.low_first,
+            "LOW_FIRST": nibbles is not None and nibbles.low_first,
+            "VALUES": () if nibbles is None else _bits(nibbles.table),
             "ENCODING": encoding, "GROUP": group_size, "BLOCK_ROWS": declared.block_rows,
             "HAS_FP8": device.capability >= (8, 9) and not device.is_interpreted,
-            # A nested scale is rounded between its product and its sum.
-            "enable_fp_fusion": False,
         }  # fmt: skip
 
     def dequantize(self, first: int, output: Tensor) -> None:
@@ -121,7 +122,10 @@ class StoredForKernel:
             _dequantize_fwd_kernel, (cdiv(num_rows, rows), cdiv(num_groups, block_g)),
             *self.tensors(first), output, num_rows, out_features, in_features // unit,
             row_bytes // unit, num_groups, stride // unit,
-            ROWS=rows, BLOCK_G=block_g, UNIT=unit, num_warps=_WARPS, **self.options(),
+            ROWS=rows, BLOCK_G=block_g, UNIT=unit, num_warps=_WARPS,
+            # A nested scale is rounded between its product and its sum.
+            enable_fp_fusion=False,
+            **self.options(),
             on=output,
         )  # fmt: skip
 
@@ -143,18 +147,20 @@ def _numbers(stored: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if stored is None else aligned(stored).view(dtype)
 
 
-def _tables(like: Tensor, codes: Codes, encoding: str) -> Tensor | None:
-    """Return the values of codes and of nested scales, for the kernel to look up.
+@functools.cache
+def _bits(values: tuple[float, ...]) -> tuple[int, ...]:
+    """Return the bits of fp32 numbers, as kernels take constants."""
+    return struct.unpack(f"{len(values)}i", struct.pack(f"{len(values)}f", *values))
+
+
+def _nested_table(like: Tensor) -> Tensor:
+    """Return the values of the bytes of nested scales, for the kernel to look up.
 
     A launch writes them. A tensor that is made once would not be replayed: no record holds one.
     """
-    if not isinstance(codes, Nibbles) and encoding != NESTED.name:
-        return None
-    values = codes.table if isinstance(codes, Nibbles) else (0.0,) * NUM_CODES.value
-    values = (*values, *DYNAMIC_CODE) if encoding == NESTED.name else values
-    tables = like.new_empty(next_power_of_2(len(values)), dtype=torch.float32)
+    table = like.new_empty(len(DYNAMIC_CODE), dtype=torch.float32)
     launch(
-        _dequantize_write_tables_kernel, (1,), tables,
-        VALUES=values, NUM_VALUES=len(values), BLOCK=tables.numel(), on=tables,
+        _dequantize_write_table_kernel, (1,), table,
+        BITS=_bits(DYNAMIC_CODE), SIZE=table.numel(), on=table,
     )  # fmt: skip
-    return tables
+    return table

@@ -9,8 +9,8 @@ Two ways compute the same:
   weights multiplies by it. The scratch holds as many experts as a bound of its bytes allows. Each
   part of the experts is then one product.
 
-The way that costs less is taken. The costs are estimates: they count bytes and instructions, and
-nobody has measured them on a GPU.
+The way that costs less is taken. The costs are estimates: they count bytes and instructions. The
+tiles for one row an expert were measured on an H200 (docs/notes/quantised.md).
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from moe_ops.quantization.formats import FORMATS
 SCRATCH_BYTES = 512 * 2**20
 # Decoding a number takes about as long as reading so many bytes: 5 or 6 instructions. An estimate.
 _DECODING = 1.0
-# Rows of the lowest tile, which tensor cores multiply.
-_LOW = 16
+# Rows of the lowest tile that tensor cores multiply, and of the one that no tensor core does. Where
+# experts have one row in the mean, those that have any have 1.3 to 1.6.
+_LOW, _FEW = 16, 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +86,7 @@ def plan_weight(
         device: the GPU.
         kernel_config: the caller's configurations, as one string.
     """
-    height = _tile_rows(rows)
+    height = _tile_rows(rows, out_features * in_features)
     # Beside its full tiles an expert has a last one, which is half full in the mean.
     tiles = max(rows / height + 0.5, 1.0)
     packed = FORMATS[format].codes.bits / 8
@@ -140,19 +141,25 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:.0f} MiB"
 
 
-def _tile_rows(rows: int) -> int:
-    """Return the rows of a tile of the kernel that decodes."""
+def _tile_rows(rows: int, of_expert: int) -> int:
+    """Return the rows of a tile of the kernel that decodes, for so many numbers of an expert."""
+    if rows <= 1 and of_expert < 2**31:
+        return _FEW
     return _LOW if rows <= 8 else 32 if rows <= 32 else 64
 
 
 def _tile(height: int, group_size: int, dtype: torch.dtype) -> tuple[dict[str, Any], int]:
-    """Return the options of the kernel that decodes, and its programs on each SM.
-
-    A thread holds 64 numbers of a step, and what the next step reads. So an SM has registers for
-    three programs of four warps with a low tile, and for two with a high one.
-    """
-    columns, contracted = (64, 128) if dtype.itemsize == 2 else (32, max(64, group_size))
-    options = {
-        "BLOCK_M": height, "BLOCK_N": columns, "BLOCK_K": contracted, "GROUP_M": 8, "num_warps": 4
-    }  # fmt: skip
-    return options, 3 if height == _LOW else 2
+    """Return the options of the kernel that decodes, and its programs on each SM."""
+    options: dict[str, Any]
+    if height < _LOW:
+        # One warp, whose 32 threads own eight numbers each of a row: with more warps a step waits at
+        # barriers for longer than it computes. 128 registers a thread leave room for 16 programs.
+        options = {"BLOCK_M": height, "BLOCK_N": 8, "BLOCK_K": 256, "num_warps": 1, "maxnreg": 128}
+        programs = 16
+    else:
+        # A thread holds 64 numbers of a step, and what the next step reads. So an SM has registers
+        # for three programs of four warps with a low tile, and for two with a high one.
+        columns, contracted = (64, 128) if dtype.itemsize == 2 else (32, max(64, group_size))
+        options = {"BLOCK_M": height, "BLOCK_N": columns, "BLOCK_K": contracted, "num_warps": 4}
+        programs = 3 if height == _LOW else 2
+    return options | {"GROUP_M": 8}, programs

@@ -1,18 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multiply each expert's rows by its quantised matrix, which is decoded inside the product.
 
-For few rows: each tile of rows reads and decodes its weight again. M, N, K are a GEMM's, as in
-grouped_gemm.py: y (M, N) = x (M, K) @ weight[e] (N, K).T. B bytes and G blocks of a row of codes,
-width the columns of h.
+For few rows: each tile of rows reads and decodes its weight again. For one or two rows a tile the
+numbers are multiplied by FMAs as they are decoded (sum_decoded). For more, tensor cores multiply them
+in the dtype of x (multiply_decoded). M, N, K are a GEMM's, as in grouped_gemm.py: y (M, N) =
+x (M, K) @ weight[e] (N, K).T. B bytes and G blocks of a row of codes, width the columns of h.
 """
 
 import triton
 import triton.language as tl
 
 from moe_ops._triton.kernels.activations import gated_activation, plain_activation, split_gate
-from moe_ops._triton.kernels.dequantize import decode_blocks, load_blocks
+from moe_ops._triton.kernels.dequantize import (
+    decode_codes,
+    decode_scales,
+    load_blocks,
+    load_offset,
+    load_scales,
+)
 from moe_ops._triton.kernels.grouped_gemm import finish_tile, source_rows
 from moe_ops._triton.kernels.schedule import begin_walk, walked_tile, zero_tail
+
+# tl.dot takes no fewer rows.
+LEAST_DOT_ROWS = tl.constexpr(16)
 
 
 @triton.jit
@@ -34,30 +44,25 @@ def _column_of(j, n0, width, BLOCK_N: tl.constexpr, HALVES: tl.constexpr):
 
 @triton.jit
 def multiply_decoded(
-    x_ptr, codes_ptr, scale_ptr, nested_scale_ptr, nested_offset_ptr, tables_ptr, bias_ptr,
-    source, in_source, e, n0, width, N, K, B, G,
-    stride_xm, stride_xk, stride_bias_e, stride_bias_n,
+    x_ptr, codes_ptr, scale_ptr, nested_scale_ptr, nested_offset_ptr, nested_table_ptr,
+    source, in_source, e, n0, width, N, K, B, G, stride_xm, stride_xk,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    HALVES: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BITS: tl.constexpr, LOW_FIRST: tl.constexpr, ENCODING: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, HAS_FP8: tl.constexpr,
+    HALVES: tl.constexpr, EVEN_K: tl.constexpr,
+    BITS: tl.constexpr, LOW_FIRST: tl.constexpr, VALUES: tl.constexpr, ENCODING: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, HAS_FP8: tl.constexpr,
 ):  # fmt: skip
-    """Return x[source] @ weight[e].T + bias[e] in fp32, (BLOCK_M, BLOCK_N), for the tile at n0."""
+    """Return x[source] @ weight[e].T in fp32, (BLOCK_M, BLOCK_N), for the tile at n0."""
     BLOCK_G: tl.constexpr = BLOCK_K // GROUP
     k = tl.arange(0, BLOCK_K)
     x_pointers = (
         x_ptr + source[:, None].to(tl.int64) * stride_xm + k[None, :].to(tl.int64) * stride_xk
     )
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if HAS_BIAS:
-        n, in_n = _column_of(tl.arange(0, BLOCK_N), n0, width, BLOCK_N, HALVES)
-        bias_pointers = bias_ptr + e.to(tl.int64) * stride_bias_e + n.to(tl.int64) * stride_bias_n
-        acc += tl.load(bias_pointers, mask=in_n, other=0).to(tl.float32)[None, :]
     i = tl.arange(0, BLOCK_N * BLOCK_G)
     row, in_rows = _column_of(i // BLOCK_G, n0, width, BLOCK_N, HALVES)
     column = i % BLOCK_G
     codes, scales = load_blocks(
-        codes_ptr, scale_ptr, nested_scale_ptr, nested_offset_ptr, tables_ptr,
+        codes_ptr, scale_ptr, nested_scale_ptr, nested_offset_ptr, nested_table_ptr,
         e, row, column, in_rows, N, B, G, BITS, ENCODING, GROUP, BLOCK_ROWS,
     )  # fmt: skip
     x = tl.load(x_pointers, mask=in_source[:, None] & (k < K)[None, :], other=0)
@@ -69,10 +74,10 @@ def multiply_decoded(
         in_next = k0 + BLOCK_K + k < K
         next_x = tl.load(x_pointers, mask=in_source[:, None] & in_next[None, :], other=0)
         next_codes, next_scales = load_blocks(
-            codes_ptr, scale_ptr, nested_scale_ptr, nested_offset_ptr, tables_ptr,
+            codes_ptr, scale_ptr, nested_scale_ptr, nested_offset_ptr, nested_table_ptr,
             e, row, column, in_rows, N, B, G, BITS, ENCODING, GROUP, BLOCK_ROWS,
         )  # fmt: skip
-        weight = decode_blocks(codes, scales, tables_ptr, BITS, LOW_FIRST, HAS_FP8)
+        weight = decode_codes(codes, BITS, LOW_FIRST, VALUES, HAS_FP8) * scales
         weight = weight.to(x.dtype).reshape((BLOCK_N, BLOCK_K))
         if not EVEN_K:
             # Codes of zero fill the last block of a row, and they need not mean zero.
@@ -82,9 +87,80 @@ def multiply_decoded(
     return acc
 
 
+@triton.jit
+def sum_decoded(
+    x_ptr, codes_ptr, scale_ptr, nested_scale_ptr, nested_offset_ptr, nested_table_ptr,
+    source, in_source, e, n0, width, N, K, B, G, stride_xm, stride_xk,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HALVES: tl.constexpr,
+    BITS: tl.constexpr, LOW_FIRST: tl.constexpr, VALUES: tl.constexpr, ENCODING: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, HAS_FP8: tl.constexpr, WHOLE_RUNS: tl.constexpr,
+):  # fmt: skip
+    """Return what multiply_decoded returns, but the weights are not rounded to the dtype of x.
+
+    For programs of one warp, in which nothing waits at a barrier. A thread owns a run, eight
+    neighbouring numbers, of each row of the tile: it sums their products, and the run's scale
+    multiplies the sum. The threads are summed behind the loop. Triton's pipeline brings codes and x
+    while others are used; the scales, of which some are narrower than it can copy, come a step ahead.
+    WHOLE_RUNS says whether a row of codes is a whole number of runs. An expert has fewer than 2**31
+    numbers.
+    """
+    RUN: tl.constexpr = 8
+    PER_LOAD: tl.constexpr = 8 if BITS == 4 else 1
+    RUNS: tl.constexpr = BLOCK_K // RUN
+    GROUPS: tl.constexpr = BLOCK_K // GROUP
+    LOADS: tl.constexpr = RUN // PER_LOAD
+    k = tl.arange(0, BLOCK_K)
+    x_pointers = (
+        x_ptr + source[:, None].to(tl.int64) * stride_xm + k[None, :].to(tl.int64) * stride_xk
+    )
+    # Threads follow the elements of what is loaded, so these indices are one-dimensional.
+    e = e.to(tl.int64)
+    i = tl.arange(0, BLOCK_N * RUNS)
+    row, in_rows = _column_of(i // RUNS, n0, width, BLOCK_N, HALVES)
+    # This says less than is true, so that Triton gives a thread one run of a row, not two or four.
+    run = tl.max_contiguous(i % RUNS, 1)
+    row_width = B // 4 if BITS == 4 else B
+    pointers = codes_ptr + e * N * row_width + (row * row_width + run * LOADS)[:, None]
+    pointers += tl.arange(0, LOADS)[None, :]
+    i = tl.arange(0, BLOCK_N * GROUPS)
+    scale_row, has_scale = _column_of(i // GROUPS, n0, width, BLOCK_N, HALVES)
+    column = i % GROUPS
+    block = scale_row // BLOCK_ROWS * G + column
+    num_blocks = (N + BLOCK_ROWS - 1) // BLOCK_ROWS * G
+    offset = load_offset(nested_offset_ptr, e, True, ENCODING)
+    raw, nested = load_scales(
+        scale_ptr, nested_scale_ptr, e, block, has_scale & (column < G), num_blocks, ENCODING
+    )
+    acc = tl.zeros((BLOCK_M, BLOCK_N, GROUPS, RUNS // GROUPS), tl.float32)
+    # Without a dot Triton pipelines loads only of loops that say so.
+    for k0 in tl.range(0, K, BLOCK_K, num_stages=3):
+        # Codes of zero fill the last block of a row, and they need not mean zero: x is zero there.
+        in_x = in_source[:, None] & (k0 + k < K)[None, :]
+        x = tl.load(x_pointers, mask=in_x, other=0)
+        in_codes = (in_rows & (run * LOADS < row_width))[:, None]
+        if not WHOLE_RUNS:
+            in_codes &= run[:, None] * LOADS + tl.arange(0, LOADS)[None, :] < row_width
+        codes = tl.load(pointers, mask=in_codes, other=0)
+        x_pointers += tl.cast(stride_xk, tl.int64) * BLOCK_K
+        pointers += RUNS * LOADS
+        run += RUNS
+        column += GROUPS
+        block += GROUPS
+        next_raw, next_nested = load_scales(
+            scale_ptr, nested_scale_ptr, e, block, has_scale & (column < G), num_blocks, ENCODING
+        )
+        numbers = decode_codes(codes, BITS, LOW_FIRST, VALUES, HAS_FP8)
+        x = x.reshape((BLOCK_M, 1, GROUPS, RUNS // GROUPS, RUN)).to(tl.float32)
+        products = numbers.reshape((1, BLOCK_N, GROUPS, RUNS // GROUPS, RUN)) * x
+        scales = decode_scales(raw, nested, offset, nested_table_ptr, ENCODING)
+        acc += tl.sum(products, 4) * scales.reshape((1, BLOCK_N, GROUPS, 1))
+        raw, nested = next_raw, next_nested
+    return tl.sum(acc.reshape((BLOCK_M, BLOCK_N, RUNS)), 2)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _quantized_fwd_kernel(
-    x_ptr, codes_ptr, scale_ptr, nested_scale_ptr, nested_offset_ptr, tables_ptr, bias_ptr,
+    x_ptr, codes_ptr, scale_ptr, nested_scale_ptr, nested_offset_ptr, nested_table_ptr, bias_ptr,
     weights_ptr, gather_ptr, y_ptr, z_ptr, counts_ptr,
     num_rows, num_experts, width, K, B, G, top_k, x_divisor, limit,
     stride_xm, stride_xk, stride_bias_e, stride_bias_n, stride_wt, stride_wk, stride_y,
@@ -94,7 +170,8 @@ def _quantized_fwd_kernel(
     HAS_WEIGHTS: tl.constexpr, ACTIVATION: tl.constexpr, HAS_LIMIT: tl.constexpr,
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, STORE_Y: tl.constexpr, STORE_Z: tl.constexpr,
     EXPERTS: tl.constexpr, BLOCK_W: tl.constexpr, BITS: tl.constexpr, LOW_FIRST: tl.constexpr,
-    ENCODING: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, HAS_FP8: tl.constexpr,
+    VALUES: tl.constexpr, ENCODING: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    HAS_FP8: tl.constexpr, WHOLE_RUNS: tl.constexpr,
 ):  # fmt: skip
     """Compute z[row] = x[row] @ weight[e].T + bias[e], and of it y, tile by tile.
 
@@ -128,14 +205,26 @@ def _quantized_fwd_kernel(
         # The columns of z that the rows of the matrix are counted by.
         limit_n = width if HALVES else N
         source, in_source = source_rows(gather_ptr, rows, in_rows, num_rows, x_divisor, GATHER_X)
-        acc = multiply_decoded(
-            x_ptr, codes_ptr, scale_ptr, nested_scale_ptr, nested_offset_ptr, tables_ptr, bias_ptr,
-            source, in_source, e, n0, limit_n, N, K, B, G,
-            stride_xm, stride_xk, stride_bias_e, stride_bias_n,
-            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, HALVES, EVEN_K, HAS_BIAS,
-            BITS, LOW_FIRST, ENCODING, GROUP, BLOCK_ROWS, HAS_FP8,
-        )  # fmt: skip
+        if BLOCK_M < LEAST_DOT_ROWS:
+            acc = sum_decoded(
+                x_ptr, codes_ptr, scale_ptr, nested_scale_ptr, nested_offset_ptr, nested_table_ptr,
+                source, in_source, e, n0, limit_n, N, K, B, G, stride_xm, stride_xk,
+                BLOCK_M, BLOCK_N, BLOCK_K, HALVES,
+                BITS, LOW_FIRST, VALUES, ENCODING, GROUP, BLOCK_ROWS, HAS_FP8, WHOLE_RUNS,
+            )  # fmt: skip
+        else:
+            acc = multiply_decoded(
+                x_ptr, codes_ptr, scale_ptr, nested_scale_ptr, nested_offset_ptr, nested_table_ptr,
+                source, in_source, e, n0, limit_n, N, K, B, G, stride_xm, stride_xk,
+                BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, HALVES, EVEN_K,
+                BITS, LOW_FIRST, VALUES, ENCODING, GROUP, BLOCK_ROWS, HAS_FP8,
+            )  # fmt: skip
         cols, in_cols = _column_of(tl.arange(0, BLOCK_N), n0, limit_n, BLOCK_N, HALVES)
+        if HAS_BIAS:
+            bias_pointers = (
+                bias_ptr + e.to(tl.int64) * stride_bias_e + cols.to(tl.int64) * stride_bias_n
+            )
+            acc += tl.load(bias_pointers, mask=in_cols, other=0).to(tl.float32)[None, :]
         if STORE_Z:
             z_pointers = z_ptr + rows[:, None].to(tl.int64) * N + cols[None, :]
             in_z = in_rows[:, None] & in_cols[None, :]
