@@ -44,7 +44,7 @@ def test_a_world_of_one_keeps_its_rows(monkeypatch):
 
 
 def test_the_default_is_functional_and_asks_nobody():
-    expected = Plan("functional", "the symmetric transport has not been measured")
+    expected = Plan("functional", "MOE_OPS_EP_TRANSPORT does not ask for the symmetric transport")
     assert plan(4, unasked, True) == expected
 
 
