@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import suite
+from benchmarks.expert_parallel.acceptance import aims
 from benchmarks.report.columns import Column, Record, Table, at, keys, markdown, median
 from benchmarks.report.records import by_shape, cpu_groups, own
 from benchmarks.report.results import Result, cpu_results, cuda_results
@@ -104,14 +105,14 @@ def _block(cases: list[Record]) -> Table:
 
 
 def _gpu(device: str, parts: dict[str, Result]) -> Iterator[str]:
-    environments = [parts[part]["environment"] for part in BLOCKS if part in parts]
+    environments = [parts[part]["environment"] for part in (*BLOCKS, PEERS) if part in parts]
     environment, dates = environments[0], sorted({of["date"] for of in environments})
     versions = ", ".join(
         f"{name} {environment[name]}" for name in ("torch", "triton") if name in environment
     )
     yield f"## {environment['gpu']}\n"
     yield (
-        f"{' and '.join(dates)}, {versions}. The whole block: T tokens, H hidden size, I "
+        f"{', '.join(dates)}; {versions}. The whole block: T tokens, H hidden size, I "
         "intermediate size, E experts, K of them a token. ms of our forward and backward; the time of "
         "transformers' grouped_mm, compiled for the very sizes, over ours; MiB at most beside the "
         "inputs, ours and grouped_mm's. "
@@ -151,7 +152,10 @@ def _sweep(device: str, cases: list[Record]) -> str:
 def _shortfalls(parts: dict[str, Result], cases: list[Record]) -> Iterator[str]:
     """Yield what the results show to be slower or larger than its peer or its aim."""
     found = False
-    for line in (*_slower(parts, cases), *_larger(cases), *_decoding(parts)):
+    for line in (
+        *_slower(parts, cases), *_larger(cases), *_decoding(parts), *_quantised(parts),
+        *_expert_parallel(parts),
+    ):  # fmt: skip
         found = True
         yield f"- {line}"
     if not found:
@@ -196,6 +200,28 @@ def _decoding(parts: dict[str, Result]) -> Iterator[str]:
             f"{DECODE_AIM_OF_ONE}x for one token and {DECODE_AIM}x from eight on): "
             f"{', '.join(slow)}."
         )
+
+
+def _quantised(parts: dict[str, Result]) -> Iterator[str]:
+    """Compare decoding quantised experts with the aim over bf16's time."""
+    slow = [
+        f"{case['format']} {case['ratio']['bf16'][1]:.2f}x of {case['aim']}x"
+        for case in parts.get("quantised", {}).get("cases", [])
+        if case["what"] == "decode" and "aim" in case and case["ratio"]["bf16"][1] < case["aim"]
+    ]
+    if slow:
+        yield f"Decoding quantised experts of 8 tokens, bf16's time over ours: {', '.join(slow)}."
+
+
+def _expert_parallel(parts: dict[str, Result]) -> Iterator[str]:
+    """Name what expert parallelism was to reach and did not."""
+    missed = [
+        f"{aim.what} {aim.reached:.2f} of {aim.must}"
+        for aim in aims(parts.get("expert-parallel", {}).get("cases", []))
+        if aim.reached is not None and aim.reached < aim.must
+    ]
+    if missed:
+        yield f"Expert parallelism on two GPUs: {', '.join(missed)}."
 
 
 def _cpus(results: Path) -> Iterator[str]:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from benchmarks.report.cards import BLOCKS, block_bars, cards
+from benchmarks.report.cards import BLOCKS, PEERS, block_bars, cards
 from benchmarks.report.columns import Record, markdown
 from benchmarks.report.plots import BLOCK, PLOTS, draw
 from benchmarks.report.results import Result, cpu_results, cuda_results, part_facts, run_facts
@@ -135,11 +135,11 @@ def write_plots(results: Path, images: Path) -> None:
             figure = draw(plot, cases, plt)
             if figure is None:
                 continue
-            of = [parts[name]["environment"] for name in (part, *BLOCKS) if name in parts]
+            of = [parts[name]["environment"] for name in (part, *BLOCKS, PEERS) if name in parts]
             dates = sorted(
                 {environment["date"] for environment in (of if part == "block" else of[:1])}
             )
-            figure.suptitle(f"{of[0]['gpu']}, {' and '.join(dates)}", fontsize=11)
+            figure.suptitle(f"{of[0]['gpu']}, {', '.join(dates)}", fontsize=11)
             images.mkdir(parents=True, exist_ok=True)
             # Without the date of drawing, so that the same numbers make the same file.
             figure.savefig(images / f"{device}_{part}.png", dpi=120, metadata={"Software": ""})

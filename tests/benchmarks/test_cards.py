@@ -59,7 +59,7 @@ def write(folder, parts):
 
 def test_a_card(tmp_path):
     text = write(tmp_path, PARTS)
-    assert text.startswith("## NVIDIA H200\n\n2026-01-02, torch 2.11.0, triton 3.6.0. ")
+    assert text.startswith("## NVIDIA H200\n\n2026-01-02; torch 2.11.0, triton 3.6.0. ")
     for line in (
         "| olmoe | 16384 2048 1024 64 8 | 9.13 | 1.50 | 0.97 | 1030 | 900 |",
         "| odd | 7 6 5 4 3 | 9.13 | 1.25 | wrong | - | - |",
