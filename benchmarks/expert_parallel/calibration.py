@@ -75,7 +75,10 @@ def _seconds(record: Record, name: str) -> float:
 
 
 def calibrate(measured: Measured, shape: Shape, machine: Machine) -> tuple[Machine, Rates]:
-    """The machine with the link that was measured, and the rates, exact for this shape."""
+    """The machine with the link that was measured, and the rates of this shape.
+
+    They give this shape's times, unless an exchange took less than its parts one after the other.
+    """
     layout = measured.layout(shape)
     machine = replace(machine, host_size=layout.host_size, within=measured.link_bandwidth)
     # Of these, local and link times do not depend on the rates.
@@ -89,7 +92,8 @@ def calibrate(measured: Measured, shape: Shape, machine: Machine) -> tuple[Machi
                 f"{shape.name}: expected {part} to take longer than its overhead and its copies, "
                 f"got {measured.exchange[part] * 1e6:.0f} us; calibrate on a larger shape"
             )
-        shares[part] = costs.link_seconds(is_dispatch) / left
+        # Copies may hide behind the link, but nothing is faster than it.
+        shares[part] = min(costs.link_seconds(is_dispatch) / left, 1.0)
     speeds = [
         rate_of_experts(layout, machine, name == BOTH, measured.experts[name])
         for name in (FORWARD, BOTH)

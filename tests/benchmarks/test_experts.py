@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import types
+from typing import Any
 from dataclasses import replace
 
 import pytest
@@ -422,6 +423,14 @@ def sonicmoe(with_layout):
     return with_concat_layout if with_layout else by_turns
 
 
+class Tuned:
+    """A product that tunes itself, beside which quack keeps the function that does not."""
+
+    @staticmethod
+    def fn(*args, config):
+        return args, config
+
+
 @pytest.fixture
 def libraries(monkeypatch):
     library(monkeypatch, "scattermoe.mlp", GLUMLP=GLUMLP)
@@ -430,6 +439,7 @@ def libraries(monkeypatch):
     kind = types.SimpleNamespace(SWIGLU="swiglu")
     library(monkeypatch, "sonicmoe.enums", ActivationType=kind)
     sys.modules["sonicmoe"].moe_general_routing_inputs = sonicmoe(with_layout=True)  # type: ignore[attr-defined]
+    library(monkeypatch, "quack.gemm_interface", gemm_tuned=Tuned(), gemm_act_tuned=Tuned())
     stream = types.SimpleNamespace(cuda_stream=0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
 
@@ -444,6 +454,12 @@ def test_peer_is_called_as_its_library_says(libraries, name):
         assert set(record["ratio"]) == {name}
         assert (record["peer"], record["shape"]) == (name, TINY.name)
         assert record["first_call_seconds"] > 0
+
+
+def test_sonicmoe_takes_its_default_configurations(libraries):
+    list(peers.measure(bench(), TINY, "sonicmoe"))
+    interface: Any = sys.modules["quack.gemm_interface"]
+    assert interface.gemm_tuned(1, 2) == interface.gemm_act_tuned(1, 2) == ((1, 2), None)
 
 
 def test_sonicmoe_of_gate_and_up_by_turns(libraries, monkeypatch):
