@@ -10,8 +10,8 @@ import subprocess
 import sys
 import time
 import types
-from typing import Any
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
