@@ -68,6 +68,8 @@ class _Memory:
     def __init__(self, half_bytes: int, group: str, device: torch.device) -> None:
         symmetric = symmetric_memory()
         self._buffer = symmetric.empty(2 * half_bytes, dtype=torch.uint8, device=device)
+        # With deterministic algorithms torch fills new memory, and no peer may push before that.
+        torch.cuda.synchronize(device)
         self.handle: Any = symmetric.rendezvous(self._buffer, group)
         rank = self.handle.rank
         # torch's addresses are those of allocations, in which the buffers may begin later.
