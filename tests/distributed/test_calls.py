@@ -55,6 +55,27 @@ def test_fully_shard_after_a_call(ranks):
     ranks(2).run(check_divisor)
 
 
+def check_copies(rank, world_size):
+    """A copy asks whether its own parameters are under fully_shard."""
+    mesh = init_device_mesh("cpu", (1, world_size), mesh_dim_names=("fsdp", "ep"))
+    gradients = []
+    for is_copied in (False, True):
+        torch.manual_seed(0)
+        model: Any = nn.ModuleList(
+            [expert_parallel(Experts(EXPERTS, HIDDEN, INTERMEDIATE), mesh["ep"])]
+        )
+        model = copy.deepcopy(model) if is_copied else model
+        fully_shard(model[0], mesh=mesh["fsdp"])
+        model[0](*draw(rank)).sum().backward()
+        gradients.append(summed(grad_of(model[0].gate_up_proj)))
+    assert gradients[0].norm() > 0
+    assert torch.equal(*gradients)
+
+
+def test_copies(ranks):
+    ranks(2).run(check_copies)
+
+
 def check_compiled_one_by_one(rank, world_size):
     """More layers than torch.compile compiles anew share one graph, and one more under fully_shard."""
     mesh = init_device_mesh("cpu", (1, world_size), mesh_dim_names=("fsdp", "ep"))

@@ -52,7 +52,7 @@ def asking(divisor: GradientDivisor) -> Callable[[], int]:
     """Return a function that returns divisor.number(), for `constant_of`.
 
     torch.compile guards a function by its code, and an object by its identity. So layers that are
-    compiled one by one share one graph if they hold functions. A bound method has an identity, too.
+    compiled one by one share one graph if they hold functions. A bound method counts as an object.
     """
 
     def ask() -> int:

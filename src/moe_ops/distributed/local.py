@@ -10,6 +10,7 @@ and returns its local part.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -43,11 +44,13 @@ class _Local:
 
     Attributes:
         _source: the module, in a tuple, else nn.Module would register it.
-        _divisor: returns by what the gradients of its parameters are divided.
+        _divisor: a function that returns by what the gradients of its parameters are divided.
+        _world_size: what the divisor was made with.
     """
 
     _source: tuple[nn.Module]
     _divisor: Callable[[], int]
+    _world_size: int
 
     def __getattr__(self, name: str) -> Any:
         (source,) = self.__dict__["_source"]
@@ -58,6 +61,15 @@ class _Local:
         if name in state:
             return state[name]
         return super().__getattr__(name)  # type: ignore[misc]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Local:
+        view: _Local = object.__new__(type(self))
+        memo[id(self)] = view
+        view.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        # A copy of a function would still ask about this view's module.
+        (source,) = view.__dict__["_source"]
+        view.__dict__["_divisor"] = asking(GradientDivisor(source, self.__dict__["_world_size"]))
+        return view
 
     def _local(self, tensor: Tensor | None) -> Tensor | None:
         if not isinstance(tensor, DTensor):
@@ -84,6 +96,7 @@ def local_view(module: nn.Module, num_local: int, world_size: int) -> nn.Module:
     own: Mapping[str, Any] = {key: module.__dict__[key] for key in _OWN if key in module.__dict__}
     view.__dict__.update(own, _parameters={}, _buffers={}, _source=(module,))
     view.__dict__["_divisor"] = asking(GradientDivisor(module, world_size))
+    view.__dict__["_world_size"] = world_size
     view.__dict__["_modules"] = {
         name: None if child is None else local_view(child, num_local, world_size)
         for name, child in module._modules.items()
