@@ -123,6 +123,15 @@ def test_without_rows_and_with_empty_sizes(format):
         assert not output.any()
 
 
+def test_an_infinite_scale_does_not_reach_beyond_its_row():
+    """Its block ends behind the row's end, where the kernel for one row an expert sums nothing."""
+    for width in (40, 70, 300):
+        weight = moe_ops.quantize_weight(torch.ones(1, 2, width).bfloat16(), "int4")
+        weight.scale.view(torch.bfloat16)[..., -1] = torch.inf
+        output = moe_ops.grouped_gemm(torch.ones(1, width), weight, torch.tensor([1]))
+        assert (output == torch.inf).all(), width
+
+
 def test_every_code_of_fp8_is_exact():
     """As the weights of a row's product and of its gradient: NaN is NaN."""
     codes = torch.arange(256, dtype=torch.uint8).view(1, 256, 1).view(torch.float8_e4m3fn)

@@ -94,6 +94,7 @@ def sum_decoded(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HALVES: tl.constexpr,
     BITS: tl.constexpr, LOW_FIRST: tl.constexpr, VALUES: tl.constexpr, ENCODING: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, HAS_FP8: tl.constexpr, WHOLE_RUNS: tl.constexpr,
+    EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """Return what multiply_decoded returns, but the weights are not rounded to the dtype of x.
 
@@ -153,7 +154,12 @@ def sum_decoded(
         x = x.reshape((BLOCK_M, 1, GROUPS, RUNS // GROUPS, RUN)).to(tl.float32)
         products = numbers.reshape((1, BLOCK_N, GROUPS, RUNS // GROUPS, RUN)) * x
         scales = decode_scales(raw, nested, offset, nested_table_ptr, ENCODING)
-        acc += tl.sum(products, 4) * scales.reshape((1, BLOCK_N, GROUPS, 1))
+        sums = tl.sum(products, 4) * scales.reshape((1, BLOCK_N, GROUPS, 1))
+        if not EVEN_K:
+            # A run behind the row's end has sums of zero, and its block's scale may be infinite.
+            first = k0 + RUN * tl.arange(0, RUNS).reshape((1, 1, GROUPS, RUNS // GROUPS))
+            sums = tl.where(first < K, sums, 0.0)
+        acc += sums
         raw, nested = next_raw, next_nested
     return tl.sum(acc.reshape((BLOCK_M, BLOCK_N, RUNS)), 2)
 
@@ -210,7 +216,7 @@ def _quantized_fwd_kernel(
                 x_ptr, codes_ptr, scale_ptr, nested_scale_ptr, nested_offset_ptr, nested_table_ptr,
                 source, in_source, e, n0, limit_n, N, K, B, G, stride_xm, stride_xk,
                 BLOCK_M, BLOCK_N, BLOCK_K, HALVES,
-                BITS, LOW_FIRST, VALUES, ENCODING, GROUP, BLOCK_ROWS, HAS_FP8, WHOLE_RUNS,
+                BITS, LOW_FIRST, VALUES, ENCODING, GROUP, BLOCK_ROWS, HAS_FP8, WHOLE_RUNS, EVEN_K,
             )  # fmt: skip
         else:
             acc = multiply_decoded(
