@@ -299,6 +299,12 @@ def bad_calls():
     yield from_bnb, (data, state_of(absmax, shape, quant_type="fp4")), ValueError, (
         at + "quant_state.quant_type == 'nf4', got 'fp4'"
     )  # fmt: skip
+    yield (
+        from_bnb,
+        (data, state_of(absmax, shape, code=torch.ones(16))),
+        ValueError,
+        (at + f"quant_state.code to be the 16 values of nf4, got {[1.0] * 16}"),
+    )
     yield from_bnb, (data, state_of(absmax, shape, blocksize=128)), ValueError, (
         at + "quant_state.blocksize == 64, got 128"
     )  # fmt: skip

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moe_ops._core.checks import check_tensor
 from moe_ops.quantization.adopt import as_bytes, check_beside, check_dtype
+from moe_ops.quantization.formats.nf4 import NF4
 from moe_ops.quantization.scales import DYNAMIC_CODE, FLOAT32, NESTED, NESTED_BLOCK
 from moe_ops.quantization.storage import Packed, layout_of, shapes
 
@@ -76,7 +77,8 @@ def _sizes(function: str, states: list[Any]) -> tuple[int, int, int]:
 
     Raises:
         TypeError: a state is none of bitsandbytes.
-        ValueError: there is no state, a state is not NF4 in blocks of 64, or their shapes differ.
+        ValueError: there is no state, a state is not NF4 in blocks of 64 or has other values, or
+            their shapes differ.
     """
     for state in states:
         if not all(hasattr(state, name) for name in ("quant_type", "blocksize", "absmax")):
@@ -89,6 +91,12 @@ def _sizes(function: str, states: list[Any]) -> tuple[int, int, int]:
                 raise ValueError(
                     f"{function}: expected quant_state.{name} == {expected!r}, got {value!r}"
                 )
+        code = getattr(state, "code", None)
+        if code is not None and not code.is_meta and tuple(code.tolist()) != NF4:
+            raise ValueError(
+                f"{function}: expected quant_state.code to be the 16 values of nf4, got "
+                f"{code.tolist()}"
+            )
     shapes = {tuple(state.shape) for state in states}
     if len(shapes) != 1:
         raise ValueError(

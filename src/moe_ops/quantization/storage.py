@@ -61,7 +61,10 @@ def layout_of(
             f"got {tuple(shape) if is_sizes else repr(shape)}"
         )
     return Layout(
-        format, tuple(shape), group_size or declared.group_sizes[0], scale_encoding or encodings[0]
+        format,
+        tuple(shape),
+        int(group_size or declared.group_sizes[0]),
+        scale_encoding or encodings[0],
     )
 
 
