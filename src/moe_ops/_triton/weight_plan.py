@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decide how a product reads its quantised weight, and why, before anything is allocated.
 
-Two ways compute the same:
+There are two ways:
 
 - The product's kernel decodes the weight. It reads the packed bytes, and decodes them again for each
   tile of rows.
@@ -129,7 +129,7 @@ def _obstacle(
     if device.capability < (8, 0) and not device.is_interpreted:
         major, minor = device.capability
         return (
-            "the kernel that decodes needs tensor cores of compute capability 8.0, and this GPU has "
+            f"the kernel that decodes is built for compute capability 8.0 on, and this GPU has "
             f"{major}.{minor}"
         )
     return "the weight has no elements" if 0 in shape else None
