@@ -28,7 +28,7 @@ from moe_ops.quantization.formats import FORMATS
 # A part costs three launches and the last wave of its tiles: an estimated 1% to 2% of its product
 # where it has this size. Activations of 16,384 tokens are as large.
 SCRATCH_BYTES = 512 * 2**20
-# Decoding a number takes about as long as reading so many bytes: 5 or 6 instructions. An estimate.
+# Decoding a number takes about as long as reading so many bytes: 5 to 7 instructions. An estimate.
 _DECODING = 1.0
 # Rows of the lowest tile that tensor cores multiply, and of the one that no tensor core does. Where
 # experts have one row in the mean, those that have any have 1.3 to 1.6.
@@ -129,7 +129,7 @@ def _obstacle(
     if device.capability < (8, 0) and not device.is_interpreted:
         major, minor = device.capability
         return (
-            f"the kernel that decodes is built for compute capability 8.0 on, and this GPU has "
+            "the kernel that decodes needs compute capability 8.0, and this GPU has "
             f"{major}.{minor}"
         )
     return "the weight has no elements" if 0 in shape else None

@@ -118,7 +118,7 @@ def sum_decoded(
     e = e.to(tl.int64)
     i = tl.arange(0, BLOCK_N * RUNS)
     row, in_rows = _column_of(i // RUNS, n0, width, BLOCK_N, HALVES)
-    # This says less than is true, so that Triton gives a thread one run of a row, not two or four.
+    # Neighbouring runs are contiguous. Triton must not know it, or it gives a thread two or four.
     run = tl.max_contiguous(i % RUNS, 1)
     row_width = B // 4 if BITS == 4 else B
     pointers = codes_ptr + e * N * row_width + (row * row_width + run * LOADS)[:, None]
