@@ -4,9 +4,9 @@
 E num_experts, N out_features, D in_features, G blocks of a row, B bytes of a row, P rows of blocks.
 
 A format is constants here: BITS of a code, LOW_FIRST, the VALUES of codes of four bits (their fp32
-bits), and the encoding of its scales. Codes of four bits are looked up, since no cheap arithmetic gives nf4's. So a
-fifth format of four bits needs no change here. Another width of codes, or another encoding of scales,
-is one more function.
+bits), and the encoding of its scales. Codes of four bits are looked up, since no cheap arithmetic
+gives nf4's. So a fifth format of four bits needs no change here. Another width of codes, or another
+encoding of scales, is one more function.
 """
 
 import triton
@@ -86,8 +86,8 @@ def load_offset(nested_offset_ptr, e, mask, ENCODING: tl.constexpr):
 def decode_scales(codes, nested, offset, nested_table_ptr, ENCODING: tl.constexpr):
     """Return the fp32 scales of what load_scales and load_offset returned.
 
-    nested_table_ptr points to what the bytes of nested scales mean. Those are rounded after the
-    product and after the sum in a kernel that is compiled without FMA.
+    nested_table_ptr points to what the bytes of nested scales mean. In a kernel that is compiled
+    without FMA a nested scale is rounded twice: its product, then the sum.
     """
     if ENCODING == "nested":
         scales = tl.load(nested_table_ptr + codes.to(tl.int32)) * nested + offset

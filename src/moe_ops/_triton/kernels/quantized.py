@@ -98,12 +98,12 @@ def sum_decoded(
 ):  # fmt: skip
     """Return what multiply_decoded returns, but the weights are not rounded to the dtype of x.
 
-    For programs of one warp, in which nothing waits at a barrier. A thread owns a run, eight
+    It is for programs of one warp, in which nothing waits at a barrier. A thread owns a run, eight
     neighbouring numbers, of each row of the tile: it sums their products, and the run's scale
     multiplies the sum. The threads are summed behind the loop. Triton's pipeline brings codes and x
     while others are used; the scales, of which some are narrower than it can copy, come a step ahead.
-    WHOLE_RUNS says whether a row of codes is a whole number of runs. An expert has fewer than 2**31
-    numbers.
+    WHOLE_RUNS says whether a row of codes is a whole number of runs, as rows of four bits are. An
+    expert has fewer than 2**31 numbers.
     """
     RUN: tl.constexpr = 8
     PER_LOAD: tl.constexpr = 8 if BITS == 4 else 1
