@@ -145,8 +145,8 @@ def assert_equal(got: Tensor, want: Tensor) -> None:
 class QuantizedExperts(experts_problem.Problem):
     """A call of fused_experts whose weights are quantised. Its arguments hold their values.
 
-    With is_exact these are in fp32, as the Triton kernel for one row an expert takes them: on which
-    side of a kink a pre-activation lies is decided by values that were not rounded.
+    With is_exact these are in fp32, as the Triton kernel that sums products takes them: on which side
+    of a kink a pre-activation lies is decided by values that were not rounded.
     """
 
     def __init__(

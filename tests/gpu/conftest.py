@@ -11,12 +11,26 @@ from testing import gpu_recorder as recorder
 
 
 def pytest_configure(config):
+    _turn_gpus()
     path = recorder.report_path()
     if path is None:
         return
     if not recorder.is_worker(config) and not torch.cuda.is_available():
         pytest.exit("make test-gpu needs a CUDA GPU, and torch sees none", returncode=1)
     config.pluginmanager.register(recorder.plugin(config, path), "moe_ops_gpu_report")
+
+
+def _turn_gpus():
+    """Give each of xdist's workers another GPU as its first, so that the tests share all of them.
+
+    It is before anything in the process asks for a GPU.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = names.split(",") if names else [str(i) for i in range(torch.cuda.device_count())]
+    if len(gpus) > 1:
+        turn = int(worker) % len(gpus)
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[turn:] + gpus[:turn])
 
 
 def pytest_collection_modifyitems(items):

@@ -134,7 +134,7 @@ EXPERTS = {
 def test_experts(format, mode, shape):
     flags = experts_problem.MODES[mode]
     given = experts_problem.problem(EXPERTS[shape], torch.bfloat16, routing="dropped", **flags)
-    problem = QuantizedExperts(given, format, is_exact=shape == "decode")
+    problem = QuantizedExperts(given, format, is_exact=shape == "decode" and format == "fp8_block")
     first = experts_problem.check(problem)
     # These are recorded, then replayed.
     for _ in range(3):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_ops._triton.code_book import CodeBook, decoding_ptx, table_ptx
 from moe_ops._triton.kernels.dequantize import (
     _dequantize_fwd_kernel,
     _dequantize_write_table_kernel,
@@ -22,7 +23,7 @@ from moe_ops._triton.launch import cdiv, launch, next_power_of_2, unit_of
 from moe_ops.configs.device import device_of
 from moe_ops.quantization.codes import Nibbles
 from moe_ops.quantization.formats import FORMATS
-from moe_ops.quantization.scales import BFLOAT16, DYNAMIC_CODE, FLOAT32, NESTED, aligned
+from moe_ops.quantization.scales import BFLOAT16, DYNAMIC_CODE, E8M0, FLOAT32, NESTED, aligned
 from moe_ops.quantization.stored import StoredWeight
 
 # A program of four warps reads 16 bytes of codes in each thread.
@@ -31,6 +32,7 @@ _BYTES = _WARPS * 32 * 16
 # It reads at least so many neighbouring elements of a row: whole lines of 128 bytes.
 _LEAST_RUN = 256
 # As what the kernel reads scales of more than one byte. It widens bf16 itself.
+_IN_BF16 = (BFLOAT16.name, E8M0.name)
 _DTYPES = {FLOAT32.name: torch.float32, BFLOAT16.name: torch.int16}
 
 
@@ -105,6 +107,15 @@ class StoredForKernel:
             "ENCODING": encoding, "GROUP": group_size, "BLOCK_ROWS": declared.block_rows,
             "HAS_FP8": device.capability >= (8, 9) and not device.is_interpreted,
         }  # fmt: skip
+
+    def ptx(self) -> dict[str, Any]:
+        """Return the constexpr arguments that decode codes of four bits; "" where nothing runs PTX."""
+        codes = FORMATS[self.weight.format].codes
+        if not isinstance(codes, Nibbles) or device_of(self.weight.codes.device).is_interpreted:
+            return {"PTX": "", "TABLE_PTX": "", "UNIT": None}
+        book = CodeBook.of(codes.table, self.weight.scale_encoding in _IN_BF16)
+        ptx = decoding_ptx(book, codes.low_first)
+        return {"PTX": ptx, "TABLE_PTX": table_ptx(book), "UNIT": book.unit}
 
     def dequantize(self, first: int, output: Tensor) -> None:
         """Write the experts from `first` on to output (experts, N, D).

@@ -176,6 +176,6 @@ class DecodingGemm:
             INTERLEAVED=self.interleaved, STORE_Y=y is not None, STORE_Z=z is not None,
             EXPERTS=next_power_of_2(rows.num_experts), BLOCK_W=BLOCK_W,
             WHOLE_RUNS=stored.sizes[0] % 8 == 0, enable_fp_fusion=True,
-            **plan.options, **stored.options(),
+            **plan.options, **stored.options(), **stored.ptx(),
             on=x,
         )  # fmt: skip

@@ -10,7 +10,7 @@ There are two ways:
   part of the experts is then one product.
 
 The way that costs less is taken. The costs are estimates: they count bytes and instructions. The
-tiles for one row an expert were measured on an H200 (docs/notes/quantised.md).
+tiles of one warp were measured on an H200 (docs/notes/quantised.md).
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from moe_ops.quantization.formats import FORMATS
 SCRATCH_BYTES = 512 * 2**20
 # Decoding a number takes about as long as reading so many bytes: 5 to 7 instructions. An estimate.
 _DECODING = 1.0
-# Rows of the lowest tile that tensor cores multiply, and of the one that no tensor core does. Where
-# experts have one row in the mean, those that have any have 1.3 to 1.6.
-_LOW, _FEW = 16, 2
+# Rows of the lowest tile of each kernel: where tensor cores take the numbers from shared memory, where
+# they take them from the registers that decode them, and where no tensor core multiplies. Experts
+# that have one row in the mean, and have any, have 1.3 to 1.6.
+_LOW, _IN_PLACE, _FEW = 16, 8, 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,10 +87,13 @@ def plan_weight(
         device: the GPU.
         kernel_config: the caller's configurations, as one string.
     """
-    height = _tile_rows(rows, out_features * in_features)
+    bits = FORMATS[format].codes.bits
+    # The interpreter multiplies no bf16. There fp16 stands for it.
+    in_place = bits == 4 and dtype == (torch.float16 if device.is_interpreted else torch.bfloat16)
+    height = _tile_rows(rows, out_features * in_features, in_place)
     # Beside its full tiles an expert has a last one, which is half full in the mean.
     tiles = max(rows / height + 0.5, 1.0)
-    packed = FORMATS[format].codes.bits / 8
+    packed = bits / 8
     decoding, moving = tiles * (packed + _DECODING), packed + 2 * dtype.itemsize
     obstacle = _obstacle(kind, (num_experts, out_features, in_features), device, kernel_config)
     if obstacle is None and decoding <= moving:
@@ -141,10 +145,17 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:.0f} MiB"
 
 
-def _tile_rows(rows: int, of_expert: int) -> int:
-    """Return the rows of a tile of the kernel that decodes, for so many numbers of an expert."""
-    if rows <= 1 and of_expert < 2**31:
-        return _FEW
+def _tile_rows(rows: int, of_expert: int, in_place: bool) -> int:
+    """Return the rows of a tile of the kernel that decodes, for so many numbers of an expert.
+
+    in_place says whether tensor cores can take the numbers from the registers that decode them.
+    """
+    # Both kernels of one warp count the numbers of an expert in 32 bits.
+    if of_expert < 2**31:
+        if in_place and rows <= _IN_PLACE:
+            return _IN_PLACE
+        if rows <= 1:
+            return _FEW
     return _LOW if rows <= 8 else 32 if rows <= 32 else 64
 
 
@@ -152,9 +163,17 @@ def _tile(height: int, group_size: int, dtype: torch.dtype) -> tuple[dict[str, A
     """Return the options of the kernel that decodes, and its programs on each SM."""
     options: dict[str, Any]
     if height < _LOW:
-        # One warp, whose 32 threads own eight numbers each of a row: with more warps a step waits at
-        # barriers for longer than it computes. 128 registers a thread leave room for 16 programs.
-        options = {"BLOCK_M": height, "BLOCK_N": 8, "BLOCK_K": 256, "num_warps": 1, "maxnreg": 128}
+        # One warp: with more of them a step waits at barriers for longer than it computes. 128
+        # registers a thread leave room for 16 programs. The lowest tile that tensor cores multiply
+        # has 16 columns.
+        columns = 16 if height == _IN_PLACE else 8
+        options = {
+            "BLOCK_M": height,
+            "BLOCK_N": columns,
+            "BLOCK_K": 256,
+            "num_warps": 1,
+            "maxnreg": 128,
+        }
         programs = 16
     else:
         # A thread holds 64 numbers of a step, and what the next step reads. So an SM has registers

@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multiply each expert's rows by its quantised matrix, which is decoded inside the product.
 
-For few rows: each tile of rows reads and decodes its weight again. For one or two rows a tile the
-numbers are multiplied by FMAs as they are decoded (sum_decoded). For more, tensor cores multiply them
-in the dtype of x (multiply_decoded). M, N, K are a GEMM's, as in grouped_gemm.py: y (M, N) =
-x (M, K) @ weight[e] (N, K).T. B bytes and G blocks of a row of codes, width the columns of h.
+For few rows: each tile of rows reads and decodes its weight again. There are three ways:
+
+- sum_decoded: FMAs multiply one or two rows a tile by the numbers as they are decoded.
+- dot_decoded: tensor cores multiply eight rows in bf16 by codes of four bits. They take the numbers
+  from the registers of the threads that decoded them.
+- multiply_decoded: tensor cores multiply 16 rows or more, of any dtype, by any codes. The numbers go
+  through shared memory.
+
+M, N, K are a GEMM's, as in grouped_gemm.py: y (M, N) = x (M, K) @ weight[e] (N, K).T. B bytes and G
+blocks of a row of codes, width the columns of h.
 """
 
 import triton
@@ -21,8 +27,8 @@ from moe_ops._triton.kernels.dequantize import (
 from moe_ops._triton.kernels.grouped_gemm import finish_tile, source_rows
 from moe_ops._triton.kernels.schedule import begin_walk, walked_tile, zero_tail
 
-# tl.dot takes no fewer rows.
-LEAST_DOT_ROWS = tl.constexpr(16)
+# The least rows of a tile that tensor cores multiply: as the columns of mma.sync, and as its rows.
+IN_PLACE_ROWS, DOT_ROWS = tl.constexpr(8), tl.constexpr(16)
 
 
 @triton.jit
@@ -164,6 +170,173 @@ def sum_decoded(
     return tl.sum(acc.reshape((BLOCK_M, BLOCK_N, RUNS)), 2)
 
 
+@triton.jit
+def decode_scaled(
+    codes, scales, table, LOW_FIRST: tl.constexpr, VALUES: tl.constexpr, PTX: tl.constexpr,
+    UNIT: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Return numbers (any, 8 * words) of codes of four bits (any, words), times scales (any,).
+
+    PTX is that of code_book.py: its integers count UNITs, or it has none. "" says that Triton decodes.
+    """
+    if PTX == "":
+        numbers = (decode_codes(codes, 4, LOW_FIRST, VALUES, False) * scales[:, None]).to(DTYPE)
+    else:
+        if UNIT is None:
+            bits = scales.to(tl.uint32, bitcast=True)
+        else:
+            bits = (scales * UNIT).to(tl.bfloat16).to(tl.uint16, bitcast=True).to(tl.uint32)
+            bits |= bits << 16
+        bits = tl.broadcast_to(bits[:, None], codes.shape)
+        table = tl.broadcast_to(table[:, None], codes.shape)
+        n0, n1, n2, n3, n4, n5, n6, n7 = tl.inline_asm_elementwise(
+            PTX, "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r", [codes, bits, table], (tl.bfloat16,) * 8, True, 1
+        )  # fmt: skip
+        # Each join puts two tensors' elements side by side, so the last one makes neighbours.
+        even = tl.join(tl.join(n0, n4), tl.join(n2, n6))
+        odd = tl.join(tl.join(n1, n5), tl.join(n3, n7))
+        numbers = tl.join(even, odd).reshape((codes.shape[0], 8 * codes.shape[1]))
+    return numbers
+
+
+@triton.jit
+def _load_spans(pointers, mask, stride, k, K, EVEN_K: tl.constexpr):
+    """Return spans of x, (spans, 8, 2, 2), whose last two dimensions count the words.
+
+    pointers (spans, 8) point to the first word of each, and k is where these spans begin.
+    """
+    if EVEN_K:
+        x_0 = tl.load(pointers, mask=mask, other=0)
+        x_1 = tl.load(pointers + 8 * stride, mask=mask, other=0)
+        x_2 = tl.load(pointers + 16 * stride, mask=mask, other=0)
+        x_3 = tl.load(pointers + 24 * stride, mask=mask, other=0)
+    else:
+        left = (K - k)[:, None] - tl.arange(0, 8)[None, :]
+        x_0 = tl.load(pointers, mask=mask & (left > 0), other=0)
+        x_1 = tl.load(pointers + 8 * stride, mask=mask & (left > 8), other=0)
+        x_2 = tl.load(pointers + 16 * stride, mask=mask & (left > 16), other=0)
+        x_3 = tl.load(pointers + 24 * stride, mask=mask & (left > 24), other=0)
+    return tl.join(tl.join(x_0, x_2), tl.join(x_1, x_3))
+
+
+@triton.jit
+def _load_words(pointers, word, words, NEXT: tl.constexpr, EVEN: tl.constexpr):
+    """Return the codes of two halves of a step, of rows that have `words` left."""
+    if EVEN:
+        first = tl.load(pointers, mask=words > 0, other=0)
+        second = tl.load(pointers + NEXT, mask=words > 0, other=0)
+    else:
+        first = tl.load(pointers, mask=word < words, other=0)
+        second = tl.load(pointers + NEXT, mask=word + NEXT < words, other=0)
+    return first, second
+
+
+@triton.jit
+def _dot_spans(
+    acc, x, codes, scales, table, k, K, LOW_FIRST: tl.constexpr, VALUES: tl.constexpr,
+    PTX: tl.constexpr, UNIT: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """Return acc (BLOCK_N, BLOCK_M) + the product of spans of a weight and of x."""
+    BLOCK_N: tl.constexpr = acc.shape[0]
+    BLOCK_M: tl.constexpr = acc.shape[1]
+    SPANS: tl.constexpr = x.shape[0] // BLOCK_M
+    weight = decode_scaled(codes, scales, table, LOW_FIRST, VALUES, PTX, UNIT, x.dtype)
+    if not EVEN_K:
+        # Codes of zero fill the last block of a row, and they need not mean zero.
+        weight = tl.where(k[:, None] + tl.arange(0, 32)[None, :] < K, weight, 0.0)
+    # The dimensions are row, span, word, and the three bits of a number's place in it.
+    weight = weight.reshape((BLOCK_N, SPANS, 4, 2, 2, 2)).permute((0, 2, 4, 1, 3, 5))
+    x = x.reshape((BLOCK_M, SPANS, 2, 2, 2, 2, 2)).permute((0, 5, 6, 3, 1, 2, 4))
+    x = x.reshape((BLOCK_M, SPANS * 32))
+    return tl.dot(weight.reshape((BLOCK_N, SPANS * 32)), x.T, acc)
+
+
+@triton.jit
+def dot_decoded(
+    x_ptr, codes_ptr, scale_ptr, nested_scale_ptr, nested_offset_ptr, nested_table_ptr,
+    source, in_source, e, n0, width, N, K, B, G, stride_xm, stride_xk,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HALVES: tl.constexpr,
+    LOW_FIRST: tl.constexpr, VALUES: tl.constexpr, ENCODING: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, PTX: tl.constexpr, TABLE_PTX: tl.constexpr,
+    UNIT: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """Return what multiply_decoded returns, for codes of four bits.
+
+    It is for programs of one warp. A thread owns spans, 32 neighbouring numbers that have one scale,
+    and tensor cores take them from it as they lie. For that a step contracts its numbers in the order
+    in which mma.sync takes them where a thread holds four neighbours (Triton's kWidth 4), those of x
+    too. Where Triton chose another order they would go through shuffles, with the same result.
+
+    A step has two halves, so that what comes a step ahead has the time of both to come. Shared memory
+    would bring it earlier, and takes longer itself. x comes in its own step: by then it is in L1. An
+    expert has fewer than 2**31 numbers.
+    """
+    HALF: tl.constexpr = BLOCK_K // 2
+    SPANS: tl.constexpr = HALF // 32
+    # Threads follow the elements of what is loaded, so these indices are one-dimensional.
+    e = e.to(tl.int64)
+    source = tl.broadcast_to(source[:, None], (BLOCK_M, SPANS)).reshape((BLOCK_M * SPANS,))
+    in_x = tl.broadcast_to(in_source[:, None], (BLOCK_M, SPANS)).reshape((BLOCK_M * SPANS,))
+    in_x = in_x[:, None]
+    k_x = tl.arange(0, BLOCK_M * SPANS) % SPANS * 32
+    stride = tl.cast(stride_xk, tl.int64)
+    x_pointers = x_ptr + (source.to(tl.int64) * stride_xm + k_x * stride)[:, None]
+    x_pointers += tl.arange(0, 8)[None, :] * stride
+    i = tl.arange(0, BLOCK_N * SPANS)
+    row, in_rows = _column_of(i // SPANS, n0, width, BLOCK_N, HALVES)
+    row = tl.where(in_rows, row, 0)
+    k = i % SPANS * 32
+    words = B // 4
+    word = (k // 8)[:, None] + tl.arange(0, 4)[None, :]
+    pointers = codes_ptr + e * N * words + (row * words)[:, None] + word
+    first = row // BLOCK_ROWS * G
+    num_blocks = (N + BLOCK_ROWS - 1) // BLOCK_ROWS * G
+    offset = load_offset(nested_offset_ptr, e, True, ENCODING)
+    raw_0, nested_0 = load_scales(
+        scale_ptr, nested_scale_ptr, e, first + tl.minimum(k // GROUP, G - 1), True, num_blocks,
+        ENCODING,
+    )  # fmt: skip
+    raw_1, nested_1 = load_scales(
+        scale_ptr, nested_scale_ptr, e, first + tl.minimum((k + HALF) // GROUP, G - 1), True,
+        num_blocks, ENCODING,
+    )  # fmt: skip
+    # It is 0, and no constant.
+    table = (k + N) >> 31
+    if PTX != "":
+        table = tl.inline_asm_elementwise(TABLE_PTX, "=r,r", [table], tl.int32, True, 1)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    codes_0, codes_1 = _load_words(pointers, word, words, HALF // 8, EVEN_K)
+    for k0 in tl.range(0, K, BLOCK_K, num_stages=1):
+        k1 = k0 + HALF
+        x_0 = _load_spans(x_pointers, in_x, stride, k0 + k_x, K, EVEN_K)
+        x_1 = _load_spans(x_pointers + HALF * stride, in_x, stride, k1 + k_x, K, EVEN_K)
+        x_pointers += BLOCK_K * stride
+        # What the next step reads of the weight comes meanwhile; past the last one, nothing.
+        pointers += BLOCK_K // 8
+        next_codes_0, next_codes_1 = _load_words(
+            pointers, word, words - (k0 + BLOCK_K) // 8, HALF // 8, EVEN_K
+        )
+        next_0, next_nested_0 = load_scales(
+            scale_ptr, nested_scale_ptr, e, first + tl.minimum((k0 + BLOCK_K + k) // GROUP, G - 1),
+            True, num_blocks, ENCODING,
+        )  # fmt: skip
+        next_1, next_nested_1 = load_scales(
+            scale_ptr, nested_scale_ptr, e, first + tl.minimum((k1 + BLOCK_K + k) // GROUP, G - 1),
+            True, num_blocks, ENCODING,
+        )  # fmt: skip
+        scales = decode_scales(raw_0, nested_0, offset, nested_table_ptr, ENCODING)
+        acc = _dot_spans(
+            acc, x_0, codes_0, scales, table, k0 + k, K, LOW_FIRST, VALUES, PTX, UNIT, EVEN_K
+        )
+        scales = decode_scales(raw_1, nested_1, offset, nested_table_ptr, ENCODING)
+        acc = _dot_spans(
+            acc, x_1, codes_1, scales, table, k1 + k, K, LOW_FIRST, VALUES, PTX, UNIT, EVEN_K
+        )
+        codes_0, codes_1 = next_codes_0, next_codes_1
+        raw_0, nested_0, raw_1, nested_1 = next_0, next_nested_0, next_1, next_nested_1
+    return acc.T
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _quantized_fwd_kernel(
     x_ptr, codes_ptr, scale_ptr, nested_scale_ptr, nested_offset_ptr, nested_table_ptr, bias_ptr,
@@ -177,7 +350,8 @@ def _quantized_fwd_kernel(
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, STORE_Y: tl.constexpr, STORE_Z: tl.constexpr,
     EXPERTS: tl.constexpr, BLOCK_W: tl.constexpr, BITS: tl.constexpr, LOW_FIRST: tl.constexpr,
     VALUES: tl.constexpr, ENCODING: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    HAS_FP8: tl.constexpr, WHOLE_RUNS: tl.constexpr,
+    HAS_FP8: tl.constexpr, WHOLE_RUNS: tl.constexpr, PTX: tl.constexpr, TABLE_PTX: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """Compute z[row] = x[row] @ weight[e].T + bias[e], and of it y, tile by tile.
 
@@ -211,12 +385,19 @@ def _quantized_fwd_kernel(
         # The columns of z that the rows of the matrix are counted by.
         limit_n = width if HALVES else N
         source, in_source = source_rows(gather_ptr, rows, in_rows, num_rows, x_divisor, GATHER_X)
-        if BLOCK_M < LEAST_DOT_ROWS:
+        if BLOCK_M < IN_PLACE_ROWS:
             acc = sum_decoded(
                 x_ptr, codes_ptr, scale_ptr, nested_scale_ptr, nested_offset_ptr, nested_table_ptr,
                 source, in_source, e, n0, limit_n, N, K, B, G, stride_xm, stride_xk,
                 BLOCK_M, BLOCK_N, BLOCK_K, HALVES,
                 BITS, LOW_FIRST, VALUES, ENCODING, GROUP, BLOCK_ROWS, HAS_FP8, WHOLE_RUNS, EVEN_K,
+            )  # fmt: skip
+        elif BLOCK_M < DOT_ROWS:
+            acc = dot_decoded(
+                x_ptr, codes_ptr, scale_ptr, nested_scale_ptr, nested_offset_ptr, nested_table_ptr,
+                source, in_source, e, n0, limit_n, N, K, B, G, stride_xm, stride_xk,
+                BLOCK_M, BLOCK_N, BLOCK_K, HALVES,
+                LOW_FIRST, VALUES, ENCODING, GROUP, BLOCK_ROWS, PTX, TABLE_PTX, UNIT, EVEN_K,
             )  # fmt: skip
         else:
             acc = multiply_decoded(
