@@ -344,7 +344,8 @@ def test_quantised_weights(gpu, size):
 @pytest.mark.parametrize("format", FORMATS)
 def test_quantised_weights_are_decoded_between_loads_and_tensor_cores(gpu, format):
     """Nothing goes through Triton's pipeline: it would copy each number of the table alone."""
-    call = calls.quantized_gemm(SIZES["decode-8"], BF16, format)["forward"]
+    dtype = BF16 if format == "fp8_block" else torch.float16
+    call = calls.quantized_gemm(SIZES["decode-8"], dtype, format)["forward"]
     (kernel,) = (k for k in compile_all(GPUS[gpu], [call]) if k.kernel == "_quantized_fwd_kernel")
     assert "mma.sync" in kernel.ptx
     assert "cp.async" not in kernel.ptx
@@ -358,7 +359,8 @@ def test_quantised_weights_are_decoded_between_loads_and_tensor_cores(gpu, forma
 @pytest.mark.parametrize("format", FORMATS)
 def test_one_row_of_quantised_weights_goes_through_no_barrier(gpu, format):
     """A step looks up and sums within a warp. Triton's pipeline waits once for what it brought."""
-    call = calls.quantized_gemm(SIZES["decode-1"], BF16, format)["forward"]
+    dtype = BF16 if format == "fp8_block" else torch.float16
+    call = calls.quantized_gemm(SIZES["decode-1"], dtype, format)["forward"]
     (kernel,) = (k for k in compile_all(GPUS[gpu], [call]) if k.kernel == "_quantized_fwd_kernel")
     assert kernel.warps == 1
     assert "mma" not in kernel.ptx
@@ -366,6 +368,26 @@ def test_one_row_of_quantised_weights_goes_through_no_barrier(gpu, format):
     assert re.search(r"cp\.async\.c[ag]\.shared", kernel.ptx)
     assert "shfl" in kernel.ptx
     assert kernel.ptx.count("bar.sync") <= 6
+
+
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("format", ["nf4", "mxfp4", "int4"])
+@pytest.mark.parametrize("size", ["decode-1", "decode-8"])
+def test_tensor_cores_take_numbers_of_four_bits_where_they_are_decoded(gpu, format, size):
+    """It shows that K_WIDTH is that of this Triton: with another one each step has 96 shuffles more."""
+    call = calls.quantized_gemm(SIZES[size], BF16, format)["forward"]
+    (kernel,) = (k for k in compile_all(GPUS[gpu], [call]) if k.kernel == "_quantized_fwd_kernel")
+    assert kernel.warps == 1
+    # A step of 256 numbers of 16 rows, 16 at a time.
+    assert kernel.ptx.count("mma.sync") == 16
+    assert "cp.async" not in kernel.ptx
+    # The rows of the product change their layout, once.
+    assert kernel.ptx.count("bar.sync") <= 1
+    assert re.search(r"ld\.global\S*\.v4\.b32", kernel.ptx)
+    # A thread looks up 128 numbers a step. The rest are those that find a tile.
+    looked_up = 128 if format == "nf4" else 0
+    assert looked_up <= kernel.ptx.count("shfl.sync") <= looked_up + 32
+    assert ("prmt" in kernel.ptx) or format == "nf4"
 
 
 @pytest.mark.parametrize("gpu", TENSOR_CORES)

@@ -200,7 +200,7 @@ def test_opcheck(name, seed, fixed):
 @schemas
 def test_results_are_new_memory(name):
     """No output shares memory with an argument or another output, so callers may write to it."""
-    for sample in variant_samples(name, T=3, dtype=torch.float16):
+    for sample in variant_samples(name, T=3, in_features=5, hidden_size=5, dtype=torch.float16):
         on_device = move_sample(sample)
         seen = {tensor.untyped_storage()._cdata for tensor in tensors_of(on_device)}
         for output in checks.as_tuple(on_device()):
@@ -213,7 +213,7 @@ def test_results_are_new_memory(name):
     "name", [name for name in ALL if any(a.name == "needs" for a in SCHEMAS[name].scalars)]
 )
 def test_outputs_that_are_not_needed_hold_no_memory(name):
-    for sample in variant_samples(name, T=3, dtype=torch.float16):
+    for sample in variant_samples(name, T=3, in_features=5, hidden_size=5, dtype=torch.float16):
         outputs = checks.as_tuple(move_sample(sample)())
         for needed, output in zip(sample.arguments["needs"], outputs, strict=True):
             assert (output.untyped_storage().nbytes() > 0) == needed, sample
@@ -313,10 +313,11 @@ def test_refuses_a_tensor_of_another_device(name):
     schema = SCHEMAS[name]
     sample = seeded_sample(schema, 0, dtype=torch.float32)
     on_device = move_sample(sample)
-    first, *others = [a.name for a in schema.tensors if sample.arguments[a.name] is not None]
+    first, *others = [a for a in schema.tensors if sample.arguments[a.name] is not None]
     for argument in others:
-        with pytest.raises(ValueError, match=rf"{argument}.device == {first}.device \(cuda:0\)"):
-            on_device(**{argument: sample.arguments[argument]})
+        expected = rf"{argument.called}.device == {first.called}.device \(cuda:0\)"
+        with pytest.raises(ValueError, match=expected):
+            on_device(**{argument.name: sample.arguments[argument.name]})
 
 
 @pytest.mark.multi_gpu

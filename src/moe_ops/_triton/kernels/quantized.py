@@ -29,6 +29,9 @@ from moe_ops._triton.kernels.schedule import begin_walk, walked_tile, zero_tail
 
 # The least rows of a tile that tensor cores multiply: as the columns of mma.sync, and as its rows.
 IN_PLACE_ROWS, DOT_ROWS = tl.constexpr(8), tl.constexpr(16)
+# How many neighbours along K a thread holds in the layout that Triton gives the operands of mma.sync
+# here (its kWidth). With another number the result is the same, by way of shuffles.
+K_WIDTH = tl.constexpr(4 if triton.__version__.startswith(("3.6.", "3.7.")) else 2)
 
 
 @triton.jit
@@ -244,9 +247,16 @@ def _dot_spans(
     if not EVEN_K:
         # Codes of zero fill the last block of a row, and they need not mean zero.
         weight = tl.where(k[:, None] + tl.arange(0, 32)[None, :] < K, weight, 0.0)
-    # The dimensions are row, span, word, and the three bits of a number's place in it.
-    weight = weight.reshape((BLOCK_N, SPANS, 4, 2, 2, 2)).permute((0, 2, 4, 1, 3, 5))
-    x = x.reshape((BLOCK_M, SPANS, 2, 2, 2, 2, 2)).permute((0, 5, 6, 3, 1, 2, 4))
+    # The dimensions are row, span, word, and the three bits of a number's place in it; of x the word
+    # is two bits, which come last.
+    weight = weight.reshape((BLOCK_N, SPANS, 4, 2, 2, 2))
+    x = x.reshape((BLOCK_M, SPANS, 2, 2, 2, 2, 2))
+    if K_WIDTH == 4:
+        weight = weight.permute((0, 2, 4, 1, 3, 5))
+        x = x.permute((0, 5, 6, 3, 1, 2, 4))
+    else:
+        weight = weight.permute((0, 2, 3, 4, 1, 5))
+        x = x.permute((0, 5, 6, 2, 3, 1, 4))
     x = x.reshape((BLOCK_M, SPANS * 32))
     return tl.dot(weight.reshape((BLOCK_N, SPANS * 32)), x.T, acc)
 
@@ -264,8 +274,7 @@ def dot_decoded(
 
     It is for programs of one warp. A thread owns spans, 32 neighbouring numbers that have one scale,
     and tensor cores take them from it as they lie. For that a step contracts its numbers in the order
-    in which mma.sync takes them where a thread holds four neighbours (Triton's kWidth 4), those of x
-    too. Where Triton chose another order they would go through shuffles, with the same result.
+    in which mma.sync takes them (K_WIDTH), those of x too.
 
     A step has two halves, so that what comes a step ahead has the time of both to come. Shared memory
     would bring it earlier, and takes longer itself. x comes in its own step: by then it is in L1. An
