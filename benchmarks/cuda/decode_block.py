@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A decoding step of the whole expert block in a CUDA graph, from topk_ids to the output.
+"""A decoding step of whole expert blocks in a CUDA graph, from topk_ids to the output.
 
+A graph holds the blocks of LAYERS layers, one after the other, as a model's does: each has weights
+and ids of its own, and a block's time is the graph's over LAYERS. So what starts a graph counts once.
 Each replay finds other ids and an L2 cache that was overwritten. Beside ours stand transformers'
 grouped_mm, as it is and compiled, and its batched_mm, which copies the weights of every slot. The
-floor is the bytes of the touched weights over the read bandwidth of the run.
+floor is the bytes of a block's touched weights over the read bandwidth of the run.
 
 T num_tokens, K top_k.
 """
@@ -13,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,8 +42,8 @@ logger = logging.getLogger("moe_ops.benchmarks")
 
 # What is compared, beside OURS and COMPILED, which is grouped_mm.
 GROUPED_MM, BATCHED_MM = "grouped_mm", "batched_mm"
-# Draws of ids, and how many of them are checked.
-DRAWS, CHECKED = 16, 3
+# Blocks in a graph; draws of ids, and how many of them are checked.
+LAYERS, DRAWS, CHECKED = 4, 16, 3
 
 
 def cases(bench: Bench, shapes: Iterable[Shape]) -> Iterator[Case]:
@@ -53,36 +55,53 @@ def cases(bench: Bench, shapes: Iterable[Shape]) -> Iterator[Case]:
 
 
 class Replay:
-    """A call of the block, in a CUDA graph on a GPU, whose ids are others each time."""
+    """A call of each layer, in one CUDA graph on a GPU, whose ids are others each time.
+
+    Args:
+        bench: where.
+        layers: topk_ids -> the output.
+        draws: the ids. Layer i has those i places after the first layer's.
+    """
 
     def __init__(
-        self, bench: Bench, forward: Callable[[Tensor], Tensor], draws: list[Tensor]
+        self, bench: Bench, layers: Sequence[Callable[[Tensor], Tensor]], draws: list[Tensor]
     ) -> None:
-        self.draws, self.turn = draws, 0
-        self.topk_ids = draws[0].clone()
-        self.output = draws[0]
+        self.draws, self.turn, self.calls = draws, 0, len(layers)
+        self.topk_ids = [draws[0].clone() for _ in layers]
+        self.outputs = list(self.topk_ids)
 
-        def call() -> None:
-            self.output = forward(self.topk_ids)
+        def call(layer: int, forward: Callable[[Tensor], Tensor]) -> None:
+            self.outputs[layer] = forward(self.topk_ids[layer])
 
-        # Captured makes the call once before, which compiles.
-        self._captured = Captured(bench, [call])
+        # Captured makes the calls once before, which compiles.
+        self._captured = Captured(
+            bench, [functools.partial(call, i, forward) for i, forward in enumerate(layers)]
+        )
+
+    def _take(self, turn: int) -> None:
+        for i, ids in enumerate(self.topk_ids):
+            ids.copy_(self.draws[(turn + i) % len(self.draws)])
 
     def prepare(self) -> None:
         """Brings the next ids, before `Bench.timed` overwrites the cache and starts the clock."""
-        self.topk_ids.copy_(self.draws[self.turn % len(self.draws)])
+        self._take(self.turn)
         self.turn += 1
 
     def __call__(self) -> None:
         self._captured()
 
-    def error(self, expected: list[Tensor]) -> float:
-        """The worst relative error over the first draws."""
+    def error(self, references: Sequence[Callable[[Tensor], Tensor]]) -> float:
+        """The worst relative error over the first draws, of layers that should give these."""
         errors = []
-        for ids, want in zip(self.draws, expected, strict=False):
-            self.topk_ids.copy_(ids)
+        for turn in range(min(CHECKED, len(self.draws))):
+            self._take(turn)
             self()
-            errors.append(relative_error(self.output, want))
+            errors += [
+                relative_error(output, reference(ids))
+                for output, reference, ids in zip(
+                    self.outputs, references, self.topk_ids, strict=True
+                )
+            ]
         return worst(errors)
 
 
@@ -111,23 +130,30 @@ def touched_bytes(block: Block, draws: Iterable[Tensor]) -> float:
     return of_expert * sum(touched) / len(touched)
 
 
+def expected_of(block: Block, weights: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    """topk_ids -> what a block with these weights is to give."""
+
+    up, down = weights
+
+    def forward(topk_ids: Tensor) -> Tensor:
+        return reference.fused_experts(block.hidden_states, up, down, topk_ids, block.topk_weights)
+
+    return forward
+
+
 @torch.no_grad()
-def measured(block: Block, backend: str | None) -> Record:
-    """The record of a block's shape."""
-    bench, shape = block.bench, block.shape
+def measured(blocks: Sequence[Block], backend: str | None) -> Record:
+    """The record of a shape, in whose blocks."""
+    bench, shape = blocks[0].bench, blocks[0].shape
     sizes = (shape.num_tokens, shape.num_experts, shape.top_k, bench.device)
     draws = [reference.route("uniform", *sizes, seed) for seed in range(DRAWS)]
-    expected = [
-        reference.fused_experts(
-            block.hidden_states, block.gate_up_proj, block.down_proj, ids, block.topk_weights
-        )
-        for ids in draws[:CHECKED]
-    ]
+    expected = [expected_of(block, (block.gate_up_proj, block.down_proj)) for block in blocks]
+    layers = [forwards_of(block, backend) for block in blocks]
     replays: dict[str, Replay] = {}
     errors: dict[str, float] = {}
     failed: dict[str, str] = {}
-    for who, forward in forwards_of(block, backend).items():
-        made = _capture(bench, forward, draws, expected)
+    for who in layers[0]:
+        made = _capture(bench, [layer[who] for layer in layers], draws, expected)
         if isinstance(made, Exception):
             # The others are worth their numbers; this one is told, and why.
             failed[who] = first_line(made)
@@ -135,9 +161,10 @@ def measured(block: Block, backend: str | None) -> Record:
             replays[who], errors[who] = made
     ratios = {who: (who, OURS) for who in replays if who != OURS}
     record = compare(bench, replays, errors, ratios)
-    num_bytes = touched_bytes(block, draws)
+    num_bytes = touched_bytes(blocks[0], draws)
     floor = num_bytes / bench.ceilings["read_tbs"] / 1e9
-    record |= {"touched_bytes": round(num_bytes), "floor_milliseconds": rounded(floor)}
+    record |= {"layers": len(blocks), "touched_bytes": round(num_bytes)}
+    record |= {"floor_milliseconds": rounded(floor)}
     if OURS in record["milliseconds"]:
         record["of_floor"] = rounded(record["milliseconds"][OURS][1] / floor)
     return record | ({"failed": failed} if failed else {})
@@ -145,16 +172,16 @@ def measured(block: Block, backend: str | None) -> Record:
 
 def _capture(
     bench: Bench,
-    forward: Callable[[Tensor], Tensor],
+    layers: Sequence[Callable[[Tensor], Tensor]],
     draws: list[Tensor],
-    expected: list[Tensor],
+    expected: Sequence[Callable[[Tensor], Tensor]],
 ) -> tuple[Replay, float] | Exception:
     """A replay and its error; or why there is none."""
     try:
-        replay = Replay(bench, forward, draws)
+        replay = Replay(bench, layers, draws)
         return replay, replay.error(expected)
     except Exception as error:
-        logger.exception("the block was not captured")
+        logger.exception("the blocks were not captured")
         return error
 
 
@@ -163,5 +190,5 @@ def run_decode(bench: Bench, shape: Shape, backend: str | None = None) -> Iterat
     torch._dynamo.reset()
     if bench.device.type == "cuda":
         backend = "inductor"
-    record = measured(Block(bench, shape), backend)
+    record = measured([Block(bench, shape) for _ in range(LAYERS)], backend)
     yield {"shape": shape.name, "T": shape.num_tokens, **record}

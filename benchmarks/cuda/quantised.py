@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 import moe_ops
 from benchmarks import suite
-from benchmarks.cuda.decode_block import CHECKED, DRAWS, Replay
+from benchmarks.cuda.decode_block import DRAWS, LAYERS, Replay, expected_of
 from benchmarks.cuda.experts import BOTH, FORWARD, Block, Comparison, Implementation
 from benchmarks.cuda.lora import SCALING, LoraBlock
 from benchmarks.cuda.timing import OURS, Bench, Case, Record, compare, relative_error, rounded
@@ -41,7 +41,7 @@ LORA_TOKENS, DECODE_TOKENS, TINY_TOKENS = (16384, 2048), (1, 8), (12,)
 LORA_AIM, LORA_BOUND_FACTOR = 0.80, 1.25
 DECODE_AIMS = {"fp8_block": 1.3, "nf4": 1.7, "mxfp4": 1.7, "int4": 1.7}
 DEQUANTISE_AIM = 0.8
-LAYERS, STACK_TOKENS, STACK_RANK, STACK_AIM_BYTES = 48, 4096, 8, 24e9
+STACK_LAYERS, STACK_TOKENS, STACK_RANK, STACK_AIM_BYTES = 48, 4096, 8, 24e9
 # Steps that are timed, after one that compiles.
 STACK_STEPS = 3
 
@@ -61,7 +61,7 @@ def cases(bench: Bench, shapes: Iterable[Shape]) -> Iterator[Case]:
         for format in FORMATS:
             label = f"decode {format} T={num_tokens}"
             yield label, functools.partial(run_decode, bench, of_tokens, format)
-    layers, tokens = (2, TINY_TOKENS[0]) if bench.tiny else (LAYERS, STACK_TOKENS)
+    layers, tokens = (2, TINY_TOKENS[0]) if bench.tiny else (STACK_LAYERS, STACK_TOKENS)
     of_tokens = dataclasses.replace(shape, num_tokens=tokens)
     yield "stack", functools.partial(run_stack, bench, of_tokens, layers)
 
@@ -154,31 +154,24 @@ def run_lora(bench: Bench, shape: Shape, format: str) -> Iterator[Record]:
 
 @torch.no_grad()
 def run_decode(bench: Bench, shape: Shape, format: str) -> Iterator[Record]:
-    block = Block(bench, shape)
-    weights = [quantised(bench, shape, p, format) for p in suite.PROJECTIONS]
-    up, down = (values_of(bench, weight) for weight in weights)
     sizes = (shape.num_tokens, shape.num_experts, shape.top_k, bench.device)
     draws = [reference.route("uniform", *sizes, seed) for seed in range(DRAWS)]
-    expected = [
-        reference.fused_experts(block.hidden_states, up, down, ids, block.topk_weights)
-        for ids in draws[:CHECKED]
-    ]
-
-    def of(up: Tensor | QuantizedWeight, down: Tensor | QuantizedWeight) -> Replay:
-        def forward(topk_ids: Tensor) -> Tensor:
-            return moe_ops.fused_experts(
-                block.hidden_states, up, down, topk_ids, block.topk_weights
-            )
-
-        return Replay(bench, forward, draws)
-
-    replays = {OURS: of(*weights), BF16: of(up, down)}
+    layers, plain, expected = [], [], []
+    for _ in range(LAYERS):
+        block = Block(bench, shape)
+        weights = [quantised(bench, shape, p, format) for p in suite.PROJECTIONS]
+        values = [values_of(bench, weight) for weight in weights]
+        layers.append(_forward(block, weights))
+        plain.append(_forward(block, values))
+        expected.append(expected_of(block, values))
+    replays = {OURS: Replay(bench, layers, draws), BF16: Replay(bench, plain, draws)}
     errors = {who: replay.error(expected) for who, replay in replays.items()}
     record = compare(bench, replays, errors, {BF16: (BF16, OURS)})
     touched = sum(ids.unique().numel() for ids in draws) / len(draws) / shape.num_experts
     num_bytes = touched * sum(weight.nbytes for weight in weights)
     floor = num_bytes / bench.ceilings["read_tbs"] / 1e9
-    record |= {"touched_bytes": round(num_bytes), "floor_milliseconds": rounded(floor)}
+    record |= {"layers": LAYERS, "touched_bytes": round(num_bytes)}
+    record |= {"floor_milliseconds": rounded(floor)}
     if OURS in record["milliseconds"]:
         record["of_floor"] = rounded(record["milliseconds"][OURS][1] / floor)
     if shape.num_tokens >= suite.DECODE_TOKENS[1]:
@@ -186,6 +179,18 @@ def run_decode(bench: Bench, shape: Shape, format: str) -> Iterator[Record]:
     yield {
         "what": "decode", "shape": shape.name, "T": shape.num_tokens, "format": format, **record
     }  # fmt: skip
+
+
+def _forward(
+    block: Block, weights: Sequence[Tensor | QuantizedWeight]
+) -> Callable[[Tensor], Tensor]:
+    """topk_ids -> the output of a block with these weights."""
+    up, down = weights
+
+    def forward(topk_ids: Tensor) -> Tensor:
+        return moe_ops.fused_experts(block.hidden_states, up, down, topk_ids, block.topk_weights)
+
+    return forward
 
 
 class Layer(nn.Module):

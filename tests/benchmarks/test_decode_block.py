@@ -51,7 +51,7 @@ def test_compiled_grouped_mm_is_right():
     assert COMPILED in record["ratio"]
 
 
-def test_each_replay_has_other_ids():
+def test_each_replay_and_each_layer_has_other_ids():
     draws = [torch.tensor([i]) for i in range(3)]
     met = []
 
@@ -59,11 +59,12 @@ def test_each_replay_has_other_ids():
         met.append(ids.item())
         return ids.float()
 
-    replay = Replay(bench(), forward, draws)
+    replay = Replay(bench(), [forward, forward], draws)
+    assert replay.calls == 2
     for _ in range(4):
         bench().timed(replay)
-    assert met == [0, 1, 2, 0]
-    assert replay.output.item() == 0
+    assert met == [0, 1, 1, 2, 2, 0, 0, 1]
+    assert [output.item() for output in replay.outputs] == [0, 1]
 
 
 def test_a_graph_that_reads_the_first_ids_alone_is_wrong():
@@ -74,10 +75,19 @@ def test_a_graph_that_reads_the_first_ids_alone_is_wrong():
     draws = [block.route("uniform"), 1 - block.route("uniform") % 2]
     draws[1] = torch.stack((draws[1][:, 0], draws[1][:, 0] + 2), 1).int()
     with torch.no_grad():
-        expected = [right(ids).double() for ids in draws]
-        assert Replay(block.bench, right, draws).error(expected) <= block.bench.tolerance
-        stuck = Replay(block.bench, lambda ids: right(draws[0]), draws)
-        assert stuck.error(expected) > block.bench.tolerance
+        assert Replay(block.bench, [right], draws).error([right]) <= block.bench.tolerance
+        stuck = Replay(block.bench, [lambda ids: right(draws[0])], draws)
+        assert stuck.error([right]) > block.bench.tolerance
+
+
+def test_a_graph_of_one_layer_s_weights_alone_is_wrong():
+    torch.manual_seed(0)
+    first, second = (experts.ours(Block(bench(), TINY)).forward for _ in range(2))
+    draws = [Block(bench(), TINY).route("uniform")]
+    with torch.no_grad():
+        replay = Replay(bench(), [first, first], draws)
+        assert replay.error([first, first]) <= bench().tolerance
+        assert replay.error([first, second]) > bench().tolerance
 
 
 def test_a_failure_is_told_and_the_others_are_measured(monkeypatch):
