@@ -35,6 +35,11 @@ ROUTERS = [
     (5, 3, 3),
     (33, 1, 1),
     (300, 16, 16),
+    # As many slots as one warp sorts, and as one program does; and one more.
+    (8, 128, 8),
+    (13, 64, 5),
+    (64, 128, 8),
+    (171, 64, 3),
 ]
 
 

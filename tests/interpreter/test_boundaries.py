@@ -4,7 +4,8 @@
 import pytest
 import torch
 
-from testing import boundaries
+import moe_ops
+from testing import boundaries, reference
 from testing.gemm_problem import MODES
 from testing.interpreted import pytestmark  # noqa: F401
 
@@ -30,6 +31,16 @@ def test_gradients_pass_at_the_limit_and_not_beyond(flags):
         dtype, device=CPU, hidden_size=6, intermediate_size=9, **boundaries.LIMITED[flags]
     )
     boundaries.check_limit(given)
+
+
+@pytest.mark.parametrize("num_slots", [63, 64, 65, 511, 512, 513])
+def test_the_most_slots_that_one_program_sorts(num_slots):
+    """And that one of one warp does. Some slots are dropped, at both ends of the ids."""
+    generator = torch.Generator().manual_seed(num_slots)
+    ids = torch.randint(-1, 7, (num_slots, 1), generator=generator)
+    got, want = moe_ops.routing_indices(ids, 6), reference.routing_indices(ids, 6)
+    for one, two in zip(got, want, strict=True):
+        assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

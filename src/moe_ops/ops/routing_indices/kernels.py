@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sort slots by expert for routing_indices: a stable counting sort in two passes over chunks.
+"""Sort slots by expert for routing_indices: few in one program, others in two passes over chunks.
 
-The first pass counts each chunk's slots for each expert. The second adds up the counts before its
-chunk and places the chunk's slots. Dropped slots follow the kept ones, in slot order. They need no
-count, since every slot that is not kept is dropped.
+The two passes are a stable counting sort. The first counts each chunk's slots for each expert. The
+second adds up the counts before its chunk and places the chunk's slots. Dropped slots follow the kept
+ones, in slot order. They need no count, since every slot that is not kept is dropped.
 """
 
 import triton
@@ -17,6 +17,31 @@ def _load_experts(ids_ptr, stride_t, stride_k, slots, num_slots, top_k, num_expe
     k = (slots % top_k).to(tl.int64)
     ids = tl.load(ids_ptr + token * stride_t + k * stride_k, mask=slots < num_slots, other=-1)
     return tl.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(tl.int32)
+
+
+@triton.jit
+def _sort_slots(of_slot, BLOCK: tl.constexpr):
+    """Return the expert and the number of each of a block's slots: by expert, then by slot."""
+    key = tl.sort(of_slot * BLOCK + tl.arange(0, BLOCK))
+    return key // BLOCK, key % BLOCK
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def _routing_indices_sort_kernel(
+    ids_ptr, token_counts_ptr, gather_ptr, scatter_ptr,
+    stride_t, stride_k, num_slots, top_k, num_experts,
+    BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """Sort at most BLOCK slots, and count them. Grid (1,). Needs nothing initialised."""
+    i = tl.arange(0, BLOCK)
+    of_slot = _load_experts(ids_ptr, stride_t, stride_k, i, num_slots, top_k, num_experts)
+    counts = tl.histogram(of_slot, EXPERTS, mask=of_slot < num_experts)
+    experts = tl.arange(0, EXPERTS)
+    tl.store(token_counts_ptr + experts, counts, mask=experts < num_experts)
+    # Dropped slots come last, and what is past the last slot behind them.
+    _, slots = _sort_slots(of_slot, BLOCK)
+    tl.store(gather_ptr + i, slots, mask=i < num_slots)
+    tl.store(scatter_ptr + slots, i, mask=slots < num_slots)
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_blocks"])
@@ -42,31 +67,24 @@ def _routing_indices_count_kernel(
 def _routing_indices_place_kernel(
     ids_ptr, counts_ptr, token_counts_ptr, gather_ptr, scatter_ptr,
     stride_t, stride_k, num_slots, top_k, num_experts, num_blocks, num_chunks,
-    BLOCK: tl.constexpr, EXPERTS: tl.constexpr, CHUNKS: tl.constexpr, COUNTS: tl.constexpr,
+    BLOCK: tl.constexpr, EXPERTS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Place the slots of one chunk in gather_ptr and scatter_ptr; chunk 0 writes token_counts.
 
-    Grid (num_chunks,): one program owns a chunk. Needs all of counts_ptr from the first pass. With
-    COUNTS the only chunk has one block, whose slots it counts itself: there is no first pass.
+    Grid (num_chunks,): one program owns a chunk. Needs all of counts_ptr from the first pass.
     """
     chunk = tl.program_id(0)
     experts = tl.arange(0, EXPERTS)
     before = tl.zeros((EXPERTS,), tl.int32)
     total = tl.zeros((EXPERTS,), tl.int32)
-    if COUNTS:
-        of_slot = _load_experts(
-            ids_ptr, stride_t, stride_k, tl.arange(0, BLOCK), num_slots, top_k, num_experts
-        )
-        total += tl.histogram(of_slot, EXPERTS, mask=of_slot < num_experts)
-    else:
-        for first in range(0, num_chunks, CHUNKS):
-            chunks = first + tl.arange(0, CHUNKS)
-            counts = tl.load(
-                counts_ptr + chunks[:, None] * EXPERTS + experts[None, :],
-                mask=(chunks < num_chunks)[:, None], other=0,
-            )  # fmt: skip
-            before += tl.sum(tl.where((chunks < chunk)[:, None], counts, 0), 0)
-            total += tl.sum(counts, 0)
+    for first in range(0, num_chunks, CHUNKS):
+        chunks = first + tl.arange(0, CHUNKS)
+        counts = tl.load(
+            counts_ptr + chunks[:, None] * EXPERTS + experts[None, :],
+            mask=(chunks < num_chunks)[:, None], other=0,
+        )  # fmt: skip
+        before += tl.sum(tl.where((chunks < chunk)[:, None], counts, 0), 0)
+        total += tl.sum(counts, 0)
     if chunk == 0:
         tl.store(token_counts_ptr + experts, total, mask=experts < num_experts)
     next_row = tl.cumsum(total, 0) - total + before
@@ -78,10 +96,9 @@ def _routing_indices_place_kernel(
         of_slot = _load_experts(
             ids_ptr, stride_t, stride_k, first_slot + i, num_slots, top_k, num_experts
         )
-        # Sort by expert, then by slot: an expert's slots become neighbours, dropped ones come last.
-        key = tl.sort(of_slot * BLOCK + i)
-        of_slot = key // BLOCK
-        slots = first_slot + key % BLOCK
+        # An expert's slots become neighbours, dropped ones come last.
+        of_slot, of_block = _sort_slots(of_slot, BLOCK)
+        slots = first_slot + of_block
         is_kept = of_slot < num_experts
         counts = tl.histogram(of_slot, EXPERTS, mask=is_kept)
         kept = tl.sum(counts, 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run routing_indices in Triton: allocate, and launch the passes of the sort."""
+"""Run routing_indices in Triton: allocate, and launch the sort or its passes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from moe_ops._triton.launch import cdiv, launch, next_power_of_2
 from moe_ops.ops.routing_indices.kernels import (
     _routing_indices_count_kernel,
     _routing_indices_place_kernel,
+    _routing_indices_sort_kernel,
 )
 
 # A program, on 4 warps, sorts this many slots at a time.
 _BLOCK = 512
+# One warp sorts so many without a barrier.
+_FEW = 64
 # Enough programs to fill a GPU, and so few that each can read the counts of all.
 _MAX_CHUNKS = 256
 # A program reads this many counts at a time.
@@ -30,22 +33,29 @@ def routing_indices(
     if num_slots == 0:
         return token_counts.zero_(), gather_indices, scatter_indices
     experts = max(2, next_power_of_2(num_experts))
-    num_blocks = cdiv(num_slots, _BLOCK * _MAX_CHUNKS)
-    num_chunks = cdiv(num_slots, _BLOCK * num_blocks)
-    sizes = (*topk_ids.stride(), num_slots, top_k, num_experts, num_blocks)
-    counts = None
-    if num_chunks > 1:
-        counts = torch.empty(num_chunks, experts, dtype=torch.int32, device=topk_ids.device)
+    sizes = (*topk_ids.stride(), num_slots, top_k, num_experts)
+    if num_slots <= _BLOCK:
+        few = num_slots <= _FEW
         launch(
-            _routing_indices_count_kernel, (num_chunks,),
-            topk_ids, counts, *sizes, BLOCK=_BLOCK, EXPERTS=experts,
+            _routing_indices_sort_kernel, (1,),
+            topk_ids, token_counts, gather_indices, scatter_indices, *sizes,
+            BLOCK=_FEW if few else _BLOCK, EXPERTS=experts, num_warps=1 if few else 4,
             on=topk_ids,
         )  # fmt: skip
+        return token_counts, gather_indices, scatter_indices
+    num_blocks = cdiv(num_slots, _BLOCK * _MAX_CHUNKS)
+    num_chunks = cdiv(num_slots, _BLOCK * num_blocks)
+    counts = torch.empty(num_chunks, experts, dtype=torch.int32, device=topk_ids.device)
+    launch(
+        _routing_indices_count_kernel, (num_chunks,),
+        topk_ids, counts, *sizes, num_blocks, BLOCK=_BLOCK, EXPERTS=experts,
+        on=topk_ids,
+    )  # fmt: skip
     launch(
         _routing_indices_place_kernel, (num_chunks,),
-        topk_ids, counts, token_counts, gather_indices, scatter_indices, *sizes, num_chunks,
+        topk_ids, counts, token_counts, gather_indices, scatter_indices, *sizes,
+        num_blocks, num_chunks,
         BLOCK=_BLOCK, EXPERTS=experts, CHUNKS=max(1, _COUNTS // experts),
-        COUNTS=counts is None,
         on=topk_ids,
     )  # fmt: skip
     return token_counts, gather_indices, scatter_indices
