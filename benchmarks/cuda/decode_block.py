@@ -132,7 +132,6 @@ def touched_bytes(block: Block, draws: Iterable[Tensor]) -> float:
 
 def expected_of(block: Block, weights: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
     """topk_ids -> what a block with these weights is to give."""
-
     up, down = weights
 
     def forward(topk_ids: Tensor) -> Tensor:
