@@ -370,6 +370,14 @@ def test_one_row_of_quantised_weights_goes_through_no_barrier(gpu, format):
     assert kernel.ptx.count("bar.sync") <= 6
 
 
+def test_one_table_of_nested_scales_serves_both_projections():
+    for format, tables in {"nf4": 1, "mxfp4": 0}.items():
+        call = calls.experts(SIZES["decode-1"], BF16, format=format)["inference"]
+        kernels = launched(GPUS["sm_90"], call)
+        assert kernels.count("_quantized_fwd_kernel") == 2
+        assert kernels.count("_dequantize_write_table_kernel") == tables
+
+
 @pytest.mark.parametrize("gpu", ["sm_80", "sm_90", "sm_100", "sm_120"])
 @pytest.mark.parametrize("format", ["nf4", "mxfp4", "int4"])
 @pytest.mark.parametrize("size", ["decode-1", "decode-8"])

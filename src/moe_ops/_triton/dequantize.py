@@ -70,8 +70,8 @@ class StoredForKernel:
     nested_table: Tensor | None
 
     @classmethod
-    def of(cls, weight: StoredWeight) -> StoredForKernel:
-        """Prepare a weight that has elements. It launches what writes the table."""
+    def of(cls, weight: StoredWeight, nested_table: Tensor | None = None) -> StoredForKernel:
+        """Prepare a weight that has elements. It launches what writes the table, if there is none."""
         codes = FORMATS[weight.format].codes
         tensors = (
             # Words of eight codes. Codes of eight bits are read as bytes.
@@ -80,8 +80,11 @@ class StoredForKernel:
             _numbers(weight.nested_scale, torch.float32),
             _numbers(weight.nested_offset, torch.float32),
         )
-        table = _nested_table(weight.codes) if weight.scale_encoding == NESTED.name else None
-        return cls(StoredWeight._make((*tensors, *weight[4:])), table)
+        if weight.scale_encoding != NESTED.name:
+            nested_table = None
+        elif nested_table is None:
+            nested_table = _nested_table(weight.codes)
+        return cls(StoredWeight._make((*tensors, *weight[4:])), nested_table)
 
     def tensors(self, first: int = 0) -> tuple[Tensor | None, ...]:
         """Return the kernels' tensor arguments: the stored ones from an expert on, and the table."""

@@ -132,6 +132,12 @@ class UpProjection:
             kernel_config=routed.kernel_config,
         )
 
+    @property
+    def nested_table(self) -> torch.Tensor | None:
+        """Return the table of nested scales that its launch has written, if it has."""
+        product = self.product
+        return product.nested_table if isinstance(product, DecodingGemm) else None
+
     def launch(self, z: torch.Tensor | None, h: torch.Tensor | None) -> TileSchedule | None:
         """Write z and h = act(z), and return the tile schedule of the product if it has one.
 

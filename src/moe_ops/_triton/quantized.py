@@ -95,6 +95,8 @@ class DecodingGemm:
         bias ((E, N), floating): added to the product.
         gated: whether N holds gate and up of an activation.
         interleaved: whether these take turns.
+        nested_table: what the bytes of nested scales mean, where another product has written it.
+            After the launch it is this one's.
     """
 
     def __init__(
@@ -108,11 +110,13 @@ class DecodingGemm:
         bias: torch.Tensor | None = None,
         gated: bool = False,
         interleaved: bool = False,
+        nested_table: torch.Tensor | None = None,
     ) -> None:
         refuse_bf16(x)
         self.x, self.weight, self.rows, self.plan = x, weight, rows, plan
         self.x_divisor, self.bias = x_divisor, bias
         self.gated, self.interleaved = gated, interleaved
+        self.nested_table = nested_table
 
     @classmethod
     def where_planned(
@@ -161,7 +165,8 @@ class DecodingGemm:
         block_i = block_n // 2 if self.gated else block_n
         device = device_of(x.device)
         tiles = rows.max_tiles(block_m) * cdiv(width, block_i)
-        stored = StoredForKernel.of(weight)
+        stored = StoredForKernel.of(weight, self.nested_table)
+        self.nested_table = stored.nested_table
         launch(
             _quantized_fwd_kernel, (min(device.num_sms * plan.programs_per_sm, tiles),),
             x, *stored.tensors(), bias, scale, rows.gather, y, z, rows.token_counts,

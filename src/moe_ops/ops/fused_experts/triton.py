@@ -58,10 +58,10 @@ def fused_experts(
         z = hidden_states.new_empty(num_rows, gate_up_proj.shape[1])
     width = gate_up_proj.shape[1]
     h = new_rows(hidden_states, num_rows, width // 2 if gated else width)
-    schedule = up.launch(z, h)
+    schedule, table = up.launch(z, h), up.nested_table
     # The scratch of a quantised weight is freed before the next one is made.
     del up
-    y, used = _down_projection(routed, h, down_proj, down_bias, schedule)
+    y, used = _down_projection(routed, h, down_proj, down_bias, schedule, table)
     output = sum_rows(y, scatter, after, routed.rows.top_k, used)
     if not for_backward:
         return output
@@ -74,11 +74,14 @@ def _down_projection(
     weight: torch.Tensor | StoredWeight,
     bias: torch.Tensor | None,
     schedule: TileSchedule | None,
+    nested_table: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return h @ weight[e].T + bias[e], and how many rows it has; None: all, those of none are 0."""
     rows = Rows(routed.rows.token_counts, routed.rows.num_rows)
     if not isinstance(weight, torch.Tensor):
-        decoding = DecodingGemm.where_planned(h, weight, rows, routed.kernel_config, bias=bias)
+        decoding = DecodingGemm.where_planned(
+            h, weight, rows, routed.kernel_config, bias=bias, nested_table=nested_table
+        )
         if decoding is not None:
             y = h.new_empty(rows.num_rows, weight.shape[1])
             decoding.launch(y)
