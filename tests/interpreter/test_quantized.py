@@ -19,7 +19,10 @@ kinds = pytest.mark.parametrize(
 )
 formats = pytest.mark.parametrize("format", sorted({format for format, *_ in KINDS}))
 # T, K, E, N, D: every dimension ends in a part of a tile, some experts have several tiles of rows.
-FEW_ROWS = {"one": (3, 2, 8, 72, 136), "some": (40, 2, 4, 40, 72), "more": (70, 2, 3, 40, 264)}
+FEW_ROWS = {
+    "one": (3, 2, 8, 72, 136), "some": (40, 2, 4, 40, 72), "more": (70, 2, 3, 40, 264),
+    "even": (5, 2, 8, 17, 512),
+}  # fmt: skip
 MANY_ROWS = (150, 3, 3, 24, 40)
 # Whose numbers are rounded to the dtype of the rows though they are few: in fp16, which stands for
 # bf16 here.
@@ -129,12 +132,13 @@ def test_without_rows_and_with_empty_sizes(format):
         assert not output.any()
 
 
-def test_an_infinite_scale_does_not_reach_beyond_its_row():
-    """Its block ends behind the row's end, where the kernel for one row an expert sums nothing."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_an_infinite_scale_does_not_reach_beyond_its_row(dtype):
+    """Its block ends behind the row's end, where both kernels for few rows sum nothing."""
     for width in (40, 70, 300):
         weight = moe_ops.quantize_weight(torch.ones(1, 2, width).bfloat16(), "int4")
         weight.scale.view(torch.bfloat16)[..., -1] = torch.inf
-        output = moe_ops.grouped_gemm(torch.ones(1, width), weight, torch.tensor([1]))
+        output = moe_ops.grouped_gemm(torch.ones(1, width, dtype=dtype), weight, torch.tensor([1]))
         assert (output == torch.inf).all(), width
 
 

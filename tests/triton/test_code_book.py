@@ -49,7 +49,7 @@ def fma(a: int, b: int, c: int) -> int:
 
 
 def run(ptx: str, warp: list[dict[str, int]]) -> None:
-    """Run PTX in all lanes of a warp, whose registers these are by name, as $0 is."""
+    """Run PTX in all lanes of a warp: `warp` has each lane's registers by name, such as $0."""
     body = ptx.strip().removeprefix("{").removesuffix("}")
     for line in filter(None, (part.strip() for part in body.replace("\n", " ").split(";"))):
         if line.startswith(".reg"):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the PTX that decodes codes of four bits in the registers of the thread that loaded them.
 
-The numbers are those of `dequantize`: a code's value times its scale, rounded to bf16 once. There are
+The numbers are those of `dequantize`: a code's value times its fp32 scale, rounded to bf16 once. There are
 two ways to look up the values. A permutation of bytes finds four at a time, where seven bits hold them
 and bf16 holds the scales. A shuffle finds one in fp32 that a lane of the warp holds.
 """
@@ -28,11 +28,13 @@ class CodeBook:
     unit: float | None
 
     @classmethod
+    @functools.cache
     def of(cls, values: tuple[float, ...], scales_in_bf16: bool) -> CodeBook:
         for unit in (2.0**-i for i in range(8 if scales_in_bf16 else 0)):
             integers = tuple(round(value / unit) for value in values)
             is_exact = all(n * unit == v for n, v in zip(integers, values, strict=True))
-            if is_exact and max(integers) - min(integers) < 128:
+            # bf16 holds 128 less the lowest one, and the bytes 0 to 127.
+            if is_exact and max(integers) - min(integers) < 128 and min(integers) >= -128:
                 return cls(values, integers, unit)
         return cls(values, (), None)
 
@@ -41,7 +43,8 @@ class CodeBook:
 def table_ptx(book: CodeBook) -> str:
     """Return PTX that writes to $0 what decoding_ptx wants in $10. $1 is 0.
 
-    It is the value, in fp32, of the code that the last four bits of the lane's number are, or 0.
+    That is the value, in fp32, of the code that the last four bits of the lane's number are. With
+    integers it is 0.
     """
     if book.integers:
         # Not a constant: ptxas would keep constants in uniform registers, and move one for each use.

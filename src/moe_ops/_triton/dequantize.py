@@ -31,8 +31,9 @@ _WARPS = 4
 _BYTES = _WARPS * 32 * 16
 # It reads at least so many neighbouring elements of a row: whole lines of 128 bytes.
 _LEAST_RUN = 256
-# As what the kernel reads scales of more than one byte. It widens bf16 itself.
+# Encodings whose scales bf16 holds.
 _IN_BF16 = (BFLOAT16.name, E8M0.name)
+# As what the kernel reads scales of more than one byte. It widens bf16 itself.
 _DTYPES = {FLOAT32.name: torch.float32, BFLOAT16.name: torch.int16}
 
 
@@ -71,7 +72,7 @@ class StoredForKernel:
 
     @classmethod
     def of(cls, weight: StoredWeight, nested_table: Tensor | None = None) -> StoredForKernel:
-        """Prepare a weight that has elements. It launches what writes the table, if there is none."""
+        """Prepare a weight that has elements. It launches what writes a table that is not given."""
         codes = FORMATS[weight.format].codes
         tensors = (
             # Words of eight codes. Codes of eight bits are read as bytes.

@@ -96,7 +96,7 @@ class DecodingGemm:
         gated: whether N holds gate and up of an activation.
         interleaved: whether these take turns.
         nested_table: what the bytes of nested scales mean, where another product has written it.
-            After the launch it is this one's.
+            launch() sets it, so that the next product can take it.
     """
 
     def __init__(

@@ -31,8 +31,9 @@ SCRATCH_BYTES = 512 * 2**20
 # Decoding a number takes about as long as reading so many bytes: 5 to 7 instructions. An estimate.
 _DECODING = 1.0
 # Rows of the lowest tile of each kernel: where tensor cores take the numbers from shared memory, where
-# they take them from the registers that decode them, and where no tensor core multiplies. Experts
-# that have one row in the mean, and have any, have 1.3 to 1.6.
+# they take them from the registers that decode them (kernels/quantized.py has both numbers too), and
+# where no tensor core multiplies. Where experts have one row in the mean, those that have any have
+# 1.3 to 1.6.
 _LOW, _IN_PLACE, _FEW = 16, 8, 2
 
 
@@ -90,7 +91,8 @@ def plan_weight(
     bits = FORMATS[format].codes.bits
     # The interpreter multiplies no bf16. There fp16 stands for it.
     in_place = bits == 4 and dtype == (torch.float16 if device.is_interpreted else torch.bfloat16)
-    height = _tile_rows(rows, out_features * in_features, in_place)
+    padded = -(-in_features // group_size) * group_size
+    height = _tile_rows(rows, out_features * padded, in_place)
     # Beside its full tiles an expert has a last one, which is half full in the mean.
     tiles = max(rows / height + 0.5, 1.0)
     packed = bits / 8
@@ -146,11 +148,11 @@ def _size(num_bytes: int) -> str:
 
 
 def _tile_rows(rows: int, of_expert: int, in_place: bool) -> int:
-    """Return the rows of a tile of the kernel that decodes, for so many numbers of an expert.
+    """Return the rows of a tile of the kernel that decodes, for so many codes of an expert.
 
     in_place says whether tensor cores can take the numbers from the registers that decode them.
     """
-    # Both kernels of one warp count the numbers of an expert in 32 bits.
+    # Both kernels of one warp count the codes of an expert in 32 bits.
     if of_expert < 2**31:
         if in_place and rows <= _IN_PLACE:
             return _IN_PLACE

@@ -175,12 +175,13 @@ def sum_decoded(
 
 @triton.jit
 def decode_scaled(
-    codes, scales, table, LOW_FIRST: tl.constexpr, VALUES: tl.constexpr, PTX: tl.constexpr,
-    UNIT: tl.constexpr, DTYPE: tl.constexpr,
+    codes, scales, zero, LOW_FIRST: tl.constexpr, VALUES: tl.constexpr, PTX: tl.constexpr,
+    TABLE_PTX: tl.constexpr, UNIT: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Return numbers (any, 8 * words) of codes of four bits (any, words), times scales (any,).
 
-    PTX is that of code_book.py: its integers count UNITs, or it has none. "" says that Triton decodes.
+    PTX is decoding_ptx's, or "" where Triton decodes. UNIT is what its integers count; None: it has
+    none.
     """
     if PTX == "":
         numbers = (decode_codes(codes, 4, LOW_FIRST, VALUES, False) * scales[:, None]).to(DTYPE)
@@ -191,7 +192,9 @@ def decode_scaled(
             bits = (scales * UNIT).to(tl.bfloat16).to(tl.uint16, bitcast=True).to(tl.uint32)
             bits |= bits << 16
         bits = tl.broadcast_to(bits[:, None], codes.shape)
-        table = tl.broadcast_to(table[:, None], codes.shape)
+        # In the layout of the codes, since its values differ by lane. The loop's compiler hoists it.
+        zero = tl.broadcast_to(zero[:, None], codes.shape)
+        table = tl.inline_asm_elementwise(TABLE_PTX, "=r,r", [zero], tl.int32, True, 1)
         n0, n1, n2, n3, n4, n5, n6, n7 = tl.inline_asm_elementwise(
             PTX, "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r", [codes, bits, table], (tl.bfloat16,) * 8, True, 1
         )  # fmt: skip
@@ -206,7 +209,8 @@ def decode_scaled(
 def _load_spans(pointers, mask, stride, k, K, EVEN_K: tl.constexpr):
     """Return spans of x, (spans, 8, 2, 2), whose last two dimensions count the words.
 
-    pointers (spans, 8) point to the first word of each, and k is where these spans begin.
+    A word is the eight numbers that meet a word of codes. pointers (spans, 8) are those of each span's
+    first word, and k is where each span begins.
     """
     if EVEN_K:
         x_0 = tl.load(pointers, mask=mask, other=0)
@@ -226,8 +230,9 @@ def _load_spans(pointers, mask, stride, k, K, EVEN_K: tl.constexpr):
 def _load_words(pointers, word, words, NEXT: tl.constexpr, EVEN: tl.constexpr):
     """Return the codes of two halves of a step, of rows that have `words` left."""
     if EVEN:
-        first = tl.load(pointers, mask=words > 0, other=0)
-        second = tl.load(pointers + NEXT, mask=words > 0, other=0)
+        is_left = words > tl.zeros((1, 1), tl.int32)
+        first = tl.load(pointers, mask=is_left, other=0)
+        second = tl.load(pointers + NEXT, mask=is_left, other=0)
     else:
         first = tl.load(pointers, mask=word < words, other=0)
         second = tl.load(pointers + NEXT, mask=word + NEXT < words, other=0)
@@ -236,14 +241,14 @@ def _load_words(pointers, word, words, NEXT: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def _dot_spans(
-    acc, x, codes, scales, table, k, K, LOW_FIRST: tl.constexpr, VALUES: tl.constexpr,
-    PTX: tl.constexpr, UNIT: tl.constexpr, EVEN_K: tl.constexpr,
+    acc, x, codes, scales, zero, k, K, LOW_FIRST: tl.constexpr, VALUES: tl.constexpr,
+    PTX: tl.constexpr, TABLE_PTX: tl.constexpr, UNIT: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """Return acc (BLOCK_N, BLOCK_M) + the product of spans of a weight and of x."""
     BLOCK_N: tl.constexpr = acc.shape[0]
     BLOCK_M: tl.constexpr = acc.shape[1]
     SPANS: tl.constexpr = x.shape[0] // BLOCK_M
-    weight = decode_scaled(codes, scales, table, LOW_FIRST, VALUES, PTX, UNIT, x.dtype)
+    weight = decode_scaled(codes, scales, zero, LOW_FIRST, VALUES, PTX, TABLE_PTX, UNIT, x.dtype)
     if not EVEN_K:
         # Codes of zero fill the last block of a row, and they need not mean zero.
         weight = tl.where(k[:, None] + tl.arange(0, 32)[None, :] < K, weight, 0.0)
@@ -277,8 +282,8 @@ def dot_decoded(
     in which mma.sync takes them (K_WIDTH), those of x too.
 
     A step has two halves, so that what comes a step ahead has the time of both to come. Shared memory
-    would bring it earlier, and takes longer itself. x comes in its own step: by then it is in L1. An
-    expert has fewer than 2**31 numbers.
+    would bring the codes earlier, but takes longer itself. x is loaded in the step that uses it, mostly
+    from L1. An expert's codes are of fewer than 2**31 numbers.
     """
     HALF: tl.constexpr = BLOCK_K // 2
     SPANS: tl.constexpr = HALF // 32
@@ -309,10 +314,8 @@ def dot_decoded(
         scale_ptr, nested_scale_ptr, e, first + tl.minimum((k + HALF) // GROUP, G - 1), True,
         num_blocks, ENCODING,
     )  # fmt: skip
-    # It is 0, and no constant.
-    table = (k + N) >> 31
-    if PTX != "":
-        table = tl.inline_asm_elementwise(TABLE_PTX, "=r,r", [table], tl.int32, True, 1)
+    # 0, but the compiler cannot know it; table_ptx says why.
+    zero = (k + N) >> 31
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     codes_0, codes_1 = _load_words(pointers, word, words, HALF // 8, EVEN_K)
     for k0 in tl.range(0, K, BLOCK_K, num_stages=1):
@@ -325,24 +328,48 @@ def dot_decoded(
         next_codes_0, next_codes_1 = _load_words(
             pointers, word, words - (k0 + BLOCK_K) // 8, HALF // 8, EVEN_K
         )
-        next_0, next_nested_0 = load_scales(
+        next_raw_0, next_nested_0 = load_scales(
             scale_ptr, nested_scale_ptr, e, first + tl.minimum((k0 + BLOCK_K + k) // GROUP, G - 1),
             True, num_blocks, ENCODING,
         )  # fmt: skip
-        next_1, next_nested_1 = load_scales(
+        next_raw_1, next_nested_1 = load_scales(
             scale_ptr, nested_scale_ptr, e, first + tl.minimum((k1 + BLOCK_K + k) // GROUP, G - 1),
             True, num_blocks, ENCODING,
         )  # fmt: skip
         scales = decode_scales(raw_0, nested_0, offset, nested_table_ptr, ENCODING)
         acc = _dot_spans(
-            acc, x_0, codes_0, scales, table, k0 + k, K, LOW_FIRST, VALUES, PTX, UNIT, EVEN_K
+            acc,
+            x_0,
+            codes_0,
+            scales,
+            zero,
+            k0 + k,
+            K,
+            LOW_FIRST,
+            VALUES,
+            PTX,
+            TABLE_PTX,
+            UNIT,
+            EVEN_K,
         )
         scales = decode_scales(raw_1, nested_1, offset, nested_table_ptr, ENCODING)
         acc = _dot_spans(
-            acc, x_1, codes_1, scales, table, k1 + k, K, LOW_FIRST, VALUES, PTX, UNIT, EVEN_K
+            acc,
+            x_1,
+            codes_1,
+            scales,
+            zero,
+            k1 + k,
+            K,
+            LOW_FIRST,
+            VALUES,
+            PTX,
+            TABLE_PTX,
+            UNIT,
+            EVEN_K,
         )
         codes_0, codes_1 = next_codes_0, next_codes_1
-        raw_0, nested_0, raw_1, nested_1 = next_0, next_nested_0, next_1, next_nested_1
+        raw_0, nested_0, raw_1, nested_1 = next_raw_0, next_nested_0, next_raw_1, next_nested_1
     return acc.T
 
 
