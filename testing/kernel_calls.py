@@ -223,7 +223,9 @@ def routing(sizes: Sizes, dtype: torch.dtype) -> Iterator[Call]:
     weights = _empty(num_tokens, top_k, dtype=torch.float32)
     selection_bias = _empty(num_experts, dtype=torch.float32)
     call = functools.partial
-    yield call(routing_indices.routing_indices, ids, num_experts)
+    # One warp sorts the fewest slots, one program those of some more tokens.
+    for some in (ids, ids[:8], ids[:64]):
+        yield call(routing_indices.routing_indices, some, num_experts)
     yield call(permute.permute, tokens, rows, top_k)
     yield call(unpermute.unpermute, moved, rows, None, top_k)
     yield call(unpermute.unpermute, moved, rows, weights, top_k)
