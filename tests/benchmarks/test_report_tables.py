@@ -123,6 +123,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {
             "shape": "qwen3-30b",
             "T": 1,
+            "layers": 4,
             "errors": {"moe_ops": 0.01, "grouped_mm": 0.01},
             "milliseconds": {"moe_ops": quartiles(0.2), "grouped_mm": quartiles(0.4)},
             "ratio": {"grouped_mm": quartiles(2.0)},
@@ -167,7 +168,7 @@ def test_tables(page):
         "| all | forward+backward | 1 | 0 | 0.980 | 0.980 | 1 | 1 | 0 | 1 |",
         "| 16384 | no | 114.0 | 123.5 | 1.08 (0.98-1.18) | 143719 | 132664 | 14.65 | 18.84 | 0.78 | 31.2 | 28.0 |",
         "| 16384 | yes | 114.0 | 123.5 | wrong | 143719 | 132664 | - | - | - | 31.2 | 28.0 |",
-        "| qwen3-30b | 1 | 200.0 | 160.0 | 1.25 | 400.0 | 2.00 (1.90-2.10) | - | - | - | - |",
+        "| qwen3-30b | 1 | 4 | 200.0 | 160.0 | 1.25 | 400.0 | 2.00 (1.90-2.10) | - | - | - | - |",
         "[h100_sweep.md](h100_sweep.md)",
         "[h100_named.md](h100_named.md)",
     ):

@@ -50,13 +50,14 @@ MODEL = Table(
 
 DECODE_BLOCK = Table(
     about=(
-        "us of a decoding step of the whole block in a CUDA graph, from topk_ids to the output, with "
-        "other ids in each replay and the L2 cache overwritten; `floor` is the bytes of the touched "
-        "weights over the ceiling of reading. grouped_mm, compiled grouped_mm and batched_mm are "
+        "us of a block's decoding step, from topk_ids to the output, in a CUDA graph of as many "
+        "`layers`, with other ids in each replay and the L2 cache overwritten; `floor` is the bytes of "
+        "the touched weights over the ceiling of reading. grouped_mm, compiled grouped_mm and batched_mm are "
         "transformers', each also over ours."
     ),
     columns=(
         *keys("shape", "T"),
+        Column("layers", lambda case: case.get("layers", 1)),
         Column("ours", median("milliseconds", "moe_ops"), microseconds),
         Column("floor", "floor_milliseconds", microseconds),
         Column("ours / floor", at("of_floor"), ".2f"),

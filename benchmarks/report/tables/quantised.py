@@ -29,12 +29,13 @@ LORA = Table(
 
 DECODE = Table(
     about=(
-        "us of a decoding step of the whole block without adapters in a CUDA graph, bf16's over ours "
-        "with its aim, and ours over the time of reading the touched weights."
+        "us of a block's decoding step without adapters in a CUDA graph of as many `layers`, bf16's "
+        "over ours with its aim, and ours over the time of reading the touched weights."
     ),
     rows=where(what="decode"),
     columns=(
         *keys("shape", "T", "format"),
+        Column("layers", lambda case: case.get("layers", 1)),
         Column("ours", median("milliseconds", "moe_ops"), microseconds),
         Column("bf16", median("milliseconds", "bf16"), microseconds),
         Column("bf16 / ours", ratio("bf16"), spread),
