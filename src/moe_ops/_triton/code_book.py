@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the PTX that decodes codes of four bits in the registers of the thread that loaded them.
 
-The numbers are those of `dequantize`: a code's value times its fp32 scale, rounded to bf16 once. There are
-two ways to look up the values. A permutation of bytes finds four at a time, where seven bits hold them
-and bf16 holds the scales. A shuffle finds one in fp32 that a lane of the warp holds.
+The numbers are those of `dequantize`: a code's value times its fp32 scale, rounded to bf16 once.
+There are two ways to look up the values. A permutation of bytes finds four at a time, where seven
+bits hold them and bf16 holds the scales. A shuffle finds one, in fp32, that a lane of the warp holds.
 """
 
 from __future__ import annotations

@@ -192,7 +192,8 @@ def decode_scaled(
             bits = (scales * UNIT).to(tl.bfloat16).to(tl.uint16, bitcast=True).to(tl.uint32)
             bits |= bits << 16
         bits = tl.broadcast_to(bits[:, None], codes.shape)
-        # In the layout of the codes, since its values differ by lane. The loop's compiler hoists it.
+        # It is made in the layout of the codes, since its values differ by lane. LLVM moves it out of
+        # the loop.
         zero = tl.broadcast_to(zero[:, None], codes.shape)
         table = tl.inline_asm_elementwise(TABLE_PTX, "=r,r", [zero], tl.int32, True, 1)
         n0, n1, n2, n3, n4, n5, n6, n7 = tl.inline_asm_elementwise(

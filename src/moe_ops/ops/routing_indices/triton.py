@@ -14,7 +14,7 @@ from moe_ops.ops.routing_indices.kernels import (
 
 # A program, on 4 warps, sorts this many slots at a time.
 _BLOCK = 512
-# One warp sorts so many without a barrier.
+# One warp sorts so many at most, by shuffles alone.
 _FEW = 64
 # Enough programs to fill a GPU, and so few that each can read the counts of all.
 _MAX_CHUNKS = 256
