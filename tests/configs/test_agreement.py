@@ -64,7 +64,7 @@ def test_the_rules_agree_with_most_of_the_table():
     tuned = {problem_of(key): Kernel.of(config) for key, config in TUNED.items()}
     computed = {problem: Kernel.of(heuristic(problem, H200)) for problem in tuned}
     assert len(tuned) == 92
-    assert sum(computed[problem] == kernel for problem, kernel in tuned.items()) == 74
+    assert sum(computed[problem] == kernel for problem, kernel in tuned.items()) == 65
     # The same kernel in the same tile, perhaps with another depth.
     alike = [computed[problem][:2] == kernel[:2] for problem, kernel in tuned.items()]
     assert sum(alike) == 82
@@ -79,4 +79,4 @@ def test_neighbours_agree_as_often_as_the_rules():
         if neighbour is not None:
             near.append(Kernel.of(neighbour) == Kernel.of(config))
             computed.append(Kernel.of(heuristic(problem, H200)) == Kernel.of(config))
-    assert (len(near), sum(near), sum(computed)) == (60, 53, 52)
+    assert (len(near), sum(near), sum(computed)) == (60, 53, 45)

@@ -37,7 +37,7 @@ def test_a_multiple_of_8_gets_the_descriptors_of_a_multiple_of_16(hidden_size, i
         assert len(wishes(problem)) == 3
         specialized = heuristic(problem, H100).warp_specialize
         if problem.has_activation:
-            assert specialized == (hidden_size % 16 == 0 and intermediate_size == 1400)
+            assert not specialized
         else:
             assert specialized
 
@@ -47,8 +47,10 @@ def test_a_multiple_of_8_gets_the_descriptors_of_a_multiple_of_16(hidden_size, i
     [("forward", 4096, 2056, False, True), ("forward", 4104, 2048, False, False)]
     + [("forward", 4104, 2048, True, True), ("backward_dX", 2048, 4096, False, False)]
     + [("backward_dX", 2056, 4096, False, True), ("backward_dX", 2048, 4104, False, True)]
-    + [("backward_dX", 2048, 4104, True, False), ("backward_dW", 2048, 4096, False, False)]
-    + [("backward_dW", 2056, 4096, False, True), ("backward_dW", 2048, 4104, False, True)],
+    + [("backward_dX", 2048, 4104, True, False)]
+    # A wide tile would pad a tenth more.
+    + [("backward_dX", 2048, 1032, False, False), ("backward_dX", 2048, 664, False, True)]
+    + [("forward", 1032, 2056, False, True)],
 )
 def test_a_wide_tile_where_rows_of_an_operand_begin_within_sectors(
     kind, out_features, in_features, transposed, is_wide
@@ -63,6 +65,43 @@ def test_a_wide_tile_where_a_long_contraction_has_a_narrow_result():
     narrow = Problem("backward_dX", "bfloat16", 111, 8528, 672, 1024)
     assert heuristic(narrow, H100).tile == (128, 256, 64)
     assert heuristic(replace(narrow, in_features=2048), H100).tile == (128, 128, 64)
+    # In tiles of 256 these are 768 columns, and in tiles of 128 640.
+    assert heuristic(replace(narrow, in_features=592), H100).tile == (128, 128, 64)
+
+
+@pytest.mark.parametrize(
+    ("out_features", "in_features", "tile"),
+    # Nothing is padded; 6912 x 1920 in place of 6912 x 2048; 640 columns in place of 768.
+    [(2048, 4096, (128, 256, 32)), (6880, 1904, (256, 128, 32)), (8032, 552, (256, 128, 32))]
+    # Rows of one operand begin within sectors.
+    + [(2272, 4792, (256, 128, 32)), (4792, 2272, (128, 256, 32)), (2296, 4792, (128, 256, 32))],
+)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rows", [512, 1024])
+def test_the_wide_side_of_dw_pads_less_and_reads_less(
+    out_features, in_features, tile, transposed, rows
+):
+    sizes = (8, out_features, in_features, rows)
+    problem = Problem("backward_dW", "bfloat16", *sizes, transposed=transposed)
+    config = heuristic(problem, H100)
+    assert config.warp_specialize
+    assert config.tile == tile
+
+
+def test_the_activations_backward_is_on_top_where_that_is_faster():
+    """Else the product is a bare one in a wide tile."""
+    top = Problem("backward_dX", "bfloat16", 64, 2048, 1408, 300)
+    top = replace(top, epilogue="gated_activation_backward")
+    assert heuristic(top, H100).is_pingpong
+    assert heuristic(top, H100).num_stages == 4
+    # Rows of the pre-activation that begin within sectors; not those of dY alone.
+    assert heuristic(replace(top, in_features=1400), H100).tile == (128, 256, 64)
+    assert heuristic(replace(top, out_features=1032), H100).is_pingpong
+    # Few rows and a long contraction; steps of 32 where rows begin at 64 bytes.
+    long = replace(top, out_features=4096, rows=512)
+    assert heuristic(long, H100).tile == (128, 256, 32)
+    assert heuristic(replace(long, in_features=1424), H100).tile == (128, 256, 64)
+    assert heuristic(replace(long, rows=1024), H100).is_pingpong
 
 
 def test_gathered_rows_are_worth_a_copy_where_pointers_would_read_numbers():
@@ -108,20 +147,19 @@ def test_the_bound_decides_between_pingpong_and_cooperative():
         assert heuristic(problem, H100).is_pingpong, problem
     down = replace(bare, kind="backward_dX")
     assert heuristic(down, H100).tile == (128, 256, 32)
-    assert heuristic(replace(down, epilogue="gated_activation_backward"), H100).is_pingpong
-    dw = replace(bare, kind="backward_dW")
-    assert not heuristic(dw, H100).is_pingpong
-    assert heuristic(replace(dw, rows=1024), H100).is_pingpong
 
 
 @pytest.mark.parametrize(
-    ("intermediate_size", "rows", "bias", "copies"),
-    [(768, 1024, False, False), (1280, 1024, False, True), (1280, 512, False, False)]
-    + [(768, 1024, True, True), (768, 512, True, True), (8192, 64, True, False)],
+    ("intermediate_size", "hidden_size", "rows", "bias", "copies"),
+    [(768, 2048, 1024, False, False), (1408, 2048, 1024, False, False)]
+    + [(3072, 2048, 1024, False, True), (3072, 2048, 512, False, False)]
+    + [(3072, 2064, 1024, False, False), (1280, 768, 1024, False, True)]
+    + [(1264, 768, 1024, False, False), (768, 2048, 1024, True, True)]
+    + [(768, 2048, 512, True, True), (8192, 2048, 64, True, False)],
 )
-def test_where_an_up_projection_copies_its_rows(intermediate_size, rows, bias, copies):
+def test_where_an_up_projection_copies_its_rows(intermediate_size, hidden_size, rows, bias, copies):
     up = Problem(
-        "forward", "bfloat16", 128, 2 * intermediate_size, 2048, rows, gather=True, bias=bias,
+        "forward", "bfloat16", 128, 2 * intermediate_size, hidden_size, rows, gather=True, bias=bias,
         epilogue="gated_activation",
     )  # fmt: skip
     assert heuristic(up, H100).is_pingpong == copies

@@ -7,6 +7,7 @@ rows.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,12 +35,14 @@ from moe_ops.configs.specialize import why_not_specialized
 _NARROW = 64
 # A tile of the cooperative kernels.
 _WIDE_TILE = (128, 256)
-# Over a contraction longer than this the products of a tile take far longer than its epilogue.
+# Over a contraction longer than this the products of a tile take far longer than its epilogue, and
+# over one up to the other about as long.
 _LONG = 2048
-# From this intermediate size on, an up projection gains more from a kernel for Hopper than it costs
-# to copy the rows into expert order first. The copy takes about 1/10 of the product's time with 1,024
-# columns of h, and less with more.
-_COPIES_PAY = 1280
+_SHORT = 768
+# Columns of an up projection from which it gains more from a kernel for Hopper than it costs to copy
+# the rows into expert order first, if its contraction is short, and if it is longer. The copy takes
+# about 1/10 of the product's time with 2,048 columns, and less with more.
+_COPIES_PAY_EARLY, _COPIES_PAY = 2560, 6144
 # Row tiles that share a weight's columns. Tuned ones are 4, 8 or 16, within 2% of each other.
 _GROUP_M = 8
 
@@ -212,39 +215,68 @@ def _copy_pays(problem: Problem) -> bool:
     """Return whether an up projection without a bias gains from rows that are copied first.
 
     Experts of few rows do not: they are bound by reading their weights, and the tiles of the
-    kernel for Hopper are narrower than those of the persistent one.
+    kernel for Hopper are narrower than those of the persistent one. For the same reason a long
+    contraction does not, whose epilogue is not worth hiding.
     """
-    return problem.rows > SOME_ROWS and problem.out_features >= 2 * _COPIES_PAY
+    if problem.rows <= SOME_ROWS or problem.contracted > _LONG:
+        return False
+    least = _COPIES_PAY_EARLY if problem.contracted <= _SHORT else _COPIES_PAY
+    return problem.out_features >= least
 
 
 def _specialized_tile(problem: Problem) -> _Tile:
-    """Return the tile of a kernel for Hopper: ping-pong, or cooperative where weights are the bound.
+    """Return the tile of a kernel for Hopper: ping-pong, or cooperative where reading is the bound.
 
     In ping-pong one group of warps multiplies while the other ends its tile. A cooperative tile is
-    twice as wide, so each operand that is read serves more products. That is worth more where
-    reading is the bound: of experts with few rows, whose weights are read for few products; of rows
-    that begin within a sector; of products whose contraction is long and whose result is narrow.
+    twice as wide, so each operand that is read serves more products.
     """
-    contracted = problem.contracted
-    has_some_rows = problem.rows <= SOME_ROWS
-    splits = _splits_sectors(problem)
-    if splits and problem.epilogue == "gated_activation" and not problem.bias:
+    if problem.epilogue == "gated_activation" and not problem.bias and _splits_sectors(problem):
         # Only the kernel for every GPU computes it in a wide tile.
         return _Tile(*_WIDE_TILE, 64, 8, subtile=2, loads=True, stores=True)
-    if problem.epilogue == "none" and why_not_specialized(problem, _WIDE_TILE) is None:
-        columns = problem.in_features + problem.out_features - contracted
-        if splits or contracted > max(_LONG, 8 * columns):
+    if not problem.has_activation and why_not_specialized(problem, _WIDE_TILE) is None:
+        # The activation's backward is computed on top in ping-pong alone. In a wide tile the product
+        # is a bare one, and a second kernel reads it.
+        if _is_bound_by_reading(problem):
             # The deeper a step, the smaller the share of sectors that are read for a part.
             return _Tile(*_WIDE_TILE, 64, 8, loads=True, stores=True, is_specialized=True)
-        if has_some_rows and contracted > _LONG:
-            return _Tile(*_WIDE_TILE, 32, 8, 6, loads=True, stores=True, is_specialized=True)
+        if problem.rows <= SOME_ROWS and problem.contracted > _LONG:
+            # The weights of experts with few rows are read for few products.
+            depth, stages = (32, 6) if _fills_steps(problem) else (64, 3)
+            return _Tile(
+                *_WIDE_TILE, depth, 8, stages, loads=True, stores=True, is_specialized=True
+            )
     # Smaller buffers for the stores leave room for more stages. With the activation's backward they
-    # hold fewer columns at a time, which pays in a long pipeline alone.
-    in_halves = problem.epilogue != "gated_activation_backward" or has_some_rows
-    stages, subtile = (6, 2) if in_halves else (4, 1)
+    # hold fewer columns at a time, which costs more than the stages gain.
+    stages, subtile = (4, 1) if problem.epilogue == "gated_activation_backward" else (6, 2)
     return _Tile(
         *PINGPONG_TILE, 64, 8, stages, subtile, loads=True, stores=True, is_specialized=True
     )
+
+
+def _is_bound_by_reading(problem: Problem) -> bool:
+    """Return whether a product's rows are read too slowly, or too often, for a narrow tile.
+
+    Rows of x that begin within sectors are: they are read again for each column of tiles. So are
+    those of the weight, and those of a long contraction with a narrow result, unless a wide tile
+    pads that much further. The activation's backward depends on the rows of the pre-activation.
+    """
+    contracted = problem.contracted
+    columns = problem.in_features + problem.out_features - contracted
+    if problem.epilogue == "gated_activation_backward":
+        return not is_vector(columns)
+    if not is_vector(contracted):
+        return True
+    is_narrow = contracted > max(_LONG, 8 * columns)
+    pads = _padded(columns, _WIDE_TILE[1]) > 1.1 * _padded(columns, PINGPONG_TILE[1])
+    return (is_narrow or not is_vector(problem.weight_row)) and not pads
+
+
+def _fills_steps(problem: Problem) -> bool:
+    """Return whether rows of both operands begin at multiples of 32 elements, or 64 bytes.
+
+    Else steps of 32 elements read most of their lines twice.
+    """
+    return problem.contracted % 32 == 0 and problem.weight_row % 32 == 0
 
 
 def _splits_sectors(problem: Problem) -> bool:
@@ -269,17 +301,10 @@ def _heuristic_dw(problem: Problem, device: Device, operands: Operands) -> Kerne
             use_tma_load_dy=dy, use_tma_load_x=x, use_tma_store=operands.y,
         )  # fmt: skip
     if device.capability[0] == HOPPER and min(problem.out_features, problem.in_features) >= 128:
-        # Of few rows the sum is short and the store is the bound: a wide tile shares its operands.
-        # Of many, one group multiplies while the other stores (ping-pong).
-        # So does one whose rows begin within sectors.
-        is_even = is_vector(problem.out_features) and is_vector(problem.in_features)
-        m, k, subtile = (64, 128, 2) if is_even else (64, 256, 1)
-        if problem.rows <= SOME_ROWS:
-            m, k, subtile = 32, 256, 1
+        n, k = _wide_dw_tile(problem)
         return KernelConfigBackward_dW(
-            BLOCK_M=m, BLOCK_N=128, BLOCK_K=k, num_warps=8, num_stages=6, group_m=4,
-            epilogue_subtile=subtile, use_tma_load_dy=True, use_tma_load_x=True,
-            use_tma_store=True, warp_specialize=True,
+            BLOCK_M=32, BLOCK_N=n, BLOCK_K=k, num_warps=8, num_stages=6, group_m=4,
+            use_tma_load_dy=True, use_tma_load_x=True, use_tma_store=True, warp_specialize=True,
         )  # fmt: skip
     # With two programs per SM, one stores its tile while the other multiplies.
     return KernelConfigBackward_dW(
@@ -287,3 +312,25 @@ def _heuristic_dw(problem: Problem, device: Device, operands: Operands) -> Kerne
         programs_per_sm=2, use_tma_load_dy=True, use_tma_load_x=True, use_tma_store=True,
         epilogue_subtile=2,
     )  # fmt: skip
+
+
+def _wide_dw_tile(problem: Problem) -> tuple[int, int]:
+    """Return the tile of dW with a side of 256: the one that pads less, else that reads less.
+
+    A row of an operand is read again for each tile along the other side. So where one operand's rows
+    begin within sectors, the tile is wide along the other one's.
+    """
+
+    def cost(tile: tuple[int, int]) -> tuple[int, int]:
+        sides = (problem.out_features, tile[0]), (problem.in_features, tile[1])
+        area = math.prod(_padded(size, side) for size, side in sides)
+        # Five sectors in place of four.
+        return area, sum(side * (4 if is_vector(size) else 5) for size, side in sides)
+
+    n, k = _WIDE_TILE
+    return min((n, k), (k, n), key=cost)
+
+
+def _padded(size: int, side: int) -> int:
+    """Return a size, rounded up to whole tiles of this side."""
+    return -(-size // side) * side
