@@ -43,15 +43,10 @@ def test_a_world_of_one_keeps_its_rows(monkeypatch):
         assert plan(1, unasked, True).transport == "none"
 
 
-def test_the_default_is_functional_and_asks_nobody():
-    expected = Plan("functional", "MOE_OPS_EP_TRANSPORT does not ask for the symmetric transport")
-    assert plan(4, unasked, True) == expected
-
-
-def test_one_constant_chooses_symmetric_by_default(monkeypatch):
-    monkeypatch.setattr(transport, "SYMMETRIC_BY_DEFAULT", True)
+def test_the_default_is_symmetric_where_it_can_be_had():
     assert plan(4, on_one_host, True) == Plan("symmetric", "all GPUs access each other")
-    assert plan(4, unasked, False).transport == "functional"
+    reason = "only the Triton implementation pushes rows"
+    assert plan(4, unasked, False) == Plan("functional", reason)
 
 
 def test_wishes(monkeypatch):
@@ -59,7 +54,7 @@ def test_wishes(monkeypatch):
     reason = f"asked for by {ENVIRONMENT_VARIABLE}"
     assert plan(4, on_one_host, True) == Plan("symmetric", reason)
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "functional")
-    assert plan(4, unasked, True, by_default=True) == Plan("functional", reason)
+    assert plan(4, unasked, True) == Plan("functional", reason)
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "pigeons")
     with pytest.raises(RuntimeError, match="to be functional or symmetric, got pigeons"):
         plan(4, unasked, True)
@@ -77,7 +72,7 @@ def test_wishes(monkeypatch):
     ],
 )
 def test_what_keeps_ranks_from_pushing(ranks, obstacle, monkeypatch):
-    found = plan(4, lambda: ranks, True, by_default=True)
+    found = plan(4, lambda: ranks, True)
     assert found.transport == "functional"
     assert obstacle in found.reason
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "symmetric")
@@ -86,7 +81,7 @@ def test_what_keeps_ranks_from_pushing(ranks, obstacle, monkeypatch):
 
 
 def test_an_implementation_that_cannot_push(monkeypatch):
-    assert plan(4, unasked, False, by_default=True).transport == "functional"
+    assert plan(4, unasked, False).transport == "functional"
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "symmetric")
     with pytest.raises(RuntimeError, match="only the Triton implementation pushes rows"):
         plan(4, unasked, False)

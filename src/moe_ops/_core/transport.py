@@ -25,9 +25,6 @@ from moe_ops._core.torch_private import all_to_all, has_symmetric_memory, proces
 
 ENVIRONMENT_VARIABLE = "MOE_OPS_EP_TRANSPORT"
 WISHES = ("functional", "symmetric")
-# It is faster (docs/scaling.md), and not all of its tests have passed on GPUs yet. Where this is True,
-# it is chosen if it can be.
-SYMMETRIC_BY_DEFAULT = False
 
 T = TypeVar("T")
 
@@ -68,16 +65,13 @@ def plan(
     world_size: int,
     ranks: Callable[[], tuple[Rank, ...]],
     can_push: bool,
-    by_default: bool | None = None,
 ) -> Plan:
-    """Choose the transport for a group.
+    """Choose the transport for a group: the symmetric one, which is faster, where it can be had.
 
     Args:
         world_size: number of ranks.
         ranks: called if the choice depends on where the ranks run. It may be a collective.
         can_push: whether the implementation that asks has kernels that push rows.
-        by_default: whether the symmetric transport is chosen without being asked for;
-            SYMMETRIC_BY_DEFAULT if it is not given.
 
     Raises:
         RuntimeError: MOE_OPS_EP_TRANSPORT names no transport, or one that cannot be had here.
@@ -91,11 +85,6 @@ def plan(
         )
     if wish == "functional":
         return Plan("functional", f"asked for by {ENVIRONMENT_VARIABLE}")
-    by_default = SYMMETRIC_BY_DEFAULT if by_default is None else by_default
-    if not wish and not by_default:
-        return Plan(
-            "functional", f"{ENVIRONMENT_VARIABLE} does not ask for the symmetric transport"
-        )
     obstacle = "only the Triton implementation pushes rows"
     if can_push:
         obstacle = why_not_symmetric(ranks())
