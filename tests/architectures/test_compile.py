@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import moe_ops
-from moe_ops.configs import cache, choose
+from moe_ops.configs import cache
 from moe_ops.configs.device import Device
 from moe_ops.configs.kernel_config import (
     KernelConfig,
@@ -79,9 +79,9 @@ def _nothing_tuned():
     """Ignore what somebody tuned on this machine, since others do not have it."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("MOE_OPS_AUTOTUNE", "0")
-        choose.forget()
+        cache.forget()
         yield
-    choose.forget()
+    cache.forget()
 
 
 def compile_all(device: Device, called: Iterable[Call]) -> list[Resources]:

@@ -116,17 +116,6 @@ def test_what_is_copied_first_is_told(capsys):
     assert "        first copies its left and its right operand\n" in capsys.readouterr().out
 
 
-def test_a_neighbour_is_named(capsys):
-    """GLM-4.5-Air's sizes are not in the table, and those of a similar model are."""
-    sizes = ["--hidden-size=4096", "--intermediate-size=1408"]
-    _, rows = explained(capsys, *sizes, "--gpu", "H100")
-    down = rows[1]
-    assert down["source"] == "neighbour"
-    assert down["neighbour"] == "forward bfloat16 E128 N4096 D1024 rows1024"
-    assert cli.main(["explain", *SIZES, *sizes, "--gpu", "H100"]) == 0
-    assert f"        as for {down['neighbour']}\n" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("gpu", ["H100", "H100-PCIe", "GH200"])
 def test_gpus_of_one_architecture_share_a_table(capsys, gpu):
     _, expected = explained(capsys, "--gpu", "H200")

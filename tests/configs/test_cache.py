@@ -81,10 +81,10 @@ def test_order_of_choice(monkeypatch):
     text = kernel_config(forward=given)
     computed = heuristic(PROBLEM, DEVICE)
     monkeypatch.setattr(choose, "shipped", lambda name: {})
-    choose.forget()
+    cache.forget()
     assert choose.choose(PROBLEM, DEVICE, None).config == computed
     monkeypatch.setattr(choose, "shipped", lambda name: {PROBLEM.key: shipped})
-    choose.forget()
+    cache.forget()
     assert choose.choose(PROBLEM, DEVICE, None).config == shipped
     # Without forget(), what is stored holds from the next launch on.
     cache.store(GPU, {PROBLEM.key: CONFIG})

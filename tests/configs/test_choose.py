@@ -42,9 +42,9 @@ DTYPES = ("bfloat16", "float16", "float32")
 @pytest.fixture(autouse=True)
 def _forgetful(tmp_path, monkeypatch):
     monkeypatch.setenv("MOE_OPS_CACHE_DIR", str(tmp_path))
-    choose.forget()
+    cache.forget()
     yield
-    choose.forget()
+    cache.forget()
 
 
 def test_given_before_shipped_before_computed(monkeypatch):
@@ -52,7 +52,7 @@ def test_given_before_shipped_before_computed(monkeypatch):
     given_config, table = KernelConfigForward(group_m=11), KernelConfigForward(group_m=12)
     assert choose.choose(PROBLEM, HOPPER, None).config == computed
     monkeypatch.setattr(choose, "shipped", lambda name: {PROBLEM.key: table})
-    choose.forget()
+    cache.forget()
     assert choose.choose(PROBLEM, HOPPER, None).config == table
     assert (
         choose.choose(PROBLEM, HOPPER, kernel_config(forward=given_config)).config == given_config

@@ -7,7 +7,7 @@ Each configuration is another kernel to compile.
 import pytest
 import torch
 
-from moe_ops.configs import choose
+from moe_ops.configs import cache, choose
 from moe_ops.configs.device import KNOWN_GPUS
 from moe_ops.configs.kernel_config import KernelConfig
 from moe_ops.configs.problem import ROWS_BUCKETS, dense_operands, rows_bucket
@@ -37,9 +37,9 @@ MODELS: dict[str, tuple[int, int, int, int, dict[str, bool]]] = {
 @pytest.fixture(autouse=True)
 def _nothing_tuned(monkeypatch):
     monkeypatch.setenv("MOE_OPS_AUTOTUNE", "0")
-    choose.forget()
+    cache.forget()
     yield
-    choose.forget()
+    cache.forget()
 
 
 def experts(model: str, dtype: torch.dtype = torch.bfloat16) -> Experts:

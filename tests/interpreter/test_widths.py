@@ -7,7 +7,7 @@ Every last tile is a part of one: what descriptors load past the ends must be ze
 import pytest
 import torch
 
-from moe_ops.configs import choose
+from moe_ops.configs import cache
 from testing import experts_problem, gemm_problem
 from testing.interpreted import pytestmark  # noqa: F401
 
@@ -19,9 +19,9 @@ ROWS = {"few": (5, 2), "some": (41, 2), "many": (100, 2)}
 @pytest.fixture(autouse=True)
 def _nothing_tuned(monkeypatch):
     monkeypatch.setenv("MOE_OPS_AUTOTUNE", "0")
-    choose.forget()
+    cache.forget()
     yield
-    choose.forget()
+    cache.forget()
 
 
 @pytest.mark.parametrize("rows", ROWS)

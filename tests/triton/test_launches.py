@@ -27,7 +27,7 @@ from moe_ops._triton.descriptors import can_describe
 from moe_ops._triton.plan import Plan, plan_once
 from moe_ops._triton.recorder import Recorder
 from moe_ops._triton.replay import Record
-from moe_ops.configs import choose
+from moe_ops.configs import cache
 from moe_ops.ops.fused_experts import triton as fused_experts
 from moe_ops.quantization.stored import StoredWeight
 from testing import kernel_calls as calls
@@ -136,9 +136,9 @@ def check(plans: list[Plan], launches: list[Launch]) -> int:
 def _nothing_tuned():
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("MOE_OPS_AUTOTUNE", "0")
-        choose.forget()
+        cache.forget()
         yield
-    choose.forget()
+    cache.forget()
 
 
 def draw(seed: int) -> tuple[str, Sizes, torch.dtype, dict[str, Any]]:

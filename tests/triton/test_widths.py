@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-from moe_ops.configs import choose
+from moe_ops.configs import cache
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles kernels, which TRITON_INTERPRET=1 interprets", allow_module_level=True)
@@ -33,9 +33,9 @@ LOAD = "cp.async.bulk.tensor"
 @pytest.fixture(autouse=True)
 def _nothing_tuned(monkeypatch):
     monkeypatch.setenv("MOE_OPS_AUTOTUNE", "0")
-    choose.forget()
+    cache.forget()
     yield
-    choose.forget()
+    cache.forget()
 
 
 def compiled(*called: Call) -> list[Resources]:

@@ -56,8 +56,7 @@ class Plan:
     Attributes:
         kernel: PERSISTENT, COOPERATIVE or PINGPONG.
         config: the configuration, in the letters of the pass.
-        source: where it came from: "given", "tuned", "shipped", "neighbour" or "computed".
-        neighbour: the key of the neighbour, whose configuration it is.
+        source: where it came from: "given", "tuned", "shipped" or "computed".
         tile: rows and columns of the result's tile, and how many elements a step contracts.
         tma: the operands that go through descriptors.
         computes_epilogue: whether the kernel also computes the problem's epilogue.
@@ -73,7 +72,6 @@ class Plan:
     kernel: str
     config: KernelConfig
     source: str
-    neighbour: str | None
     tile: tuple[int, int, int]
     tma: Operands
     computes_epilogue: bool
@@ -184,7 +182,7 @@ def plan(
     else:
         options = _specialized_options(problem, config, tile, kernel)
     return Plan(
-        kernel, config, source, choice.neighbour, tile, tma,
+        kernel, config, source, tile, tma,
         computes_epilogue=problem.has_activation
         or (kernel == PINGPONG and problem.epilogue == "gated_activation_backward"),
         copied=copied,

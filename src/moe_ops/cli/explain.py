@@ -61,9 +61,7 @@ class Row:
             decoded in the product.
         computes_epilogue: whether the kernel computes what stands on top of the product.
         config: the configuration's fields.
-        source: where the configuration came from: "given", "tuned", "shipped", "neighbour" or
-            "computed".
-        neighbour: the key of the neighbour, whose configuration it is.
+        source: where the configuration came from: "given", "tuned", "shipped" or "computed".
         reason: why this kernel.
         copied: operands that are first copied to where TMA can load them, "left" or "right".
         unmet: wishes of the configuration that cannot be met, with reasons.
@@ -80,7 +78,6 @@ class Row:
     computes_epilogue: bool
     config: dict[str, Any]
     source: str
-    neighbour: str | None
     reason: str
     copied: tuple[str, ...]
     unmet: tuple[str, ...]
@@ -179,7 +176,7 @@ def _rows(
         if weight is not None and weight.in_product:
             yield Row(
                 projection, problem.kind, problem.epilogue, num_tokens, problem.key, "decoding",
-                problem.has_activation, weight.options, "computed", None, weight.reason, (), (),
+                problem.has_activation, weight.options, "computed", weight.reason, (), (),
                 weight.reason,
             )  # fmt: skip
             continue
@@ -195,7 +192,6 @@ def _rows(
             computes_epilogue=plan.computes_epilogue,
             config=plan.config.to_dict(),
             source=plan.source,
-            neighbour=plan.neighbour,
             reason=plan.reason,
             copied=tuple(
                 name
@@ -288,8 +284,6 @@ def _lines(
                 yield f"        its weight is {row.weight}"
                 continue
             yield f"        {tuning.describe(_config_of(row))}"
-            if row.neighbour is not None:
-                yield f"        as for {row.neighbour}"
             yield f"        {row.reason}"
             if row.weight is not None:
                 yield f"        its weight is {row.weight}"

@@ -9,7 +9,6 @@ problem.py         one product, as a configuration sees it
 specialize.py      the products that the kernels for Hopper compute
 footprint.py       the shared memory that a configuration takes
 heuristics.py      the rules that compute a configuration
-neighbour.py       the nearest problem that was measured
 choose.py          the configuration of a launch: the caller's, tuned, shipped or computed
 tables/            the shipped configurations, a file for each architecture
 cache.py           the configurations tuned on this machine, on disk

@@ -2,8 +2,8 @@
 """Choose the configuration of a launch.
 
 The first of these that exists wins: the caller's kernel_config; one tuned on this machine
-(cache.py); one shipped for this architecture (tables/); that of the nearest problem that is shipped
-(neighbour.py); the one that heuristics.py computes from the problem and the GPU.
+(cache.py); one shipped for this architecture (tables/); the one that heuristics.py computes from the
+problem and the GPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import functools
 from dataclasses import dataclass
 from importlib import resources
 
-from moe_ops.configs import cache, neighbour
+from moe_ops.configs import cache
 from moe_ops.configs.device import Device
 from moe_ops.configs.footprint import shared_memory
 from moe_ops.configs.heuristics import heuristic
@@ -27,13 +27,11 @@ class Choice:
 
     Attributes:
         config: the configuration.
-        source: "given", "tuned", "shipped", "neighbour" or "computed".
-        neighbour: the key of the neighbour, whose configuration it is.
+        source: "given", "tuned", "shipped" or "computed".
     """
 
     config: KernelConfig
     source: str
-    neighbour: str | None = None
 
 
 def choose(
@@ -62,14 +60,10 @@ def _chosen(problem: Problem, device: Device, operands: Operands) -> Choice:
     tuned = cache.lookup(device.name, problem.key)
     if tuned is not None and _serves(tuned, operands):
         return Choice(tuned, "tuned")
-    table = shipped(device.capability)
-    known = table.get(problem.key)
+    known = shipped(device.capability).get(problem.key)
     fits = known is not None and shared_memory(known, problem, device) <= device.shared_memory
     if known is not None and fits and _serves(known, operands):
         return Choice(known, "shipped")
-    near = neighbour.nearest(problem, table, device) if neighbour.is_enabled() else None
-    if near is not None and all(operands):
-        return Choice(table[near], "neighbour", near)
     return Choice(heuristic(problem, device, operands), "computed")
 
 
@@ -79,11 +73,6 @@ def _serves(config: KernelConfig, operands: Operands) -> bool:
 
 
 cache.on_change.append(_chosen.cache_clear)
-
-
-def forget() -> None:
-    """Make the next launches choose again; they read the disk cache and the environment again."""
-    cache.forget()
 
 
 @functools.cache

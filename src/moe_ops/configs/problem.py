@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import functools
-import re
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from moe_ops.configs.device import Device
 
@@ -30,7 +28,6 @@ _EPILOGUE_WORDS: dict[Epilogue, str] = {
     "gated_activation_backward": "gated",
 }
 _FLAGS = ("gather", "scatter", "scale", "bias", "dots", "transposed")
-_KEY = re.compile(r"(\w+) (\w+) E(\d+) N(\d+) D(\d+) rows(\d+)((?: \w+)*)")
 
 
 @dataclass(frozen=True)
@@ -94,30 +91,6 @@ class Problem:
         """Return the problem as one string, the key of tables and caches."""
         sizes = f"E{self.num_experts} N{self.out_features} D{self.in_features} rows{self.rows}"
         return " ".join([self.kind, self.dtype, sizes, *self.flags])
-
-
-@functools.lru_cache(maxsize=4096)
-def problem_of(key: str) -> Problem:
-    """Return the problem that has this key.
-
-    Raises:
-        ValueError: none has.
-    """
-    if match := _KEY.fullmatch(key):
-        kind, dtype = match[1], match[2]
-        num_experts, out_features, in_features, rows = (int(match[i]) for i in range(3, 7))
-        words = match[7].split()
-        flags: dict[str, Any] = {name: name in words for name in _FLAGS}
-        on_top: Epilogue
-        for on_top in ("none", *_EPILOGUE_WORDS):
-            problem = Problem(
-                kind, dtype, num_experts, out_features, in_features, rows, epilogue=on_top, **flags
-            )
-            # In a forward "gated" is the activation, which stands first, in a dX its backward.
-            is_backward = on_top == "gated_activation_backward"
-            if problem.key == key and is_backward == (kind != "forward" and on_top != "none"):
-                return problem
-    raise ValueError(f"expected the key of a problem, got {key!r}")
 
 
 class Operands(NamedTuple):
