@@ -50,7 +50,7 @@ def test_a_step_of_experts_runs_in_wide_tiles():
     products = [kernel for kernel in kernels if LOAD in kernel.ptx]
     assert {kernel.kernel for kernel in products} == {
         "_expert_up_kernel", "grouped_gemm_cooperative_kernel",
-        "expert_down_bwd_pingpong_kernel", "grouped_gemm_bwd_dw_cooperative_kernel",
+        "grouped_gemm_bwd_dw_cooperative_kernel",
     }  # fmt: skip
     assert not any("mma" in kernel.ptx for kernel in kernels if kernel not in products)
     assert {kernel.stack for kernel in kernels} == {0}
