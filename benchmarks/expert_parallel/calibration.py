@@ -55,7 +55,9 @@ class Measured:
         blocks = {r["pass"]: r for r in of_shape if r["what"] == BLOCK}
         self.transport = next(t for t in TRANSPORTS if t in full["milliseconds"])
         self.world_size, self.num_tokens = full["W"], full["T"]
-        self.link_bandwidth = full["bytes"][DISPATCH] / _seconds(full, LINK)
+        # A copy takes a time to start, which is no matter of its bytes.
+        sent = full["bytes"][DISPATCH] - few["bytes"][DISPATCH]
+        self.link_bandwidth = sent / (_seconds(full, LINK) - _seconds(few, LINK))
         self.overhead, self.exchange = (
             {part: _seconds(r, f"{self.transport} {part}") for part in (DISPATCH, COMBINE)}
             for r in (few, full)

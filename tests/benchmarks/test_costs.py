@@ -172,24 +172,25 @@ def made_up(rates, machine, transport, names=NAMES, off=1.0):
         costs_of = Costs(Layout(SHAPES[name], 2, 2, padded), machine, rates)
         wrong = 1.0 if name == MAIN else off
         link_bytes = costs_of.layout.message(with_ids=True)
+        link_start = 1e-5
         times = {
             transport: 1.0,
-            LINK: link_bytes / machine.within,
+            LINK: link_start + link_bytes / machine.within,
             f"{transport} {DISPATCH}": costs_of.dispatch * wrong,
             f"{transport} {COMBINE}": costs_of.combine * wrong,
         }
         few = {
             transport: 1.0,
-            LINK: 1e-5,
+            LINK: link_start,
             f"{transport} {DISPATCH}": rates.dispatch_seconds,
             f"{transport} {COMBINE}": rates.combine_seconds,
         }
         common = {"shape": name, "W": 2}
-        for tokens, each in ((FEW_TOKENS, few), (8192, times)):
+        for tokens, each, sent in ((FEW_TOKENS, few, 0), (8192, times, link_bytes)):
             found.append(
                 {
                     **common, "what": "exchange", "T": tokens, "milliseconds": _milliseconds(each),
-                    "bytes": {DISPATCH: link_bytes, COMBINE: 1},
+                    "bytes": {DISPATCH: sent, COMBINE: 1},
                 }
             )  # fmt: skip
         for of_pass in (FORWARD, BOTH):
