@@ -78,7 +78,7 @@ def _ratio(name: str, peer: str) -> Column:
         case = record["of_pass"].get(name, {"ratio": {}})
         if peer in case["ratio"]:
             return f"{case['ratio'][peer][1]:.2f}"
-        return "wrong" if peer in case.get("wrong", []) else "-"
+        return "theirs wrong" if peer in case.get("wrong", []) else "-"
 
     return Column(name if peer == "compiled" else f"{name}, SonicMoE", cell)
 
@@ -115,7 +115,8 @@ def _gpu(device: str, parts: dict[str, Result]) -> Iterator[str]:
         f"{', '.join(dates)}; {versions}. The whole block: T tokens, H hidden size, I "
         "intermediate size, E experts, K of them a token. ms of our forward and backward; the time of "
         "transformers' grouped_mm, compiled for the very sizes, over ours; MiB at most beside the "
-        "inputs, ours and grouped_mm's. "
+        "inputs, ours and grouped_mm's. Where the other's result was further from fp64's than the "
+        "tests allow, it was not timed: theirs wrong. "
         f"[All tables](results/{device}.md).\n"
     )
     cases = block_cases(parts)
@@ -216,12 +217,12 @@ def _quantised(parts: dict[str, Result]) -> Iterator[str]:
 def _expert_parallel(parts: dict[str, Result]) -> Iterator[str]:
     """Name what expert parallelism was to reach and did not."""
     missed = [
-        f"{aim.what} {aim.reached:.2f} of {aim.must}"
+        f"{aim.shape}: {aim.what} {aim.reached:.2f}x of {aim.must}x"
         for aim in aims(parts.get("expert-parallel", {}).get("cases", []))
         if aim.reached is not None and aim.reached < aim.must
     ]
     if missed:
-        yield f"Expert parallelism on two GPUs: {', '.join(missed)}."
+        yield f"Expert parallelism on two GPUs; {'; '.join(missed)}."
 
 
 def _cpus(results: Path) -> Iterator[str]:
