@@ -62,7 +62,7 @@ def test_a_card(tmp_path):
     assert text.startswith("## NVIDIA H200\n\n2026-01-02; torch 2.11.0, triton 3.6.0. ")
     for line in (
         "| olmoe | 16384 2048 1024 64 8 | 9.13 | 1.50 | 0.97 | 1030 | 900 |",
-        "| odd | 7 6 5 4 3 | 9.13 | 1.25 | wrong | - | - |",
+        "| odd | 7 6 5 4 3 | 9.13 | 1.25 | theirs wrong | - | - |",
         "- forward+backward: slower than compiled grouped_mm on 1 of 1 shapes above, down to 0.97x.",
         "- forward: slower than compiled grouped_mm on 1 of 2 drawn shapes, down to 0.50x.",
         "- More memory at most than compiled grouped_mm: olmoe 1.14x.",
