@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ops._triton.expert_parallel import Window, begin_exchange
+from moe_ops._triton.expert_parallel import Window, begin_exchange, sizes_bytes
 
 # What the pools hold where nobody wrote.
 UNWRITTEN = 0xA5
@@ -28,11 +28,11 @@ class FakePool:
         self.num_exchanges = 0
         self.largest = 0
 
-    def begin(self, num_bytes: int) -> Window:
+    def begin(self, num_bytes: int, capacity: int) -> Window:
         assert num_bytes <= self._ranks.half_bytes
         self.largest = max(self.largest, num_bytes)
         self.num_exchanges += 1
-        begin_exchange(self.window)
+        begin_exchange(self.window, num_bytes, capacity)
         return self.window
 
     def meet(self) -> None:
@@ -57,13 +57,18 @@ class FakeRanks:
         empty: Callable[..., Tensor] = torch.empty,
     ) -> None:
         self.half_bytes = half_bytes
-        self.memory = [empty((2 * half_bytes,), dtype=torch.uint8) for _ in range(world_size)]
+        whole = half_bytes + sizes_bytes(world_size)
+        self.memory = [empty((2 * whole,), dtype=torch.uint8) for _ in range(world_size)]
         for memory in self.memory:
-            memory.fill_(UNWRITTEN)
+            memory.fill_(UNWRITTEN).view(2, whole)[:, half_bytes:].zero_()
         peers = torch.tensor([memory.data_ptr() for memory in self.memory])
-        size = half_bytes if num_halves == 2 else 0
+        apart = whole if num_halves == 2 else 0
         self.pools = [
-            FakePool(self, rank, Window(peers, torch.zeros(1, dtype=torch.int32), size, rank))
+            FakePool(
+                self,
+                rank,
+                Window(peers, torch.zeros(1, dtype=torch.int32), apart, half_bytes, rank),
+            )
             for rank in range(world_size)
         ]
 
@@ -105,5 +110,5 @@ class FakeRanks:
     def check_unwritten(self) -> None:
         """Check that nobody wrote behind what the exchanges needed."""
         for memory, pool in zip(self.memory, self.pools, strict=True):
-            for half in memory.view(2, self.half_bytes):
-                assert (half[pool.largest :] == UNWRITTEN).all()
+            for half in memory.view(2, -1):
+                assert (half[pool.largest : self.half_bytes] == UNWRITTEN).all()

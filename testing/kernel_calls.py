@@ -255,7 +255,9 @@ def expert_parallel(
     ids, weights = _empty(num_tokens, sizes.top_k), _empty(num_tokens, sizes.top_k, dtype=dtype)
     local = (_empty(*shape), _empty(*shape, dtype=dtype))
     places, senders = _empty(num_tokens, sizes.top_k), _empty(of_call.num_rows)
-    window = ep.Window(_empty(world_size, dtype=torch.int64), _empty(1), 1 << 30, 1)
+    window = ep.Window(
+        _empty(world_size, dtype=torch.int64), _empty(1), 1 << 30, (1 << 30) - 256, 1
+    )
     layout = ep.Layout.of(rows.nbytes, local[0].nbytes, local[1].nbytes)
     where: dict[str, Any] = {"window": window} if push else {}
     in_turn: tuple[Any, ...] = (world_size, num_tokens)
@@ -275,7 +277,7 @@ def expert_parallel(
     }  # fmt: skip
     if push:
         calls |= {
-            "begin": call(ep.begin_exchange, window),
+            "begin": call(ep.begin_exchange, window, layout.end, num_tokens),
             "send filled rows": call(ep.send_rows, rows, *in_turn, ids=local[0], window=window),
             "send weights": call(
                 ep.send_rows, local[1].view(world_size, -1), world_size, 1, window=window,

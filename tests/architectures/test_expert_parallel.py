@@ -43,6 +43,17 @@ def test_rows_move_16_bytes_at_a_time(size, push):
                     assert (wide is not None) == (size == "training"), (name, direction)
 
 
+def test_the_comparison_of_sizes_is_compiled():
+    """Triton leaves assertions out where it is not asked for them."""
+    (kernel,) = compiled(expert_parallel(SIZES["training"], torch.bfloat16, push=True)["begin"])
+    assert "__assertfail" in kernel.ptx
+    assert "ranks exchanged different numbers of tokens" in "".join(
+        chr(int(code))
+        for code in re.findall(r"\b(\d{1,3})\b(?=[,}])", kernel.ptx)
+        if int(code) < 128
+    )
+
+
 @push
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_sizes_that_are_one(world_size, push):

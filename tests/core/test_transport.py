@@ -16,7 +16,7 @@ GPUS = ("a", "b", "c", "d")
 
 def on_one_host(world_size=4):
     return tuple(
-        Rank("host", "cuda", gpu, tuple(other for other in GPUS if other != gpu))
+        Rank("host", "cuda", gpu, GPUS, tuple(other for other in GPUS if other != gpu))
         for gpu in GPUS[:world_size]
     )
 
@@ -45,7 +45,7 @@ def test_a_world_of_one_keeps_its_rows(monkeypatch):
 
 def test_the_default_is_symmetric_where_it_can_be_had():
     assert plan(4, on_one_host, True) == Plan("symmetric", "all GPUs access each other")
-    reason = "only the Triton implementation pushes rows"
+    reason = "only Triton kernels on CUDA GPUs push rows"
     assert plan(4, unasked, False) == Plan("functional", reason)
 
 
@@ -68,6 +68,8 @@ def test_wishes(monkeypatch):
         (changed(3, gpu="a"), "ranks 0 and 3 share a GPU"),
         (changed(3, reaches=("a", "c")), "the GPUs of ranks 1 and 3 do not access each other"),
         (changed(0, reaches=("b",)), "the GPUs of ranks 0 and 2 do not access each other"),
+        # Schedulers show each process its own GPU alone.
+        (changed(1, sees=("b",), reaches=()), "rank 1 does not see the GPU of rank 0: let each"),
         (changed(0, has_symmetric_memory=False), "torch of rank 0 has no symmetric memory"),
     ],
 )
@@ -83,9 +85,9 @@ def test_what_keeps_ranks_from_pushing(ranks, obstacle, monkeypatch):
 def test_an_implementation_that_cannot_push(monkeypatch):
     assert plan(4, unasked, False).transport == "functional"
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "symmetric")
-    with pytest.raises(RuntimeError, match="only the Triton implementation pushes rows"):
+    with pytest.raises(RuntimeError, match="only Triton kernels on CUDA GPUs push rows"):
         plan(4, unasked, False)
-    with pytest.raises(RuntimeError, match="only the Triton implementation pushes rows"):
+    with pytest.raises(RuntimeError, match="only Triton kernels on CUDA GPUs push rows"):
         transport.exchange("ep_combine", torch.ones(2, 1), 2, "")
 
 
@@ -138,3 +140,21 @@ def test_ranks_tell_where_they_run(new_group):
     assert rank.device_type == "cpu"
     assert rank.host
     assert "on cpu" in transport.why_not_symmetric((rank,))
+
+
+def test_a_plan_is_made_and_logged_once_for_a_group(new_group, monkeypatch, caplog):
+    name, cpu = new_group(), torch.device("cpu")
+
+    def planned():
+        return transport.plan_of(2, name, cpu, can_push=False)
+
+    with caplog.at_level("INFO", "moe_ops"):
+        first = planned()
+        assert planned() is first
+        monkeypatch.setenv(ENVIRONMENT_VARIABLE, "functional")
+        assert planned().reason == f"asked for by {ENVIRONMENT_VARIABLE}"
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        f"moe_ops: process group {name} exchanges rows on cpu by the functional transport: {reason}"
+        for reason in (first.reason, f"asked for by {ENVIRONMENT_VARIABLE}")
+    ]

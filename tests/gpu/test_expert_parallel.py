@@ -17,7 +17,7 @@ from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
 import moe_ops
-from moe_ops._core.transport import ENVIRONMENT_VARIABLE
+from moe_ops._core.transport import ENVIRONMENT_VARIABLE, Plan, plan_of
 from testing import ep_ops
 from testing.ep_problem import assert_equals_one_process, parallel_copy, problem
 from testing.ranks import ROOT, TIMEOUT, Ranks, init
@@ -270,8 +270,8 @@ def test_groups(gpus, transport, tmp_path):
     gpus.run(check_groups, transport=transport, folder=str(tmp_path))
 
 
-# Rank 1 makes one exchange less than rank 0.
-ALONE = """
+# A process of its own for each rank, whose GPU an error ends.
+BEGIN = """
 import os, sys, time, torch
 import moe_ops
 from testing import ep_ops
@@ -279,13 +279,19 @@ from testing.ranks import init
 
 rank = int(sys.argv[2])
 init(sys.argv[1], rank, 2, timeout=int(sys.argv[3]), backend="nccl")
-call = (
-    torch.ones(4, 8, device="cuda"), torch.zeros(4, 1, dtype=torch.int32, device="cuda"),
-    torch.ones(4, 1, device="cuda"), 2, 2, 4, ep_ops.group_name(),
-)
+
+def call_of(tokens):
+    ids = torch.zeros(tokens, 1, dtype=torch.int32, device="cuda")
+    rows, weights = (torch.ones(tokens, n, device="cuda") for n in (8, 1))
+    return rows, ids, weights, 2, 2, tokens, ep_ops.group_name()
+
+call = call_of(4)
 moe_ops.ep_dispatch(*call)
 torch.cuda.synchronize()
 print("alive", flush=True)
+"""
+# Rank 1 makes one exchange less than rank 0.
+ALONE = """
 if rank == 0:
     moe_ops.ep_dispatch(*call)
     torch.cuda.synchronize()
@@ -294,14 +300,21 @@ else:
 """
 
 
-def test_a_peer_that_never_comes(tmp_path):
-    """The barrier ends within the group's time limit, with an error of the GPU."""
-    limit = 10
+# The ranks have different numbers of tokens, and say that they have equally many.
+UNEVEN = """
+for _ in range(2):
+    moe_ops.ep_dispatch(*call_of(3 + rank))
+torch.cuda.synchronize()
+"""
+
+
+def ended(program, tmp_path, limit, transport="symmetric"):
+    """Return how both ranks' processes of a program end: return code, stderr and seconds."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), ENVIRONMENT_VARIABLE: transport}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", ALONE, str(tmp_path / "store"), str(rank), str(limit)],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), ENVIRONMENT_VARIABLE: "symmetric"},
+            [sys.executable, "-c", BEGIN + program, str(tmp_path / "store"), str(rank), str(limit)],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
         )
         for rank in range(2)
     ]  # fmt: skip
@@ -310,11 +323,38 @@ def test_a_peer_that_never_comes(tmp_path):
             assert process.stdout is not None
             assert process.stdout.readline() == "alive\n", process.communicate(timeout=TIMEOUT)
         start = time.monotonic()
-        _, err = processes[0].communicate(timeout=limit + TIMEOUT)
-        took = time.monotonic() - start
+        yield from (
+            (process, process.communicate(timeout=limit + TIMEOUT)[1], time.monotonic() - start)
+            for process in processes
+        )
     finally:
         for process in processes:
             process.kill()
-    assert processes[0].returncode != 0
+
+
+def test_a_peer_that_never_comes(tmp_path):
+    """The barrier ends within the group's time limit, with an error of the GPU."""
+    limit = 10
+    process, err, took = next(ended(ALONE, tmp_path, limit))
+    assert process.returncode != 0
     assert "CUDA error" in err, err[-2000:]
     assert limit - 2 < took < limit + TIMEOUT
+
+
+def test_ranks_of_different_sizes_are_stopped(tmp_path):
+    """Else each would read the other's rows at wrong places."""
+    for process, err, _ in ended(UNEVEN, tmp_path, limit=60):
+        assert process.returncode != 0
+        assert "ranks exchanged different numbers of tokens" in err, err[-2000:]
+
+
+def check_default(rank, world_size):
+    """Without a word the ranks push."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.delenv(ENVIRONMENT_VARIABLE, raising=False)
+        found = plan_of(world_size, ep_ops.group_name(), torch.device("cuda", rank), True)
+    assert found == Plan("symmetric", "all GPUs access each other")
+
+
+def test_the_default(gpus):
+    gpus.run(check_default)

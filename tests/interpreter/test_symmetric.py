@@ -5,6 +5,7 @@ testing/fake_pools.py lets the ranks go on in every order that the barrier allow
 """
 
 import contextlib
+import dataclasses
 import os
 import subprocess
 import sys
@@ -14,6 +15,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton", exc_type=ImportError)
+
+from triton.runtime import interpreter
+from triton.runtime.errors import InterpreterError
 
 from moe_ops._triton.expert_parallel import Sizes
 from moe_ops.ops.ep_combine.triton import push_combine, push_combine_backward
@@ -130,6 +134,32 @@ def test_one_half_would_not_be_enough():
             continue
         wrong.append(index)
     assert wrong
+
+
+# The last sizes take the same bytes: a pool's parts are multiples of 256.
+@pytest.mark.parametrize(("first", "second", "width"), [(48, 32, 64), (32, 48, 64), (3, 4, 2)])
+def test_ranks_that_exchange_different_sizes_are_stopped(first, second, width, monkeypatch):
+    """Else they would read rows and ids at wrong places. The dispatch's result stays in its layer."""
+    # What @triton.jit(debug=True) asks for, the interpreter has as an option of all kernels.
+    options = dataclasses.replace(interpreter.interpreter_builder.options, debug=True)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
+    ranks = FakeRanks(2, HALF_BYTES * 4)
+    combined = []
+
+    def work(rank, pool):
+        for num_tokens in (64, 64, (first, second)[rank]):
+            ids = torch.tensor([[0, 2]] * num_tokens, dtype=torch.int32)
+            sizes = Sizes(4, 2, num_tokens, 2)
+            tokens = torch.full((num_tokens, width), 1.0 + rank)
+            sent = push_dispatch(pool, tokens, ids, torch.full((num_tokens, 2), 0.5), sizes)
+            combined.append(push_combine(pool, sent[0], sent[1], sent[3], sizes))
+
+    with pytest.raises(
+        InterpreterError, match="moe_ops: ranks exchanged different numbers of tokens"
+    ):
+        ranks.run(work)
+    # Those of the batches before.
+    assert len(combined) == 4
 
 
 @pytest.mark.parametrize("side", ["end", "start"])

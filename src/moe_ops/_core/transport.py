@@ -11,17 +11,20 @@ and at the environment, which must be the same everywhere.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from moe_ops._core.torch_private import all_to_all, has_symmetric_memory, process_group
+
+logger = logging.getLogger("moe_ops")
 
 ENVIRONMENT_VARIABLE = "MOE_OPS_EP_TRANSPORT"
 WISHES = ("functional", "symmetric")
@@ -29,8 +32,7 @@ WISHES = ("functional", "symmetric")
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """How rows go from rank to rank, and why so.
 
     Attributes:
@@ -50,13 +52,15 @@ class Rank:
         host: the name of its host.
         device_type: "cuda" or "cpu".
         gpu: the UUID of its GPU.
-        reaches: the UUIDs of the GPUs whose memory its own can access, itself left out.
+        sees: the UUIDs of the GPUs that its process sees.
+        reaches: those of them whose memory its own can access, itself left out.
         has_symmetric_memory: whether its torch has symmetric memory.
     """
 
     host: str
     device_type: str
     gpu: str = ""
+    sees: tuple[str, ...] = ()
     reaches: tuple[str, ...] = ()
     has_symmetric_memory: bool = True
 
@@ -85,7 +89,7 @@ def plan(
         )
     if wish == "functional":
         return Plan("functional", f"asked for by {ENVIRONMENT_VARIABLE}")
-    obstacle = "only the Triton implementation pushes rows"
+    obstacle = "only Triton kernels on CUDA GPUs push rows"
     if can_push:
         obstacle = why_not_symmetric(ranks())
     if wish and obstacle:
@@ -108,6 +112,12 @@ def why_not_symmetric(ranks: tuple[Rank, ...]) -> str:
         for other, peer in enumerate(ranks[:index]):
             if rank.gpu == peer.gpu:
                 return f"ranks {other} and {index} share a GPU"
+            for one, two in ((index, other), (other, index)):
+                if ranks[two].gpu not in ranks[one].sees:
+                    return (
+                        f"rank {one} does not see the GPU of rank {two}: let each process see all "
+                        "GPUs of its host (CUDA_VISIBLE_DEVICES)"
+                    )
             if peer.gpu not in rank.reaches or rank.gpu not in peer.reaches:
                 return f"the GPUs of ranks {other} and {index} do not access each other's memory"
     return ""
@@ -141,13 +151,25 @@ class OfGroups(Generic[T]):
             del self._values[name]
 
 
-# By the type of the device: a group may serve two.
+# By the type of the device: a group may serve two. Plans also by what was asked for, and of whom.
 _ranks: OfGroups[dict[str, tuple[Rank, ...]]] = OfGroups()
+_plans: OfGroups[dict[tuple[str, bool, str | None], Plan]] = OfGroups()
 
 
 def plan_of(world_size: int, group: str, device: torch.device, can_push: bool) -> Plan:
-    """Choose the transport for the process group of this name, for tensors on this device."""
-    return plan(world_size, lambda: ranks_of(group, device), can_push)
+    """Return the plan of the process group of this name, for tensors on this device.
+
+    A new plan is logged.
+    """
+    known = _plans.get(group, lambda _: {})
+    key = (device.type, can_push, os.environ.get(ENVIRONMENT_VARIABLE))
+    if key not in known:
+        known[key] = plan(world_size, lambda: ranks_of(group, device), can_push)
+        logger.info(
+            "moe_ops: process group %s exchanges rows on %s by the %s transport: %s",
+            group, device.type, *known[key],
+        )  # fmt: skip
+    return known[key]
 
 
 def ranks_of(group: str, device: torch.device) -> tuple[Rank, ...]:
@@ -176,13 +198,14 @@ def _this_rank(device: torch.device) -> Rank:
     host = socket.gethostname()
     if device.type != "cuda":
         return Rank(host, device.type)
-    own = device.index
+    own, seen = device.index, range(torch.cuda.device_count())
     reaches = tuple(
         _uuid(other)
-        for other in range(torch.cuda.device_count())
+        for other in seen
         if other != own and torch.cuda.can_device_access_peer(own, other)
     )
-    return Rank(host, "cuda", _uuid(own), reaches, has_symmetric_memory())
+    sees = tuple(map(_uuid, seen))
+    return Rank(host, "cuda", _uuid(own), sees, reaches, has_symmetric_memory())
 
 
 def _uuid(index: int) -> str:

@@ -85,13 +85,15 @@ class Window(NamedTuple):
     Attributes:
         peers ((W,), int64): the address of each rank's pool.
         turn ((1,), int32): its lowest bit names the half of the pools that this exchange uses.
-        half_bytes: the size of a half.
+        half_bytes: how many bytes the second half begins behind the first.
+        sizes: how many bytes behind a half's begin the ranks' sizes lie (begin_exchange_kernel).
         me: this rank.
     """
 
     peers: Tensor
     turn: Tensor
     half_bytes: int
+    sizes: int
     me: int
 
 
@@ -124,9 +126,24 @@ def _pool(window: Window | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if window is None else (window.peers, window.turn)
 
 
-def begin_exchange(window: Window) -> None:
-    """Go to the other half of the pools."""
-    launch(begin_exchange_kernel, (1,), window.turn, on=window.turn)
+def sizes_bytes(world_size: int) -> int:
+    """Return the bytes that the ranks' sizes take behind each half."""
+    return _aligned(8 * world_size)
+
+
+def begin_exchange(window: Window, num_bytes: int, capacity: int) -> None:
+    """Go to the other half of the pools, of which this exchange takes num_bytes.
+
+    The device stops with an error if the last exchange was not of the same sizes on all ranks.
+    """
+    world_size = window.peers.shape[0]
+    launch(
+        begin_exchange_kernel, (1,),
+        window.peers, window.turn, capacity, num_bytes // _ALIGNMENT, window.half_bytes,
+        window.sizes, window.me,
+        WORLD_SIZE=world_size, RANKS=next_power_of_2(world_size), num_warps=1,
+        on=window.turn,
+    )  # fmt: skip
 
 
 def place_slots(

@@ -4,7 +4,7 @@
 Each process group has one pool on each rank, which all layers share. A pool has two halves, used by
 turns: exchange n uses half n % 2. An exchange has these steps on every rank, in stream order:
 
-    begin   n += 1, in the pool's own memory on the device
+    begin   n += 1, in the pool's own memory on the device; tell the peers this exchange's size
     push    write rows into half n % 2 of the peers' pools
     meet    a barrier: what all ranks pushed is there
     read    copy or sum what lies in half n % 2 of the own pool
@@ -17,6 +17,11 @@ peers have come to it, and a peer comes to it behind its own read of n.
 
 n is not an argument of the kernels, because a CUDA graph may hold an odd number of exchanges: its
 replays would begin at the wrong half. All ranks make the same exchanges, so they agree on n.
+
+Ranks must exchange the same sizes, or they would read each other's rows at wrong places. Nobody can
+see that when a call begins. So the begin of exchange n + 1 compares what all ranks said of n, and
+stops the device with an error if they differ. Of a layer's exchanges one follows each dispatch, so
+its result does not leave the layer.
 
 Nothing that an op returns or saves lies in a pool. The barrier has the time limit of the group's
 collectives. Then it traps, which ends the process's use of the GPU with an error: NCCL's watchdog
@@ -34,8 +39,8 @@ from typing import Any, Protocol
 import torch
 
 from moe_ops._core.torch_private import group_timeout, process_group, symmetric_memory
-from moe_ops._core.transport import OfGroups, check_world_size, plan_of
-from moe_ops._triton.expert_parallel import Window, begin_exchange
+from moe_ops._core.transport import ENVIRONMENT_VARIABLE, OfGroups, check_world_size, plan_of
+from moe_ops._triton.expert_parallel import Window, begin_exchange, sizes_bytes
 from moe_ops._triton.launch import cdiv
 from moe_ops._triton.recorder import recorder
 
@@ -46,8 +51,8 @@ _PAGE = 2 << 20
 class Exchanges(Protocol):
     """What ops exchange rows through: a Pool, or a stand-in where there is no GPU."""
 
-    def begin(self, num_bytes: int) -> Window:
-        """Begin an exchange that needs so many bytes of a half."""
+    def begin(self, num_bytes: int, capacity: int) -> Window:
+        """Begin an exchange that needs so many bytes of a half, for so many rows of each rank."""
 
     def meet(self) -> None:
         """Wait for all ranks; then what they pushed is there."""
@@ -57,7 +62,7 @@ class _Memory:
     """Memory of a pool: this rank's, and how it and the kernels find that of the others.
 
     Args:
-        half_bytes: the size of a half, the same on all ranks.
+        half_bytes: the size of a half, the same on all ranks; the ranks' sizes lie at its end.
         group: the name of the process group.
         device: where it lies.
 
@@ -68,7 +73,9 @@ class _Memory:
     def __init__(self, half_bytes: int, group: str, device: torch.device) -> None:
         symmetric = symmetric_memory()
         self._buffer = symmetric.empty(2 * half_bytes, dtype=torch.uint8, device=device)
-        # With deterministic algorithms torch fills new memory, and no peer may push before that.
+        sizes = half_bytes - sizes_bytes(process_group(group).size())
+        self._buffer.view(2, half_bytes)[:, sizes:].zero_()
+        # With deterministic algorithms torch fills new memory, too. No peer may push before that.
         torch.cuda.synchronize(device)
         self.handle: Any = symmetric.rendezvous(self._buffer, group)
         rank = self.handle.rank
@@ -81,6 +88,7 @@ class _Memory:
             torch.tensor(peers, dtype=torch.int64, device=device),
             torch.zeros(1, dtype=torch.int32, device=device),
             half_bytes,
+            sizes,
             rank,
         )
         self.is_captured = False
@@ -101,22 +109,27 @@ class Pool:
         self._stream: torch.cuda.Stream | None = None
         self._timeout_ms = round(group_timeout(process_group(group), device).total_seconds() * 1e3)
 
-    def begin(self, num_bytes: int) -> Window:
+    def begin(self, num_bytes: int, capacity: int) -> Window:
         """Begin an exchange that needs so many bytes of a half, the same number on all ranks.
 
+        Args:
+            num_bytes: of a half.
+            capacity: how many rows a rank sends to each.
+
         Raises:
-            RuntimeError: the pool would have to grow while a CUDA graph is captured.
+            RuntimeError: the pool would have to grow while a CUDA graph is captured, or torch gives
+                no symmetric memory.
             ValueError: the ranks ask for different numbers.
         """
         if (watching := recorder()) is not None and watching.obstacle is None:
             watching.obstacle = "it exchanges rows with other ranks"
         memory = self._memory
-        if memory is None or memory.window.half_bytes < num_bytes:
+        if memory is None or memory.window.sizes < num_bytes:
             # torch gathers objects on the current device.
             with torch.cuda.device(self._device):
                 memory = self._grown(num_bytes)
         self._follow(memory)
-        begin_exchange(memory.window)
+        begin_exchange(memory.window, num_bytes, capacity)
         return memory.window
 
     def meet(self) -> None:
@@ -145,8 +158,14 @@ class Pool:
         if self._memory is not None and self._memory.is_captured:
             self._captured.append(self._memory)
         self._memory = None
-        half_bytes = max(1, cdiv(num_bytes, _PAGE)) * _PAGE
-        self._memory = _Memory(half_bytes, self._group, self._device)
+        half_bytes = cdiv(num_bytes + sizes_bytes(group.size()), _PAGE) * _PAGE
+        try:
+            self._memory = _Memory(half_bytes, self._group, self._device)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"moe_ops: torch gives no symmetric memory of 2 x {half_bytes} bytes to the process "
+                f"group: {error}; set {ENVIRONMENT_VARIABLE}=functional on all ranks to do without"
+            ) from error
         return self._memory
 
     def _follow(self, memory: _Memory) -> None:

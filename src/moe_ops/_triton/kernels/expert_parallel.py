@@ -18,10 +18,34 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
-def begin_exchange_kernel(turn_ptr):
-    """Go to the other half of the pool: every exchange begins with this. Grid (1,)."""
-    tl.store(turn_ptr, tl.load(turn_ptr) + 1)
+# Its assertion is part of what it does, and Triton compiles one only where it is asked to.
+@triton.jit(debug=True, do_not_specialize=["capacity", "num_units", "half_bytes", "to_sizes", "me"])
+def begin_exchange_kernel(
+    peers_ptr, turn_ptr, capacity, num_units, half_bytes, to_sizes, me,
+    WORLD_SIZE: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """Go to the other half of the pool, and compare sizes: every exchange begins with this. Grid (1,).
+
+    All ranks learn this exchange's capacity and how much of a half it takes. They lie to_sizes bytes
+    behind the half's begin, a number for each rank. What the ranks said of the last exchange is
+    compared here: behind its barrier all have come, and before this one's nobody says more. The
+    first exchange finds zeros. RANKS is W rounded up to a power of two.
+    """
+    turn = tl.load(turn_ptr) & 1
+    rank = tl.arange(0, RANKS)
+    is_rank = rank < WORLD_SIZE
+    own = tl.load(peers_ptr + me) + turn * half_bytes + to_sizes
+    own_ptr = own.to(tl.pointer_type(tl.int64))
+    differs = is_rank & (tl.load(own_ptr + rank, mask=is_rank, other=0) != tl.load(own_ptr + me))
+    tl.device_assert(
+        tl.sum(differs.to(tl.int32), 0) == 0,
+        "moe_ops: ranks exchanged different numbers of tokens; pass max_tokens_per_rank",
+    )
+    turn ^= 1
+    size = tl.cast(capacity, tl.int64) << 32 | num_units
+    to = tl.load(peers_ptr + rank, mask=is_rank, other=0) + turn * half_bytes + to_sizes
+    tl.store(to.to(tl.pointer_type(tl.int64)) + me, size, mask=is_rank)
+    tl.store(turn_ptr, turn)
 
 
 @triton.jit

@@ -39,7 +39,7 @@ def push_combine(
 ) -> Tensor:
     """Do ep_combine through the ranks' pools."""
     input = input.contiguous()
-    window = pool.begin(Layout.of(input.nbytes, 0, 0).end)
+    window = pool.begin(Layout.of(input.nbytes, 0, 0).end, sizes.capacity)
     send_rows(input, sizes.world_size, sizes.capacity, ids=local_ids, window=window)
     pool.meet()
     return sum_over_ranks(input, sent_slots, sizes, window)
@@ -69,7 +69,7 @@ def push_combine_backward(
     """Do ep_combine_backward through the ranks' pools. Flags tell which rows came."""
     rows = grad_output.new_empty(sizes.num_rows, grad_output.shape[1])
     layout = Layout.of(rows.nbytes, 4 * sizes.num_rows, 0)
-    window = pool.begin(layout.end)
+    window = pool.begin(layout.end, sizes.capacity)
     senders = invert_places(sent_slots, sizes)
     send_rows(
         grad_output, sizes.world_size, sizes.capacity,

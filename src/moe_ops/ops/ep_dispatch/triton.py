@@ -62,7 +62,7 @@ def push_dispatch(
     """Do ep_dispatch through the ranks' pools."""
     rows, local_ids, local_weights = _new_outputs(input, topk_weights, sizes)
     layout = Layout.of(rows.nbytes, local_ids.nbytes, local_weights.nbytes)
-    window = pool.begin(layout.end)
+    window = pool.begin(layout.end, sizes.capacity)
     local = (local_ids, local_weights)
     sent_slots, senders, num_dropped = place_slots(
         topk_ids, topk_weights, sizes, local, window, layout
@@ -150,7 +150,7 @@ def push_dispatch_backward(
     in_turn = (sizes.world_size, sizes.capacity)
     sent = [grad_output if needs[0] else None, None, grad_local_weights if needs[1] else None]
     layout = Layout.of(*(0 if t is None else t.numel() * t.itemsize for t in sent))
-    window = pool.begin(layout.end)
+    window = pool.begin(layout.end, sizes.capacity)
     grad_output, grad_local_weights = grad_output.contiguous(), grad_local_weights.contiguous()
     if needs[0]:
         send_rows(grad_output, *in_turn, ids=local_ids, window=window)
