@@ -207,6 +207,21 @@ def check_peft(rank, world_size):
     logging.getLogger("moe_ops").removeHandler(log)
 
 
+def check_refuses_adapters_that_are_merged(rank, world_size):
+    from testing.peft_problem import wrapped_model
+
+    tiny_model("qwen3_moe")
+    model = wrapped_model("qwen3_moe", torch.float32)
+    expected = r"call moe_ops\.integrations\.peft\.enable\(model\) first"
+    with pytest.raises(ValueError, match=expected):
+        expert_parallel(model, mesh_of(world_size))
+
+
+def test_refuses_adapters_that_are_merged(ranks):
+    pytest.importorskip("peft")
+    ranks(2).run(check_refuses_adapters_that_are_merged)
+
+
 def test_peft(ranks):
     pytest.importorskip("peft")
     ranks(2).run(check_peft)

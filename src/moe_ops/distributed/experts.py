@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from moe_ops.layers.experts_modules import base_of, is_experts
+from moe_ops.layers.experts_modules import base_of, is_experts, is_peft_wrapper
 from moe_ops.layers.lora import GroupedLora
 from moe_ops.quantization import QuantizedWeight
 
@@ -15,8 +15,8 @@ def check_experts(function: str, module: nn.Module) -> None:
     """Refuse a module that expert parallelism does not take.
 
     Raises:
-        ValueError: it is no experts module, it is parallel already, or it runs on another
-            implementation than "moe_ops".
+        ValueError: it is no experts module, it is parallel already, it runs on another
+            implementation than "moe_ops", or PEFT's adapters around it would be merged.
     """
     base = base_of(module)
     if not is_experts(base):
@@ -29,6 +29,11 @@ def check_experts(function: str, module: nn.Module) -> None:
         raise ValueError(
             f"{function}: expected plain parameters in {type(module).__name__}, got DTensors; apply "
             "ExpertParallel once, and before fully_shard"
+        )
+    if is_peft_wrapper(module) and "forward" not in module.__dict__:
+        raise ValueError(
+            f"{function}: expected PEFT's adapters to be computed beside their experts, got some that "
+            f"PEFT merges into {type(base).__name__}; call moe_ops.integrations.peft.enable(model) first"
         )
     check_implementation(function, base)
 
