@@ -5,7 +5,8 @@ Run it, on CPUs or GPUs, and again with another N to go on from the last checkpo
 
     torchrun --nproc-per-node N examples/train_expert_parallel.py --checkpoints runs/ep
 
-The global batch is the same for every N, so the losses are the same to rounding.
+N must divide the global batch of 16 sequences. The batch is the same for every such N, so the losses are
+the same to rounding.
 """
 
 import argparse
@@ -117,6 +118,11 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=Path, required=True)
     parser.add_argument("--expert-ranks", type=int, default=0, help="0: two, or one where N is odd")
     options = parser.parse_args()
+    if BATCH % (world_size := int(os.environ["WORLD_SIZE"])) != 0:
+        parser.error(
+            f"expected a number of ranks that divides the global batch of {BATCH}, got {world_size}; "
+            f"use another --nproc-per-node"
+        )
     on_gpu = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
     device = "cuda" if on_gpu else "cpu"
     if on_gpu:

@@ -92,8 +92,11 @@ def assumptions(results: Path) -> tuple[Machine, Rates, list[Record]]:
         measured = Measured(records, MAIN)
         found, rates = calibrate(measured, replace(shape, num_tokens=NUM_TOKENS), machine)
         machine = replace(machine, within=found.within)
-        link = share = start = f"measured, {MEASURED}, {measured.transport}"
-        speed = f"{link}, experts of {MAIN} alone"
+        times = f"times of {MAIN}, {MEASURED}"
+        link = f"fitted to the {times}: a copy to a peer"
+        share = f"fitted to the {times}, {measured.transport}"
+        start = f"measured with few tokens: {times}, {measured.transport}"
+        speed = f"fitted to the {times}, experts alone"
     else:
         speeds, told = _speeds_of_one_gpu(results, Layout(shape, 1, 1), machine)
         rates = Rates(SHARE, SHARE, OVERHEAD, OVERHEAD, *speeds)
@@ -111,7 +114,7 @@ def assumptions(results: Path) -> tuple[Machine, Rates, list[Record]]:
         ),
         ("memory", f"{machine.memory / 1e12:.1f} TB/s", "measured: a copy, h200_ceilings.json"),
         (
-            "share of a link's bandwidth that dispatch, combine reach",
+            "share of a link's bandwidth that rows of a dispatch, a combine get",
             f"{rates.dispatch:.2f}, {rates.combine:.2f}",
             share,
         ),

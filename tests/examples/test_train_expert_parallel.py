@@ -3,6 +3,7 @@
 
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -41,6 +42,15 @@ def workers_of(pid):
 
 def losses(text):
     return {int(step): float(loss) for step, loss in re.findall(r"step (\d+)  loss (\S+)", text)}
+
+
+@pytest.mark.parametrize("num_ranks", [3, 5, 32])
+def test_refuses_ranks_that_do_not_divide_the_batch(num_ranks, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", str(num_ranks))
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "--checkpoints", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    assert f"divides the global batch of 16, got {num_ranks};" in capsys.readouterr().err
 
 
 def test_is_killed_and_resumes_with_the_same_curve(tmp_path):
