@@ -380,6 +380,8 @@ def check_errors(rank, world_size):
         ValueError, match="expected max_tokens_per_rank > 0 and finite, or None, got 0"
     ):
         ExpertParallel(max_tokens_per_rank=0)
+    with pytest.raises(TypeError, match="max_tokens_per_rank to be an int or None, got True"):
+        ExpertParallel(max_tokens_per_rank=True)
     with pytest.raises(
         ValueError, match="expected capacity_factor > 0 and finite, or None, got -1"
     ):

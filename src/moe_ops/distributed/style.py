@@ -83,7 +83,7 @@ class ExpertParallel(ParallelStyle):
         ):
             is_count = name == "max_tokens_per_rank"
             kinds, what = (int, "an int") if is_count else ((int, float), "a number")
-            if value is not None and not isinstance(value, kinds):
+            if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
                 raise TypeError(f"{_HERE}: expected {name} to be {what} or None, got {value!r}")
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{_HERE}: expected {name} > 0 and finite, or None, got {value}")
