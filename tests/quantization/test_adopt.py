@@ -314,7 +314,7 @@ def bad_calls():
         ValueError,
         (
             at
-            + "quant_state.shape[-1] to be a multiple of 64, since other rows share blocks, got 130; "
+            + "quant_state.shape[-1] to be a multiple of 64, since a block would run on into the next row, got 130; "
             "dequantise it with bitsandbytes and call moe_ops.quantize_weight"
         ),
     )
@@ -357,6 +357,41 @@ def bad_calls():
     yield from_bnb, (data, state), TypeError, (
         at + "quant_state.absmax.dtype == uint8, got float32"
     )  # fmt: skip
+    data, absmax = nf4()
+    yield from_bnb, (data, SimpleNamespace(quant_type="nf4", blocksize=64, absmax=absmax)), TypeError, (
+        at + "quant_state to be a QuantState of bitsandbytes, got SimpleNamespace without shape, state2"
+    )  # fmt: skip
+    yield from_bnb, (data, state_of(None, shape)), TypeError, (
+        at + "quant_state.absmax to be a tensor, got None"
+    )  # fmt: skip
+    for wrong in (None, (E, N, 256.0)):
+        state = state_of(absmax, shape)
+        state.shape = wrong
+        yield from_bnb, (data, state), TypeError, (
+            at + "quant_state.shape to be (out_features, in_features), or that after num_experts, "
+            f"got {wrong}"
+        )  # fmt: skip
+    yield from_bnb, (torch.tensor(1, dtype=torch.uint8), state_of(absmax, shape)), ValueError, (
+        at + "data to have 49920 bytes, two weights of (3, 130, 256) in each, got 1"
+    )  # fmt: skip
+    data, state = nested_state(weight, (N, D))
+    state.state2 = SimpleNamespace(absmax=state.state2.absmax)
+    yield from_bnb, (data, state), TypeError, (
+        at + "quant_state.state2 to be a QuantState of bitsandbytes, got SimpleNamespace without "
+        "blocksize, code"
+    )  # fmt: skip
+    # Where blocks are of 256 the state is kept, and else read.
+    for inner in ({}, {"blocksize": 512, "absmax": torch.ones(2)}):
+        data, state = nested_state(weight, (N, D), **inner)
+        state.offset = None
+        yield from_bnb, (data, state), TypeError, (
+            at + "quant_state.offset to be a tensor, got None"
+        )  # fmt: skip
+        data, state = nested_state(weight, (N, D), **inner)
+        state.offset = torch.ones(3)
+        yield from_bnb, (data, state), ValueError, (
+            at + "quant_state.offset to be one number, got (3,)"
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,7 @@ class QuantizedWeight(nn.Module):
         or its block is not bitsandbytes' default.
 
         Raises:
-            TypeError: absmax or dtype is of another dtype.
+            TypeError: the state is not bitsandbytes' or lacks a part; absmax or dtype is of another dtype.
             ValueError: the state is not NF4 in blocks of 64; 64 does not divide in_features, as blocks
                 would run on into the next row; a length, a shape or a device does not fit.
         """
