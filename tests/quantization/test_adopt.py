@@ -65,7 +65,8 @@ def test_stacked_tensors_are_not_copied():
         assert adopted.codes.data_ptr() == weight.data_ptr()
         assert adopted.scale.data_ptr() == scale.data_ptr()
     blocks, scales = mxfp4()
-    for b in (blocks, blocks.flatten(2), blocks.flatten(2).view(torch.int8)):
+    flat = blocks.flatten(2)
+    for b in (blocks, flat, flat.view(torch.int8), flat.view(torch.float4_e2m1fn_x2)):
         adopted = QuantizedWeight.from_mxfp4(b, scales)
         assert adopted.codes.data_ptr() == blocks.data_ptr()
         assert adopted.scale.data_ptr() == scales.data_ptr()
@@ -135,6 +136,15 @@ def test_absmax_of_another_code_or_block_becomes_fp32(changed):
         outer = inner.absmax.repeat_interleave(inner.blocksize)[: N * D // 64]
         expected = inner.code[state.absmax.int()] * outer + state.offset
         assert torch.equal(adopted.scale[expert].view(torch.float32).flatten(), expected)
+
+
+def test_a_shape_may_be_a_tensor():
+    words, scale = int4()
+    shape = torch.tensor([N, D])
+    same(
+        QuantizedWeight.from_compressed_int4(words, scale, shape, 32),
+        adopt_int4(words, scale),
+    )
 
 
 def test_fp16_scales_are_exact_in_fp32():
@@ -263,6 +273,10 @@ def bad_calls():
         at + "scales.shape == (3, 130, 8), got (3, 130, 7)"
     )  # fmt: skip
 
+    yield from_mxfp4, ((b for b in blocks), scales), TypeError, (
+        at + "blocks to be a tensor or a sequence of tensors, an expert each, got generator; pass a list"
+    )  # fmt: skip
+
     words, scale = int4()
     at = f"{HERE}.from_compressed_int4: expected "
     yield from_int4, (words.long(), scale, (N, D), 32), TypeError, (
@@ -291,6 +305,20 @@ def bad_calls():
     )
     yield from_int4, (words, scale, (D,), 32), ValueError, (
         at + "shape to be (num_experts, out_features, in_features), got (256,)"
+    )  # fmt: skip
+
+    for wrong in (words[0, 0, 0], words[0]):
+        yield from_int4, (wrong, scale, (N, D), 32), ValueError, (
+            at + "weight_packed.shape to be (num_experts, out_features, in_features / 8), "
+            f"got {tuple(wrong.shape)}"
+        )  # fmt: skip
+    for wrong in ((4.7, 64.9), torch.tensor([4.0, 64.0])):
+        yield from_int4, (words, scale, wrong, 32), TypeError, (
+            at + "shape to be (out_features, in_features), or that after num_experts, "
+            f"got {wrong!r}"
+        )  # fmt: skip
+    yield from_int4, (words, scale, (N, D), None), ValueError, (
+        at + "group_size of int4 to be 32 or 128, got None"
     )  # fmt: skip
 
     data, absmax = nf4()

@@ -137,8 +137,9 @@ class QuantizedWeight(nn.Module):
         """Adopt e2m1 codes with a power of two for each 32, without a copy if they are contiguous.
 
         Args:
-            blocks (Tensor (E, N, D / 32, 16), uint8, or (E, N, D / 2), int8 or uint8): two codes in a
-                byte, the first in the low half. The former is gpt-oss's, the latter DeepSeek-V4's.
+            blocks (Tensor (E, N, D / 32, 16) or (E, N, D / 2), uint8, int8 or float4_e2m1fn_x2): two
+                codes in a byte, the first in the low half. The former shape is gpt-oss's, the latter
+                DeepSeek-V4's.
             scales (Tensor (E, N, D / 32), uint8 or float8_e8m0fnu): 2 ** (byte - 127); 255 is NaN.
             dtype (torch.dtype): what dequantize() returns.
 
