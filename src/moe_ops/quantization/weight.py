@@ -7,6 +7,7 @@ E num_experts, N out_features, D in_features, G blocks of a row.
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -107,7 +108,8 @@ class QuantizedWeight(nn.Module):
 
         Raises:
             TypeError: `state` is no mapping.
-            ValueError: `state` has no description of a weight under that prefix.
+            ValueError: `state` has no description of a weight under that prefix, or describes a format
+                that this version does not know.
             RuntimeError: a tensor is missing, or has another shape or dtype.
         """
         function = f"{_HERE}.from_state_dict"
@@ -125,6 +127,8 @@ class QuantizedWeight(nn.Module):
             layout, dtype = _described(state[prefix + _DESCRIPTION])
         except ValueError as error:
             raise ValueError(f"{function}: {error}") from error
+        # Not in the try: it names the function.
+        layout = layout_of(function, *layout)
         weight = cls(storage.empty(layout, "meta"), dtype)
         mine = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
         weight.load_state_dict(mine, assign=True)
@@ -378,7 +382,8 @@ def _described(state: Tensor) -> tuple[Layout, torch.dtype]:
     try:
         description = json.loads(bytes(state.tolist()))
         dtype = getattr(torch, description.pop("dtype"))
-        shape = tuple(description.pop("shape"))
+        check_weight_dtype(_DESCRIPTION, dtype)
+        shape = tuple(map(operator.index, description.pop("shape")))
         return Layout(shape=shape, **description), dtype
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(
