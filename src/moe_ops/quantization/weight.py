@@ -127,7 +127,7 @@ class QuantizedWeight(nn.Module):
             layout, dtype = _described(state[prefix + _DESCRIPTION])
         except ValueError as error:
             raise ValueError(f"{function}: {error}") from error
-        # Not in the try: it names the function.
+        # Outside of the try, since its errors name the function already.
         layout = layout_of(function, *layout)
         weight = cls(storage.empty(layout, "meta"), dtype)
         mine = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
