@@ -302,6 +302,11 @@ def test_refuses_a_gradient():
     # The parameters themselves cannot have one.
     with pytest.raises(RuntimeError, match="floating point"):
         Model(weight).requires_grad_(True)
+    model = Model(weight)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    assert model.linear.weight.requires_grad
+    assert not model.down_proj.codes.requires_grad
 
 
 @pytest.mark.parametrize(
