@@ -74,7 +74,7 @@ class MoeOpsConfig(QuantizationConfigMixin):
             writes it.
 
     Raises:
-        ValueError: an unknown format, or a group_size that it has not.
+        ValueError: an unknown format, or a group_size that the format does not have.
     """
 
     def __init__(

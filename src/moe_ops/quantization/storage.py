@@ -35,8 +35,8 @@ def layout_of(
 
     Raises:
         TypeError: a shape that is no sequence of integers.
-        ValueError: an unknown format; a group_size or a scale_encoding that it has not; a shape that
-            is not (E, N, D).
+        ValueError: an unknown format; a group_size or a scale_encoding that the format does not have; a
+            shape that is not (E, N, D).
     """
     # The tuple takes what has no hash too.
     if format not in tuple(FORMATS):

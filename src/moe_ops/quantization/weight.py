@@ -96,8 +96,9 @@ class QuantizedWeight(nn.Module):
             device: of the parameters; "meta" allocates nothing.
 
         Raises:
-            ValueError: an unknown format; a shape, group_size or scale_encoding that it has not.
-            TypeError: dtype is not a floating one of 16 bits or more; shape has no integers.
+            ValueError: an unknown format; a group_size or scale_encoding that the format does not have;
+                a shape that is not (E, N, D).
+            TypeError: dtype is not a floating one of 16 bits or more; shape is not of integers.
         """
         layout = layout_of(f"{_HERE}.empty", format, shape, group_size, scale_encoding)
         return cls(storage.empty(layout, device), dtype)
@@ -240,8 +241,8 @@ class QuantizedWeight(nn.Module):
         It is codes times scale in fp32, which is then rounded to the dtype. Scales that are NaN or
         infinite propagate. It is not differentiable, and deterministic bit for bit.
 
-        It calls the op moe::dequantize_weight, which a compiler does not look into. In PyTorch, the
-        op takes one expert at a time, and temporaries a few times as large as that in fp32.
+        It calls the op moe::dequantize_weight, which a compiler does not look into. The PyTorch
+        implementation takes one expert at a time, with temporaries of a few times its size in fp32.
 
         Raises:
             TypeError: the weight is spread over ranks.
