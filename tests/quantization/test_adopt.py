@@ -333,6 +333,9 @@ def bad_calls():
         ValueError,
         (at + f"quant_state.code to be the 16 values of nf4, got {[1.0] * 16}"),
     )
+    yield from_bnb, (data, state_of(absmax, shape, code=[1.0] * 16)), TypeError, (
+        at + "quant_state.code to be a tensor, got list"
+    )  # fmt: skip
     yield from_bnb, (data, state_of(absmax, shape, blocksize=128)), ValueError, (
         at + "quant_state.blocksize == 64, got 128"
     )  # fmt: skip

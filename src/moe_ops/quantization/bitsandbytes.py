@@ -90,6 +90,8 @@ def _sizes(function: str, states: list[Any]) -> tuple[int, int, int]:
                     f"{function}: expected quant_state.{name} == {expected!r}, got {value!r}"
                 )
         code = getattr(state, "code", None)
+        if code is not None:
+            check_tensor(function, "quant_state.code", code)
         if code is not None and not code.is_meta and tuple(code.tolist()) != NF4:
             raise ValueError(
                 f"{function}: expected quant_state.code to be the 16 values of nf4, got "
