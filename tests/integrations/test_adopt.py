@@ -239,6 +239,7 @@ def _compressed(**weights):
         ),
         ({**FP8, "weight_block_size": [1, 32]}, r"expected weight_block_size .*, got \[1, 32\]"),
         ({**BITSANDBYTES, "load_in_4bit": False}, "expected load_in_4bit .* to be True, got False"),
+        ({**BITSANDBYTES, "load_in_8bit": True}, "expected load_in_8bit .* to be False, got True"),
         ({**BITSANDBYTES, "bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type .* 'nf4', got 'fp4'"),
         (_compressed(num_bits=8), "expected num_bits of the quantization_config to be 4, got 8"),
         (_compressed(group_size=64), "expected group_size .* to be 32 or 128, got 64"),

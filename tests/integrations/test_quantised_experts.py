@@ -158,6 +158,17 @@ def test_other_sizes_of_blocks():
         quantize_experts_(two_layers(), "int4", group_size=64)
 
 
+@pytest.mark.parametrize("model", [None, "a/path", torch.nn.Linear])
+def test_what_is_no_model(model):
+    got = "None" if model is None else type(model).__name__
+    for call in (lambda: quantize_experts_(model, "nf4"), lambda: dequantize_experts_(model)):
+        with pytest.raises(
+            TypeError,
+            match=rf"quantize_experts_: expected model to be a torch.nn.Module, got {got}$",
+        ):
+            call()
+
+
 def test_what_has_no_plain_experts():
     model = two_layers()
     quantize_experts_(model, "nf4", ["layers.1.mlp.experts"])

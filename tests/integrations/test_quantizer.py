@@ -215,6 +215,18 @@ def test_bad_configs(arguments, error, text):
         MoeOpsConfig(**arguments)
 
 
+def test_a_saved_config_without_a_format(tmp_path):
+    model = model_of()
+    quantize_experts_(model, "nf4")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]["format"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    text = "MoeOpsConfig: expected the quantization_config to have format, got adopt, "
+    with pytest.raises(ValueError, match=text):
+        load(model, tmp_path)
+
+
 def test_bad_loading(tmp_path):
     model = model_of()
     model.save_pretrained(tmp_path)

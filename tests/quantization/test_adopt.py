@@ -65,7 +65,8 @@ def test_stacked_tensors_are_not_copied():
         assert adopted.codes.data_ptr() == weight.data_ptr()
         assert adopted.scale.data_ptr() == scale.data_ptr()
     blocks, scales = mxfp4()
-    for b in (blocks, blocks.flatten(2), blocks.flatten(2).view(torch.int8)):
+    flat = blocks.flatten(2)
+    for b in (blocks, flat, flat.view(torch.int8), flat.view(torch.float4_e2m1fn_x2)):
         adopted = QuantizedWeight.from_mxfp4(b, scales)
         assert adopted.codes.data_ptr() == blocks.data_ptr()
         assert adopted.scale.data_ptr() == scales.data_ptr()
@@ -135,6 +136,15 @@ def test_absmax_of_another_code_or_block_becomes_fp32(changed):
         outer = inner.absmax.repeat_interleave(inner.blocksize)[: N * D // 64]
         expected = inner.code[state.absmax.int()] * outer + state.offset
         assert torch.equal(adopted.scale[expert].view(torch.float32).flatten(), expected)
+
+
+def test_a_shape_may_be_a_tensor():
+    words, scale = int4()
+    shape = torch.tensor([N, D])
+    same(
+        QuantizedWeight.from_compressed_int4(words, scale, shape, 32),
+        adopt_int4(words, scale),
+    )
 
 
 def test_fp16_scales_are_exact_in_fp32():
@@ -263,6 +273,10 @@ def bad_calls():
         at + "scales.shape == (3, 130, 8), got (3, 130, 7)"
     )  # fmt: skip
 
+    yield from_mxfp4, ((b for b in blocks), scales), TypeError, (
+        at + "blocks to be a tensor or a sequence of tensors, an expert each, got generator; pass a list"
+    )  # fmt: skip
+
     words, scale = int4()
     at = f"{HERE}.from_compressed_int4: expected "
     yield from_int4, (words.long(), scale, (N, D), 32), TypeError, (
@@ -293,6 +307,20 @@ def bad_calls():
         at + "shape to be (num_experts, out_features, in_features), got (256,)"
     )  # fmt: skip
 
+    for wrong in (words[0, 0, 0], words[0]):
+        yield from_int4, (wrong, scale, (N, D), 32), ValueError, (
+            at + "weight_packed.shape to be (num_experts, out_features, in_features / 8), "
+            f"got {tuple(wrong.shape)}"
+        )  # fmt: skip
+    for wrong in ((4.7, 64.9), torch.tensor([4.0, 64.0])):
+        yield from_int4, (words, scale, wrong, 32), TypeError, (
+            at + "shape to be (out_features, in_features), or that after num_experts, "
+            f"got {wrong!r}"
+        )  # fmt: skip
+    yield from_int4, (words, scale, (N, D), None), ValueError, (
+        at + "group_size of int4 to be 32 or 128, got None"
+    )  # fmt: skip
+
     data, absmax = nf4()
     at = f"{HERE}.from_bitsandbytes: expected "
     shape = (E, N, D)
@@ -305,6 +333,9 @@ def bad_calls():
         ValueError,
         (at + f"quant_state.code to be the 16 values of nf4, got {[1.0] * 16}"),
     )
+    yield from_bnb, (data, state_of(absmax, shape, code=[1.0] * 16)), TypeError, (
+        at + "quant_state.code to be a tensor, got list"
+    )  # fmt: skip
     yield from_bnb, (data, state_of(absmax, shape, blocksize=128)), ValueError, (
         at + "quant_state.blocksize == 64, got 128"
     )  # fmt: skip
@@ -314,7 +345,7 @@ def bad_calls():
         ValueError,
         (
             at
-            + "quant_state.shape[-1] to be a multiple of 64, since other rows share blocks, got 130; "
+            + "quant_state.shape[-1] to be a multiple of 64, since a block would run on into the next row, got 130; "
             "dequantise it with bitsandbytes and call moe_ops.quantize_weight"
         ),
     )
@@ -357,6 +388,41 @@ def bad_calls():
     yield from_bnb, (data, state), TypeError, (
         at + "quant_state.absmax.dtype == uint8, got float32"
     )  # fmt: skip
+    data, absmax = nf4()
+    yield from_bnb, (data, SimpleNamespace(quant_type="nf4", blocksize=64, absmax=absmax)), TypeError, (
+        at + "quant_state to be a QuantState of bitsandbytes, got SimpleNamespace without shape, state2"
+    )  # fmt: skip
+    yield from_bnb, (data, state_of(None, shape)), TypeError, (
+        at + "quant_state.absmax to be a tensor, got None"
+    )  # fmt: skip
+    for wrong in (None, (E, N, 256.0)):
+        state = state_of(absmax, shape)
+        state.shape = wrong
+        yield from_bnb, (data, state), TypeError, (
+            at + "quant_state.shape to be (out_features, in_features), or that after num_experts, "
+            f"got {wrong}"
+        )  # fmt: skip
+    yield from_bnb, (torch.tensor(1, dtype=torch.uint8), state_of(absmax, shape)), ValueError, (
+        at + "data to have 49920 bytes, two weights of (3, 130, 256) in each, got 1"
+    )  # fmt: skip
+    data, state = nested_state(weight, (N, D))
+    state.state2 = SimpleNamespace(absmax=state.state2.absmax)
+    yield from_bnb, (data, state), TypeError, (
+        at + "quant_state.state2 to be a QuantState of bitsandbytes, got SimpleNamespace without "
+        "blocksize, code"
+    )  # fmt: skip
+    # Where blocks are of 256 the state is kept, and else read.
+    for inner in ({}, {"blocksize": 512, "absmax": torch.ones(2)}):
+        data, state = nested_state(weight, (N, D), **inner)
+        state.offset = None
+        yield from_bnb, (data, state), TypeError, (
+            at + "quant_state.offset to be a tensor, got None"
+        )  # fmt: skip
+        data, state = nested_state(weight, (N, D), **inner)
+        state.offset = torch.ones(3)
+        yield from_bnb, (data, state), ValueError, (
+            at + "quant_state.offset to be one number, got (3,)"
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -294,6 +294,32 @@ def test_what_is_not_finite_makes_its_block_nan(format, value):
     assert torch.equal(is_nan, expected)
 
 
+def test_a_quiet_row_beside_a_loud_one():
+    """nf4 loses it, since scales are stored as distances from their mean, and other formats do not."""
+    weight = torch.randn(1, 16, 1024, generator=torch.Generator().manual_seed(0)) / 50
+    weight[0, 3] /= 1000
+    weight[0, 5] *= 10
+    quiet = weight[0, 3]
+    for format in FORMATS:
+        actual = quantized_as(weight, format)[0, 3]
+        cosine, norm = torch.cosine_similarity(actual, quiet, 0), actual.norm() / quiet.norm()
+        if format == "nf4":
+            assert cosine < -0.9
+            assert norm > 10
+        else:
+            assert cosine > 0.99
+            assert norm == pytest.approx(1, rel=0.02)
+
+
+def test_large_numbers_whose_scales_nf4_cannot_sum():
+    weight = torch.full((2, 64, 256), 1e36)
+    weight[1] *= 3
+    for format in FORMATS:
+        is_nan = quantized_as(weight, format).isnan()
+        assert not is_nan[0].any()
+        assert is_nan[1].all() if format == "nf4" else not is_nan[1].any()
+
+
 @makes
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=str)
 def test_empty(format, group_size, shape):

@@ -3,6 +3,7 @@
 
 import copy
 import io
+import json
 import pickle
 from typing import Any
 
@@ -301,6 +302,11 @@ def test_refuses_a_gradient():
     # The parameters themselves cannot have one.
     with pytest.raises(RuntimeError, match="floating point"):
         Model(weight).requires_grad_(True)
+    model = Model(weight)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    assert model.linear.weight.requires_grad
+    assert not model.down_proj.codes.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -390,6 +396,14 @@ SIZES = "(num_experts, out_features, in_features)"
 WEIGHT: Any = QuantizedWeight
 
 
+def described(**changed):
+    """Return the state of a weight, whose description says something else."""
+    state = quantize_weight(torch.ones(1, 2, 64), "nf4").state_dict()
+    description = json.loads(bytes(state["_extra_state"].tolist()))
+    text = json.dumps({**description, **changed}).encode()
+    return {**state, "_extra_state": torch.tensor(list(text), dtype=torch.uint8)}
+
+
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
@@ -418,6 +432,27 @@ WEIGHT: Any = QuantizedWeight
         ),
         (
             lambda: WEIGHT.from_state_dict({"_extra_state": None}), ValueError,
+            ".from_state_dict: expected _extra_state to be what get_extra_state returns, got other bytes",
+        ),
+        # Files of a newer version.
+        (
+            lambda: WEIGHT.from_state_dict(described(format="nf5")), ValueError,
+            ".from_state_dict: expected format to be one of fp8_block, nf4, mxfp4, int4, got 'nf5'",
+        ),
+        (
+            lambda: WEIGHT.from_state_dict(described(scale_encoding="e5m3")), ValueError,
+            ".from_state_dict: expected scale_encoding of nf4 to be nested or float32, got 'e5m3'",
+        ),
+        (
+            lambda: WEIGHT.from_state_dict(described(shape=[1, 2])), ValueError,
+            f".from_state_dict: expected shape to be {SIZES}, got (1, 2)",
+        ),
+        (
+            lambda: WEIGHT.from_state_dict(described(shape="abc")), ValueError,
+            ".from_state_dict: expected _extra_state to be what get_extra_state returns, got other bytes",
+        ),
+        (
+            lambda: WEIGHT.from_state_dict(described(dtype="int8")), ValueError,
             ".from_state_dict: expected _extra_state to be what get_extra_state returns, got other bytes",
         ),
     ],

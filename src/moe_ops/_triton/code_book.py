@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the PTX that decodes codes of four bits in the registers of the thread that loaded them.
 
-The numbers are those of `dequantize`: a code's value times its fp32 scale, rounded to bf16 once.
+The numbers are those of `dequantize`: a code's value times its fp32 scale, rounded to bf16 once. One
+in a million of nf4 differs, since the kernel rounds its nested scale once and `dequantize` twice.
 There are two ways to look up the values. A permutation of bytes finds four at a time, where seven
 bits hold them and bf16 holds the scales. A shuffle finds one, in fp32, that a lane of the warp holds.
 """

@@ -28,12 +28,14 @@ from moe_ops.quantization.formats import FORMATS
 # A part costs three launches and the last wave of its tiles: an estimated 1% to 2% of its product
 # where it has this size. Activations of 16,384 tokens are as large.
 SCRATCH_BYTES = 512 * 2**20
-# Decoding a number takes about as long as reading so many bytes: 5 to 7 instructions. An estimate.
+# Decoding a number takes about as long as reading so many bytes. An estimate: it is 3.6 instructions
+# (int4, mxfp4) or 4.6 (nf4) where tensor cores take the numbers from registers, and about 7 elsewhere
+# (docs/notes/quantised.md).
 _DECODING = 1.0
 # Rows of the lowest tile of each kernel: where tensor cores take the numbers from shared memory, where
 # they take them from the registers that decode them (kernels/quantized.py has both numbers too), and
-# where no tensor core multiplies. Where experts have one row in the mean, those that have any have
-# 1.3 to 1.6.
+# where no tensor core multiplies. Two rows are enough for the last: where experts have one row in the
+# mean, those that have any have 1.3 to 1.6.
 _LOW, _IN_PLACE, _FEW = 16, 8, 2
 
 
@@ -109,6 +111,7 @@ def plan_weight(
         f"a number costs {moving:.1f} bytes of reading that way; the product itself would decode it once "
         f"for each tile of rows ({tiles:.1f} an expert), at {decoding:.1f} (estimates)"
     )
+    # Bytes of a dequantised expert.
     of_expert = out_features * in_features * dtype.itemsize
     parts = min(max(-(-num_experts * of_expert // SCRATCH_BYTES), 1), max(num_experts, 1))
     experts = -(-num_experts // parts) if num_experts else 0
@@ -148,9 +151,12 @@ def _size(num_bytes: int) -> str:
 
 
 def _tile_rows(rows: int, of_expert: int, in_place: bool) -> int:
-    """Return the rows of a tile of the kernel that decodes, for so many codes of an expert.
+    """Return the rows of a tile of the kernel that decodes.
 
-    in_place says whether tensor cores can take the numbers from the registers that decode them.
+    Args:
+        rows: as of plan_weight.
+        of_expert: the codes of an expert, with those of its padding.
+        in_place: whether tensor cores can take the numbers from the registers that decode them.
     """
     # Both kernels of one warp count the codes of an expert in 32 bits.
     if of_expert < 2**31:

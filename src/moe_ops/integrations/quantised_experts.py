@@ -57,9 +57,10 @@ def quantize_experts_(
     Raises:
         ValueError: an unknown format or group_size; no experts; a name that fits none of them; experts
             that are quantised already. The model then is as it was.
-        TypeError: weights that are not parameters of 16 bits or more.
+        TypeError: no module; weights that are not parameters of 16 bits or more.
     """
     function = f"{_HERE}.quantize_experts_"
+    _check_model(function, model)
     layout_of(function, format, (0, 0, 0), group_size)
     chosen = chosen_experts(function, model, modules)
     for name, experts in chosen.items():
@@ -91,10 +92,11 @@ def dequantize_experts_(
 
     Raises:
         ValueError: no quantised experts, or a name that fits none of them.
-        TypeError: experts that are spread over ranks; a dtype that no weight has. The model then is as
-            it was.
+        TypeError: no module; experts that are spread over ranks; a dtype that no weight has. The model
+            then is as it was.
     """
     function = f"{_HERE}.dequantize_experts_"
+    _check_model(function, model)
     if dtype is not None:
         check_weight_dtype(function, dtype)
     found = {n: e for n, e in experts_modules(model).items() if quantized_weights(e)}
@@ -233,6 +235,12 @@ def _chosen(
                 f"{', '.join(found)}"
             )
     return {name: experts for name, experts in found.items() if fits(name, patterns)}
+
+
+def _check_model(function: str, model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        got = "None" if model is None else type(model).__name__
+        raise TypeError(f"{function}: expected model to be a torch.nn.Module, got {got}")
 
 
 def _check_plain(function: str, name: str, weight: Any) -> None:

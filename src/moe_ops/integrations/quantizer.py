@@ -39,6 +39,7 @@ from moe_ops.integrations.quantised_experts import (
     turned,
     weight_names,
 )
+from moe_ops.integrations.sources import required
 from moe_ops.quantization import QuantizedWeight
 from moe_ops.quantization.format import Layout
 from moe_ops.quantization.formats import FORMATS
@@ -73,7 +74,7 @@ class MoeOpsConfig(QuantizationConfigMixin):
             writes it.
 
     Raises:
-        ValueError: an unknown format, or a group_size that it has not.
+        ValueError: an unknown format, or a group_size that the format does not have.
     """
 
     def __init__(
@@ -95,6 +96,16 @@ class MoeOpsConfig(QuantizationConfigMixin):
         self.modules = names_in(_HERE, modules)
         self.weights = {name: list(layout) for name, layout in (weights or {}).items()}
         self.adopt = None if adopt is None else dict(adopt)
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Return the config that a config.json has, as transformers calls it.
+
+        Raises:
+            ValueError: it has no format, or as of the class.
+        """
+        required(_HERE, config_dict, "format")
+        return super().from_dict(config_dict, *args, **kwargs)  # type: ignore[no-untyped-call]
 
     def layout(self, name: str, shape: tuple[int, ...]) -> Layout:
         """Return the layout of the weight called `name`."""

@@ -137,6 +137,7 @@ def _fp8(name: str, parts: Parts, dtype: torch.dtype) -> QuantizedWeight:
 
 def _check_bitsandbytes(function: str, config: Mapping[str, Any]) -> None:
     _expect(function, config, "load_in_4bit", True)
+    _expect(function, {"load_in_8bit": False, **config}, "load_in_8bit", False)
     _expect(function, config, "bnb_4bit_quant_type", "nf4")
     # Older files lack it, and are stored in bytes.
     storage = {"bnb_4bit_quant_storage": "uint8", **config}

@@ -10,7 +10,8 @@ E num_experts, N out_features, D in_features, G D / group_size blocks of a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -80,6 +81,11 @@ def from_compressed_int4(
     scale = stacked(function, "weight_scale", weight_scale)
     check_dtype(function, "weight_packed", words, torch.int32)
     check_dtype(function, "weight_scale", scale, torch.bfloat16, torch.float16, torch.float32)
+    if words.dim() != 3:
+        raise ValueError(
+            f"{function}: expected weight_packed.shape to be (num_experts, out_features, "
+            f"in_features / 8), got {tuple(words.shape)}"
+        )
     sizes = _integers(function, shape)
     if len(sizes) == 2:
         # compressed-tensors' weight_shape is that of one expert.
@@ -87,6 +93,9 @@ def from_compressed_int4(
     if scale.dtype == torch.float16:
         scale = scale.float()
     encoding = BFLOAT16 if scale.dtype == torch.bfloat16 else FLOAT32
+    if group_size is None:
+        # layout_of would take int4's default.
+        raise ValueError(f"{function}: expected group_size of int4 to be 32 or 128, got None")
     layout = layout_of(function, "int4", sizes, group_size, encoding.name)
     if sizes[2] % layout.group_size:
         raise ValueError(
@@ -115,12 +124,17 @@ def stacked(function: str, name: str, tensors: Tensors) -> Tensor:
     """Return the tensor (E, ...), or the tensors of E experts stacked.
 
     Raises:
-        TypeError: they are no tensors.
+        TypeError: they are no tensors, or come from an iterator, which can be read only once.
         ValueError: there are none, or their shapes or dtypes differ.
     """
     if isinstance(tensors, Tensor) or not isinstance(tensors, Iterable):
         check_tensor(function, name, tensors)
         return tensors.detach()
+    if isinstance(tensors, Iterator):
+        raise TypeError(
+            f"{function}: expected {name} to be a tensor or a sequence of tensors, an expert each, "
+            f"got {type(tensors).__name__}; pass a list"
+        )
     for expert, tensor in enumerate(tensors):
         check_tensor(function, f"{name}[{expert}]", tensor)
     kinds = {(tuple(tensor.shape), dtype_name(tensor.dtype)) for tensor in tensors}
@@ -139,8 +153,8 @@ def _integers(function: str, shape: Iterable[int] | Tensor) -> tuple[int, ...]:
         TypeError: it is no shape.
     """
     try:
-        return tuple(int(size) for size in shape)
-    except (TypeError, ValueError):
+        return tuple(operator.index(size) for size in shape)
+    except TypeError:
         raise TypeError(
             f"{function}: expected shape to be (out_features, in_features), or that after "
             f"num_experts, got {shape!r}"

@@ -22,7 +22,7 @@ from moe_ops._core.checks import check_tensor
 from moe_ops.quantization.adopt import as_bytes, check_beside, check_dtype
 from moe_ops.quantization.formats.nf4 import NF4
 from moe_ops.quantization.scales import DYNAMIC_CODE, FLOAT32, NESTED, NESTED_BLOCK
-from moe_ops.quantization.storage import Packed, layout_of, shapes
+from moe_ops.quantization.storage import Packed, are_integers, layout_of, shapes
 
 _BLOCK = 64
 
@@ -80,22 +80,26 @@ def _sizes(function: str, states: list[Any]) -> tuple[int, int, int]:
         ValueError: there is no state, a state is not NF4 in blocks of 64 or has other values, or
             their shapes differ.
     """
+    sizes = "(out_features, in_features), or that after num_experts"
     for state in states:
-        if not all(hasattr(state, name) for name in ("quant_type", "blocksize", "absmax")):
-            got = "None" if state is None else type(state).__name__
-            raise TypeError(
-                f"{function}: expected quant_state to be a QuantState of bitsandbytes, got {got}"
-            )
+        attributes = ("quant_type", "blocksize", "absmax", "shape", "state2")
+        _check_state(function, "quant_state", state, *attributes)
         for name, expected in (("quant_type", "nf4"), ("blocksize", _BLOCK)):
             if (value := getattr(state, name)) != expected:
                 raise ValueError(
                     f"{function}: expected quant_state.{name} == {expected!r}, got {value!r}"
                 )
         code = getattr(state, "code", None)
+        if code is not None:
+            check_tensor(function, "quant_state.code", code)
         if code is not None and not code.is_meta and tuple(code.tolist()) != NF4:
             raise ValueError(
                 f"{function}: expected quant_state.code to be the 16 values of nf4, got "
                 f"{code.tolist()}"
+            )
+        if not are_integers(state.shape):
+            raise TypeError(
+                f"{function}: expected quant_state.shape to be {sizes}, got {state.shape}"
             )
     shapes = {tuple(state.shape) for state in states}
     if len(shapes) != 1:
@@ -105,17 +109,28 @@ def _sizes(function: str, states: list[Any]) -> tuple[int, int, int]:
         )
     (shape,) = shapes
     if len(shape) not in (2, 3):
-        raise ValueError(
-            f"{function}: expected quant_state.shape to be (out_features, in_features), or that "
-            f"after num_experts, got {shape}"
-        )
+        raise ValueError(f"{function}: expected quant_state.shape to be {sizes}, got {shape}")
     if shape[-1] % _BLOCK:
         raise ValueError(
-            f"{function}: expected quant_state.shape[-1] to be a multiple of {_BLOCK}, since other "
-            f"rows share blocks, got {shape[-1]}; dequantise it with bitsandbytes and call "
+            f"{function}: expected quant_state.shape[-1] to be a multiple of {_BLOCK}, since a "
+            f"block would run on into the next row, got {shape[-1]}; dequantise it with bitsandbytes and call "
             "moe_ops.quantize_weight"
         )
     return (1, *shape) if len(shape) == 2 else shape
+
+
+def _check_state(function: str, name: str, state: Any, *attributes: str) -> None:
+    """Refuse what is no state of bitsandbytes.
+
+    Raises:
+        TypeError: it lacks one of the attributes.
+    """
+    lacking = ", ".join(a for a in attributes if not hasattr(state, a))
+    if lacking:
+        got = "None" if state is None else f"{type(state).__name__} without {lacking}"
+        raise TypeError(
+            f"{function}: expected {name} to be a QuantState of bitsandbytes, got {got}"
+        )
 
 
 def _codes(function: str, data: Tensor, state: Any, sizes: tuple[int, int, int]) -> Tensor:
@@ -125,22 +140,43 @@ def _codes(function: str, data: Tensor, state: Any, sizes: tuple[int, int, int])
         ValueError, TypeError: data or a tensor of its state has another length, dtype or device.
     """
     check_tensor(function, "data", data)
-    codes = as_bytes(data.detach().as_subclass(Tensor)).flatten()
+    codes = as_bytes(data.detach().as_subclass(Tensor).flatten())
     count = math.prod(sizes)
     if codes.numel() != count // 2:
         raise ValueError(
             f"{function}: expected data to have {count // 2} bytes, two weights of "
             f"{tuple(state.shape)} in each, got {codes.numel()}"
         )
+    check_tensor(function, "quant_state.absmax", state.absmax)
     tensors = [("quant_state.absmax", state.absmax, count // _BLOCK)]
     if state.state2 is not None:
-        check_dtype(function, tensors[0][0], state.absmax, torch.uint8)
+        _check_nested(function, state)
         length = -(-state.absmax.numel() // state.state2.blocksize)
         tensors.append(("quant_state.state2.absmax", state.state2.absmax, length))
     check_dtype(function, tensors[-1][0], tensors[-1][1], torch.float32)
     for name, tensor, length in tensors:
         check_beside(function, name, tensor, (length,), codes.device)
     return codes.view(*sizes[:2], sizes[2] // 2)
+
+
+def _check_nested(function: str, state: Any) -> None:
+    """Refuse a quantised absmax without all that decodes it.
+
+    Raises:
+        TypeError: it has another dtype, or something is missing or no tensor.
+        ValueError: its offset is not one number.
+    """
+    check_dtype(function, "quant_state.absmax", state.absmax, torch.uint8)
+    _check_state(function, "quant_state.state2", state.state2, "absmax", "blocksize", "code")
+    offset: Any = getattr(state, "offset", None)
+    for name, tensor in (
+        ("state2.absmax", state.state2.absmax), ("state2.code", state.state2.code), ("offset", offset)
+    ):  # fmt: skip
+        check_tensor(function, f"quant_state.{name}", tensor)
+    if tuple(offset.shape) not in ((), (1,)):
+        raise ValueError(
+            f"{function}: expected quant_state.offset to be one number, got {tuple(offset.shape)}"
+        )
 
 
 def _nested(state: Any, num_experts: int) -> dict[str, Tensor]:

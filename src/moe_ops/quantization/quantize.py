@@ -36,18 +36,23 @@ def quantize_weight(
     A NaN or an infinity makes its block NaN; with nf4, its expert. A block of zeros stays zero. Scales
     are at least 2**-126 (fp8_block, int4) or 2**-127 (mxfp4), so subnormal weights may become zero.
 
+    nf4 stores scales as distances from their mean. A row a hundred times smaller than the others of
+    its expert may come back larger, or with its sign flipped, as with bitsandbytes. If the sum of an
+    expert's scales is beyond the largest fp32 number, the expert becomes NaN.
+
     Args:
         weight (Tensor (E, N, D), floating): the experts' weights, in any strides.
         format (str): one of the table's.
-        group_size (int or None): the size of int4's blocks, 32 where it is None. Other formats have
-            but one.
+        group_size (int or None): the size of int4's blocks; None takes 32. The other formats have one
+            size each.
 
     Returns:
         quantised (QuantizedWeight (E, N, D)): on the weight's device; its dtype is weight's.
 
     Raises:
         TypeError: weight is no tensor, a DTensor, not floating, or has 8 bits or fewer.
-        ValueError: weight has not three dimensions; an unknown format; a group_size that it has not.
+        ValueError: weight has not three dimensions; an unknown format; a group_size that the
+            format does not have.
 
     Not differentiable. Deterministic bit for bit. It takes one expert at a time, and temporaries a few
     times as large as that in fp32. A weight on the meta device makes a quantised one there.

@@ -35,8 +35,8 @@ def layout_of(
 
     Raises:
         TypeError: a shape that is no sequence of integers.
-        ValueError: an unknown format; a group_size or a scale_encoding that it has not; a shape that
-            is not (E, N, D).
+        ValueError: an unknown format; a group_size or a scale_encoding that the format does not have; a
+            shape that is not (E, N, D).
     """
     # The tuple takes what has no hash too.
     if format not in tuple(FORMATS):
@@ -54,7 +54,7 @@ def layout_of(
             raise ValueError(
                 f"{function}: expected {name} of {format} to be {choice}, got {value!r}"
             )
-    is_sizes = _are_integers(shape)
+    is_sizes = are_integers(shape)
     if not is_sizes or len(shape) != 3 or min(shape) < 0:
         raise (ValueError if is_sizes else TypeError)(
             f"{function}: expected shape to be (num_experts, out_features, in_features), "
@@ -68,7 +68,8 @@ def layout_of(
     )
 
 
-def _are_integers(shape: Any) -> bool:
+def are_integers(shape: Any) -> bool:
+    """Tell whether a shape is a sequence of integers."""
     integers = (numbers.Integral, torch.SymInt)
     return isinstance(shape, Sequence) and all(isinstance(size, integers) for size in shape)
 

@@ -39,5 +39,5 @@ class StoredWeight(NamedTuple):
 
 
 TENSOR_NAMES = StoredWeight._fields[:4]
-# How many arguments of an op QuantizedWeight.stored is: all but in_features.
+# The length of QuantizedWeight.stored, which an op takes as arguments: all fields but in_features.
 NUM_STORED = len(StoredWeight._fields) - 1

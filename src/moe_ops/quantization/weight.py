@@ -7,6 +7,7 @@ E num_experts, N out_features, D in_features, G blocks of a row.
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,8 +96,9 @@ class QuantizedWeight(nn.Module):
             device: of the parameters; "meta" allocates nothing.
 
         Raises:
-            ValueError: an unknown format; a shape, group_size or scale_encoding that it has not.
-            TypeError: dtype is not a floating one of 16 bits or more; shape has no integers.
+            ValueError: an unknown format; a group_size or scale_encoding that the format does not have;
+                a shape that is not (E, N, D).
+            TypeError: dtype is not a floating one of 16 bits or more; shape is not of integers.
         """
         layout = layout_of(f"{_HERE}.empty", format, shape, group_size, scale_encoding)
         return cls(storage.empty(layout, device), dtype)
@@ -107,7 +109,8 @@ class QuantizedWeight(nn.Module):
 
         Raises:
             TypeError: `state` is no mapping.
-            ValueError: `state` has no description of a weight under that prefix.
+            ValueError: `state` has no description of a weight under that prefix, or describes a format
+                that this version does not know.
             RuntimeError: a tensor is missing, or has another shape or dtype.
         """
         function = f"{_HERE}.from_state_dict"
@@ -125,6 +128,8 @@ class QuantizedWeight(nn.Module):
             layout, dtype = _described(state[prefix + _DESCRIPTION])
         except ValueError as error:
             raise ValueError(f"{function}: {error}") from error
+        # Outside of the try, since its errors name the function already.
+        layout = layout_of(function, *layout)
         weight = cls(storage.empty(layout, "meta"), dtype)
         mine = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
         weight.load_state_dict(mine, assign=True)
@@ -137,8 +142,9 @@ class QuantizedWeight(nn.Module):
         """Adopt e2m1 codes with a power of two for each 32, without a copy if they are contiguous.
 
         Args:
-            blocks (Tensor (E, N, D / 32, 16), uint8, or (E, N, D / 2), int8 or uint8): two codes in a
-                byte, the first in the low half. The former is gpt-oss's, the latter DeepSeek-V4's.
+            blocks (Tensor (E, N, D / 32, 16) or (E, N, D / 2), uint8, int8 or float4_e2m1fn_x2): two
+                codes in a byte, the first in the low half. The former shape is gpt-oss's, the latter
+                DeepSeek-V4's.
             scales (Tensor (E, N, D / 32), uint8 or float8_e8m0fnu): 2 ** (byte - 127); 255 is NaN.
             dtype (torch.dtype): what dequantize() returns.
 
@@ -223,7 +229,7 @@ class QuantizedWeight(nn.Module):
         or its block is not bitsandbytes' default.
 
         Raises:
-            TypeError: absmax or dtype is of another dtype.
+            TypeError: the state is not bitsandbytes' or lacks a part; absmax or dtype is of another dtype.
             ValueError: the state is not NF4 in blocks of 64; 64 does not divide in_features, as blocks
                 would run on into the next row; a length, a shape or a device does not fit.
         """
@@ -235,8 +241,8 @@ class QuantizedWeight(nn.Module):
         It is codes times scale in fp32, which is then rounded to the dtype. Scales that are NaN or
         infinite propagate. It is not differentiable, and deterministic bit for bit.
 
-        It calls the op moe::dequantize_weight, which a compiler does not look into. In PyTorch, the
-        op takes one expert at a time, and temporaries a few times as large as that in fp32.
+        It calls the op moe::dequantize_weight, which a compiler does not look into. The PyTorch
+        implementation takes one expert at a time, with temporaries of a few times its size in fp32.
 
         Raises:
             TypeError: the weight is spread over ranks.
@@ -377,7 +383,8 @@ def _described(state: Tensor) -> tuple[Layout, torch.dtype]:
     try:
         description = json.loads(bytes(state.tolist()))
         dtype = getattr(torch, description.pop("dtype"))
-        shape = tuple(description.pop("shape"))
+        check_weight_dtype(_DESCRIPTION, dtype)
+        shape = tuple(map(operator.index, description.pop("shape")))
         return Layout(shape=shape, **description), dtype
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(
