@@ -194,8 +194,10 @@ def _tma_tile(problem: Problem, device: Device, operands: Operands) -> _Tile:
     is_hopper = device.capability[0] == HOPPER
     # The kernels for Hopper take rows in expert order: those of an activation are copied first.
     is_ordered = not problem.has_activation or problem.bias or is_copied or _copy_pays(problem)
+    # Only the persistent kernel computes an activation in a wide tile, which such rows need.
+    needs_wide = problem.epilogue == "gated_activation" and _splits_sectors(problem)
     serves = all(operands) and why_not_specialized(problem, PINGPONG_TILE) is None
-    if is_hopper and is_ordered and serves:
+    if is_hopper and is_ordered and serves and (problem.bias or not needs_wide):
         return _specialized_tile(problem)
     if problem.has_activation and (
         problem.epilogue == "activation" or problem.bias or device.capability >= (10, 0)
@@ -230,9 +232,6 @@ def _specialized_tile(problem: Problem) -> _Tile:
     In ping-pong one group of warps multiplies while the other ends its tile. A cooperative tile is
     twice as wide, so each operand that is read serves more products.
     """
-    if problem.epilogue == "gated_activation" and not problem.bias and _splits_sectors(problem):
-        # Only the kernel for every GPU computes it in a wide tile.
-        return _Tile(*_WIDE_TILE, 64, 8, subtile=2, loads=True, stores=True)
     if not problem.has_activation and why_not_specialized(problem, _WIDE_TILE) is None:
         # The activation's backward is computed on top in ping-pong alone. In a wide tile the product
         # is a bare one, and a second kernel reads it.
@@ -254,11 +253,12 @@ def _specialized_tile(problem: Problem) -> _Tile:
 
 
 def _is_bound_by_reading(problem: Problem) -> bool:
-    """Return whether a product's rows are read too slowly, or too often, for a narrow tile.
+    """Return whether reading the operands bounds a narrow tile of forward or dX.
 
-    Rows of x that begin within sectors are: they are read again for each column of tiles. So are
-    those of the weight, and those of a long contraction with a narrow result, unless a wide tile
-    pads that much further. The activation's backward depends on the rows of the pre-activation.
+    It does if rows of x begin within sectors, since they are read again for each column of tiles. It
+    also does if the weight's rows begin so, or if a long contraction has a narrow result, unless a
+    wide tile pads the result by a tenth more. With the activation's backward on top, the rows of the
+    pre-activation decide.
     """
     contracted = problem.contracted
     columns = problem.in_features + problem.out_features - contracted

@@ -339,36 +339,14 @@ def dot_decoded(
         )  # fmt: skip
         scales = decode_scales(raw_0, nested_0, offset, nested_table_ptr, ENCODING)
         acc = _dot_spans(
-            acc,
-            x_0,
-            codes_0,
-            scales,
-            zero,
-            k0 + k,
-            K,
-            LOW_FIRST,
-            VALUES,
-            PTX,
-            TABLE_PTX,
-            UNIT,
-            EVEN_K,
-        )
+            acc, x_0, codes_0, scales, zero, k0 + k, K, LOW_FIRST, VALUES,
+            PTX, TABLE_PTX, UNIT, EVEN_K,
+        )  # fmt: skip
         scales = decode_scales(raw_1, nested_1, offset, nested_table_ptr, ENCODING)
         acc = _dot_spans(
-            acc,
-            x_1,
-            codes_1,
-            scales,
-            zero,
-            k1 + k,
-            K,
-            LOW_FIRST,
-            VALUES,
-            PTX,
-            TABLE_PTX,
-            UNIT,
-            EVEN_K,
-        )
+            acc, x_1, codes_1, scales, zero, k1 + k, K, LOW_FIRST, VALUES,
+            PTX, TABLE_PTX, UNIT, EVEN_K,
+        )  # fmt: skip
         codes_0, codes_1 = next_codes_0, next_codes_1
         raw_0, nested_0, raw_1, nested_1 = next_raw_0, next_nested_0, next_raw_1, next_nested_1
     return acc.T
