@@ -36,10 +36,15 @@ def _turn_gpus():
 def pytest_collection_modifyitems(items):
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
-        if item.get_closest_marker("gpu") and gpus < 1:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, torch sees none"))
-        elif item.get_closest_marker("multi_gpu") and gpus < 2:
-            item.add_marker(pytest.mark.skip(reason=f"needs two CUDA GPUs, torch sees {gpus}"))
+        if (needed := _gpus_needed(item)) > gpus:
+            reason = f"needs {needed} CUDA GPU{'s' * (needed > 1)}, torch sees {gpus}"
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _gpus_needed(item):
+    if (several := item.get_closest_marker("multi_gpu")) is not None:
+        return several.args[0] if several.args else 2
+    return 1 if item.get_closest_marker("gpu") else 0
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts on two GPUs, over both transports: NCCL's collectives, and pushes into the peer's memory.
+"""Experts on 2, 4 and 8 GPUs, over both transports: NCCL's collectives, and pushes to the peers.
 
-The checks run in two processes that the tests of a worker share.
+The checks run in processes, one for each GPU, that the tests of a worker share.
 """
 
 import contextlib
@@ -22,19 +22,19 @@ from testing import ep_ops
 from testing.ep_problem import assert_equals_one_process, parallel_copy, problem
 from testing.ranks import ROOT, TIMEOUT, Ranks, init
 
-pytestmark = pytest.mark.multi_gpu
-
+WORLD_SIZES = [pytest.param(n, marks=pytest.mark.multi_gpu(n), id=f"{n}_gpus") for n in (2, 4, 8)]
+every_world = pytest.mark.parametrize("world_size", WORLD_SIZES)
 TRANSPORTS = ("functional", "symmetric")
 both = pytest.mark.parametrize("transport", TRANSPORTS)
 
 TOKENS, TOP_K, EXPERTS, HIDDEN = 64, 4, 8, 256
 
 
-@pytest.fixture(scope="module")
-def gpus():
+@pytest.fixture(scope="module", params=WORLD_SIZES)
+def gpus(request):
     if not distributed.is_nccl_available():
         pytest.skip("this torch has no NCCL")
-    ranks = Ranks(2, "nccl")
+    ranks = Ranks(request.param, "nccl")
     yield ranks
     ranks.end()
 
@@ -60,7 +60,8 @@ class Block:
         self.ids = draw(num_tokens, EXPERTS).topk(TOP_K).indices.int()
         self.weights = draw(num_tokens, TOP_K).requires_grad_()
         self.tangent = draw(num_tokens, hidden).bfloat16()
-        self.sizes = (EXPERTS, 2, num_tokens, group or ep_ops.group_name())
+        world_size = distributed.get_world_size()
+        self.sizes = (EXPERTS, world_size, num_tokens, group or ep_ops.group_name())
 
     def forward(self, hidden, ids, weights):
         rows, local_ids, local_weights, sent_slots, _ = moe_ops.ep_dispatch(
@@ -100,14 +101,15 @@ def test_against_the_oracle(gpus, transport):
 
 
 def check_layer(rank, world_size, transport, is_compiled):
-    """The layer of two ranks is the layer of one process, with all gradients."""
+    """The layer of all ranks is the layer of one process, with all gradients."""
     from moe_ops.layers import Experts
 
     whole = Experts(8, 16, 24, bias=True, device="cuda")
-    mesh = init_device_mesh("cuda", (2,))
+    mesh = init_device_mesh("cuda", (world_size,))
+    uneven = [7, 0, 3, 1, 0, 5, 2, 7][:world_size]
     with over(transport):
         for routing in ("uniform", "first", "last_rank", "dropped"):
-            for counts, most in (([6, 6], None), ([7, 0], 7)):
+            for counts, most in (([6] * world_size, None), (uneven, 7)):
                 given = problem(rank, counts, 8, routing, torch.float32)
                 moved = {
                     field.name: getattr(given, field.name).cuda()
@@ -253,7 +255,7 @@ def check_groups(rank, world_size, transport, folder):
     """A second group while the first is in use, then a first that is made again."""
     expected = expected_of(Block(rank))
     with over(transport):
-        second = distributed.new_group([0, 1])
+        second = distributed.new_group(list(range(world_size)))
         blocks = [Block(rank), Block(rank, group=second.group_name)]
         for _ in range(3):
             for block in blocks:
@@ -277,22 +279,22 @@ import moe_ops
 from testing import ep_ops
 from testing.ranks import init
 
-rank = int(sys.argv[2])
-init(sys.argv[1], rank, 2, timeout=int(sys.argv[3]), backend="nccl")
+rank, world_size, limit = map(int, sys.argv[2:])
+init(sys.argv[1], rank, world_size, timeout=limit, backend="nccl")
 
 def call_of(tokens):
     ids = torch.zeros(tokens, 1, dtype=torch.int32, device="cuda")
     rows, weights = (torch.ones(tokens, n, device="cuda") for n in (8, 1))
-    return rows, ids, weights, 2, 2, tokens, ep_ops.group_name()
+    return rows, ids, weights, world_size, world_size, tokens, ep_ops.group_name()
 
 call = call_of(4)
 moe_ops.ep_dispatch(*call)
 torch.cuda.synchronize()
 print("alive", flush=True)
 """
-# Rank 1 makes one exchange less than rank 0.
+# The last rank makes one exchange less than the others.
 ALONE = """
-if rank == 0:
+if rank < world_size - 1:
     moe_ops.ep_dispatch(*call)
     torch.cuda.synchronize()
 else:
@@ -308,15 +310,16 @@ torch.cuda.synchronize()
 """
 
 
-def ended(program, tmp_path, limit, transport="symmetric"):
-    """Return how both ranks' processes of a program end: return code, stderr and seconds."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), ENVIRONMENT_VARIABLE: transport}
+def ended(program, world_size, folder, limit):
+    """Yield how each rank's process of a program ends: return code, stderr and seconds."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), ENVIRONMENT_VARIABLE: "symmetric"}
+    arguments = [[folder / "store", rank, world_size, limit] for rank in range(world_size)]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", BEGIN + program, str(tmp_path / "store"), str(rank), str(limit)],
+            [sys.executable, "-c", BEGIN + program, *map(str, given)],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
         )
-        for rank in range(2)
+        for given in arguments
     ]  # fmt: skip
     try:
         for process in processes:
@@ -332,18 +335,20 @@ def ended(program, tmp_path, limit, transport="symmetric"):
             process.kill()
 
 
-def test_a_peer_that_never_comes(tmp_path):
+@every_world
+def test_a_peer_that_never_comes(tmp_path, world_size):
     """The barrier ends within the group's time limit, with an error of the GPU."""
-    limit = 10
-    process, err, took = next(ended(ALONE, tmp_path, limit))
+    limit = 20
+    process, err, took = next(ended(ALONE, world_size, tmp_path, limit))
     assert process.returncode != 0
     assert "CUDA error" in err, err[-2000:]
     assert limit - 2 < took < limit + TIMEOUT
 
 
-def test_ranks_of_different_sizes_are_stopped(tmp_path):
+@every_world
+def test_ranks_of_different_sizes_are_stopped(tmp_path, world_size):
     """Else each would read the other's rows at wrong places."""
-    for process, err, _ in ended(UNEVEN, tmp_path, limit=60):
+    for process, err, _ in ended(UNEVEN, world_size, tmp_path, limit=60):
         assert process.returncode != 0
         assert "ranks exchanged different numbers of tokens" in err, err[-2000:]
 
