@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experts spread over ranks: dispatch, combine and the block, on several GPUs or on a CPU.
 
-    python -m benchmarks.expert_parallel [--ranks 2] [--shapes qwen3-30b,dsv3] [--seconds 460]
+    python -m benchmarks.expert_parallel [--ranks 4] [--shapes qwen3-30b,dsv3] [--seconds 460]
 
 It starts the ranks itself, one for each GPU. It measures every transport of ep_dispatch and
 ep_combine that is there, an all-to-all with the routing's own sizes, one GPU that holds all experts,
-and a copy to a peer, in turns, and writes benchmarks/results/<gpu>_expert_parallel.json. The ratios
+and a copy to a peer, in turns, and writes benchmarks/results/<gpu>_expert_parallel_<ranks>.json. The ratios
 that are asked for are printed at the end. Run from the root of the repository. `--device cpu` runs
 small sizes with gloo, which tests the program and measures nothing.
 """
@@ -22,7 +22,7 @@ import torch
 from benchmarks import suite
 from benchmarks.expert_parallel.measure import measure
 from benchmarks.expert_parallel.ranks import start
-from benchmarks.expert_parallel.records import NAMES, NUM_TOKENS
+from benchmarks.expert_parallel.records import NAMES, NUM_TOKENS, RANKS
 from benchmarks.suite import Shape
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -54,8 +54,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
     gpus = torch.cuda.device_count() if args.device == "cuda" else 2
     args.ranks = args.ranks or gpus
-    if args.ranks < 2 or (args.device == "cuda" and args.ranks > gpus):
-        parser.error(f"--ranks: 2 or more, each with a GPU of its own; there are {gpus}")
+    if args.ranks not in RANKS or (args.device == "cuda" and args.ranks > gpus):
+        *less, most = RANKS
+        expected = f"{', '.join(map(str, less))} or {most}"
+        parser.error(f"--ranks: {expected}, each with a GPU of its own; there are {gpus}")
     if args.device == "cpu" and args.results is None:
         parser.error("without a GPU nothing is measured: --results says where to put that")
     args.results = args.results or RESULTS

@@ -103,14 +103,22 @@ def calibrate(measured: Measured, shape: Shape, machine: Machine) -> tuple[Machi
     return machine, Rates(*shares.values(), *measured.overhead.values(), *speeds)
 
 
-def judge(records: list[Record], calibrated_on: str, machine: Machine) -> Iterator[Case]:
-    """Every time of the other shapes, and the blocks of the calibrated one, computed and measured."""
-    given = Measured(records, calibrated_on)
+def judge(
+    records: list[Record],
+    calibrated_on: str,
+    machine: Machine,
+    rates_of: list[Record] | None = None,
+) -> Iterator[Case]:
+    """Every time of the other shapes, and the blocks of the calibrated one, computed and measured.
+
+    rates_of: another run, which gives the rates; then every time is judged.
+    """
+    given = Measured(rates_of or records, calibrated_on)
     machine, rates = calibrate(given, SHAPES[calibrated_on], machine)
     for name in dict.fromkeys(record["shape"] for record in records):
         measured = Measured(records, name)
         costs = Costs(measured.layout(SHAPES[name]), machine, rates)
-        if name != calibrated_on:
+        if rates_of or name != calibrated_on:
             yield Case(name, DISPATCH, costs.dispatch, measured.exchange[DISPATCH])
             yield Case(name, COMBINE, costs.combine, measured.exchange[COMBINE])
         for of_pass, seconds in measured.block.items():

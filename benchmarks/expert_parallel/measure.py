@@ -13,7 +13,7 @@ from benchmarks.expert_parallel import parts
 from benchmarks.expert_parallel.acceptance import aims
 from benchmarks.expert_parallel.exchanges import absent
 from benchmarks.expert_parallel.ranks import RanksBench
-from benchmarks.expert_parallel.records import PART
+from benchmarks.expert_parallel.records import part_of
 from benchmarks.suite import Shape
 from benchmarks.timing import write
 
@@ -25,7 +25,8 @@ def measure(bench: RanksBench, shapes: list[Shape], seconds: float, results: Pat
     if not on_gpu:
         bench.seconds, bench.least_turns = 0.0, 2
     bench.warm_up(1.0 if on_gpu else 0.0)
-    facts = {**environment(bench), "part": PART, "ranks": bench.world_size}
+    part = part_of(bench.world_size)
+    facts = {**environment(bench), "part": part, "ranks": bench.world_size}
     facts["absent"] = absent(bench)
     if not on_gpu:
         facts["gpu"] = "none: a CPU with gloo"
@@ -43,7 +44,7 @@ def measure(bench: RanksBench, shapes: list[Shape], seconds: float, results: Pat
     if bench.rank == 0:
         facts |= {"left out, no time": left_out} if left_out else {}
         name = device_name(bench.device) if on_gpu else "gloo"
-        file = results / f"{name}_{PART.replace('-', '_')}.json"
+        file = results / f"{name}_{part.replace('-', '_')}.json"
         write(file, facts, records)
         print(f"wrote {file}", *(f"absent: {name}: {why}" for name, why in facts["absent"].items()))
         for aim in aims(records):

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compute what expert parallelism costs, on a CPU and without a network.
 
-    python -m benchmarks.expert_parallel.simulate judge FILE [--calibrate qwen3-30b]
+    python -m benchmarks.expert_parallel.simulate judge FILE [--calibrate qwen3-30b] [--rates FILE]
     python -m benchmarks.expert_parallel.simulate plan [--write docs/scaling.md]
 
 `judge` takes the rates from one shape of a result of `python -m benchmarks.expert_parallel`, computes
-every other time of it, and says whether all are within 20% of what was measured. `plan` computes what
+every other time of it, and says whether all are within 20% of what was measured. With `--rates` they
+come from another run, such as one on fewer GPUs. `plan` computes what
 8, 64 and 1,024 GPUs need, with the assumptions beside it. costs.py has the formulas.
 """
 
@@ -40,7 +41,7 @@ from benchmarks.report.page import between
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 MARKERS = ("<!-- costs: begin -->", "<!-- costs: end -->")
-MEASURED = "h200_expert_parallel.json"
+MEASURED = "h200_expert_parallel_2.json"
 CAPACITY_FACTOR = 1.25
 # GPUs, and how many of them share a layer's experts; FSDP2 shards over the others.
 MESHES = ((8, 8), (64, 8), (64, 64), (1024, 8), (1024, 64))
@@ -252,9 +253,11 @@ def plan(results: Path = RESULTS) -> Iterator[str]:
     yield from markdown(TIMES, [_times(mesh) for mesh in found])
 
 
-def verdict(records: list[Record], calibrated_on: str) -> Iterator[str]:
+def verdict(
+    records: list[Record], calibrated_on: str, rates_of: list[Record] | None = None
+) -> Iterator[str]:
     """A line for each prediction, then whether all are within 20%."""
-    cases = list(judge(records, calibrated_on, MACHINE))
+    cases = list(judge(records, calibrated_on, MACHINE, rates_of))
     for case in cases:
         yield (
             f"{case.shape} {case.what}: computed {case.predicted * 1e6:.0f} us, measured "
@@ -263,6 +266,11 @@ def verdict(records: list[Record], calibrated_on: str) -> Iterator[str]:
     missed = [case for case in cases if not abs(case.error) <= WITHIN]
     said = f"{len(missed)} of {len(cases)} are not" if missed else f"all {len(cases)} are"
     yield f"{said} within {WITHIN:.0%}; calibrated on {calibrated_on}"
+
+
+def _records(file: Path) -> list[Record]:
+    records: list[Record] = json.loads(file.read_text(encoding="utf-8"))["cases"]
+    return records
 
 
 def _print(lines: Iterable[str]) -> None:
@@ -279,17 +287,19 @@ def main(arguments: list[str] | None = None) -> int:
     judged = commands.add_parser("judge", help="computed times beside a run's measured ones")
     judged.add_argument("file", type=Path)
     judged.add_argument("--calibrate", default=MAIN, help="the shape that gives the rates")
+    judged.add_argument("--rates", type=Path, help="the run that gives them; default: FILE")
     planned = commands.add_parser("plan", help="what 8, 64 and 1,024 GPUs need")
     planned.add_argument("--write", type=Path, help="a page to write it to, between its markers")
     args = parser.parse_args(arguments)
     if args.command == "judge":
-        records = json.loads(args.file.read_text(encoding="utf-8"))["cases"]
-        known = [name for name in SHAPES if any(record["shape"] == name for record in records)]
+        records = _records(args.file)
+        rates_of = _records(args.rates) if args.rates else None
+        of_shapes = {record["shape"] for record in rates_of or records}
+        known = [name for name in SHAPES if name in of_shapes]
         if args.calibrate not in known:
-            parser.error(
-                f"--calibrate: expected one of {known} of {args.file}, got {args.calibrate}"
-            )
-        _print(verdict(records, args.calibrate))
+            file = args.rates or args.file
+            parser.error(f"--calibrate: expected one of {known} of {file}, got {args.calibrate}")
+        _print(verdict(records, args.calibrate, rates_of))
     elif args.write is None:
         _print(plan())
     else:

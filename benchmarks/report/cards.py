@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import suite
-from benchmarks.expert_parallel.acceptance import aims
+from benchmarks.expert_parallel.acceptance import aims, told_number
+from benchmarks.expert_parallel.records import RANKS, part_of
 from benchmarks.report.columns import Column, Record, Table, at, keys, markdown, median
 from benchmarks.report.records import by_shape, cpu_groups, own
 from benchmarks.report.results import Result, cpu_results, cuda_results
@@ -216,13 +217,14 @@ def _quantised(parts: dict[str, Result]) -> Iterator[str]:
 
 def _expert_parallel(parts: dict[str, Result]) -> Iterator[str]:
     """Name what expert parallelism was to reach and did not."""
-    missed = [
-        f"{aim.shape}: {aim.what} {aim.reached:.2f}x of {aim.must}x"
-        for aim in aims(parts.get("expert-parallel", {}).get("cases", []))
-        if aim.reached is not None and aim.reached < aim.must
-    ]
-    if missed:
-        yield f"Expert parallelism on two GPUs; {'; '.join(missed)}."
+    for ranks in RANKS:
+        missed = [
+            f"{aim.shape}: {aim.what} {told_number(aim.reached)} of {told_number(aim.must)}"
+            for aim in aims(parts.get(part_of(ranks), {}).get("cases", []))
+            if aim.reached is not None and aim.reached < aim.must
+        ]
+        if missed:
+            yield f"Expert parallelism on {ranks} GPUs; {'; '.join(missed)}."
 
 
 def _cpus(results: Path) -> Iterator[str]:

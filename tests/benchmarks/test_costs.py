@@ -248,6 +248,18 @@ def test_verdict(off, last, tmp_path, capsys):
     assert f"{1 / off - 1:+.0%}" in next(line for line in lines if line.startswith("dsv3 dispatch"))
 
 
+def test_rates_of_another_run(tmp_path, capsys):
+    machine = replace(simulate.MACHINE, host_size=2)
+    rates, run = tmp_path / "rates.json", tmp_path / "run.json"
+    rates.write_text(json.dumps({"cases": made_up(RATES, machine, SYMMETRIC, (MAIN,))}))
+    run.write_text(json.dumps({"cases": made_up(RATES, machine, SYMMETRIC, ("dsv3",))}))
+    assert simulate.main(["judge", str(run), "--rates", str(rates)]) == 0
+    assert "all 4 are within 20%" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        simulate.main(["judge", str(run), "--rates", str(rates), "--calibrate", "dsv3"])
+    assert "rates.json, got dsv3" in capsys.readouterr().err
+
+
 def test_a_shape_that_was_not_measured_is_refused(tmp_path, capsys):
     file = tmp_path / "run.json"
     file.write_text(json.dumps({"cases": made_up(RATES, MACHINE, SYMMETRIC, ("dsv3",))}))

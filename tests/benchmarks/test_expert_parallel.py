@@ -35,9 +35,9 @@ from benchmarks.expert_parallel.records import (
     LINK,
     NAMES,
     ONE_GPU,
-    PART,
     RECOMPUTED,
     SYMMETRIC,
+    part_of,
 )  # fmt: skip
 from benchmarks.report.columns import markdown
 from benchmarks.report.tables import TABLES
@@ -177,9 +177,9 @@ def test_command(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "gloo_expert_parallel.json").read_text())
+    result = json.loads((tmp_path / "gloo_expert_parallel_2.json").read_text())
     facts, cases = result["environment"], result["cases"]
-    assert facts["part"] == PART
+    assert facts["part"] == part_of(2)
     assert facts["ranks"] == 2
     assert facts["torch"] == torch.__version__
     assert not any("wrong" in case for case in cases)
@@ -202,8 +202,8 @@ def test_command(tmp_path):
     ("arguments", "said"),
     [
         ("--device cpu", "--results says where"),
-        ("--device cpu --results . --ranks 1", "--ranks: 2 or more"),
-        ("--device cpu --results . --ranks 3", "3 does not divide the experts of tiny"),
+        ("--device cpu --results . --ranks 1", "--ranks: 2, 4 or 8, each with"),
+        ("--device cpu --results . --ranks 8", "8 does not divide the experts of tiny"),
         ("--device cpu --results . --shapes large", "unknown: large"),
     ],
 )
@@ -221,7 +221,7 @@ def test_shapes():
 # What the records say
 
 
-def records(symmetric, shape="qwen3-30b"):
+def records(symmetric, shape="qwen3-30b", world_size=2):
     """Make the records of a shape. Without `symmetric`, a factor of its times, it is absent."""
     exchange = {
         LINK: 0.08,
@@ -234,7 +234,7 @@ def records(symmetric, shape="qwen3-30b"):
         exchange = {**{name: time * symmetric for name, time in ours.items()}, **exchange}
         block = {SYMMETRIC: 4.0 * symmetric, f"{SYMMETRIC} {RECOMPUTED}": 5.5, **block}
     first = next(iter(block))
-    common = {"shape": shape, "W": 2}
+    common = {"shape": shape, "W": world_size}
     told = {name: quartiles(time) for name, time in exchange.items()}
     full = {
         **common, "what": "exchange", "T": 8192, "milliseconds": told, "ratio": {EXACT: quartiles(2.5)},
@@ -271,8 +271,25 @@ def test_aims():
     assert all(": not measured (must " in str(aim) for aim in aims(records(None)))
 
 
+def test_aims_on_more_ranks():
+    forward, both = records(1.0, world_size=8)[2:]
+    both["milliseconds"][SYMMETRIC] = quartiles(14.0)
+    both["tflops"][SYMMETRIC] = 500.0
+    # 600 TF/s for 4 ms, then 10 ms to bring 14 ms to 500 TF/s.
+    assert list(map(str, aims([forward, both]))) == [
+        "qwen3-30b: forward TF/s a GPU: 600 reached (must 233, goal 300)",
+        "qwen3-30b: backward TF/s a GPU: 460 reached (must 209, goal 270)",
+    ]
+    told = list(map(str, aims(records(None, world_size=4))))
+    assert len(told) == 2
+    assert all(": not measured (must " in line for line in told)
+    assert list(aims(records(1.0, "dsv3", world_size=4))) == []
+
+
 def test_tables():
-    exchange, block, aimed = ("\n".join(markdown(table, records(1.0))) for table in TABLES[PART])
+    exchange, block, aimed = (
+        "\n".join(markdown(table, records(1.0))) for table in TABLES[part_of(2)]
+    )
     row = "| 100 | 400 | 90 | 400 | 200 | 400 | - | - |"
     assert f"| qwen3-30b | 2 | 8192 | symmetric {row}" in exchange
     assert "| exact split | 300 | 400 | 200 | 400 | 500 | 400 | - | 2.50 (2.50-2.50) |" in exchange
@@ -280,4 +297,4 @@ def test_tables():
     assert "| symmetric recomputed | 5500 | 500 | 1.38 (1.37-1.38) | - |" in block
     assert "| one GPU | 3200 | 500 | 0.80 (0.80-0.80) | - |" in block
     assert "| qwen3-30b | dispatch over the link | 0.80 | 0.70 | 0.85 |" in aimed
-    assert "| - | 2.00 | - |" in "\n".join(markdown(TABLES[PART][2], records(None)))
+    assert "| - | 2.00 | - |" in "\n".join(markdown(TABLES[part_of(2)][2], records(None)))

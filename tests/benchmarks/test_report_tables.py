@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 from benchmarks import report
 from benchmarks.cuda.__main__ import PARTS
+from benchmarks.expert_parallel.records import RANKS, part_of
 from benchmarks.report.columns import markdown
 from benchmarks.report.tables import TABLES, sweep
 
@@ -257,4 +258,4 @@ def test_a_part_without_a_result_has_no_table(tmp_path):
 
 
 def test_every_part_has_tables():
-    assert set(TABLES) == {"ceilings", "sweep", "named", "compiled", "expert-parallel", *PARTS}
+    assert set(TABLES) == {"ceilings", "sweep", "named", "compiled", *map(part_of, RANKS), *PARTS}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from benchmarks.expert_parallel.records import RANKS, part_of
 from benchmarks.report.columns import Table
 from benchmarks.report.tables import (
     compiled,
@@ -38,7 +39,10 @@ TABLES: dict[str, tuple[Table, ...]] = {
     "named": (sweep.MEANS, sweep.SHAPES),
     "model": (model.MODEL,),
     "compiled": (compiled.COMPILED,),
-    "expert-parallel": (expert_parallel.EXCHANGES, expert_parallel.BLOCKS, expert_parallel.AIMS),
+    **{
+        part_of(ranks): (expert_parallel.EXCHANGES, expert_parallel.BLOCKS, expert_parallel.AIMS)
+        for ranks in RANKS
+    },
 }
 # Parts whose tables stand on pages of their own. The device's page has the first table of each.
 OWN_PAGES = ("sweep", "named")

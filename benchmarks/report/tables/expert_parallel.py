@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks.expert_parallel.acceptance import aims
+from benchmarks.expert_parallel.acceptance import aims, told_number
 from benchmarks.expert_parallel.records import (
     BLOCK,
     COMBINE,
@@ -95,13 +95,13 @@ BLOCKS = Table(
 )
 
 AIMS = Table(
-    about="What is to be reached, with the symmetric transport.",
+    about="What is to be reached, with the symmetric transport: ratios, or TF/s.",
     rows=_aims,
     skip_empty=True,
     columns=(
         *keys("shape", "what"),
-        Column("reached", "reached", ".2f"),
-        Column("must", "must", ".2f"),
-        Column("goal", "goal", ".2f"),
+        Column("reached", "reached", told_number),
+        Column("must", "must", told_number),
+        Column("goal", "goal", told_number),
     ),
 )
