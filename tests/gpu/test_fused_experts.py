@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from testing import reference
+from testing import device_memory, reference
 from testing.checks import assert_rows_close
 from testing.experts_problem import MODES, check, problem
 from testing.model_sizes import MODELS, Model
@@ -133,9 +133,9 @@ def test_memory_kept_for_the_backward(mode):
     leaves = {n: arguments[n].requires_grad_() for n in given.differentiable}
     moe.fused_experts(**{**arguments, **leaves})
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    before = device_memory.held()
     output = moe.fused_experts(**{**arguments, **leaves})
-    kept = torch.cuda.memory_allocated() - before - output.nbytes
+    kept = device_memory.held() - before - output.nbytes
     num_rows = arguments["topk_ids"].numel()
     pre_activation = num_rows * 2 * 256 * 2 * SAVED[mode]
     assert pre_activation <= kept <= pre_activation + 12 * num_rows + 4096
@@ -153,12 +153,12 @@ def test_the_backward_peaks_lower_by_the_pre_activation():
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = device_memory.held()
         torch.autograd.grad(
             output, list(leaves.values()), given.grad_output, retain_graph=retain_graph
         )
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return device_memory.most_held() - before
 
     pre_activation = 1024 * 2048 * 2
     # Called by Triton, recorded, and replayed.

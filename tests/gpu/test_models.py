@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from testing import checks, reference
+from testing import checks, device_memory, reference
 from testing.checks import assert_rounded_once, assert_rows_close
 from testing.model_sizes import MODELS, Model
 from testing.on_device import DEVICE, assert_same_bits, memory_slot
@@ -244,9 +244,9 @@ def test_transposed_weight(name):
     flags = (model.top_k, True, False)
     arguments = (routed.counts, routed.gather, None)
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = device_memory.held()
     output = moe.grouped_gemm(tokens, weight, *arguments, None, *flags)
-    used = torch.cuda.max_memory_allocated() - before
+    used = device_memory.most_held() - before
     assert used < output.nbytes + weight.nbytes / 4, "the weight was copied"
     in_order = tokens[routed.gather.long() // model.top_k]
     check_rows(output, in_order, weight.mT, routed, "forward")
