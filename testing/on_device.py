@@ -152,15 +152,17 @@ def schema_has_floats(schema: OpSchema) -> bool:
     return any(a.dtype == "floating" for a in schema.tensors)
 
 
-# Tests that hold tens of GiB: no more than this many at a time, over all workers.
+# Tests that hold tens of GiB: no more than this many at a time on a GPU, over all its workers.
 LARGE_AT_A_TIME = 4
 
 
 @contextlib.contextmanager
 def memory_slot(all_of_them: bool = False) -> Iterator[None]:
-    """Wait for one of the slots of tests that need much device memory, or for all of them."""
+    """Wait for one of the GPU's slots for tests that need much memory, or for all of them."""
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", "alone")
-    folder = Path(tempfile.gettempdir()) / f"moe_ops_memory_slots_{run}"
+    # tests/gpu/conftest.py gives each worker its GPU, the first of these.
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+    folder = Path(tempfile.gettempdir()) / f"moe_ops_memory_slots_{run}_{gpu}"
     folder.mkdir(exist_ok=True)
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context((folder / str(i)).open("w")) for i in range(LARGE_AT_A_TIME)]
