@@ -2,7 +2,7 @@
 """The whole expert block on shapes drawn from a seed, against compiled grouped_mm.
 
     python -m benchmarks.cuda.sweep [--seed 0] [--shapes 48] [--limit-gb 60] [--deadline 480]
-    python -m benchmarks.cuda.sweep --named
+    python -m benchmarks.cuda.sweep --named [--gpus 4]
     python -m benchmarks.cuda.sweep --join FILE FILE
 
 It writes benchmarks/results/<gpu>_sweep.json (or _named.json) after each shape. A shape that stands
@@ -10,8 +10,8 @@ there is not measured again, so a run that was cut short goes on. Each batch of 
 by several processes before it is measured. A shape that has begun is finished after the deadline:
 leave it half a minute.
 
-Several GPUs of one host share the shapes: each runs its own (--only, --device, --results), and
---join makes one file of theirs.
+With --gpus as many GPUs of the host share the shapes: each has a process with its own (--only,
+--device, --results), whose files lie in build/, so that a run goes on, and are joined (--join).
 
 Without a GPU, `--device cpu --tiny --results DIR` runs its flow and measures nothing.
 """
@@ -23,6 +23,7 @@ import functools
 import json
 import logging
 import math
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +34,7 @@ import torch
 from benchmarks import suite
 from benchmarks.cuda import experts, gpt_oss
 from benchmarks.cuda.ahead import compile_within
-from benchmarks.cuda.experts import BOTH, COMPILED, EAGER, PASSES, Block, Implementation
+from benchmarks.cuda.experts import BOTH, COMPILED, EAGER, PASSES, ROOT, Block, Implementation
 from benchmarks.cuda.gpt_oss import GptOssBlock
 from benchmarks.cuda.sampled import SampledComparison
 from benchmarks.cuda.sweep_file import Results, join, summary
@@ -235,8 +236,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--only", type=lambda text: text.split(","), help="of these, by name")
     parser.add_argument("--deadline", type=float, default=480, help="seconds")
     parser.add_argument("--turns", type=int, default=TURNS, help="of each comparison, at least")
-    parser.add_argument("--compilers", type=int, default=8, help="processes; 0: none")
+    parser.add_argument("--compilers", type=int, default=8, help="processes of a GPU; 0: none")
     parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--gpus", type=int, default=1, help="of this host, that share the shapes")
     parser.add_argument("--tiny", action="store_true", help="sizes for Triton's interpreter")
     parser.add_argument("--results", type=Path, help="default: benchmarks/results")
     parser.add_argument(
@@ -253,6 +255,8 @@ def _parse() -> argparse.Namespace:
         return args
     if torch.device(args.device).type != "cuda" and args.results is None:
         parser.error("without a GPU nothing is measured: --results says where to put that")
+    if args.gpus > 1 and args.gpus > (there := torch.cuda.device_count()):
+        parser.error(f"--gpus: expected at most the {there} GPUs of this host, got {args.gpus}")
     args.draws, args.repeated = _draws(args)
     known = [draw.shape.name for draw in args.draws]
     if unknown := set(args.only or ()) - set(known):
@@ -274,6 +278,8 @@ def main() -> int | str:
     args = _parse()
     if args.join:
         return _join(args)
+    if args.gpus > 1:
+        return _share(args)
     until += args.deadline
     torch.manual_seed(0)
     device = torch.device(args.device)
@@ -310,6 +316,37 @@ def _tell(records: Sequence[Record]) -> list[str]:
     if wrong:
         print(f"wrong: {wrong}")
     return wrong
+
+
+def _share(args: argparse.Namespace) -> int | str:
+    """Let each GPU measure its share of the shapes, then join what they wrote."""
+    part = "named" if args.named else "sweep"
+    given = {
+        "--seed": args.seed,
+        "--shapes": args.shapes,
+        "--limit-gb": args.limit_gb,
+        "--deadline": args.deadline,
+        "--turns": args.turns,
+        "--compilers": args.compilers,
+    }
+    command = [sys.executable, "-m", "benchmarks.cuda.sweep", *(["--named"] if args.named else [])]
+    command += [f"{name}={value}" for name, value in given.items()]
+    names = [draw.shape.name for draw in args.draws]
+    folders = [ROOT / "build" / f"{part}_gpus" / str(gpu) for gpu in range(args.gpus)]
+    running = [
+        subprocess.Popen(
+            [
+                *command, f"--only={','.join(names[gpu :: args.gpus])}", f"--device=cuda:{gpu}",
+                f"--results={folder}",
+            ],
+            cwd=ROOT,
+        )
+        for gpu, folder in enumerate(folders)
+        if names[gpu :: args.gpus]
+    ]  # fmt: skip
+    codes = [process.wait() for process in running]
+    args.join = [file for folder in folders for file in sorted(folder.glob(f"*_{part}.json"))]
+    return (_join(args) if args.join else 0) or max(codes)
 
 
 def _join(args: argparse.Namespace) -> int | str:

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import os
+import pathlib
 import subprocess
 import sys
 import types
@@ -315,6 +316,47 @@ def test_the_command_joins_files(tmp_path, halves, monkeypatch, capsys):
     assert "No such file" in str(call(tmp_path / "h200_sweep.json"))
     with pytest.raises(SystemExit):
         call(halves[0], tmp_path / "h200_named.json")
+
+
+class Gpu:
+    """In place of a process: writes what the GPU of these arguments has measured."""
+
+    def __init__(self, command, cwd):
+        _, _, module, *options = command
+        assert (module, cwd) == ("benchmarks.cuda.sweep", sweep.ROOT)
+        given = dict(option.split("=") for option in options)
+        assert (given["--seed"], given["--deadline"]) == ("3", "99.0")
+        self.names = given["--only"].split(",")
+        gpu = int(given["--device"].removeprefix("cuda:"))
+        self.code = int(gpu == 1)
+        path = pathlib.Path(given["--results"]) / "h200_sweep.json"
+        results = sweep_file.Results(path, facts(ceilings={"dense_tflops": float(gpu)}))
+        for name in self.names:
+            draw = Draw(replace(TINY, name=name), "uniform")
+            results.add(draw, both(draw))
+
+    def wait(self):
+        return self.code
+
+
+def test_gpus_share_the_shapes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(sweep, "ROOT", tmp_path)
+    monkeypatch.setattr(sweep.subprocess, "Popen", Gpu)
+
+    def call(gpus):
+        options = ["--shapes=5", "--seed=3", "--deadline=99", f"--results={tmp_path}"]
+        monkeypatch.setattr(sys, "argv", ["sweep", f"--gpus={gpus}", *options])
+        return sweep.main()
+
+    # One of them says that something was wrong or left.
+    assert call(3) == 1
+    found = json.loads((tmp_path / "h200_sweep.json").read_text())
+    assert [case["shape"] for case in found["cases"][::2]] == [f"3/{i:02}" for i in range(5)]
+    assert found["environment"]["gpus of one host"] == 3
+    with pytest.raises(SystemExit):
+        call(4)
+    assert "expected at most the 3 GPUs of this host, got 4" in capsys.readouterr().err
 
 
 def test_a_line_of_a_shape():
