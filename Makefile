@@ -121,7 +121,7 @@ bench-ep: $(DEV_ENV) ## Benchmark expert parallelism over the GPUs of this host;
 test: $(DEV_ENV) ## Run the whole CPU test suite
 	$(call PYTEST,$(PY)) $(ARGS)
 
-test-fast: $(DEV_ENV) ## Run what is quick of the CPU test suite, in two minutes
+test-fast: $(DEV_ENV) ## Run what is quick of the CPU test suite
 	$(call PYTEST,$(PY)) -m "not slow and not gpu and not multi_gpu" $(ARGS)
 
 # Both variables must be there before the first import of Triton.

@@ -193,6 +193,22 @@ def test_these_draws_copy_operands():
     assert found > 20
 
 
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    ("size", "format"), [("training", None), ("decode-8", None), ("training", "nf4")]
+)
+def test_inference_keeps_no_pre_activation(size, format, gpu):
+    """It would be the largest tensor of a call without a gradient."""
+    made = calls.experts(calls.SIZES[size], torch.bfloat16, format=format)
+    for call, stores in (("inference", False), ("forward", True)):
+        with noted(gpu) as (_, launches):
+            made[call]()
+        found = [launch.values for launch in launches if "STORE_Z" in launch.values]
+        # A quantised weight comes in parts.
+        assert found
+        assert {values["STORE_Z"] for values in found} == {stores}
+
+
 @pytest.mark.parametrize("format", ["nf4", "fp8_block"])
 @pytest.mark.parametrize("size", ["training", "decode-8"])
 def test_quantised_experts_do_what_their_plan_says(format, size):

@@ -4,6 +4,15 @@
 M rows, N columns of the result, K contracted elements, E experts, T tokens. A GroupedGemm plans its
 product when it is made. Its methods then allocate, schedule and launch as the plan says. dW is in
 weight_gradient.py.
+
+The op's names become the product's, for forward and dX have one kernel:
+
+    op                              GroupedGemm, kernel
+    weight (E, N, D)                b (E, K, N): its transpose in forward, itself in dX
+    out_features N, in_features D   N and K in forward, K and N in dX
+    topk_weights                    scale
+    permute_x, top_k                x_divisor: which row of x a row reads; 0: its own
+    permute_y                       scatter_y
 """
 
 from __future__ import annotations

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run permute in Triton: read each token's row once, and write it to its top_k rows."""
+"""Run permute in Triton: read each token's row once, and write it to its top_k rows.
+
+So a program needs the row of each of its slots (scatter_indices), the inverse of gather_indices. The
+kernel is copy_rows_kernel in _triton/kernels/rows.py.
+"""
 
 from __future__ import annotations
 
