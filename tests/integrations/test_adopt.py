@@ -209,6 +209,31 @@ def test_power_of_two_scales(tmp_path):
     assert_values(load(tmp_path / "again"), _dequantised(model))
 
 
+GOT = {
+    torch.float8_e5m2: "torch.float8_e5m2",
+    torch.float8_e4m3fnuz: "torch.float8_e4m3fnuz",
+    torch.bfloat16: "values of torch.bfloat16 that it does not have",
+}
+
+
+@pytest.mark.parametrize("dtype", GOT)
+def test_codes_that_are_not_e4m3fn_are_refused(dtype, tmp_path, caplog):
+    """Their bytes, or what is left of their values, would be other weights."""
+    from safetensors.torch import load_file, save_file
+
+    quantised, _ = write_checkpoint(tmp_path, "fp8_block", attention=False)
+    state = load_file(quantised / "model.safetensors")
+    for key, tensor in state.items():
+        if "experts" in key and tensor.dtype == torch.float8_e4m3fn:
+            # No e4m3 number is that large.
+            state[key] = (tensor.float() * 150).clamp(-50000, 50000).to(dtype)
+    save_file(state, quantised / "model.safetensors", metadata={"format": "pt"})
+    # transformers prints why.
+    with pytest.raises(RuntimeError, match="CONVERSION"):
+        adopt(quantised)
+    assert f"to be stored in float8_e4m3fn, got {GOT[dtype]}" in caplog.text
+
+
 def test_the_config_is_a_copy(tmp_path):
     quantised, _ = write_checkpoint(tmp_path, "mxfp4")
     config = AutoConfig.from_pretrained(quantised)
@@ -238,6 +263,7 @@ def _compressed(**weights):
             r"expected weight_block_size .* \[128, 128\], got None",
         ),
         ({**FP8, "weight_block_size": [1, 32]}, r"expected weight_block_size .*, got \[1, 32\]"),
+        ({**FP8, "fmt": "e5m2"}, "expected fmt .* to be 'e4m3' or 'e4m3fn', got 'e5m2'"),
         ({**BITSANDBYTES, "load_in_4bit": False}, "expected load_in_4bit .* to be True, got False"),
         ({**BITSANDBYTES, "load_in_8bit": True}, "expected load_in_8bit .* to be False, got True"),
         ({**BITSANDBYTES, "bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type .* 'nf4', got 'fp4'"),
@@ -251,6 +277,14 @@ def _compressed(**weights):
         (
             {**COMPRESSED, "config_groups": {"W4A16": ["Linear"]}},
             r"config_groups.W4A16 of the quantization_config to be a mapping, got \['Linear'\]",
+        ),
+        (
+            {**COMPRESSED, "transform_config": {"config_groups": {"u": {}}}},
+            "expected transform_config .* to be None or {} or .*, got {'config_groups'",
+        ),
+        (
+            {**COMPRESSED, "sparsity_config": {"format": "sparse-24-bitmask"}},
+            "expected sparsity_config .*, got {'format': 'sparse-24-bitmask'}",
         ),
         ({**COMPRESSED, "config_groups": {}}, "expected config_groups .* to have a group, got {}"),
         ({}, "quant_method to be one of mxfp4, .*, got None"),

@@ -113,6 +113,7 @@ def _check_fp8(function: str, config: Mapping[str, Any]) -> None:
     size = required(function, config, "weight_block_size")
     size = list(size) if isinstance(size, Sequence) else size
     _expect(function, {"weight_block_size": size}, "weight_block_size", [BLOCK, BLOCK])
+    _expect(function, {"fmt": "e4m3", **config}, "fmt", "e4m3", "e4m3fn")
 
 
 def _fp8(name: str, parts: Parts, dtype: torch.dtype) -> QuantizedWeight:
@@ -129,10 +130,20 @@ def _fp8(name: str, parts: Parts, dtype: torch.dtype) -> QuantizedWeight:
     if codes[0].dtype == torch.int8:
         # DeepSeek-V4 keeps its experts in four bits beside FP8.
         return QuantizedWeight.from_mxfp4(codes, scales, dtype)
-    if codes[0].dtype != torch.float8_e4m3fn:
-        # transformers may have cast them, which changed no value.
-        codes = [tensor.to(torch.float8_e4m3fn) for tensor in codes]
-    return QuantizedWeight.from_fp8_block(codes, scales, dtype)
+    return QuantizedWeight.from_fp8_block([_as_e4m3(name, t) for t in codes], scales, dtype)
+
+
+def _as_e4m3(name: str, codes: Tensor) -> Tensor:
+    """Return FP8 codes, which transformers may have cast to a wider dtype."""
+    if codes.dtype == torch.float8_e4m3fn:
+        return codes
+    found = f"{codes.dtype}"
+    if codes.dtype in (torch.bfloat16, torch.float16, torch.float32):
+        cast = codes.to(torch.float8_e4m3fn)
+        if bool(((cast.to(codes.dtype) == codes) | codes.isnan()).all()):
+            return cast
+        found = f"values of {codes.dtype} that it does not have"
+    raise ValueError(f"expected {name} to be stored in float8_e4m3fn, got {found}")
 
 
 def _check_bitsandbytes(function: str, config: Mapping[str, Any]) -> None:
@@ -180,6 +191,7 @@ def _state(part: Part, expert: int) -> Any:
     )
 
 
+_DENSE = {"format": "dense"}
 # What compressed-tensors takes where a file does not say it, and what means the same.
 _UNLESS_SAID: dict[str, tuple[object, ...]] = {
     "type": ("int",), "symmetric": (True,), "actorder": (None, False), "dynamic": (False, None)
@@ -193,6 +205,9 @@ def _check_compressed(function: str, config: Mapping[str, Any]) -> None:
             f"{function}: expected config_groups of the quantization_config to have a group, got "
             f"{groups!r}"
         )
+    for unread in ("sparsity_config", "transform_config"):
+        # Older files lack them, newer ones have them empty. Dense is no sparsity.
+        _expect(function, {unread: None, **config}, unread, None, {}, _DENSE)
     for key, group in groups.items():
         path = f"config_groups.{key}"
         weights = required(function, group, "weights", path)
