@@ -207,6 +207,109 @@ def check_peft(rank, world_size):
     logging.getLogger("moe_ops").removeHandler(log)
 
 
+def two_adapters(format=None):
+    """Return a model with two adapters on its experts, of which the first has a name of its own."""
+    import peft
+
+    from moe_ops.integrations import peft as moe_ops_peft
+    from moe_ops.integrations.transformers import quantize_experts_
+    from testing.peft_problem import config
+
+    torch.manual_seed(0)
+    model = tiny_model("qwen3_moe", torch.float32)
+    model.set_experts_implementation("moe_ops")
+    if format is not None:
+        quantize_experts_(model, format)
+    model = peft.get_peft_model(model, config(), adapter_name="policy")
+    model.add_adapter("other", config(r=4))
+    moe_ops_peft.enable(model)
+    return model
+
+
+def check_peft_switches(rank, world_size, format):
+    """What PEFT activates, switches off or merges holds for experts that are spread, too."""
+    whole = two_adapters(format)
+    parallel = expert_parallel(copy.deepcopy(whole), mesh_of(world_size))
+    share, seen = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size), []
+
+    def compare():
+        with torch.no_grad():
+            want, got = model_step(whole, 0, 1)[0], model_step(parallel, rank, world_size)[0]
+        checks.assert_close(got, want[share])
+        assert not any(torch.equal(want, other) for other in seen)
+        seen.append(want)
+
+    compare()
+    with whole.disable_adapter(), parallel.disable_adapter():
+        compare()
+    for names in ("other", ["policy", "other"]):
+        for model in (whole, parallel):
+            model.base_model.set_adapter(names)
+        compare()
+    if format is None:
+        seen.clear()
+        compare()
+        for model in (whole, parallel):
+            model.merge_adapter()
+        with torch.no_grad():
+            got = model_step(parallel, rank, world_size)[0]
+        checks.assert_close(got, seen[0][share])
+        with parallel.disable_adapter(), whole.disable_adapter():
+            compare()
+    parallel.add_adapter("late", two_adapters().peft_config["other"])
+    expected = r"there were at expert_parallel \(\['policy', 'other'\]\), got .*'late'\]; add"
+    with pytest.raises(ValueError, match=expected):
+        model_step(parallel, rank, world_size)
+
+
+@pytest.mark.parametrize("format", [None, "nf4"])
+def test_peft_switches(ranks, format):
+    pytest.importorskip("peft")
+    ranks(2).run(check_peft_switches, format=format)
+
+
+def check_peft_trains_an_adapter_of_another_name(rank, world_size):
+    whole = two_adapters()
+    parallel = expert_parallel(copy.deepcopy(whole), mesh_of(world_size))
+    for _, loss in (model_step(whole, 0, 1), model_step(parallel, rank, world_size)):
+        loss.backward()
+    assert_same_gradients(parallel, whole)
+    found = {n for n, p in parallel.named_parameters() if p.grad is not None}
+    assert len([n for n in found if ".policy." in n]) == 4
+    assert not [n for n in found if ".other." in n]
+
+
+def test_peft_trains_an_adapter_of_another_name(ranks):
+    pytest.importorskip("peft")
+    ranks(2).run(check_peft_trains_an_adapter_of_another_name)
+
+
+def check_peft_compiled_one_by_one(rank, world_size):
+    """More models than torch.compile compiles anew share one graph."""
+    mesh, outputs = mesh_of(world_size), []
+    wrappers = [
+        expert_parallel(two_adapters(), mesh).get_submodule(
+            "base_model.model.model.layers.0.mlp.experts"
+        )
+        for _ in range(10)
+    ]
+    experts = wrappers[0].get_base_layer()
+    hidden = torch.randn(6, experts.hidden_dim, requires_grad=True)
+    weights, ids = torch.rand(6, experts.num_experts).topk(2)
+    torch._dynamo.utils.counters.clear()
+    for wrapper in wrappers:
+        want = wrapper(hidden, ids, weights)
+        wrapper.compile(backend="aot_eager", fullgraph=True)
+        outputs.append(wrapper(hidden, ids, weights))
+        torch.testing.assert_close(outputs[-1], want)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_peft_compiled_one_by_one(ranks):
+    pytest.importorskip("peft")
+    ranks(2).run(check_peft_compiled_one_by_one)
+
+
 def check_refuses_adapters_that_are_merged(rank, world_size):
     from testing.peft_problem import wrapped_model
 

@@ -193,8 +193,9 @@ def _enable(wrappers: dict[str, ParamWrapper]) -> list[str]:
         if "forward" in wrapper.__dict__ and not _is_ours(wrapper):
             reason = f"the wrapper of {name} has a forward of its own"
         else:
-            # Not a method, which would be pickled as the class's own forward.
-            wrapper.__dict__["forward"] = functools.partial(forward, wrapper)
+            # Not a method, which would be pickled as the class's own forward. Expert parallelism puts
+            # a view of this rank's experts in the place of the first argument alone.
+            wrapper.__dict__["forward"] = functools.partial(forward, wrapper, switches=wrapper)
         for inner in filter(_is_quantised, _chain(wrapper)):
             inner.__dict__["merge"] = functools.partial(peft_quantised.merge, inner)
         if reason is None:
@@ -217,26 +218,39 @@ def disable(model: nn.Module) -> None:
             del wrapper.__dict__["forward"]
 
 
-def forward(self: ParamWrapper, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def forward(
+    self: ParamWrapper,
+    hidden_states: Tensor,
+    *args: Any,
+    switches: ParamWrapper,
+    **kwargs: Any,
+) -> Tensor:
     """Compute PEFT's wrapper around an experts module: split where possible, else PEFT's own way.
 
     Args:
-        self: the outermost wrapper of the experts module.
+        self: the outermost wrapper of the experts module, or its view of this rank's experts.
         hidden_states ((..., hidden_size), floating): rows in token order.
         *args: top_k_index and top_k_weights, as transformers gives them to its experts.
+        switches: the wrapper itself, which knows what PEFT has activated, switched off or merged.
         **kwargs: adapter_names, which PEFT may give.
 
     Returns:
         hidden_states ((..., hidden_size), the dtype of hidden_states): the weighted sum of each
             token's experts.
+
+    Raises:
+        ValueError: the experts are spread over ranks, and adapters were added or deleted since, or
+            cannot be computed beside them.
     """
-    wrappers = list(_chain(self))
+    wrappers, told = list(_chain(self)), list(_chain(switches))
+    if self is not switches:
+        return _spread(wrappers, told, hidden_states, *args, **kwargs)
     if not _is_merged_in_part(wrappers):
         reason = _obstacle(wrappers)
         if reason is None and (kwargs or len(args) != 2):
-            reason = "the experts were called with other arguments than transformers gives them"
+            reason = _OTHER_ARGUMENTS
         if reason is None:
-            return _split(wrappers, hidden_states, *args)
+            return _split(wrappers, [_active(w) for w in wrappers], hidden_states, *args)
         if any(map(_is_quantised, wrappers)):
             peft_quantised.refuse(reason)
         # Dynamo would break the graph there, and enable() has said what does not change.
@@ -244,6 +258,50 @@ def forward(self: ParamWrapper, hidden_states: Tensor, *args: Any, **kwargs: Any
             _log_merged(reason)
     output: Tensor = ParamWrapper.forward(self, hidden_states, *args, **kwargs)
     return output
+
+
+_OTHER_ARGUMENTS = "the experts were called with other arguments than transformers gives them"
+
+
+def _spread(
+    wrappers: list[ParamWrapper],
+    told: list[ParamWrapper],
+    hidden_states: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """Compute this rank's experts, as `wrappers` shows them, with the adapters that PEFT has active.
+
+    PEFT's own way would read the switches of the view, which nobody sets.
+    """
+    for view, wrapper in zip(wrappers, told, strict=True):
+        there, now = list(view.lora_A), list(wrapper.lora_A)
+        if there != now:
+            raise ValueError(
+                f"{_HERE}: expected the adapters that there were at expert_parallel ({there}), got "
+                f"{now}; add and delete adapters before it"
+            )
+        if wrapper.disable_adapters and wrapper.merged:
+            # As PEFT does it, in the weights of all ranks.
+            wrapper.unmerge()
+    added = [[] if w.disable_adapters or w.merged else _active(w) for w in told]
+    if not any(added):
+        output: Tensor = wrappers[-1].base_layer(hidden_states, *args, **kwargs)
+        return output
+    reason = _obstacle(wrappers)
+    if reason is None and (kwargs or len(args) != 2):
+        reason = _OTHER_ARGUMENTS
+    if reason is not None:
+        raise ValueError(
+            f"{_HERE}: expected adapters that can be computed beside experts that are spread over "
+            f"ranks, got an obstacle: {reason}"
+        )
+    return _split(wrappers, added, hidden_states, *args)
+
+
+def _active(wrapper: ParamWrapper) -> list[str]:
+    """Return the active adapters that a wrapper has."""
+    return [name for name in wrapper.active_adapters if name in wrapper.lora_A]
 
 
 def adapter_weights(wrapper: ParamWrapper, adapter_name: str) -> LoraWeights:
@@ -274,16 +332,17 @@ def adapter_weights(wrapper: ParamWrapper, adapter_name: str) -> LoraWeights:
 
 
 def _split(
-    wrappers: list[ParamWrapper], hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    wrappers: list[ParamWrapper],
+    added: list[list[str]],
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
 ) -> Tensor:
+    """Compute the experts, and beside each adapted weight the adapters of these names."""
     experts = cast(Experts, wrappers[-1].base_layer)
     adapters = {
-        wrapper.parameter_name: [
-            adapter_weights(wrapper, name)
-            for name in wrapper.active_adapters
-            if name in wrapper.lora_A
-        ]
-        for wrapper in wrappers
+        wrapper.parameter_name: [adapter_weights(wrapper, name) for name in names]
+        for wrapper, names in zip(wrappers, added, strict=True)
     }
     up_weight, up_bias = weight_and_bias(experts, up_name(experts), hidden_states)
     down_weight, down_bias = weight_and_bias(experts, "down_proj", hidden_states)
@@ -305,8 +364,7 @@ def _split(
 
 def _is_merged_in_part(wrappers: list[ParamWrapper]) -> bool:
     """Tell whether no adapter is to be added here, or PEFT has merged one already."""
-    active = [name for w in wrappers for name in w.active_adapters if name in w.lora_A]
-    return not active or any(w.disable_adapters or w.merged for w in wrappers)
+    return not any(map(_active, wrappers)) or any(w.disable_adapters or w.merged for w in wrappers)
 
 
 def _obstacle(wrappers: list[ParamWrapper], *, runs: bool = True) -> str | None:
