@@ -350,7 +350,7 @@ def test_special_values_propagate():
 
 
 def test_the_ops_know_the_formats():
-    """A fifth format is a file, and its name in one schema."""
+    """A fifth format is a file, its name in formats/__init__.py, and in the choices of one schema."""
     schema = moe_ops._core.library.SCHEMAS["dequantize_weight"]
     assert schema.argument("format").choices == tuple(FORMATS)
     assert set(schema.argument("scale_encoding").choices) == set(moe_ops.quantization.scales.SCALES)
