@@ -45,6 +45,7 @@ What runs:
     fake_pools        ranks of one process whose interpreted kernels push rows to each other
     fast_interpreter  quick steps for Triton's interpreter
     on_device         samples on a GPU, and the memory that tests there share
+    device_memory     bytes that tensors hold on a GPU
     tuning_fakes      a GPU that is not there, and a clock, for tuning
     pages             runs the Python blocks of a documentation page
 
