@@ -352,8 +352,8 @@ def main() -> None:
         "--counts",
         nargs="+",
         choices=("same", "new"),
-        default=("same",),
-        help="rows per expert: the same in every turn, or new ones, whose products oneDNN compiles",
+        default=("new",),
+        help="of gemm, rows per expert: new in every turn, so that oneDNN compiles products, or the same",
     )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=tuple(DTYPES))
     parser.add_argument("--num-experts", type=int, nargs="+", default=NUM_EXPERTS)
@@ -372,7 +372,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.what != "experts" and "compiled" in args.modes:
         parser.error("--modes compiled: of experts alone")
-    if args.what != "gemm" and tuple(args.counts) != ("same",):
+    if args.what != "gemm" and tuple(args.counts) != ("new",):
         parser.error("--counts: of gemm alone; the others have new counts in every turn")
     if min(args.repeats, args.rounds) < 1:
         parser.error("--repeats and --rounds: at least 1")
