@@ -228,9 +228,10 @@ def two_adapters(format=None):
 
 def check_peft_switches(rank, world_size, format):
     """What PEFT activates, switches off or merges holds for experts that are spread, too."""
-    whole = two_adapters(format)
-    parallel = expert_parallel(copy.deepcopy(whole), mesh_of(world_size))
-    share, seen = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size), []
+    whole: Any = two_adapters(format)
+    parallel: Any = expert_parallel(copy.deepcopy(whole), mesh_of(world_size))
+    share = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
+    seen: list[torch.Tensor] = []
 
     def compare():
         with torch.no_grad():
@@ -286,8 +287,8 @@ def test_peft_trains_an_adapter_of_another_name(ranks):
 
 def check_peft_compiled_one_by_one(rank, world_size):
     """More models than torch.compile compiles anew share one graph."""
-    mesh, outputs = mesh_of(world_size), []
-    wrappers = [
+    mesh = mesh_of(world_size)
+    wrappers: list[Any] = [
         expert_parallel(two_adapters(), mesh).get_submodule(
             "base_model.model.model.layers.0.mlp.experts"
         )
@@ -300,8 +301,7 @@ def check_peft_compiled_one_by_one(rank, world_size):
     for wrapper in wrappers:
         want = wrapper(hidden, ids, weights)
         wrapper.compile(backend="aot_eager", fullgraph=True)
-        outputs.append(wrapper(hidden, ids, weights))
-        torch.testing.assert_close(outputs[-1], want)
+        torch.testing.assert_close(wrapper(hidden, ids, weights), want)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
