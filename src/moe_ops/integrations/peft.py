@@ -246,9 +246,7 @@ def forward(
     if self is not switches:
         return _spread(wrappers, told, hidden_states, *args, **kwargs)
     if not _is_merged_in_part(wrappers):
-        reason = _obstacle(wrappers)
-        if reason is None and (kwargs or len(args) != 2):
-            reason = _OTHER_ARGUMENTS
+        reason = _obstacle_of_call(wrappers, args, kwargs)
         if reason is None:
             return _split(wrappers, [_active(w) for w in wrappers], hidden_states, *args)
         if any(map(_is_quantised, wrappers)):
@@ -258,9 +256,6 @@ def forward(
             _log_merged(reason)
     output: Tensor = ParamWrapper.forward(self, hidden_states, *args, **kwargs)
     return output
-
-
-_OTHER_ARGUMENTS = "the experts were called with other arguments than transformers gives them"
 
 
 def _spread(
@@ -288,9 +283,7 @@ def _spread(
     if not any(added):
         output: Tensor = wrappers[-1].base_layer(hidden_states, *args, **kwargs)
         return output
-    reason = _obstacle(wrappers)
-    if reason is None and (kwargs or len(args) != 2):
-        reason = _OTHER_ARGUMENTS
+    reason = _obstacle_of_call(wrappers, args, kwargs)
     if reason is not None:
         raise ValueError(
             f"{_HERE}: expected adapters that can be computed beside experts that are spread over "
@@ -365,6 +358,16 @@ def _split(
 def _is_merged_in_part(wrappers: list[ParamWrapper]) -> bool:
     """Tell whether no adapter is to be added here, or PEFT has merged one already."""
     return not any(map(_active, wrappers)) or any(w.disable_adapters or w.merged for w in wrappers)
+
+
+def _obstacle_of_call(
+    wrappers: list[ParamWrapper], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:
+    """Say why this call cannot go through split LoRA; None where it can."""
+    reason = _obstacle(wrappers)
+    if reason is None and (kwargs or len(args) != 2):
+        reason = "the experts were called with other arguments than transformers gives them"
+    return reason
 
 
 def _obstacle(wrappers: list[ParamWrapper], *, runs: bool = True) -> str | None:
