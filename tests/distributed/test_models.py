@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -267,6 +271,43 @@ def check_peft_switches(rank, world_size, format):
 def test_peft_switches(ranks, format):
     pytest.importorskip("peft")
     ranks(2).run(check_peft_switches, format=format)
+
+
+def check_assigned_tensors(rank, world_size, what):
+    """Plain tensors in the place of shards are refused, and set_model_state_dict shards them."""
+    mesh = mesh_of(world_size)
+    hidden, ids, weights = problem(rank, [4, 4], EXPERTS, dtype=torch.float32).of_rank()
+    if what == "peft":
+        whole: Any = two_adapters()
+        call = lambda model: model_step(model, rank, world_size)[0]  # noqa: E731
+    else:
+        whole = Experts(EXPERTS, HIDDEN, INTERMEDIATE)
+        if what == "nf4":
+            whole.quantize_("nf4")
+        call = lambda model: model(hidden, ids, weights)  # noqa: E731
+    state = copy.deepcopy(whole.state_dict())
+    adapters = {name: tensor for name, tensor in state.items() if "lora_" in name}
+    parallel: Any = expert_parallel(copy.deepcopy(whole), mesh)
+    want = call(parallel)
+    for given in [state] if what != "peft" else [state, adapters]:
+        wrong: Any = copy.deepcopy(parallel)
+        wrong.load_state_dict(given, assign=True, strict=given is state)
+        with pytest.raises(TypeError, match=r"that expert_parallel made, got .*set_model_state_"):
+            call(wrong)
+    if what != "nf4":
+        # A quantised weight's state has bytes that say how to read it, which are no tensor of a rank.
+        for parameter in parallel.parameters():
+            parameter.detach().zero_()
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(parallel, state, options=options)
+        assert torch.equal(call(parallel), want)
+
+
+@pytest.mark.parametrize("what", ["plain", "nf4", "peft"])
+def test_assigned_tensors(ranks, what):
+    if what == "peft":
+        pytest.importorskip("peft")
+    ranks(2).run(check_assigned_tensors, what=what)
 
 
 def check_peft_trains_an_adapter_of_another_name(rank, world_size):

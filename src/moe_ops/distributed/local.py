@@ -46,18 +46,20 @@ class _Local:
         _source: the module, in a tuple, else nn.Module would register it.
         _divisor: a function that returns by what the gradients of its parameters are divided.
         _world_size: what the divisor was made with.
+        _sharded: names of the module's own parameters that hold the experts of all ranks.
     """
 
     _source: tuple[nn.Module]
     _divisor: Callable[[], int]
     _world_size: int
+    _sharded: frozenset[str]
 
     def __getattr__(self, name: str) -> Any:
         (source,) = self.__dict__["_source"]
         state = source.__dict__
         for kind in ("_parameters", "_buffers"):
             if name in state[kind]:
-                return self._local(state[kind][name])
+                return self._local(name, state[kind][name])
         if name in state:
             return state[name]
         return super().__getattr__(name)  # type: ignore[misc]
@@ -71,8 +73,16 @@ class _Local:
         view.__dict__["_divisor"] = asking(GradientDivisor(source, self.__dict__["_world_size"]))
         return view
 
-    def _local(self, tensor: Tensor | None) -> Tensor | None:
+    def _local(self, name: str, tensor: Tensor | None) -> Tensor | None:
         if not isinstance(tensor, DTensor):
+            if name in self.__dict__["_sharded"]:
+                # It would be taken for this rank's experts, and has those of all ranks.
+                raise TypeError(
+                    f"moe_ops.distributed: expected {name} to be the DTensor that expert_parallel "
+                    f"made, got {type(tensor).__name__}; do not assign plain tensors: load with "
+                    "torch.distributed.checkpoint.state_dict.set_model_state_dict(model, state, "
+                    "options=StateDictOptions(full_state_dict=True))"
+                )
             return tensor
         local = tensor.to_local()
         if not local.requires_grad or not is_managed(self.__dict__["_source"][0]):
@@ -97,6 +107,10 @@ def local_view(module: nn.Module, num_local: int, world_size: int) -> nn.Module:
     view.__dict__.update(own, _parameters={}, _buffers={}, _source=(module,))
     view.__dict__["_divisor"] = asking(GradientDivisor(module, world_size))
     view.__dict__["_world_size"] = world_size
+    parameters: Mapping[str, Any] = module._parameters
+    view.__dict__["_sharded"] = frozenset(
+        name for name, tensor in parameters.items() if isinstance(tensor, DTensor)
+    )
     view.__dict__["_modules"] = {
         name: None if child is None else local_view(child, num_local, world_size)
         for name, child in module._modules.items()
