@@ -10,8 +10,8 @@ there is not measured again, so a run that was cut short goes on. Each batch of 
 by several processes before it is measured. A shape that has begun is finished after the deadline:
 leave it half a minute.
 
-With --gpus as many GPUs of the host share the shapes: each has a process with its own (--only,
---device, --results), whose files lie in build/, so that a run goes on, and are joined (--join).
+With --gpus N, so many GPUs of the host share the shapes, each in a process of its own (--only,
+--device, --results). Their files are joined (--join), and stay in build/ for a run that goes on.
 
 Without a GPU, `--device cpu --tiny --results DIR` runs its flow and measures nothing.
 """
