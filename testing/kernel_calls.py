@@ -14,10 +14,10 @@ from torch import Tensor
 
 from moe_ops._triton import dequantize
 from moe_ops._triton import expert_parallel as ep
+from moe_ops._triton.routing import routing_indices
 from moe_ops.ops.fused_experts import triton as fused_experts
 from moe_ops.ops.grouped_gemm import triton as gemm
 from moe_ops.ops.permute import triton as permute
-from moe_ops.ops.routing_indices import triton as routing_indices
 from moe_ops.ops.topk_routing import triton as topk_routing
 from moe_ops.ops.unpermute import triton as unpermute
 from moe_ops.quantization import storage
@@ -225,7 +225,7 @@ def routing(sizes: Sizes, dtype: torch.dtype) -> Iterator[Call]:
     call = functools.partial
     # One warp sorts the fewest slots, one program those of some more tokens.
     for some in (ids, ids[:8], ids[:64]):
-        yield call(routing_indices.routing_indices, some, num_experts)
+        yield call(routing_indices, some, num_experts)
     yield call(permute.permute, tokens, rows, top_k)
     yield call(unpermute.unpermute, moved, rows, None, top_k)
     yield call(unpermute.unpermute, moved, rows, weights, top_k)

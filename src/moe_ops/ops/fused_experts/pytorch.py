@@ -15,6 +15,7 @@ from torch import Tensor
 from moe_ops._pytorch.activation import Activation
 from moe_ops._pytorch.dequantize import matrices
 from moe_ops._pytorch.products import Products
+from moe_ops._pytorch.routing import routing_indices
 from moe_ops._pytorch.rows import (
     chunks,
     rows_of_slots,
@@ -22,7 +23,6 @@ from moe_ops._pytorch.rows import (
     tokens_of_rows,
     weights_of_rows,
 )
-from moe_ops.ops.routing_indices.pytorch import routing_indices
 from moe_ops.quantization.stored import StoredWeight
 
 

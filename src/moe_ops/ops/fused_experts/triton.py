@@ -20,10 +20,10 @@ import torch
 from moe_ops._triton.experts import Activation, DownBackward, RoutedRows, UpProjection
 from moe_ops._triton.gemm import GroupedGemm
 from moe_ops._triton.quantized import DecodingGemm
+from moe_ops._triton.routing import routing_indices
 from moe_ops._triton.rows import in_expert_order, new_rows, sum_parts, sum_rows
 from moe_ops._triton.schedule import Rows, TileSchedule, expert_offsets
 from moe_ops._triton.weight_gradient import grad_bias, grad_weight
-from moe_ops.ops.routing_indices.triton import routing_indices
 from moe_ops.quantization.stored import StoredWeight
 
 

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Register routing_indices: it groups the slots of a routing by expert."""
+"""Register routing_indices: it groups the slots of a routing by expert.
+
+Its implementations are shared: fused_experts calls them, too.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from moe_ops._core.library import Op, documented
-from moe_ops.ops.routing_indices import pytorch
+from moe_ops._pytorch import routing
 
 _op = Op("routing_indices")
-_op.implement("pytorch", pytorch.routing_indices)
-_op.implement("triton", "moe_ops.ops.routing_indices.triton:routing_indices")
+_op.implement("pytorch", routing.routing_indices)
+_op.implement("triton", "moe_ops._triton.routing:routing_indices")
 
 
 @documented

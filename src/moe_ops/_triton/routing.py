@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import torch
 
-from moe_ops._triton.launch import cdiv, launch, next_power_of_2
-from moe_ops.ops.routing_indices.kernels import (
+from moe_ops._triton.kernels.routing import (
     _routing_indices_count_kernel,
     _routing_indices_place_kernel,
     _routing_indices_sort_kernel,
 )
+from moe_ops._triton.launch import cdiv, launch, next_power_of_2
 
 # A program, on 4 warps, sorts this many slots at a time.
 _BLOCK = 512
