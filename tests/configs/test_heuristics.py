@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe_ops.configs.device import KNOWN_GPUS
-from moe_ops.configs.heuristics import heuristic
+from moe_ops.configs.heuristics import heuristic, heuristic_and_reason
 from moe_ops.configs.problem import Operands, Problem, copies
 from moe_ops.tuning import Experts, products_of
 
@@ -27,6 +27,21 @@ def wishes(problem: Problem) -> set[str]:
     """The descriptors that the computed configuration asks for."""
     config = heuristic(problem, H100).to_dict()
     return {name for name, value in config.items() if name.startswith("use_tma") and value}
+
+
+@pytest.mark.parametrize("gpu", sorted(KNOWN_GPUS))
+@pytest.mark.parametrize("num_tokens", [1, 200, 2048, 65536])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("sizes", [(2048, 768), (1001, 344), (4104, 1536), (2048, 16)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_every_computed_configuration_says_why(gpu, num_tokens, dtype, sizes, has_bias):
+    device = KNOWN_GPUS[gpu]
+    given = replace(layer(*sizes), dtype=dtype, has_bias=has_bias)
+    for _, problem in products_of(given, num_tokens, True, device):
+        for operands in (None, Operands(y=False), Operands(x=False)):
+            config, reason = heuristic_and_reason(problem, device, operands)
+            assert config == heuristic(problem, device, operands)
+            assert len(reason) > 10, problem
 
 
 @pytest.mark.parametrize("hidden_size", [1000, 1008, 1016, 2040])

@@ -144,6 +144,17 @@ def test_descriptors_serve_where_they_can():
     assert (scattered.options["TMA_X"], scattered.options["TMA_B"]) == (True, False)
 
 
+def test_a_flattened_loop_beside_a_bias_is_a_wish_that_cannot_be_met():
+    flat = moe_ops.kernel_config(moe_ops.KernelConfigForward(flatten=True))
+    plain = moe_ops.kernel_config(moe_ops.KernelConfigForward(flatten=False))
+    biased = with_words(BARE, ["bias"])
+    made = plan(biased, Operands(), H200, flat)
+    assert [wish.partition(":")[0] for wish in made.unmet] == ["flatten"]
+    assert not made.options["FLATTEN"]
+    for problem, given in ((BARE, flat), (biased, plain), (biased, None)):
+        assert plan(problem, Operands(), H200, given).unmet == ()
+
+
 def test_a_configuration_that_nobody_gave_has_no_wishes_for_descriptors():
     made = plan(with_words(BARE, ["gather"]), Operands(), H200)
     assert made.source == "computed"

@@ -65,7 +65,7 @@ class Plan:
         finds_tiles: whether the kernel finds its tiles itself, without a schedule.
         tail_tiles: whether an expert's last rows may get a tile of half the height.
         options: the kernel's constexpr arguments, and Triton's own options.
-        reason: why this kernel was chosen.
+        reason: why this kernel and this configuration.
         unmet: what the configuration asks for and cannot get, each with the reason.
     """
 
@@ -153,11 +153,10 @@ def plan(
     tile, wants = _tile_and_wishes(problem, config)
     copied = Operands(*(a and b for a, b in zip(copyable, wants.values(), strict=True)))
     obstacle = None
-    kernel, reason = PERSISTENT, "the configuration does not ask for warp_specialize"
+    kernel, reason = PERSISTENT, choice.reason
     if config.warp_specialize:
         obstacle = _obstacle(problem, operands, device, tile[:2])
         kernel = PINGPONG if config.is_pingpong else COOPERATIVE
-        reason = f"the configuration asks for warp_specialize, in tiles of {tile[0]}x{tile[1]}"
         if obstacle is not None:
             kernel, reason = PERSISTENT, obstacle
     few_rows = problem.kind != "backward_dW" and tile[0] <= _FINDS_TILES_ROWS
@@ -170,6 +169,8 @@ def plan(
     if source != "given" or kernel != PERSISTENT:
         # Nobody asked for these descriptors: rules ask for them wherever they might apply.
         unmet = ()
+    if source == "given" and not config.warp_specialize and config.flatten and problem.bias:
+        unmet = (*unmet, "flatten: beside a bias Triton would load nothing ahead in one loop")
     if config.launch_pdl and not device.has_tma:
         unmet = (
             *unmet,

@@ -284,7 +284,8 @@ def _lines(
                 yield f"        its weight is {row.weight}"
                 continue
             yield f"        {tuning.describe(_config_of(row))}"
-            yield f"        {row.reason}"
+            if not any(row.reason in wish for wish in row.unmet):
+                yield f"        {row.reason}"
             if row.weight is not None:
                 yield f"        its weight is {row.weight}"
             if row.copied:

@@ -15,7 +15,7 @@ from importlib import resources
 from moe_ops.configs import cache
 from moe_ops.configs.device import Device
 from moe_ops.configs.footprint import shared_memory
-from moe_ops.configs.heuristics import heuristic
+from moe_ops.configs.heuristics import heuristic_and_reason
 from moe_ops.configs.kernel_config import KernelConfig
 from moe_ops.configs.kernel_string import parse
 from moe_ops.configs.problem import Operands, Problem, dense_operands
@@ -28,10 +28,12 @@ class Choice:
     Attributes:
         config: the configuration.
         source: "given", "tuned", "shipped" or "computed".
+        reason: why this one.
     """
 
     config: KernelConfig
     source: str
+    reason: str
 
 
 def choose(
@@ -51,7 +53,7 @@ def choose(
     if kernel_config is not None:
         given = parse(kernel_config).get(problem.kind)
         if given is not None:
-            return Choice(given, "given")
+            return Choice(given, "given", "kernel_config asks for it")
     return _chosen(problem, device, operands or dense_operands(problem))
 
 
@@ -59,12 +61,16 @@ def choose(
 def _chosen(problem: Problem, device: Device, operands: Operands) -> Choice:
     tuned = cache.lookup(device.name, problem.key)
     if tuned is not None and _serves(tuned, operands):
-        return Choice(tuned, "tuned")
+        return Choice(tuned, "tuned", "the fastest of those measured on this machine")
     known = shipped(device.capability).get(problem.key)
     fits = known is not None and shared_memory(known, problem, device) <= device.shared_memory
     if known is not None and fits and _serves(known, operands):
-        return Choice(known, "shipped")
-    return Choice(heuristic(problem, device, operands), "computed")
+        major, minor = device.capability
+        return Choice(
+            known, "shipped", f"the fastest of those measured on compute capability {major}.{minor}"
+        )
+    config, why = heuristic_and_reason(problem, device, operands)
+    return Choice(config, "computed", why)
 
 
 def _serves(config: KernelConfig, operands: Operands) -> bool:

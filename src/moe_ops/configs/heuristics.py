@@ -45,6 +45,9 @@ _SHORT = 768
 _COPIES_PAY_EARLY, _COPIES_PAY = 2560, 6144
 # Row tiles that share a weight's columns. Tuned ones are 4, 8 or 16, within 2% of each other.
 _GROUP_M = 8
+_OF_FP32 = "a tile for fp32"
+_OF_OLD_GPUS = "a tile for GPUs before compute capability 8.0"
+_BY_POINTERS = "pointers load or store, since TMA cannot describe all operands"
 
 
 def heuristic(problem: Problem, device: Device, operands: Operands | None = None) -> KernelConfig:
@@ -55,14 +58,24 @@ def heuristic(problem: Problem, device: Device, operands: Operands | None = None
         device: the GPU.
         operands: which of its tensors TMA can describe; None: all are dense and aligned.
     """
+    return heuristic_and_reason(problem, device, operands)[0]
+
+
+def heuristic_and_reason(
+    problem: Problem, device: Device, operands: Operands | None = None
+) -> tuple[KernelConfig, str]:
+    """Return the same, and why."""
     if operands is None:
         operands = dense_operands(problem)
     if not device.has_tma:
         operands = Operands(False, False, False)
     is_dw = problem.kind == "backward_dW"
     rule = _heuristic_dw if is_dw else _heuristic_gemm
-    config = rule(problem, device, operands)
-    return fitting(_narrowed(config, problem), problem, device)
+    config, why = rule(problem, device, operands)
+    narrow = _narrowed(config, problem)
+    if narrow is not config:
+        why = "a side as narrow as a LoRA's rank: reading or writing the rows is the bound"
+    return fitting(narrow, problem, device), why
 
 
 def _narrowed(config: KernelConfig, problem: Problem) -> KernelConfig:
@@ -96,6 +109,7 @@ class _Tile:
 
     Attributes:
         m, n, k, warps, stages: as in KernelConfig, in the letters of this module.
+        why: why this tile.
         subtile: in how many parts a tile is stored.
         programs_per_sm: programs launched per streaming multiprocessor.
         loads: whether descriptors load both operands.
@@ -117,9 +131,12 @@ class _Tile:
     stores: bool = False
     is_specialized: bool = False
     flatten: bool = True
+    why: str = ""
 
 
-def _heuristic_gemm(problem: Problem, device: Device, operands: Operands) -> KernelConfig:
+def _heuristic_gemm(
+    problem: Problem, device: Device, operands: Operands
+) -> tuple[KernelConfig, str]:
     """Return a configuration of forward or dX, with m, n, k as the tile of their one kernel."""
     tile = _gemm_tile(problem, device, operands)
     common: dict[str, Any] = {
@@ -128,24 +145,27 @@ def _heuristic_gemm(problem: Problem, device: Device, operands: Operands) -> Ker
         "use_tma_store": tile.stores, "use_tma_load_w": tile.loads or tile.loads_weight,
         "epilogue_subtile": tile.subtile,
         # In a flattened loop the dots spill on Blackwell.
-        "flatten": tile.flatten and tile.loads
+        "flatten": tile.flatten and tile.loads and not problem.bias
         and not (problem.dots and device.capability >= (10, 0)),
         "warp_specialize": tile.is_specialized,
     }  # fmt: skip
+    config: KernelConfig
     if problem.kind == "forward":
-        return KernelConfigForward(
+        config = KernelConfigForward(
             BLOCK_N=tile.n, BLOCK_K=tile.k, use_tma_load_x=tile.loads, **common
         )
-    return KernelConfigBackward_dX(
-        BLOCK_K=tile.n, BLOCK_N=tile.k, use_tma_load_dy=tile.loads, **common
-    )
+    else:
+        config = KernelConfigBackward_dX(
+            BLOCK_K=tile.n, BLOCK_N=tile.k, use_tma_load_dy=tile.loads, **common
+        )
+    return config, tile.why
 
 
 def _gemm_tile(problem: Problem, device: Device, operands: Operands) -> _Tile:
     if problem.dtype == "float32":
-        return _Tile(64, 64, 32, 4)
+        return _Tile(64, 64, 32, 4, why=_OF_FP32)
     if device.capability < (8, 0):
-        return _Tile(64, 64, 16, 8)
+        return _Tile(64, 64, 16, 8, why=_OF_OLD_GPUS)
     if problem.rows <= FEW_ROWS:
         return _few_rows_tile(problem, device, operands)
     loads = operands.x and operands.b
@@ -155,14 +175,17 @@ def _gemm_tile(problem: Problem, device: Device, operands: Operands) -> _Tile:
         if operands.y:
             return tile
         # Pointers store number by number. The addresses take the registers of a wider tile.
-        tile = replace(tile, warps=8, subtile=2, programs_per_sm=1, stores=False)
+        tile = replace(
+            tile, warps=8, subtile=2, programs_per_sm=1, stores=False,
+            why="pointers store, since TMA cannot describe the output: their addresses take registers",
+        )  # fmt: skip
         if not problem.has_activation:
             # A flattened loop keeps the addresses.
             return replace(tile, n=min(tile.n, 128), flatten=False)
         # Beside a bias, or two outputs as wide as the tile, less is left.
         has_little = problem.bias or problem.epilogue == "activation"
         return replace(tile, n=64 if has_little else min(tile.n, 128))
-    return _Tile(128, 128 if is_even else 64, 32, 8)
+    return _Tile(128, 128 if is_even else 64, 32, 8, why=_BY_POINTERS)
 
 
 def _few_rows_tile(problem: Problem, device: Device, operands: Operands) -> _Tile:
@@ -171,11 +194,12 @@ def _few_rows_tile(problem: Problem, device: Device, operands: Operands) -> _Til
     Descriptors gain nothing there and cost host time, unless pointers read number by number.
     """
     by_descriptor = operands.b and not is_vector(problem.weight_row)
+    why = "an expert has few rows: reading its weight is the bound, and a low tile wastes little"
     if problem.rows <= 8:
-        return _Tile(16, 64, 128, 4, programs_per_sm=4, loads_weight=by_descriptor)
+        return _Tile(16, 64, 128, 4, programs_per_sm=4, loads_weight=by_descriptor, why=why)
     # With fewer steps loaded ahead an SM has room for both programs.
     stages = 2 if device.shared_memory < 160 * 1024 else 3
-    return _Tile(32, 128, 128, 4, stages, programs_per_sm=2, loads_weight=by_descriptor)
+    return _Tile(32, 128, 128, 4, stages, programs_per_sm=2, loads_weight=by_descriptor, why=why)
 
 
 def _tma_tile(problem: Problem, device: Device, operands: Operands) -> _Tile:
@@ -185,12 +209,14 @@ def _tma_tile(problem: Problem, device: Device, operands: Operands) -> _Tile:
     is_copied = copies(problem, device, operands).x
     if problem.dots:
         # The rows whose dots with x @ b are taken need the registers of a wider tile.
+        why = "the router gradient's rows take the registers of a wider tile"
         if is_vector(problem.out_features) and is_vector(problem.in_features):
-            return _Tile(128, 128, 64, 8, 4, subtile, loads=True)
+            return _Tile(128, 128, 64, 8, 4, subtile, loads=True, why=why)
         # Read number by number, those rows need more. A flattened loop keeps their addresses too.
-        return _Tile(128, 64, 64, 8, 4, subtile, loads=True, flatten=False)
+        return _Tile(128, 64, 64, 8, 4, subtile, loads=True, flatten=False, why=why)
     if problem.rows <= 64:
-        return _Tile(64, 256, 64, 4, 4, subtile, loads=True, stores=True)
+        why = "an expert has at most 64 rows: a higher tile would compute padding"
+        return _Tile(64, 256, 64, 4, 4, subtile, loads=True, stores=True, why=why)
     is_hopper = device.capability[0] == HOPPER
     # The kernels for Hopper take rows in expert order: those of an activation are copied first.
     is_ordered = not problem.has_activation or problem.bias or is_copied or _copy_pays(problem)
@@ -202,15 +228,22 @@ def _tma_tile(problem: Problem, device: Device, operands: Operands) -> _Tile:
     if problem.has_activation and (
         problem.epilogue == "activation" or problem.bias or device.capability >= (10, 0)
     ):
-        # The registers of the activation and of a bias leave room for half of the widest tile.
-        return _Tile(128, 128, 64, 8, 4, subtile, loads=True, stores=True)
+        why = "the registers of the activation and of a bias leave room for half of the widest tile"
+        return _Tile(128, 128, 64, 8, 4, subtile, loads=True, stores=True, why=why)
     is_bare_gather = problem.gather and not problem.has_activation and not is_copied
     if is_hopper and problem.kind == "forward" and is_bare_gather and problem.rows > SOME_ROWS:
-        # With two programs per SM, one gathers its rows or stores its tile while the other
-        # multiplies. Not for an expert of few rows: it is bound by reading its weight, and narrower
-        # tiles read that more often. Not for dX: there the wide tile is faster.
-        return _Tile(128, 128, 64, 4, subtile=2, programs_per_sm=2, loads=True, stores=True)
-    return _Tile(128, 256, 64, 8, subtile=subtile, loads=True, stores=True)
+        # Not for an expert of few rows: it is bound by reading its weight, and narrower tiles read
+        # that more often. Not for dX: there the wide tile is faster.
+        why = "of two programs on an SM one gathers its rows or stores while the other multiplies"
+        return _Tile(
+            128, 128, 64, 4, subtile=2, programs_per_sm=2, loads=True, stores=True, why=why
+        )
+    why = "the widest tile reads least for each product"
+    if is_hopper and not is_ordered:
+        why += ", and copying the rows for a warp-specialised kernel would cost more than it gains"
+    elif is_hopper and needs_wide:
+        why += ": rows begin within sectors of 32 bytes, which each narrow tile would read again"
+    return _Tile(128, 256, 64, 8, subtile=subtile, loads=True, stores=True, why=why)
 
 
 def _copy_pays(problem: Problem) -> bool:
@@ -237,19 +270,23 @@ def _specialized_tile(problem: Problem) -> _Tile:
         # is a bare one, and a second kernel reads it.
         if _is_bound_by_reading(problem):
             # The deeper a step, the smaller the share of sectors that are read for a part.
-            return _Tile(*_WIDE_TILE, 64, 8, loads=True, stores=True, is_specialized=True)
+            return _Tile(
+                *_WIDE_TILE, 64, 8, loads=True, stores=True, is_specialized=True,
+                why="reading the operands is the bound, and a wide tile reads less",
+            )  # fmt: skip
         if problem.rows <= SOME_ROWS and problem.contracted > _LONG:
-            # The weights of experts with few rows are read for few products.
             depth, stages = (32, 6) if _fills_steps(problem) else (64, 3)
             return _Tile(
-                *_WIDE_TILE, depth, 8, stages, loads=True, stores=True, is_specialized=True
-            )
+                *_WIDE_TILE, depth, 8, stages, loads=True, stores=True, is_specialized=True,
+                why="an expert has few rows for its weight, which a wide tile reads less often",
+            )  # fmt: skip
     # Smaller buffers for the stores leave room for more stages. With the activation's backward they
     # hold fewer columns at a time, which costs more than the stages gain.
     stages, subtile = (4, 1) if problem.epilogue == "gated_activation_backward" else (6, 2)
     return _Tile(
-        *PINGPONG_TILE, 64, 8, stages, subtile, loads=True, stores=True, is_specialized=True
-    )
+        *PINGPONG_TILE, 64, 8, stages, subtile, loads=True, stores=True, is_specialized=True,
+        why="one group of warps multiplies while the other ends its tile",
+    )  # fmt: skip
 
 
 def _is_bound_by_reading(problem: Problem) -> bool:
@@ -288,30 +325,30 @@ def _splits_sectors(problem: Problem) -> bool:
     return not (is_vector(problem.contracted) and is_vector(problem.weight_row))
 
 
-def _heuristic_dw(problem: Problem, device: Device, operands: Operands) -> KernelConfigBackward_dW:
+def _heuristic_dw(problem: Problem, device: Device, operands: Operands) -> tuple[KernelConfig, str]:
     if problem.dtype == "float32" or device.capability < (8, 0):
-        m = 32 if problem.dtype == "float32" else 16
+        is_fp32 = problem.dtype == "float32"
         return KernelConfigBackward_dW(
-            BLOCK_M=m, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3, flatten=False
-        )
+            BLOCK_M=32 if is_fp32 else 16, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3,
+            flatten=False,
+        ), _OF_FP32 if is_fp32 else _OF_OLD_GPUS  # fmt: skip
     if not all(operands):
         dy, x = reversed(operands[:2]) if problem.transposed else operands[:2]
         return KernelConfigBackward_dW(
             BLOCK_M=32, BLOCK_N=128, BLOCK_K=128, num_warps=8, num_stages=3, flatten=False,
             use_tma_load_dy=dy, use_tma_load_x=x, use_tma_store=operands.y,
-        )  # fmt: skip
+        ), _BY_POINTERS  # fmt: skip
     if device.capability[0] == HOPPER and min(problem.out_features, problem.in_features) >= 128:
         n, k = _wide_dw_tile(problem)
         return KernelConfigBackward_dW(
             BLOCK_M=32, BLOCK_N=n, BLOCK_K=k, num_warps=8, num_stages=6, group_m=4,
             use_tma_load_dy=True, use_tma_load_x=True, use_tma_store=True, warp_specialize=True,
-        )  # fmt: skip
-    # With two programs per SM, one stores its tile while the other multiplies.
+        ), "a wide tile reads less, and this way round pads or reads least"  # fmt: skip
     return KernelConfigBackward_dW(
         BLOCK_M=32, BLOCK_N=128, BLOCK_K=128, num_warps=4, num_stages=4, group_m=4,
         programs_per_sm=2, use_tma_load_dy=True, use_tma_load_x=True, use_tma_store=True,
         epilogue_subtile=2,
-    )  # fmt: skip
+    ), "of two programs on an SM one stores its tile while the other multiplies"  # fmt: skip
 
 
 def _wide_dw_tile(problem: Problem) -> tuple[int, int]:

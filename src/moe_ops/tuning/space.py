@@ -181,13 +181,14 @@ def _gemm(
     m, n, k, warps, stages = tile
     # Gathered rows are read by pointers.
     tma_rows = tma and not problem.gather
+    flatten = tma and not problem.bias
     if problem.kind == "forward":
         return KernelConfigForward(
-            BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, num_warps=warps, num_stages=stages, flatten=tma,
+            BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, num_warps=warps, num_stages=stages, flatten=flatten,
             programs_per_sm=programs_per_sm, use_tma_load_x=tma_rows, use_tma_load_w=tma,
         )  # fmt: skip
     return KernelConfigBackward_dX(
-        BLOCK_M=m, BLOCK_K=n, BLOCK_N=k, num_warps=warps, num_stages=stages, flatten=tma,
+        BLOCK_M=m, BLOCK_K=n, BLOCK_N=k, num_warps=warps, num_stages=stages, flatten=flatten,
         programs_per_sm=programs_per_sm, use_tma_load_dy=tma_rows, use_tma_load_w=tma,
     )  # fmt: skip
 
