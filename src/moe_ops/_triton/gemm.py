@@ -23,8 +23,13 @@ from typing import Any
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moe_ops._triton import hopper
-from moe_ops._triton.descriptors import can_describe, can_describe_rows, describe
+from moe_ops._triton.descriptors import (
+    can_describe,
+    can_describe_rows,
+    describe,
+    describe_for_gluon,
+)
+from moe_ops._triton.hopper import describe_b, kernels
 from moe_ops._triton.kernels.grouped_gemm import grouped_gemm_kernel
 from moe_ops._triton.kernels.grouped_gemm_dw import (
     grouped_gemm_bwd_bias_dots_kernel,
@@ -36,6 +41,7 @@ from moe_ops._triton.rows import gather_rows, new_rows
 from moe_ops._triton.schedule import Rows, TileSchedule
 from moe_ops.configs.device import device_of
 from moe_ops.configs.problem import Epilogue, rows_bucket
+from moe_ops.configs.specialize import COOPERATIVE
 from moe_ops.quantization.stored import StoredWeight
 
 
@@ -233,8 +239,7 @@ class GroupedGemm:
     ) -> None:
         if self.plan.kernel != PERSISTENT:
             assert y is not None
-            assert self.schedule is not None
-            hopper.grouped_gemm(self, y, self.schedule)
+            self._launch_specialized(y)
             return
         plan, rows, bias = self.plan, self.rows, self.bias
         block_m, _, _ = plan.tile
@@ -255,6 +260,39 @@ class GroupedGemm:
             HAS_BIAS=bias is not None, TAIL_TILES=plan.tail_tiles,
             **self.row_options(y, dots, gather_other),
             **self.options(),
+            on=self.x, kernel_config=self.kernel_config,
+        )  # fmt: skip
+
+    def _launch_specialized(self, y: torch.Tensor) -> None:
+        plan, rows, schedule, bias, scale = (
+            self.plan,
+            self.rows,
+            self.schedule,
+            self.bias,
+            self.scale,
+        )
+        assert schedule is not None  # such high tiles always come from a schedule
+        _, block_n, block_k = plan.tile
+        columns = block_n // plan.config.epilogue_subtile
+        x_desc = describe_for_gluon(self.x, (plan.group_rows, block_k))
+        b_desc = describe_b(self.b, block_n, block_k)
+        y_desc = describe_for_gluon(y, (plan.group_rows, columns), ragged=True)
+        if plan.kernel == COOPERATIVE:
+            launch(
+                kernels().cooperative.grouped_gemm_cooperative_kernel, (self.programs,),
+                x_desc, b_desc, y_desc, schedule.tiles, schedule.max_tiles, self.n, self.k,
+                **plan.options,
+                on=self.x, kernel_config=self.kernel_config,
+            )  # fmt: skip
+            return
+        # Not passed where it is not read: Triton would compile another kernel for it.
+        gather = rows.gather if self.scatter_y or scale is not None else None
+        launch(
+            kernels().pingpong.grouped_gemm_pingpong_kernel, (self.programs,),
+            x_desc, b_desc, y_desc, y, bias, scale, gather, schedule.tiles, schedule.max_tiles,
+            rows.num_rows, self.n, self.k, self.slots_per_weight, *strides(bias), *strides(scale),
+            HAS_BIAS=bias is not None, HAS_SCALE=scale is not None,
+            HAS_GATHER=gather is not None, SCATTER_Y=self.scatter_y, **plan.options,
             on=self.x, kernel_config=self.kernel_config,
         )  # fmt: skip
 

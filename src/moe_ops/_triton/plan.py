@@ -82,6 +82,14 @@ class Plan:
     reason: str
     unmet: tuple[str, ...]
 
+    @property
+    def group_rows(self) -> int:
+        """Return how many rows of a specialised kernel's tile one group of warps owns.
+
+        All in ping-pong, else half.
+        """
+        return self.tile[0] if self.kernel == PINGPONG else self.tile[0] // 2
+
 
 # One lookup, keyed by plain values only: a launch must cost the host little.
 @functools.lru_cache(maxsize=4096)

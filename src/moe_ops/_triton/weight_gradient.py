@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import torch
 
-from moe_ops._triton import hopper
-from moe_ops._triton.descriptors import can_describe, can_describe_rows, describe
+from moe_ops._triton.descriptors import (
+    can_describe,
+    can_describe_rows,
+    describe,
+    describe_for_gluon,
+)
+from moe_ops._triton.hopper import kernels
 from moe_ops._triton.kernels.grouped_gemm_dw import (
     grouped_gemm_bwd_dbias_kernel,
     grouped_gemm_bwd_dw_kernel,
 )
 from moe_ops._triton.launch import cdiv, launch, precision, refuse_bf16, strides
-from moe_ops._triton.plan import PERSISTENT, plan_once
+from moe_ops._triton.plan import PERSISTENT, Plan, plan_once
 from moe_ops._triton.rows import gather_rows
 from moe_ops.configs.device import device_of
 from moe_ops.configs.problem import rows_bucket
+from moe_ops.configs.specialize import PINGPONG
 
 
 def grad_weight(
@@ -58,7 +64,7 @@ def grad_weight(
     tiles = num_experts * cdiv(sizes[1], block_left) * cdiv(sizes[2], block_right)
     programs = min(device.num_sms * planned.config.programs_per_sm, tiles)
     if planned.kernel != PERSISTENT:
-        hopper.grad_weight(planned, left, right, stored, offsets, programs, kernel_config)
+        _specialized(planned, left, right, stored, offsets, programs, kernel_config)
         return gradient
     tma, columns = planned.tma, block_right // planned.config.epilogue_subtile
     left_desc = describe(left, (block_m, block_left), ragged=True) if tma.x else None
@@ -72,6 +78,32 @@ def grad_weight(
         on=g, kernel_config=kernel_config,
     )  # fmt: skip
     return gradient
+
+
+def _specialized(
+    plan: Plan,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    stored: torch.Tensor,
+    offsets: torch.Tensor,
+    programs: int,
+    kernel_config: str | None,
+) -> None:
+    """Write stored[e] = sum_i outer(left[i], right[i]) over each expert's rows."""
+    _, block_right, block_m = plan.tile
+    left_desc = describe_for_gluon(left, (block_m, plan.group_rows), ragged=True)
+    right_desc = describe_for_gluon(right, (block_m, block_right), ragged=True)
+    columns = block_right // plan.config.epilogue_subtile
+    desc = describe_for_gluon(stored, (1, plan.group_rows, columns))
+    if plan.kernel == PINGPONG:
+        kernel = kernels().pingpong.grouped_gemm_bwd_dw_pingpong_kernel
+    else:
+        kernel = kernels().cooperative.grouped_gemm_bwd_dw_cooperative_kernel
+    launch(
+        kernel, (programs,),
+        left_desc, right_desc, desc, offsets, *stored.shape, **plan.options,
+        on=left, kernel_config=kernel_config,
+    )  # fmt: skip
 
 
 def grad_bias(
