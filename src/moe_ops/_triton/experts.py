@@ -150,14 +150,14 @@ class UpProjection:
         product, routed = self.product, self.routed
         if routed.rows.is_empty:
             return None
-        if self.weights is not None:
-            product.x = routed.in_expert_order(product.x, self.weights)
         if isinstance(product, DecodingGemm):
+            if self.weights is not None:
+                product.x = routed.in_expert_order(product.x, self.weights)
             activation = routed.activation
             product.launch(h, z=z, activation=activation.name, limit=activation.limit)
             return None
-        if product.plan.copied.x and product.x_divisor:
-            product.x, product.x_divisor = routed.in_expert_order(product.x, None), 0
+        if self.weights is not None or (product.plan.copied.x and product.x_divisor):
+            product.own_x(routed.in_expert_order(product.x, self.weights))
         for _ in product.parts(z):
             if product.plan.kernel == PERSISTENT:
                 _up_persistent(product, routed, z, h)

@@ -64,7 +64,7 @@ class GroupedGemm:
         has_dots: whether the router gradient is summed.
         epilogue: what is computed on top of the product.
         can_describe_x: whether TMA can describe x; None: x itself decides, or K if it is gathered.
-        can_describe_y: whether TMA can describe the output; None: N decides.
+        can_describe_y: whether TMA can describe the output, if it has columns; None: N decides.
         needs_schedule: whether a later step reads the tile schedule.
         kernel_config: the caller's configurations.
     """
@@ -90,36 +90,35 @@ class GroupedGemm:
         refuse_bf16(x)
         is_forward = kind == "forward"
         self._scratch: Scratch | None = None
+        self.b: torch.Tensor
         if isinstance(weight, torch.Tensor):
-            matrices = weight
+            self.b = weight.transpose(1, 2) if is_forward else weight
+            self.b_is_nk = self.b.stride(1) == 1
+            can_describe_b = can_describe(self.b, 1 if self.b_is_nk else 2)
         else:
             planned = plan_stored(kind, weight, x.dtype, rows, kernel_config)
             self._scratch = Scratch(weight, x, planned)
-            matrices = self._scratch.room
-        b = matrices.transpose(1, 2) if is_forward else matrices
-        self.x, self.b, self.rows = x, b, rows
+            self.b_is_nk, can_describe_b = is_forward, self._scratch.can_describe
+        self.x, self.rows, self._owns_x = x, rows, False
         self.x_divisor, self.scale, self.bias, self.scatter_y = x_divisor, scale, bias, scatter_y
         self.kernel_config = kernel_config
-        num_experts = rows.num_experts
-        _, self.k, self.n = b.shape
+        num_experts, out_features, in_features = weight.shape
+        self.k, self.n = (in_features, out_features) if is_forward else (out_features, in_features)
         self.device = device_of(x.device)
-        self.b_is_nk = b_is_nk = b.stride(1) == 1
         if can_describe_y is None:
             can_describe_y = can_describe_rows(self.n, x.dtype)
         # A kernel that cannot gather gets a copy of the rows: a new matrix.
         if can_describe_x is None:
             can_describe_x = can_describe_rows(self.k, x.dtype) if x_divisor else can_describe(x)
-        can_describe_b = can_describe(b, 1 if b_is_nk else 2)
-        if epilogue == "gated_activation" and not b_is_nk:
+        if epilogue == "gated_activation" and not self.b_is_nk:
             # b is stored (K, N), so gate and up are the halves of each row.
-            can_describe_b = can_describe_b and can_describe_rows(self.n // 2, b.dtype)
+            can_describe_b = can_describe_b and can_describe_rows(self.n // 2, x.dtype)
         self.plan = plan_once(
-            kind, x.dtype, num_experts,
-            *((self.n, self.k) if is_forward else (self.k, self.n)),
+            kind, x.dtype, num_experts, out_features, in_features,
             rows_bucket(rows.num_rows, num_experts),
             x_divisor > 0, scatter_y, scale is not None, bias is not None, has_dots,
-            b_is_nk != is_forward, epilogue,
-            can_describe_x, can_describe_b, can_describe_y,
+            self.b_is_nk != is_forward, epilogue,
+            can_describe_x, can_describe_b, can_describe_y and self.n > 0,
             self.device, kernel_config, needs_schedule or self.num_parts > 1,
         )  # fmt: skip
         self.tiles_n = cdiv(self.n, self.plan.tile[1])
@@ -175,14 +174,16 @@ class GroupedGemm:
         self.schedule = TileSchedule(self.rows, block_m, experts)
         self.schedule.launch(zeroed, scatter)
 
+    def own_x(self, x: torch.Tensor) -> None:
+        """Take a copy of x in expert order, whose rows begin at sectors, in place of x."""
+        self.x, self.x_divisor, self._owns_x = x, 0, True
+
     def copy_operands(self) -> None:
         """Copy the operands that the plan says: gathered rows into expert order, b as it is."""
         copied = self.plan.copied
-        # Rows that their owner has ordered already are not copied again.
-        if copied.x and (self.x_divisor or not can_describe(self.x)):
+        if copied.x and not self._owns_x:
             gather = self.rows.gather if self.x_divisor else None
-            self.x = gather_rows(self.x, gather, None, self.rows.top_k, self.x_divisor)
-            self.x_divisor = 0
+            self.own_x(gather_rows(self.x, gather, None, self.rows.top_k, self.x_divisor))
         if copied.b:
             if self.b_is_nk:
                 self.b = _copied(self.b.transpose(1, 2)).transpose(1, 2)
@@ -198,7 +199,7 @@ class GroupedGemm:
 
     def describes(self, y: torch.Tensor | None) -> bool:
         """Return whether a descriptor stores y."""
-        return y is not None and self.plan.tma.y and can_describe(y)
+        return y is not None and self.plan.tma.y
 
     def new_dots(self, has_bias: bool) -> torch.Tensor:
         """Return zeros for the router gradient: a row for each column tile, and one for a bias."""

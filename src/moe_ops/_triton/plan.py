@@ -173,6 +173,9 @@ def plan(
         # That kernel does not gather. For a long product it gains more than the copy costs.
         copied = copied._replace(x=True)
     gathers = problem.gather and not copied.x
+    if finds_tiles:
+        # It zeros the rows of no expert as one piece of memory, so they are not padded to sectors.
+        operands = operands._replace(y=operands.y and _has_whole_rows(problem))
     tma, unmet = _described(problem, operands, device, wants, gathers)
     if source != "given" or kernel != PERSISTENT:
         # Nobody asked for these descriptors: rules ask for them wherever they might apply.
@@ -276,6 +279,12 @@ def _described(
         if is_wanted and obstacle is not None:
             unmet.append(f"{wish}: {obstacle}")
     return Operands(*uses), tuple(unmet)
+
+
+def _has_whole_rows(problem: Problem) -> bool:
+    """Return whether rows of a contiguous output of forward or dX are multiples of 16 bytes."""
+    width = problem.out_features if problem.kind == "forward" else problem.in_features
+    return width * (4 if problem.dtype == "float32" else 2) % 16 == 0
 
 
 def _persistent_options(

@@ -54,30 +54,37 @@ class Scratch:
         plan: says how many experts a part has.
 
     Attributes:
-        room ((C, N, D)): holds one part. Rows begin where TMA can load them.
         bounds: the first expert of each part and of the next one.
     """
 
     def __init__(self, weight: StoredWeight, like: torch.Tensor, plan: WeightPlan) -> None:
-        num_experts, out_features, in_features = weight.shape
-        experts = plan.experts
-        room = new_rows(like, experts * out_features, in_features)
-        stride = room.stride(0)
-        # unflatten() gives a dimension of size 1 another stride.
-        self.room = room.as_strided(
-            (experts, out_features, in_features), (out_features * stride, stride, 1)
-        )
+        num_experts, experts = weight.shape[0], plan.experts
         self.bounds = [
             (first, min(first + experts, num_experts))
             for first in range(0, num_experts, max(experts, 1))
         ]
-        self._weight = weight
+        self._weight, self._like, self._experts = weight, like, experts
+
+    @property
+    def can_describe(self) -> bool:
+        """Return whether TMA can describe a part: its rows begin at sectors, if it has any."""
+        return self._experts > 0 and 0 not in self._weight.shape
 
     def parts(self) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Dequantise each part in turn. Yield its first expert, the next part's, and the part."""
-        stored = StoredForKernel.of(self._weight) if self.room.numel() else None
+        """Dequantise each part in turn, into the same room (C, N, D).
+
+        Yield the part's first expert, the next part's, and the part.
+        """
+        _, out_features, in_features = self._weight.shape
+        rows = new_rows(self._like, self._experts * out_features, in_features)
+        stride = rows.stride(0)
+        # unflatten() gives a dimension of size 1 another stride.
+        room = rows.as_strided(
+            (self._experts, out_features, in_features), (out_features * stride, stride, 1)
+        )
+        stored = StoredForKernel.of(self._weight) if room.numel() else None
         for first, end in self.bounds:
-            part = self.room[: end - first]
+            part = room[: end - first]
             if stored is not None:
                 stored.dequantize(first, part)
             yield first, end, part

@@ -58,41 +58,48 @@ def fused_experts(
         z = hidden_states.new_empty(num_rows, gate_up_proj.shape[1])
     width = gate_up_proj.shape[1]
     h = new_rows(hidden_states, num_rows, width // 2 if gated else width)
-    schedule, table = up.launch(z, h), up.nested_table
+    down = _planned_down(routed, h, down_proj, down_bias)
+    schedule = up.launch(z, h)
+    if isinstance(down, DecodingGemm):
+        down.nested_table = up.nested_table
     # The scratch of a quantised weight is freed before the next one is made.
     del up
-    y, used = _down_projection(routed, h, down_proj, down_bias, schedule, table)
+    y, used = _down_projection(down, schedule)
     output = sum_rows(y, scatter, after, routed.rows.top_k, used)
     if not for_backward:
         return output
     return output, hidden_states.new_empty(0) if z is None else z, token_counts, gather, scatter
 
 
-def _down_projection(
+def _planned_down(
     routed: RoutedRows,
     h: torch.Tensor,
     weight: torch.Tensor | StoredWeight,
     bias: torch.Tensor | None,
-    schedule: TileSchedule | None,
-    nested_table: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return h @ weight[e].T + bias[e], and how many rows it has; None: all, those of none are 0."""
+) -> GroupedGemm | DecodingGemm:
+    """Plan h @ weight[e].T + bias[e] before h is computed."""
     rows = Rows(routed.rows.token_counts, routed.rows.num_rows)
     if not isinstance(weight, torch.Tensor):
-        decoding = DecodingGemm.where_planned(
-            h, weight, rows, routed.kernel_config, bias=bias, nested_table=nested_table
-        )
+        decoding = DecodingGemm.where_planned(h, weight, rows, routed.kernel_config, bias=bias)
         if decoding is not None:
-            y = h.new_empty(rows.num_rows, weight.shape[1])
-            decoding.launch(y)
-            return y, None
-    gemm = GroupedGemm(
+            return decoding
+    return GroupedGemm(
         "forward", h, weight, rows,
         bias=bias, can_describe_y=True, kernel_config=routed.kernel_config,
     )  # fmt: skip
-    y = gemm.new_operand()
-    gemm.launch(y, zeros_tail=False, shared=schedule)
-    return y, None if gemm.schedule is None else gemm.schedule.used_rows
+
+
+def _down_projection(
+    down: GroupedGemm | DecodingGemm, schedule: TileSchedule | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the product, and how many rows it has; None: all, those of no expert are 0."""
+    if isinstance(down, DecodingGemm):
+        y = down.x.new_empty(down.rows.num_rows, down.weight.shape[1])
+        down.launch(y)
+        return y, None
+    y = down.new_operand()
+    down.launch(y, zeros_tail=False, shared=schedule)
+    return y, None if down.schedule is None else down.schedule.used_rows
 
 
 def fused_experts_down_backward(
