@@ -141,7 +141,13 @@ def check_clip(rank, world_size):
     whole, given = Model(), problem(rank, [5] * world_size, EXPERTS)
     loss_of(whole, given.hidden, given.tangent).backward()
     mesh = init_device_mesh("cpu", (world_size,))
-    for norm_type, max_norm in ((2.0, 0.1), (float("inf"), 0.01), (1.0, 1.0), (2.0, 1e9)):
+    for norm_type, max_norm in (
+        (2.0, 0.1),
+        (float("inf"), 0.01),
+        (1.0, 1.0),
+        (0.0, 1.0),
+        (2.0, 1e9),
+    ):
         model = expert_parallel(copy.deepcopy(whole), mesh)
         loss_of(model, given.hidden[given.own], given.tangent[given.own]).backward()
         for parameter in model.parameters():

@@ -58,9 +58,9 @@ def clip_grad_norm_(
     ]
     if not norms:
         return torch.tensor(0.0)
-    total = torch.linalg.vector_norm(
-        torch.stack([norm.to(norms[0].device) for norm in norms]), norm_type
-    )
+    parts = torch.stack([norm.to(norms[0].device) for norm in norms])
+    # The norm of type 0 counts gradients, so the parts of a sum are not counted again.
+    total = parts.sum() if norm_type == 0 else torch.linalg.vector_norm(parts, norm_type)
     if error_if_nonfinite and not math.isfinite(total.item()):
         raise RuntimeError(
             f"moe_ops.distributed.clip_grad_norm_: expected a finite total norm, got {total.item()}; "
