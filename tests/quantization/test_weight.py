@@ -351,6 +351,11 @@ def test_refuses_a_gradient():
         ((None, "nf4"), TypeError, "expected weight to be a tensor, got None"),
         (([[[1.0]]], "nf4"), TypeError, "expected weight to be a tensor, got list"),
         (
+            (torch.ones(2, 3, 4).to_sparse(), "nf4"),
+            TypeError,
+            "expected weight to be a dense tensor, got layout torch.sparse_coo",
+        ),
+        (
             (quantize_weight(torch.ones(1, 1, 1), "int4"), "nf4"),
             TypeError,
             ("expected weight to be a tensor, got QuantizedWeight; pass its .dequantize() to quantise it "
@@ -369,7 +374,7 @@ def test_refuses_a_gradient():
     ],
     ids=[
         "dim", "int32", "float8", "format", "group_size", "only_group_size", "zero", "float",
-        "none", "list", "quantised", "no_format", "formats",
+        "none", "list", "sparse", "quantised", "no_format", "formats",
     ],
 )  # fmt: skip
 def test_bad_input(arguments, error, text):

@@ -29,14 +29,18 @@ def check_weight_dtype(function: str, dtype: torch.dtype, name: str = "dtype") -
 
 
 def check_tensor(function: str, name: str, value: Any, advice: str = "") -> None:
-    """Refuse what is no tensor.
+    """Refuse what is no tensor, or a sparse one.
 
     Raises:
-        TypeError: it is none.
+        TypeError: it is none, or sparse.
     """
     if not isinstance(value, Tensor):
         got = "None" if value is None else type(value).__name__
         raise TypeError(f"{function}: expected {name} to be a tensor, got {got}{advice}")
+    if value.layout is not torch.strided:
+        raise TypeError(
+            f"{function}: expected {name} to be a dense tensor, got layout {value.layout}{advice}"
+        )
 
 
 def is_matrix(value: object) -> bool:

@@ -50,7 +50,7 @@ def quantize_weight(
         quantised (QuantizedWeight (E, N, D)): on the weight's device; its dtype is weight's.
 
     Raises:
-        TypeError: weight is no tensor, a DTensor, not floating, or has 8 bits or fewer.
+        TypeError: weight is no tensor, a DTensor, sparse, not floating, or has 8 bits or fewer.
         ValueError: weight has not three dimensions; an unknown format; a group_size that the
             format does not have.
 
