@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from moe_ops._core.sharded import PARALLEL
 from moe_ops.distributed import ExpertParallel, dropped_slots, expert_parallel
 from moe_ops.layers import Experts
 from testing import checks
@@ -142,6 +143,41 @@ def check_keywords(rank, world_size):
 
 def test_keywords(ranks):
     ranks(2).run(check_keywords)
+
+
+class Switched(Experts):
+    """Experts with switches that have their defaults in the class."""
+
+    factor = 1.0
+    is_negative = False
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs) * self.factor
+        return -output if self.is_negative else output
+
+
+def check_defaults_of_a_class(rank, world_size, compiled):
+    """A switch that has its default in the class holds for the experts of this rank, too."""
+    experts: Any = Switched(EXPERTS, HIDDEN, INTERMEDIATE)
+    expert_parallel(experts, init_device_mesh("cpu", (world_size,)))
+    call = torch.compile(experts, fullgraph=True, backend="eager") if compiled else experts
+    want = call(*draw(rank))
+    assert type(experts.__dict__[PARALLEL].view).factor == 1.0
+    experts.factor = 0.5
+    assert torch.equal(call(*draw(rank)), want * 0.5)
+    experts.is_negative = True
+    assert torch.equal(call(*draw(rank)), -want * 0.5)
+    del experts.factor
+    Switched.is_negative = True
+    del experts.is_negative
+    # Dynamo does not look whether a class has changed.
+    assert torch.equal(experts(*draw(rank)), -want)
+    Switched.is_negative = False
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_defaults_of_a_class(ranks, compiled):
+    ranks(2).run(check_defaults_of_a_class, compiled=compiled)
 
 
 def check_world_of_one(rank, world_size):

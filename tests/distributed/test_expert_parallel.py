@@ -2,7 +2,7 @@
 """A layer whose experts are spread over ranks computes what one process computes."""
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -370,6 +370,8 @@ def check_errors(rank, world_size):
         expert_parallel(nn.Linear(2, 2), mesh)
     with pytest.raises(ValueError, match=r"expected an experts module .*, got Linear"):
         parallelize_module(nn.Linear(2, 2), mesh, ExpertParallel())
+    with pytest.raises(ValueError, match=r"not compiled yet, .*; compile after expert_parallel"):
+        parallelize_module(cast(nn.Module, torch.compile(experts())), mesh, ExpertParallel())
     parallel = expert_parallel(experts(), mesh, max_tokens_per_rank=3)
     with pytest.raises(ValueError, match="apply ExpertParallel once"):
         expert_parallel(parallel, mesh)

@@ -15,9 +15,14 @@ def check_experts(function: str, module: nn.Module) -> None:
     """Refuse a module that expert parallelism does not take.
 
     Raises:
-        ValueError: it is no experts module, it is parallel already, it runs on another
+        ValueError: it is compiled or no experts module, it is parallel already, it runs on another
             implementation than "moe_ops", or PEFT's adapters around it would be merged.
     """
+    if hasattr(module, "_orig_mod"):
+        raise ValueError(
+            f"{function}: expected experts that are not compiled yet, got those of torch.compile; "
+            "compile after expert_parallel"
+        )
     base = base_of(module)
     if not is_experts(base):
         raise ValueError(

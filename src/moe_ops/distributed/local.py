@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -127,7 +128,33 @@ def local_view(module: nn.Module, num_local: int, world_size: int) -> nn.Module:
     return view
 
 
+class _Default:
+    """An attribute of a view whose class has a default: what its module has now.
+
+    Without it the view, which has no value of its own, would keep to the class's.
+    """
+
+    def __init__(self, name: str, default: Any) -> None:
+        self.name, self.default = name, default
+
+    def __get__(self, view: _Local | None, owner: type) -> Any:
+        if view is None:
+            return self.default
+        return getattr(view.__dict__["_source"][0], self.name)
+
+
 @functools.cache
 def _local_class(cls: type[nn.Module]) -> type[nn.Module]:
+    own = set(dir(cls)).difference(dir(nn.Module))
+    values = {name: inspect.getattr_static(cls, name) for name in own if name[:2] != "__"}
+    defaults = {
+        name: _Default(name, value)
+        for name, value in values.items()
+        # Functions, properties and the like are those of the view.
+        if not hasattr(type(value), "__get__")
+    }
+    # In a class between the two: if code reads type(self).name, Dynamo takes a descriptor of the very
+    # class for the value. Of an inherited one it says that it cannot.
+    between = type("_Defaults", (), defaults)
     # The same name: transformers' classes are recognised by it.
-    return type(cls.__name__, (_Local, cls), {"__module__": cls.__module__})
+    return type(cls.__name__, (_Local, between, cls), {"__module__": cls.__module__})
