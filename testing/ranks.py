@@ -9,7 +9,7 @@ A process that imports torch costs 3 s, so a test session starts those of each w
         ranks(2).run(check, how="eager")
 
 Every rank imports the test module by its path and calls the check. The default process group is
-there, of gloo or NCCL, and stays; a check that destroys it makes it anew (`init`). After a failure the
+there, of gloo or NCCL. A check that destroys a group runs alone (`run_alone`). After a failure the
 processes are ended, and the next check gets new ones. They are always killed: a Python that ends
 while a thread of gloo frees a tensor aborts (pytorch#190489).
 """
@@ -59,6 +59,15 @@ class Ranks:
         if any(answers):
             self.end()
             raise AssertionError("\n".join(f"rank {i}: {a}" for i, a in enumerate(answers) if a))
+
+    def run_alone(self, check: Callable[..., None], **arguments: Any) -> None:
+        """Do the same, and end the processes: for a check that destroys a process group.
+
+        DTensor caches a mesh with what it derived, and takes an equal mesh for it later, though the
+        group of the first is gone.
+        """
+        self.run(check, **arguments)
+        self.end()
 
     def _answer(self, process: "subprocess.Popen[str]") -> str:
         assert process.stdout is not None

@@ -55,8 +55,8 @@ def good_report(root: Path = ROOT) -> dict[str, Any]:
 def test_hash_covers_every_implementation_that_the_table_names():
     functions = [f for op in OPS.values() for f in op.implementations.values()]
     modules = {f.partition(":")[0] if isinstance(f, str) else f.__module__ for f in functions}
-    # Ops on quantised weights share an implementation: one floor down, or beside the plain op's.
-    names = {"pytorch", "triton", "dequantize", "quantized"}
+    # What several ops share is one floor down, or beside the plain op's.
+    names = {"pytorch", "triton", "dequantize", "quantized", "routing"}
     assert {module.rpartition(".")[2] for module in modules} == names
     assert modules <= set(report.module_digests())
 
