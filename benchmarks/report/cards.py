@@ -23,6 +23,12 @@ FORWARD, BOTH = "forward", "forward+backward"
 BLOCKS, PEERS, PEER = ("experts", "named"), "experts-peers", "sonicmoe"
 # A decoding step over the read of its weights: at most so much, for one token and for more.
 DECODE_AIM_OF_ONE, DECODE_AIM = 1.8, 1.2
+# The host's time of forward and backward over compiled grouped_mm's: at most so much.
+HOST_AIM = 0.7
+_WRONG = (
+    "Where the other's result was further from fp64's than the tests allow, it was not timed: "
+    "theirs wrong. "
+)
 _SIZES = {shape.name: shape for shape in suite.SUITE}
 
 
@@ -108,6 +114,7 @@ def _block(cases: list[Record]) -> Table:
 def _gpu(device: str, parts: dict[str, Result]) -> Iterator[str]:
     environments = [parts[part]["environment"] for part in (*BLOCKS, PEERS) if part in parts]
     environment, dates = environments[0], sorted({of["date"] for of in environments})
+    cases = block_cases(parts)
     versions = ", ".join(
         f"{name} {environment[name]}" for name in ("torch", "triton") if name in environment
     )
@@ -116,11 +123,10 @@ def _gpu(device: str, parts: dict[str, Result]) -> Iterator[str]:
         f"{', '.join(dates)}; {versions}. The whole block: T tokens, H hidden size, I "
         "intermediate size, E experts, K of them a token. ms of our forward and backward; the time of "
         "transformers' grouped_mm, compiled for the very sizes, over ours; MiB at most beside the "
-        "inputs, ours and grouped_mm's. Where the other's result was further from fp64's than the "
-        "tests allow, it was not timed: theirs wrong. "
-        f"[All tables](results/{device}.md).\n"
+        "inputs, ours and grouped_mm's. "
+        + _WRONG * any(case.get("wrong") for case in cases)
+        + f"[All tables](results/{device}.md).\n"
     )
-    cases = block_cases(parts)
     yield from markdown(_block(cases), cases)
     if "sweep" in parts:
         yield f"{_sweep(device, parts['sweep']['cases'])}\n"
@@ -155,8 +161,8 @@ def _shortfalls(parts: dict[str, Result], cases: list[Record]) -> Iterator[str]:
     """Yield what the results show to be slower or larger than its peer or its aim."""
     found = False
     for line in (
-        *_slower(parts, cases), *_larger(cases), *_decoding(parts), *_quantised(parts),
-        *_expert_parallel(parts),
+        *_slower(parts, cases), *_larger(cases), *_host(parts), *_decoding(parts),
+        *_quantised(parts), *_expert_parallel(parts),
     ):  # fmt: skip
         found = True
         yield f"- {line}"
@@ -187,6 +193,30 @@ def _larger(cases: list[Record]) -> Iterator[str]:
             names.append(f"{case['shape']} {ours / theirs:.2f}x")
     if names:
         yield f"More memory at most than compiled grouped_mm: {', '.join(names)}."
+
+
+def _host(parts: dict[str, Result]) -> Iterator[str]:
+    """Compare the host's time with the aim, and tell where the device's is longer, too."""
+    late, slow = [], []
+    for case in parts.get("host", {}).get("cases", []):
+        if case.get("pass") != BOTH or "compiled" not in case["host_us"]:
+            continue
+        name = f"{case['what']} {case['shape']}"
+        for told, host, device in (
+            ("", "of compiled", "compiled"),
+            (" compiled", "compiled of compiled", "both compiled"),
+        ):
+            if case["host_ratio"][host][1] > HOST_AIM:
+                late.append(f"{name}{told} {case['host_ratio'][host][1]:.2f}x")
+            if case["ratio"][device][1] < 1:
+                slow.append(f"{name}{told} {case['ratio'][device][1]:.2f}x")
+    if late:
+        yield (
+            f"The host's time of forward+backward, ours over compiled grouped_mm's (the aim is "
+            f"{HOST_AIM}x): {', '.join(late)}."
+        )
+    if slow:
+        yield f"So slower than compiled grouped_mm, where the host is the bound: {', '.join(slow)}."
 
 
 def _decoding(parts: dict[str, Result]) -> Iterator[str]:

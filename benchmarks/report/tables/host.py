@@ -31,6 +31,7 @@ BLOCKS = Table(
 GEMM = Table(
     about="The same of grouped_gemm of an up projection; torch is torch._grouped_mm, eager.",
     rows=where(what="grouped_gemm"),
+    skip_empty=True,
     columns=(
         *keys("shape", "pass"),
         Column("ours", median("host_us", "moe_ops"), ".0f"),
@@ -45,6 +46,7 @@ OPS = Table(
         "(kernels, copies, fills) and allocations of a call."
     ),
     rows=where(what="op"),
+    skip_empty=True,
     columns=(
         *keys("op", "shape"),
         Column("us", median("host_us", "moe_ops"), ".1f"),
