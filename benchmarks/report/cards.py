@@ -199,17 +199,19 @@ def _host(parts: dict[str, Result]) -> Iterator[str]:
     """Compare the host's time with the aim, and tell where the device's is longer, too."""
     late, slow = [], []
     for case in parts.get("host", {}).get("cases", []):
-        if case.get("pass") != BOTH or "compiled" not in case["host_us"]:
+        if case.get("pass") != BOTH:
             continue
         name = f"{case['what']} {case['shape']}"
         for told, host, device in (
             ("", "of compiled", "compiled"),
             (" compiled", "compiled of compiled", "both compiled"),
         ):
-            if case["host_ratio"][host][1] > HOST_AIM:
-                late.append(f"{name}{told} {case['host_ratio'][host][1]:.2f}x")
-            if case["ratio"][device][1] < 1:
-                slow.append(f"{name}{told} {case['ratio'][device][1]:.2f}x")
+            ratio = at("host_ratio", host)(case)
+            if ratio and ratio[1] > HOST_AIM:
+                late.append(f"{name}{told} {ratio[1]:.2f}x")
+            ratio = at("ratio", device)(case)
+            if ratio and ratio[1] < 1:
+                slow.append(f"{name}{told} {ratio[1]:.2f}x")
     if late:
         yield (
             f"The host's time of forward+backward, ours over compiled grouped_mm's (the aim is "
