@@ -8,6 +8,9 @@ tables and plots. What does not fit into the seconds is left out, and the file s
 decode-block, host, model and quantised run where --only names them. The sweep over drawn shapes has a command
 of its own, `python -m benchmarks.cuda.sweep`.
 
+With --gpus N, so many GPUs of the host share the shapes of one part, each in a process of its own, and
+their files are joined. Not for what the host bounds: the processes share it.
+
 Run from the root of the repository. `TRITON_INTERPRET=1 MOE_OPS_IMPLEMENTATION=triton python -m
 benchmarks.cuda --device cpu --tiny --results DIR` runs all usual parts without a GPU, measuring
 nothing.
@@ -45,6 +48,8 @@ from benchmarks.cuda import (
     routing,
     rows,
 )
+from benchmarks.cuda.share import share
+from benchmarks.cuda.sweep_file import LEFT_OUT, join
 from benchmarks.cuda.timing import (
     OURS,
     Bench,
@@ -119,7 +124,7 @@ def run_part(cases: Iterable[Case], until: float) -> tuple[list[Record], dict[st
             logger.exception("%s failed", label)
             failed[label] = f"{type(error).__name__}: {error}".split("\n", maxsplit=1)[0]
         free()
-    missing = {"left out, no time": left_out, "failed": failed}
+    missing = {LEFT_OUT: left_out, "failed": failed}
     return records, {name: what for name, what in missing.items() if what}
 
 
@@ -156,6 +161,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=460, help="of the whole run")
     parser.add_argument("--case-seconds", type=float, default=0.8, help="of one comparison")
     parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--gpus", type=int, default=1, help="that share the shapes of one part")
     parser.add_argument("--tiny", action="store_true", help="sizes for Triton's interpreter")
     parser.add_argument("--results", type=Path, help="default: benchmarks/results")
     parser.add_argument(
@@ -170,11 +176,32 @@ def _parse() -> argparse.Namespace:
     if torch.device(args.device).type != "cuda" and args.results is None:
         parser.error("without a GPU nothing is measured: --results says where to put that")
     args.results = args.results or RESULTS
+    if args.gpus > 1 and len(args.only) != 1:
+        parser.error(f"--gpus: expected --only to name one part, got {','.join(args.only)}")
+    if args.gpus > 1 and args.gpus > (there := torch.cuda.device_count()):
+        parser.error(f"--gpus: expected at most the {there} GPUs of this host, got {args.gpus}")
     return args
+
+
+def _share(args: argparse.Namespace) -> int:
+    """Let each GPU measure its share of the shapes, then join what they wrote."""
+    (part,) = args.only
+    command = [
+        sys.executable, "-m", "benchmarks.cuda", f"--only={part}", f"--seconds={args.seconds}",
+        f"--case-seconds={args.case_seconds}", f"--compilers={args.compilers}",
+    ]  # fmt: skip
+    code, files = share(command, "--shapes", args.shapes, args.gpus, part)
+    if files:
+        path = args.results / files[0].name
+        join(files, path)
+        print(f"wrote {path}")
+    return code
 
 
 def main() -> int:
     args = _parse()
+    if args.gpus > 1:
+        return _share(args)
     until = time.monotonic() + args.seconds
     torch.manual_seed(0)
     device = torch.device(args.device)

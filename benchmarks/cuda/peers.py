@@ -14,6 +14,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -99,9 +100,10 @@ def _swap_halves(gate_up: Tensor) -> Tensor:
 def liger(block: Block) -> Implementation:
     """liger_kernel.ops.LigerFusedMoEFunction, which takes the block's own layouts.
 
-    Written from its docstring and its tests' calls, and not run. LIGER_FUSED_MOE_AUTOTUNE=0 takes
-    fixed configurations.
+    Written from its docstring and its tests' calls, and not run. It takes fixed configurations:
+    tuning them took more than three minutes for a shape.
     """
+    os.environ.setdefault("LIGER_FUSED_MOE_AUTOTUNE", "0")
     ops: Any = importlib.import_module("liger_kernel.ops")
 
     def forward(topk_ids: Tensor) -> Tensor:

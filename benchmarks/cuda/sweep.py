@@ -23,7 +23,6 @@ import functools
 import json
 import logging
 import math
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,9 +33,10 @@ import torch
 from benchmarks import suite
 from benchmarks.cuda import experts, gpt_oss
 from benchmarks.cuda.ahead import compile_within
-from benchmarks.cuda.experts import BOTH, COMPILED, EAGER, PASSES, ROOT, Block, Implementation
+from benchmarks.cuda.experts import BOTH, COMPILED, EAGER, PASSES, Block, Implementation
 from benchmarks.cuda.gpt_oss import GptOssBlock
 from benchmarks.cuda.sampled import SampledComparison
+from benchmarks.cuda.share import share
 from benchmarks.cuda.sweep_file import Results, join, summary
 from benchmarks.cuda.timing import (
     OURS,
@@ -332,21 +332,8 @@ def _share(args: argparse.Namespace) -> int | str:
     command = [sys.executable, "-m", "benchmarks.cuda.sweep", *(["--named"] if args.named else [])]
     command += [f"{name}={value}" for name, value in given.items()]
     names = [draw.shape.name for draw in args.draws]
-    folders = [ROOT / "build" / f"{part}_gpus" / str(gpu) for gpu in range(args.gpus)]
-    running = [
-        subprocess.Popen(
-            [
-                *command, f"--only={','.join(names[gpu :: args.gpus])}", f"--device=cuda:{gpu}",
-                f"--results={folder}",
-            ],
-            cwd=ROOT,
-        )
-        for gpu, folder in enumerate(folders)
-        if names[gpu :: args.gpus]
-    ]  # fmt: skip
-    codes = [process.wait() for process in running]
-    args.join = [file for folder in folders for file in sorted(folder.glob(f"*_{part}.json"))]
-    return (_join(args) if args.join else 0) or max(codes)
+    code, args.join = share(command, "--only", names, args.gpus, part)
+    return (_join(args) if args.join else 0) or code
 
 
 def _join(args: argparse.Namespace) -> int | str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The file of a sweep, and what it comes to."""
+"""The file of a sweep, what it comes to, and how files of several GPUs are joined."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from benchmarks.timing import write
 SAME = ("gpu", "dtype", "torch", "triton", "kernel_sha256", "limit_gb")
 # And in these not, where several GPUs of one host measured them.
 OF_GPU = ("date", "clock now", "ceilings")
+# Where a file names what there was no time for.
+LEFT_OUT = "left out, no time"
 # How many shapes the summary names.
 MOST_NAMED = 8
 
@@ -69,7 +71,7 @@ def _is_of(record: Record, draw: Draw) -> bool:
 
 def in_order(records: Sequence[Record]) -> list[Record]:
     """The records by seed and number, or as the named shapes stand; a shape's stay together."""
-    named = {shape.name: i for i, shape in enumerate(suite.NAMED)}
+    named = {shape.name: i for i, shape in enumerate((*suite.SUITE, *suite.NAMED))}
 
     def place(record: Record) -> tuple[int, ...]:
         seed, _, number = record["shape"].partition("/")
@@ -90,6 +92,7 @@ def join(paths: Sequence[Path], path: Path) -> list[Record]:
     told = [dict(result["environment"]) for result in results]
     repeated = [each.pop("repeated", []) for each in told]
     failed = [each.pop("failed", {}) for each in told]
+    left_out = [each.pop(LEFT_OUT, []) for each in told]
     facts: dict[str, Any] = {}
     for key in dict.fromkeys(key for each in told for key in each):
         values: list[Any] = [each.get(key) for each in told]
@@ -105,9 +108,12 @@ def join(paths: Sequence[Path], path: Path) -> list[Record]:
     if twice := sorted({shape for shape in shapes if shapes.count(shape) > 1}):
         raise ValueError(f"several files have {', '.join(twice)}")
     facts["gpus of one host"] = len(paths)
-    facts["repeated"] = list(dict.fromkeys(line for lines in repeated for line in lines))
+    if any(repeated):
+        facts["repeated"] = list(dict.fromkeys(line for lines in repeated for line in lines))
     if any(failed):
         facts["failed"] = {name: why for each in failed for name, why in each.items()}
+    if any(left_out):
+        facts[LEFT_OUT] = [name for each in left_out for name in each]
     records = in_order([case for result in results for case in result["cases"]])
     write(path, facts, records)
     return records

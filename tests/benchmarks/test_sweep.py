@@ -17,10 +17,12 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import suite
-from benchmarks.cuda import ahead, sweep, sweep_file
+from benchmarks.cuda import __main__ as cuda
+from benchmarks.cuda import ahead, share, sweep, sweep_file
 from benchmarks.cuda.experts import BOTH, COMPILED, EAGER, FORWARD, PASSES, ROOT
 from benchmarks.cuda.timing import OURS, Bench
 from benchmarks.draws import Draw, num_bytes
+from benchmarks.timing import write
 
 TINY = suite.TINY_SUITE[0]
 GPT_OSS = replace(TINY, name="gpt-oss", is_gpt_oss=True)
@@ -342,7 +344,7 @@ class Gpu:
 
 def test_gpus_share_the_shapes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(sweep, "ROOT", tmp_path)
+    monkeypatch.setattr(share, "ROOT", tmp_path)
     monkeypatch.setattr(subprocess, "Popen", Gpu)
 
     def call(gpus):
@@ -358,6 +360,46 @@ def test_gpus_share_the_shapes(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         call(4)
     assert "expected at most the 3 GPUs of this host, got 4" in capsys.readouterr().err
+
+
+class GpuOfPeers:
+    """The same of the peers, of which the second GPU had no time for one."""
+
+    def __init__(self, command, cwd):
+        _, _, module, *options = command
+        assert module == "benchmarks.cuda"
+        given = dict(option.split("=") for option in options)
+        assert (given["--only"], given["--seconds"]) == ("experts-peers", "99.0")
+        names = given["--shapes"].split(",")
+        is_second = given["--device"] == "cuda:1"
+        missing = {sweep_file.LEFT_OUT: ["sonicmoe dsv3"]} if is_second else {}
+        told = {"part": "experts-peers", "present": {"sonicmoe": "0.1.2"}, **missing}
+        path = pathlib.Path(given["--results"]) / "h200_experts_peers.json"
+        write(path, {"gpu": "H200", **told}, [{"shape": name} for name in names if name != "dsv3"])
+        self.code = int(is_second)
+
+    def wait(self):
+        return self.code
+
+
+def test_gpus_share_the_shapes_of_a_part(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(share, "ROOT", tmp_path)
+    monkeypatch.setattr(subprocess, "Popen", GpuOfPeers)
+
+    def call(only):
+        options = ["--shapes=qwen3-30b,dsv3,olmoe", "--seconds=99", f"--results={tmp_path}"]
+        monkeypatch.setattr(sys, "argv", ["cuda", "--gpus=2", f"--only={only}", *options])
+        return cuda.main()
+
+    assert call("experts-peers") == 1
+    found = json.loads((tmp_path / "h200_experts_peers.json").read_text())
+    assert [case["shape"] for case in found["cases"]] == ["qwen3-30b", "olmoe"]
+    assert found["environment"][sweep_file.LEFT_OUT] == ["sonicmoe dsv3"]
+    assert found["environment"]["gpus of one host"] == 2
+    with pytest.raises(SystemExit):
+        call("experts-peers,experts")
+    assert "--gpus: expected --only to name one part, got exp" in capsys.readouterr().err
 
 
 def test_a_line_of_a_shape():
