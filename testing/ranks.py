@@ -9,7 +9,7 @@ A process that imports torch costs 3 s, so a test session starts those of each w
         ranks(2).run(check, how="eager")
 
 Every rank imports the test module by its path and calls the check. The default process group is
-there, of gloo or NCCL. A check that destroys a group runs alone (`run_alone`). After a failure the
+there, of gloo or NCCL. A check that destroys a group is their last (`run_last`). After a failure the
 processes are ended, and the next check gets new ones. They are always killed: a Python that ends
 while a thread of gloo frees a tensor aborts (pytorch#190489).
 """
@@ -60,7 +60,7 @@ class Ranks:
             self.end()
             raise AssertionError("\n".join(f"rank {i}: {a}" for i, a in enumerate(answers) if a))
 
-    def run_alone(self, check: Callable[..., None], **arguments: Any) -> None:
+    def run_last(self, check: Callable[..., None], **arguments: Any) -> None:
         """Do the same, and end the processes: for a check that destroys a process group.
 
         DTensor caches a mesh with what it derived, and takes an equal mesh for it later, though the
@@ -79,7 +79,7 @@ class Ranks:
 
     def _start(self) -> None:
         store = Path(tempfile.mkdtemp()) / "store"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
         self._processes = [
             subprocess.Popen(
                 [

@@ -12,7 +12,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from moe_ops._core.sharded import PARALLEL
 from moe_ops.distributed import ExpertParallel, dropped_slots, expert_parallel
 from moe_ops.layers import Experts
 from testing import checks
@@ -146,33 +145,53 @@ def test_keywords(ranks):
 
 
 class Switched(Experts):
-    """Experts with switches that have their defaults in the class."""
+    """Experts with switches that have their defaults in the class, and constants there."""
 
     factor = 1.0
     is_negative = False
+    unit = 2.0
 
     def forward(self, *args, **kwargs):
-        output = super().forward(*args, **kwargs) * self.factor
+        output = super().forward(*args, **kwargs) * self.factor * type(self).unit
+        output = output / self.__class__.unit * self.read()
         return -output if self.is_negative else output
+
+    @classmethod
+    def read(cls):
+        return cls.unit
 
 
 def check_defaults_of_a_class(rank, world_size, compiled):
     """A switch that has its default in the class holds for the experts of this rank, too."""
     experts: Any = Switched(EXPERTS, HIDDEN, INTERMEDIATE)
+    whole = copy.deepcopy(experts.state_dict())
     expert_parallel(experts, init_device_mesh("cpu", (world_size,)))
     call = torch.compile(experts, fullgraph=True, backend="eager") if compiled else experts
     want = call(*draw(rank))
-    assert type(experts.__dict__[PARALLEL].view).factor == 1.0
     experts.factor = 0.5
     assert torch.equal(call(*draw(rank)), want * 0.5)
     experts.is_negative = True
     assert torch.equal(call(*draw(rank)), -want * 0.5)
-    del experts.factor
-    Switched.is_negative = True
-    del experts.is_negative
+    # A copy follows the copy.
+    other = copy.deepcopy(experts)
+    other.factor = 2.0
+    assert torch.equal(other(*draw(rank)), -want * 2)
+    assert torch.equal(call(*draw(rank)), -want * 0.5)
     # Dynamo does not look whether a class has changed.
-    assert torch.equal(experts(*draw(rank)), -want)
-    Switched.is_negative = False
+    del experts.factor, experts.is_negative
+    Switched.is_negative, Switched.unit = True, 4.0
+    assert torch.equal(experts(*draw(rank)), -want * 2)
+    Switched.is_negative, Switched.unit = False, 2.0
+    # What was there before.
+    early: Any = Switched(EXPERTS, HIDDEN, INTERMEDIATE)
+    early.load_state_dict(whole)
+    early.factor = 3.0
+    expert_parallel(early, init_device_mesh("cpu", (world_size,)))
+    checks.assert_close(early(*draw(rank)), want * 3)
+    early = Experts(EXPERTS, HIDDEN, INTERMEDIATE)
+    early.forward = early.forward
+    with pytest.raises(ValueError, match="the methods of its class, got one with its own forward"):
+        expert_parallel(early, init_device_mesh("cpu", (world_size,)))
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -357,7 +357,7 @@ def check_two_models_and_groups(rank, world_size):
 
 
 def test_two_models_and_two_groups(ranks):
-    ranks(2).run_alone(check_two_models_and_groups)
+    ranks(2).run_last(check_two_models_and_groups)
 
 
 def check_errors(rank, world_size):

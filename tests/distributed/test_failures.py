@@ -72,4 +72,4 @@ def check_made_again(rank, world_size, folder):
 
 
 def test_a_group_that_was_destroyed_and_made_again(ranks, tmp_path):
-    ranks(2).run_alone(check_made_again, folder=str(tmp_path))
+    ranks(2).run_last(check_made_again, folder=str(tmp_path))

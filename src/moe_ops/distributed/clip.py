@@ -44,6 +44,7 @@ def clip_grad_norm_(
 
     Deterministic.
     """
+    norm_type = float(norm_type)
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     # torch's own functions take DTensors of one mesh.
     by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}

@@ -6,6 +6,7 @@ from __future__ import annotations
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from moe_ops.distributed.local import own_methods
 from moe_ops.layers.experts_modules import base_of, is_experts, is_peft_wrapper
 from moe_ops.layers.lora import GroupedLora
 from moe_ops.quantization import QuantizedWeight
@@ -15,7 +16,7 @@ def check_experts(function: str, module: nn.Module) -> None:
     """Refuse a module that expert parallelism does not take.
 
     Raises:
-        ValueError: it is compiled or no experts module, it is parallel already, it runs on another
+        ValueError: it is compiled, no experts module, or one with methods of its own, it is parallel already, it runs on another
             implementation than "moe_ops", or PEFT's adapters around it would be merged.
     """
     if hasattr(module, "_orig_mod"):
@@ -35,6 +36,13 @@ def check_experts(function: str, module: nn.Module) -> None:
             f"{function}: expected plain parameters in {type(module).__name__}, got DTensors; apply "
             "ExpertParallel once, and before fully_shard"
         )
+    for inner in module.modules():
+        # PEFT's wrappers get their forward from moe_ops.integrations.peft.
+        if not is_peft_wrapper(inner) and (own := own_methods(inner)):
+            raise ValueError(
+                f"{function}: expected {type(inner).__name__} with the methods of its class, got one "
+                f"with its own {', '.join(own)}; put them into a subclass"
+            )
     if is_peft_wrapper(module) and "forward" not in module.__dict__:
         raise ValueError(
             f"{function}: expected PEFT's adapters to be computed beside their experts, got some that "

@@ -6,6 +6,8 @@ plain tensors of this rank's experts. A forward that swaps them in the module an
 effect, which torch.compile refuses under activation checkpointing. So there is a second object beside
 the module, of a subclass of its class, that reads each parameter from the module when it is asked for,
 and returns its local part.
+
+What code writes to `self` in a forward, it writes to the view. The module does not see it.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moe_ops.distributed.fsdp import GradientDivisor, asking, constant_of, is_managed
+from moe_ops.layers.experts_modules import is_peft_wrapper
 from moe_ops.quantization import QuantizedWeight
 
 # What nn.Module keeps of itself. All else is read from the module, as it is then.
@@ -116,7 +119,7 @@ def local_view(module: nn.Module, num_local: int, world_size: int) -> nn.Module:
         name: None if child is None else local_view(child, num_local, world_size)
         for name, child in module._modules.items()
     }
-    if "num_experts" in module.__dict__:
+    if isinstance(getattr(module, "num_experts", None), int):
         view.__dict__["num_experts"] = num_local
     if isinstance(module, QuantizedWeight):
         view.__dict__["shape"] = torch.Size((num_local, *module.shape[1:]))
@@ -128,33 +131,50 @@ def local_view(module: nn.Module, num_local: int, world_size: int) -> nn.Module:
     return view
 
 
-class _Default:
-    """An attribute of a view whose class has a default: what its module has now.
+_Hiding = tuple[nn.Module, nn.Module, tuple[str, ...]]
 
-    Without it the view, which has no value of its own, would keep to the class's.
+
+def hiding(view: nn.Module) -> tuple[_Hiding, ...]:
+    """Return what `follow` looks at: each view, its module, and where the class has a default.
+
+    A module's value may hide the default of its class. The view has no value of its own, so it would
+    keep to the default.
     """
+    found = []
+    for part in view.modules():
+        (source,) = part.__dict__["_source"]
+        # moe_ops.integrations.peft asks PEFT's wrapper itself for its switches.
+        names = () if is_peft_wrapper(source) else _defaults(type(source))  # type: ignore[arg-type]
+        if names:
+            found.append((part, source, names))
+    return tuple(found)
 
-    def __init__(self, name: str, default: Any) -> None:
-        self.name, self.default = name, default
 
-    def __get__(self, view: _Local | None, owner: type) -> Any:
-        if view is None:
-            return self.default
-        return getattr(view.__dict__["_source"][0], self.name)
+def follow(pairs: tuple[_Hiding, ...]) -> None:
+    """Give views the values that hide defaults of their classes, as they are now."""
+    for view, source, names in pairs:
+        for name in names:
+            now = getattr(source, name)
+            # Dynamo takes an assignment for a side effect, so there is none where nothing changed.
+            if now is not getattr(view, name):
+                setattr(view, name, now)
+
+
+@functools.cache
+def _defaults(cls: type[nn.Module]) -> tuple[str, ...]:
+    """Return the names of plain values that a class has, but for nn.Module's own."""
+    names = sorted(set(dir(cls)).difference(dir(nn.Module), ("num_experts",)))
+    values = {name: inspect.getattr_static(cls, name) for name in names if name[:2] != "__"}
+    return tuple(name for name, value in values.items() if not hasattr(type(value), "__get__"))
+
+
+def own_methods(module: nn.Module) -> list[str]:
+    """Return the methods of its class that a module has replaced for itself alone."""
+    of_class = {name: inspect.getattr_static(type(module), name, 0) for name in module.__dict__}
+    return [name for name, value in of_class.items() if hasattr(type(value), "__get__")]
 
 
 @functools.cache
 def _local_class(cls: type[nn.Module]) -> type[nn.Module]:
-    own = set(dir(cls)).difference(dir(nn.Module))
-    values = {name: inspect.getattr_static(cls, name) for name in own if name[:2] != "__"}
-    defaults = {
-        name: _Default(name, value)
-        for name, value in values.items()
-        # Functions, properties and the like are those of the view.
-        if not hasattr(type(value), "__get__")
-    }
-    # In a class between the two: if code reads type(self).name, Dynamo takes a descriptor of the very
-    # class for the value. Of an inherited one it says that it cannot.
-    between = type("_Defaults", (), defaults)
     # The same name: transformers' classes are recognised by it.
-    return type(cls.__name__, (_Local, between, cls), {"__module__": cls.__module__})
+    return type(cls.__name__, (_Local, cls), {"__module__": cls.__module__})

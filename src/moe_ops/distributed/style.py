@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_ops._core.sharded import PARALLEL
 from moe_ops._core.torch_private import is_in_backward
 from moe_ops.distributed.experts import check_experts, check_implementation
-from moe_ops.distributed.local import local_view
+from moe_ops.distributed.local import follow, hiding, local_view
 from moe_ops.distributed.shard import shard_experts_
 from moe_ops.layers import MoE
 from moe_ops.layers.experts_modules import base_of, num_experts_of
@@ -118,6 +118,7 @@ class Calls:
     Attributes:
         view (nn.Module): the module with this rank's experts.
         base (nn.Module): what PEFT's wrappers in the view, if any, are around.
+        hiding: what `follow` has to look at before each call.
         num_dropped (Tensor (1,), int64): slots of this rank's tokens that had no room, so far.
     """
 
@@ -129,6 +130,7 @@ class Calls:
         self.group = mesh.get_group().group_name
         self.view = local_view(experts, num_experts // self.world_size, self.world_size)
         self.base = base_of(self.view)
+        self.hiding = hiding(self.view)
         self.num_dropped = torch.zeros(1, dtype=torch.long, device=mesh.device_type)
         self.max_tokens = style.max_tokens_per_rank
         self.keep_rows = style.keep_rows
@@ -175,6 +177,7 @@ def _forward(
     tokens, *routing = flattened(hidden_states, topk_ids, topk_weights)
     capacity = calls.capacity(tokens.shape[0], topk_ids.shape[-1])
     # The model may have been switched since.
+    follow(calls.hiding)
     check_implementation(_HERE, calls.base)
     if calls.world_size == 1 and calls.factor is None:
         return calls.view.forward(hidden_states, topk_ids, topk_weights)

@@ -50,7 +50,9 @@ def is_experts(module: nn.Module) -> bool:
 
 def is_interface_experts(module: nn.Module) -> bool:
     """Tell whether a module goes through transformers' experts interface."""
-    return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
+    # torch.compile's wrapper shows the attributes of what it wraps.
+    is_compiled = hasattr(module, "_orig_mod")
+    return hasattr(module, "is_transposed") and hasattr(module, "has_gate") and not is_compiled
 
 
 def _is_ours(module: nn.Module) -> bool:
