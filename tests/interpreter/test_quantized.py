@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products with quantised weights are right: decoded in the product, and dequantised in parts."""
 
+import gc
 from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import moe_ops
 from moe_ops.quantization.formats import FORMATS
@@ -105,6 +107,31 @@ def test_numbers_do_not_depend_on_the_parts_of_experts(mode, scratch_of):
         found.append([output, *gradients.values()])
     for other in found[1:]:
         assert_same_bits(found[0], other)
+
+
+def test_no_scratch_is_there_when_the_output_is_allocated(monkeypatch):
+    from moe_ops._triton import quantized
+    from moe_ops.ops.fused_experts import triton as fused
+
+    scratches: list[StorageWeakRef] = []
+    alive: list[list[bool]] = []
+    replaced = ((quantized, "new_rows"), (fused, "sum_rows"))
+    new_rows, sum_rows = (getattr(module, name) for module, name in replaced)
+
+    def noted(*args: Any) -> torch.Tensor:
+        rows = new_rows(*args)
+        scratches.append(StorageWeakRef(rows.untyped_storage()))
+        return rows
+
+    def watched(*args: Any) -> torch.Tensor:
+        gc.collect()  # the interpreter's launches are cycles
+        alive.append([not scratch.expired() for scratch in scratches])
+        return sum_rows(*args)
+
+    for (module, name), function in zip(replaced, (noted, watched), strict=True):
+        monkeypatch.setattr(module, name, function)
+    experts("nf4", (300, 2, 5, 24, 40), torch.float32).inference()
+    assert alive == [[False, False]]
 
 
 @pytest.mark.parametrize("mode", gemm_problem.MODES)

@@ -65,6 +65,7 @@ def fused_experts(
     # The scratch of a quantised weight is freed before the next one is made.
     del up
     y, used = _down_projection(down, schedule)
+    del down  # and with it a scratch, or a copy of the weight, before the output is allocated
     output = sum_rows(y, scatter, after, routed.rows.top_k, used)
     if not for_backward:
         return output
