@@ -161,6 +161,10 @@ def test_what_a_config_says_itself_is_not_given(capsys, tmp_path):
     ("arguments", "reason"),
     [
         (["--gpu", "H300"], "expected a GPU of T4, A100"),
+        (
+            ["--gpu", "T4"],
+            "bf16 products need compute capability 8.0 or newer, and Tesla T4 has 7.5",
+        ),
         (["--kernel-config", "{", "--gpu", "H100"], "--kernel-config: not JSON"),
         (["--top-k=200", "--gpu", "H100"], "expected --top-k at most --num-experts"),
         (["--hidden-size=0", "--gpu", "H100"], "expected --hidden-size >= 1, got 0"),

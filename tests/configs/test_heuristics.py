@@ -34,14 +34,22 @@ def wishes(problem: Problem) -> set[str]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("sizes", [(2048, 768), (1001, 344), (4104, 1536), (2048, 16)])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_every_computed_configuration_says_why(gpu, num_tokens, dtype, sizes, has_bias):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_every_computed_configuration_says_why(gpu, num_tokens, dtype, sizes, has_bias, transposed):
     device = KNOWN_GPUS[gpu]
-    given = replace(layer(*sizes), dtype=dtype, has_bias=has_bias)
+    given = replace(layer(*sizes), dtype=dtype, has_bias=has_bias, transposed=transposed)
     for _, problem in products_of(given, num_tokens, True, device):
         for operands in (None, Operands(y=False), Operands(x=False)):
             config, reason = heuristic_and_reason(problem, device, operands)
             assert config == heuristic(problem, device, operands)
             assert len(reason) > 10, problem
+            assert device.has_tma or "TMA cannot" not in reason
+            assert has_bias or "bias" not in reason
+            takes_copies = problem.gather and not problem.transposed
+            assert takes_copies or "copying the rows" not in reason
+            is_wide = config.tile[0] * config.tile[1] >= 128 * 256
+            assert is_wide or not reason.startswith("the widest tile")
+            assert not config.warp_specialize or "group of warps" in reason or "reads" in reason
 
 
 @pytest.mark.parametrize("hidden_size", [1000, 1008, 1016, 2040])

@@ -149,8 +149,12 @@ def test_a_flattened_loop_beside_a_bias_is_a_wish_that_cannot_be_met():
     plain = moe_ops.kernel_config(moe_ops.KernelConfigForward(flatten=False))
     biased = with_words(BARE, ["bias"])
     made = plan(biased, Operands(), H200, flat)
-    assert [wish.partition(":")[0] for wish in made.unmet] == ["flatten"]
+    assert [wish.partition(":")[0] for wish in made.unmet] == ["flatten, ignored"]
     assert not made.options["FLATTEN"]
+    # So it is where the fallback of another kernel computes the product.
+    assert any(
+        w.startswith("flatten, ignored") for w in plan(biased, Operands(), A100, config(256)).unmet
+    )
     for problem, given in ((BARE, flat), (biased, plain), (biased, None)):
         assert plan(problem, Operands(), H200, given).unmet == ()
 
@@ -181,11 +185,11 @@ def test_where_a_configuration_came_from():
     assert plan(shipped, Operands(), H200, other).source == "shipped"
 
 
-def once(rows, device, kernel_config=None):
+def once(rows, device, kernel_config=None, bias=False):
     """Return the remembered plan of BARE at so many rows."""
     return plan_once(
-        "forward", torch.bfloat16, 8, 512, 256, rows, *[False] * 6, "none", True, True, True, device,
-        kernel_config, False,
+        "forward", torch.bfloat16, 8, 512, 256, rows, False, False, False, bias, False, False,
+        "none", True, True, True, device, kernel_config, False,
     )  # fmt: skip
 
 
@@ -206,6 +210,49 @@ def test_a_wish_that_cannot_be_met_is_logged_once(caplog):
     assert (
         "need Hopper (compute capability 9.x), and NVIDIA A100-SXM4-80GB has 8.0" in said[0].message
     )
+
+
+def test_a_default_is_no_wish_to_be_warned_of(caplog):
+    """A loop is flattened by default. explain tells that it is not, and the log only to who asks."""
+    planning.plan_once.cache_clear()
+    planning._log_once.cache_clear()
+    given = moe_ops.kernel_config(moe_ops.KernelConfigForward())
+    with caplog.at_level(logging.INFO, logger="moe_ops"):
+        once(1024, H200, given, bias=True)
+    (said,) = caplog.records
+    assert said.levelno == logging.INFO
+    assert "forward (given configuration): flatten, ignored: beside a bias" in said.message
+
+
+@pytest.mark.parametrize(
+    ("epilogue", "dtype", "columns", "parts", "is_stored"),
+    [
+        ("none", "float16", 16, 2, True),
+        ("gated", "float16", 16, 2, False),
+        ("gated", "float16", 16, 1, True),
+        ("gated", "float16", 32, 2, True),
+        ("gated", "float32", 16, 2, True),
+        ("activated", "float16", 16, 2, True),
+    ],
+)
+def test_no_descriptor_stores_less_than_16_bytes(epilogue, dtype, columns, parts, is_stored):
+    words = ["gather", epilogue] if epilogue != "none" else []
+    problem = make_problem("forward", dtype, *SIZES[1:], words)
+    given = moe_ops.KernelConfigForward(
+        BLOCK_N=columns, epilogue_subtile=parts, use_tma_store=True, flatten=False
+    )
+    made = plan(problem, Operands(), H200, moe_ops.kernel_config(given))
+    assert made.tma.y == is_stored
+    unmet = "use_tma_store: the parts of a tile are narrower than 16 bytes"
+    assert made.unmet == (() if is_stored else (unmet,))
+
+
+def test_an_early_start_is_not_for_dw():
+    given = moe_ops.kernel_config(None, None, moe_ops.KernelConfigBackward_dW(launch_pdl=True))
+    problem = make_problem("backward_dW", *SIZES)
+    for device in (H200, A100):
+        (unmet,) = plan(problem, Operands(), device, given).unmet
+        assert unmet == "launch_pdl: dW's kernel has no part that could start early"
 
 
 @pytest.mark.parametrize("width", [1000, 1001, 1004])

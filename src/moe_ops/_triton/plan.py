@@ -124,8 +124,10 @@ def plan_once(
         gather, scatter, scale, bias, dots, transposed, epilogue,
     )  # fmt: skip
     made = plan(problem, Operands(x, b, y), device, kernel_config, needs_schedule)
-    level = logging.WARNING if made.source == "given" else logging.INFO
     for wish in made.unmet:
+        # A loop is asked to be flattened by default, so that one need not be a wish.
+        is_wish = made.source == "given" and not wish.startswith(_FLATTEN)
+        level = logging.WARNING if is_wish else logging.INFO
         _log_once(level, f"moe_ops: {kind} ({made.source} configuration): {wish}")
     return made
 
@@ -176,13 +178,20 @@ def plan(
     if finds_tiles:
         # It zeros the rows of no expert as one piece of memory, so they are not padded to sectors.
         operands = operands._replace(y=operands.y and _has_whole_rows(problem))
-    tma, unmet = _described(problem, operands, device, wants, gathers)
+    # The parts in which a tile is stored. With a gate, the output is half as wide as the tile.
+    stored = (
+        tile[1] // (2 if problem.epilogue == "gated_activation" else 1) // config.epilogue_subtile
+    )
+    is_narrow = stored * problem.itemsize < 16
+    tma, unmet = _described(problem, operands, device, wants, gathers, is_narrow)
     if source != "given" or kernel != PERSISTENT:
         # Nobody asked for these descriptors: rules ask for them wherever they might apply.
         unmet = ()
-    if source == "given" and not config.warp_specialize and config.flatten and problem.bias:
-        unmet = (*unmet, "flatten: beside a bias Triton would load nothing ahead in one loop")
-    if config.launch_pdl and not device.has_tma:
+    if source == "given" and kernel == PERSISTENT and config.flatten and problem.bias:
+        unmet = (*unmet, f"{_FLATTEN}: beside a bias Triton would load nothing ahead in one loop")
+    if config.launch_pdl and problem.kind == "backward_dW":
+        unmet = (*unmet, "launch_pdl: dW's kernel has no part that could start early")
+    elif config.launch_pdl and not device.has_tma:
         unmet = (
             *unmet,
             f"launch_pdl: it needs compute capability 9.0 or newer, and {_name(device)}",
@@ -248,6 +257,7 @@ def _obstacle(
     return why_no_kernels()
 
 
+_FLATTEN = "flatten, ignored"
 _OPERANDS = {"x": "the left operand", "b": "the right operand", "y": "the output"}
 _RULE = "its address and strides must be multiples of 16 bytes"
 
@@ -258,14 +268,26 @@ def _name(device: Device) -> str:
 
 
 def _described(
-    problem: Problem, operands: Operands, device: Device, wants: dict[str, bool], gathers: bool
+    problem: Problem,
+    operands: Operands,
+    device: Device,
+    wants: dict[str, bool],
+    gathers: bool,
+    is_narrow: bool,
 ) -> tuple[Operands, tuple[str, ...]]:
-    """Return which operands go through descriptors, and why others that should do not."""
+    """Return which operands go through descriptors, and why others that should do not.
+
+    `is_narrow` says that parts of a tile are stored that are too narrow for a descriptor.
+    """
     uses, unmet = [], []
     obstacles = {
         "x": "gathered rows are loaded by pointers" if gathers else None,
         "b": None,
-        "y": "scattered rows are stored by pointers" if problem.scatter else None,
+        "y": "scattered rows are stored by pointers"
+        if problem.scatter
+        else "the parts of a tile are narrower than 16 bytes"
+        if is_narrow
+        else None,
     }
     for (operand, is_described), (wish, is_wanted) in zip(
         operands._asdict().items(), wants.items(), strict=True
@@ -284,7 +306,7 @@ def _described(
 def _has_whole_rows(problem: Problem) -> bool:
     """Return whether rows of a contiguous output of forward or dX are multiples of 16 bytes."""
     width = problem.out_features if problem.kind == "forward" else problem.in_features
-    return width * (4 if problem.dtype == "float32" else 2) % 16 == 0
+    return width * problem.itemsize % 16 == 0
 
 
 def _persistent_options(

@@ -62,7 +62,7 @@ class Row:
         computes_epilogue: whether the kernel computes what stands on top of the product.
         config: the configuration's fields.
         source: where the configuration came from: "given", "tuned", "shipped" or "computed".
-        reason: why this kernel.
+        reason: why this kernel and this configuration.
         copied: operands that are first copied to where TMA can load them, "left" or "right".
         unmet: wishes of the configuration that cannot be met, with reasons.
         weight: how a quantised weight is read, and why; None for a plain one.
@@ -97,6 +97,7 @@ def explain(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Ite
         layers = experts.experts_of(options)
         device = _device(options.gpu)
         num_tokens = options.num_tokens or tuning.NUM_TOKENS
+        _check_dtype(layers, device)
         rows = [
             (layer, [*_rows(layer, tokens, device, text, options.separate_ops, options.quantized)])
             for layer in layers
@@ -111,6 +112,15 @@ def explain(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Ite
         content = {"gpu": device.name, "products": found, "padding": notes}
         return [json.dumps(content, indent=2)]
     return _lines(device, rows, is_plain=options.quantized is None)
+
+
+def _check_dtype(layers: Iterable[tuning.Experts], device: Device) -> None:
+    """Refuse what no kernel computes, as a call would."""
+    if device.capability < (8, 0) and any(layer.dtype == torch.bfloat16 for layer in layers):
+        raise RuntimeError(
+            f"bf16 products need compute capability 8.0 or newer, and {device.name} has "
+            f"{'.'.join(map(str, device.capability))}; use --dtype float16"
+        )
 
 
 def _ended(error: Exception, parser: argparse.ArgumentParser) -> SystemExit:

@@ -71,7 +71,7 @@ def shared_memory(config: KernelConfig, problem: Problem, device: Device) -> int
         return _pingpong_operands(config) + stored + 2 * _BARRIERS
     if problem.kind == "backward_dW" and problem.transposed:
         rows, columns = columns, rows
-    size = 4 if problem.dtype == "float32" else 2
+    size = problem.itemsize
     # The tile is stored in parts of this width.
     columns_stored = columns // config.epilogue_subtile
     tile = rows * columns_stored * size

@@ -48,6 +48,7 @@ _GROUP_M = 8
 _OF_FP32 = "a tile for fp32"
 _OF_OLD_GPUS = "a tile for GPUs before compute capability 8.0"
 _BY_POINTERS = "pointers load or store, since TMA cannot describe all operands"
+_WITHOUT_TMA = "pointers load and store: this GPU has no TMA"
 
 
 def heuristic(problem: Problem, device: Device, operands: Operands | None = None) -> KernelConfig:
@@ -74,8 +75,12 @@ def heuristic_and_reason(
     config, why = rule(problem, device, operands)
     narrow = _narrowed(config, problem)
     if narrow is not config:
-        why = "a side as narrow as a LoRA's rank: reading or writing the rows is the bound"
-    return fitting(narrow, problem, device), why
+        why = f"a side of the weight has at most {_NARROW} elements: reading or writing the rows is the bound"
+    fitted = fitting(narrow, problem, device)
+    if fitted.tile != narrow.tile:
+        tile = "x".join(map(str, narrow.tile))
+        why = f"a tile of {tile} does not fit the shared memory, so this one is smaller ({why})"
+    return fitted, why
 
 
 def _narrowed(config: KernelConfig, problem: Problem) -> KernelConfig:
@@ -185,7 +190,8 @@ def _gemm_tile(problem: Problem, device: Device, operands: Operands) -> _Tile:
         # Beside a bias, or two outputs as wide as the tile, less is left.
         has_little = problem.bias or problem.epilogue == "activation"
         return replace(tile, n=64 if has_little else min(tile.n, 128))
-    return _Tile(128, 128 if is_even else 64, 32, 8, why=_BY_POINTERS)
+    why = _BY_POINTERS if device.has_tma else _WITHOUT_TMA
+    return _Tile(128, 128 if is_even else 64, 32, 8, why=why)
 
 
 def _few_rows_tile(problem: Problem, device: Device, operands: Operands) -> _Tile:
@@ -194,7 +200,7 @@ def _few_rows_tile(problem: Problem, device: Device, operands: Operands) -> _Til
     Descriptors gain nothing there and cost host time, unless pointers read number by number.
     """
     by_descriptor = operands.b and not is_vector(problem.weight_row)
-    why = "an expert has few rows: reading its weight is the bound, and a low tile wastes little"
+    why = f"an expert has at most {FEW_ROWS} rows: reading its weight is the bound, and a low tile wastes little"
     if problem.rows <= 8:
         return _Tile(16, 64, 128, 4, programs_per_sm=4, loads_weight=by_descriptor, why=why)
     # With fewer steps loaded ahead an SM has room for both programs.
@@ -228,7 +234,8 @@ def _tma_tile(problem: Problem, device: Device, operands: Operands) -> _Tile:
     if problem.has_activation and (
         problem.epilogue == "activation" or problem.bias or device.capability >= (10, 0)
     ):
-        why = "the registers of the activation and of a bias leave room for half of the widest tile"
+        what = "the activation and of a bias" if problem.bias else "the activation"
+        why = f"the registers of {what} leave room for half of the widest tile"
         return _Tile(128, 128, 64, 8, 4, subtile, loads=True, stores=True, why=why)
     is_bare_gather = problem.gather and not problem.has_activation and not is_copied
     if is_hopper and problem.kind == "forward" and is_bare_gather and problem.rows > SOME_ROWS:
@@ -239,7 +246,10 @@ def _tma_tile(problem: Problem, device: Device, operands: Operands) -> _Tile:
             128, 128, 64, 4, subtile=2, programs_per_sm=2, loads=True, stores=True, why=why
         )
     why = "the widest tile reads least for each product"
-    if is_hopper and not is_ordered:
+    obstacle = why_not_specialized(problem, PINGPONG_TILE)
+    if is_hopper and obstacle is not None:
+        why += f"; {obstacle}"
+    elif is_hopper and not is_ordered:
         why += ", and copying the rows for a warp-specialised kernel would cost more than it gains"
     elif is_hopper and needs_wide:
         why += ": rows begin within sectors of 32 bytes, which each narrow tile would read again"
@@ -278,7 +288,7 @@ def _specialized_tile(problem: Problem) -> _Tile:
             depth, stages = (32, 6) if _fills_steps(problem) else (64, 3)
             return _Tile(
                 *_WIDE_TILE, depth, 8, stages, loads=True, stores=True, is_specialized=True,
-                why="an expert has few rows for its weight, which a wide tile reads less often",
+                why=f"an expert has at most {SOME_ROWS} rows: a wide tile reads its weight less often",
             )  # fmt: skip
     # Smaller buffers for the stores leave room for more stages. With the activation's backward they
     # hold fewer columns at a time, which costs more than the stages gain.
@@ -337,18 +347,18 @@ def _heuristic_dw(problem: Problem, device: Device, operands: Operands) -> tuple
         return KernelConfigBackward_dW(
             BLOCK_M=32, BLOCK_N=128, BLOCK_K=128, num_warps=8, num_stages=3, flatten=False,
             use_tma_load_dy=dy, use_tma_load_x=x, use_tma_store=operands.y,
-        ), _BY_POINTERS  # fmt: skip
+        ), _BY_POINTERS if device.has_tma else _WITHOUT_TMA  # fmt: skip
     if device.capability[0] == HOPPER and min(problem.out_features, problem.in_features) >= 128:
         n, k = _wide_dw_tile(problem)
         return KernelConfigBackward_dW(
             BLOCK_M=32, BLOCK_N=n, BLOCK_K=k, num_warps=8, num_stages=6, group_m=4,
             use_tma_load_dy=True, use_tma_load_x=True, use_tma_store=True, warp_specialize=True,
-        ), "a wide tile reads less, and this way round pads or reads least"  # fmt: skip
+        ), f"a side of 256 reads less than a square tile, and {n}x{k} pads or reads less than {k}x{n}"  # fmt: skip
     return KernelConfigBackward_dW(
         BLOCK_M=32, BLOCK_N=128, BLOCK_K=128, num_warps=4, num_stages=4, group_m=4,
         programs_per_sm=2, use_tma_load_dy=True, use_tma_load_x=True, use_tma_store=True,
         epilogue_subtile=2,
-    ), "of two programs on an SM one stores its tile while the other multiplies"  # fmt: skip
+    ), "where an SM has room for two programs, one stores its tile while the other multiplies"  # fmt: skip
 
 
 def _wide_dw_tile(problem: Problem) -> tuple[int, int]:

@@ -87,6 +87,11 @@ class Problem:
         return tuple(words)
 
     @property
+    def itemsize(self) -> int:
+        """Return the bytes of an element of the operands."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
     def key(self) -> str:
         """Return the problem as one string, the key of tables and caches."""
         sizes = f"E{self.num_experts} N{self.out_features} D{self.in_features} rows{self.rows}"
@@ -111,7 +116,7 @@ def dense_operands(problem: Problem) -> Operands:
     Their rows must be multiples of 16 bytes: of 8 elements of 16 bits. TMA loads zeros past the
     ends of a tensor and stores nothing there, so no width need be a multiple of a tile's.
     """
-    size = 4 if problem.dtype == "float32" else 2
+    size = problem.itemsize
     out_features, in_features = problem.out_features, problem.in_features
     if problem.kind == "backward_dW":
         sides = _is_described(out_features, size), _is_described(in_features, size)
