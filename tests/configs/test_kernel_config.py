@@ -136,15 +136,28 @@ NOT_SPECIALIZED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"launch_pdl": True}, ValueError, "launch_pdl=False with warp_specialize, got True"),
     ({"use_tma_load_x": False}, ValueError, "use_tma_load_x=True with warp_specialize, got False"),
     ({"use_tma_store": False}, ValueError, "use_tma_store=True with warp_specialize, got False"),
-    ({"BLOCK_M": 64}, ValueError, "with warp_specialize, got 64x128 over 64"),
-    ({"BLOCK_M": 256, "BLOCK_N": 256}, ValueError, "with warp_specialize, got 256x256 over 64"),
-    ({"BLOCK_K": 16}, ValueError, "with warp_specialize, got 128x128 over 16"),
+    ({"BLOCK_M": 64}, ValueError, "with warp_specialize, got 64x128 and 64"),
+    ({"BLOCK_M": 256, "BLOCK_N": 256}, ValueError, "with warp_specialize, got 256x256 and 64"),
+    ({"BLOCK_K": 16}, ValueError, "with warp_specialize, got 128x128 and 16"),
     ({"tail_tiles": True, "flatten": False}, ValueError, "not (tail_tiles and warp_specialize)"),
 ]
 TAIL_TILES = [
     ({"tail_tiles": True}, ValueError, "not (tail_tiles and flatten)"),
     ({"tail_tiles": True, "flatten": False, "BLOCK_M": 16}, ValueError, "BLOCK_M >= 32"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("name", "tile"),
+    [
+        ("forward", "BLOCK_M x BLOCK_N"),
+        ("backward_dX", "BLOCK_M x BLOCK_K"),
+        ("backward_dW", "BLOCK_N x BLOCK_K"),
+    ],
+)
+def test_an_error_names_the_fields_of_the_tile(name, tile):
+    with pytest.raises(ValueError, match=f"expected {tile} to be 128x128, 128x256 or 256x128, and"):
+        PASSES[name](warp_specialize=True, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64)
 
 
 def test_is_pingpong():

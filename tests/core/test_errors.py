@@ -303,6 +303,25 @@ def test_rejects_none_for_a_tensor(name, argument):
         sample(**{argument: None})
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", ["topk_routing", "permute", "grouped_gemm", "fused_experts"])
+def test_rejects_sparse_tensors(name, grad):
+    arguments = valid(name)
+    matrices = {
+        key: value
+        for key, value in arguments.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1
+    }
+    assert matrices
+    for key, value in matrices.items():
+        given = {**arguments, key: value.to_sparse().requires_grad_(grad)}
+        with pytest.raises(TypeError) as caught:
+            getattr(moe_ops, name)(**given)
+        assert str(caught.value) == (
+            f"moe::{name}: expected {key} to be a dense tensor, got layout torch.sparse_coo"
+        )
+
+
 def test_rejects_mixed_devices():
     arguments = valid("grouped_gemm")
     arguments["weight"] = arguments["weight"].to("meta")

@@ -261,7 +261,7 @@ def _autograd_kernel(op: Op) -> Callable[..., Tensors]:
             with below_autograd():
                 return redispatch(keyset & AFTER_AUTOGRAD, *args)
         except (NotImplementedError, RuntimeError) as error:
-            _explain_dtensors(op, args, error)
+            _explain_tensors(op, args, error)
             raise
 
     return kernel
@@ -317,9 +317,14 @@ def _refuse_grad(op: Op, argument: str) -> NoReturn:
     )
 
 
-def _explain_dtensors(op: Op, args: tuple[Any, ...], error: Exception) -> None:
-    """Raise an error that says what to do, where a call failed because it got DTensors."""
+def _explain_tensors(op: Op, args: tuple[Any, ...], error: Exception) -> None:
+    """Raise an error that says what to do, where a call failed because of DTensors or sparse ones."""
     for argument, value in zip(op.schema.arguments, args, strict=False):
+        if isinstance(value, torch.Tensor) and value.layout is not torch.strided:
+            raise TypeError(
+                f"{NAMESPACE}::{op.schema.called}: expected {argument.name} to be a dense tensor, got "
+                f"layout {value.layout}"
+            ) from error
         if is_sharded(value):
             raise TypeError(
                 f"{NAMESPACE}::{op.schema.called}: expected plain tensors, or a sharding rule for "

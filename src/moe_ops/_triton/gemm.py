@@ -13,6 +13,8 @@ The op's names become the product's, for forward and dX have one kernel:
     topk_weights                    scale
     permute_x, top_k                x_divisor: which row of x a row reads; 0: its own
     permute_y                       scatter_y
+    BLOCK_M, BLOCK_N, BLOCK_K       rows, columns and steps of the tile in forward;
+                                    in dX rows, steps and columns (KernelConfig.TILE)
 """
 
 from __future__ import annotations

@@ -67,6 +67,7 @@ class Row:
         unmet: wishes of the configuration that cannot be met, with reasons.
         weight: how a quantised weight is read, and why; None for a plain one.
         scratch_bytes: what it is dequantised to at a time.
+        is_alternative: whether it runs in place of the row before. Sizes alone do not tell which.
     """
 
     projection: str
@@ -83,6 +84,7 @@ class Row:
     unmet: tuple[str, ...]
     weight: str | None = None
     scratch_bytes: int = 0
+    is_alternative: bool = False
 
 
 def explain(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Iterable[str]:
@@ -172,8 +174,11 @@ def _rows(
         layer = replace(layer, transposed=False)
     num_fused = sum(1 for _ in tuning.products_of(layer, num_tokens, device=device))
     products = tuning.products_of(layer, num_tokens, separate_ops, device)
+    before = None
     for i, (projection, problem) in enumerate(products):
         is_fused = i < num_fused
+        is_alternative = before == (projection, problem.kind)
+        before = projection, problem.kind
         if quantized is not None and problem.kind == "backward_dW":
             # A quantised weight has no gradient.
             continue
@@ -211,6 +216,7 @@ def _rows(
             unmet=plan.unmet,
             weight=None if weight is None else weight.reason,
             scratch_bytes=0 if weight is None else weight.scratch_bytes,
+            is_alternative=is_alternative,
         )
 
 
@@ -270,6 +276,7 @@ def _lines(
 ) -> Iterator[str]:
     major, minor = device.capability
     yield f"{device.name}: compute capability {major}.{minor}, {device.num_sms} SMs"
+    yield "A configuration begins with BLOCK_M x BLOCK_N x BLOCK_K, as kernel_config takes them."
     for layer, of_layer in rows:
         yield ""
         yield (
@@ -281,10 +288,9 @@ def _lines(
         # Dequantised weights lie where TMA can load them, whatever their width.
         if is_plain and (note := _padding(layer, device)):
             yield f"  {note}"
-        for last, row in zip((None, *of_layer), of_layer, strict=False):
+        for row in of_layer:
             on_top = "" if row.epilogue == "none" else f", {row.epilogue.replace('_', ' ')}"
-            if last is not None and (last.projection, last.kind) == (row.projection, row.kind):
-                # Of the two one runs. Sizes alone do not tell which.
+            if row.is_alternative:
                 on_top = ", in place of the last for gelu or interleaved gate and up"
             yield f"  {row.projection:<5} {row.kind:<12} {row.kernel:<12} {row.source}{on_top}"
             if row.kernel == "decoding":

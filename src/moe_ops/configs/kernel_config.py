@@ -7,7 +7,7 @@ M counts routed rows, N out_features and K in_features, in all three.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 # Rows and columns of a tile in the ping-pong kernels. The tiles of the cooperative kernels are wider.
 PINGPONG_TILE = (128, 128)
@@ -54,6 +54,9 @@ class KernelConfig:
         TypeError: a field has another type.
     """
 
+    # The fields that are the rows and the columns of an output tile, and what a step contracts.
+    TILE: ClassVar[tuple[str, str, str]] = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
+
     BLOCK_M: int = 128
     BLOCK_N: int = 128
     BLOCK_K: int = 64
@@ -98,7 +101,8 @@ class KernelConfig:
     @property
     def tile(self) -> tuple[int, int, int]:
         """Return the rows and columns of an output tile, and the elements contracted in a step."""
-        return self.BLOCK_M, self.BLOCK_N, self.BLOCK_K
+        rows, columns, contracted = (getattr(self, name) for name in self.TILE)
+        return rows, columns, contracted
 
     @property
     def is_pingpong(self) -> bool:
@@ -110,8 +114,9 @@ class KernelConfig:
         # A group of warps multiplies at least 64 rows. Its registers hold at most 64 * 256 sums.
         if min(rows, columns) < 128 or rows * columns > 128 * 256 or contracted < 32:
             raise ValueError(
-                f"{type(self).__name__}: expected a tile of 128x128, 128x256 or 256x128, contracted "
-                f"over 32 or more, with warp_specialize, got {rows}x{columns} over {contracted}"
+                f"{type(self).__name__}: expected {self.TILE[0]} x {self.TILE[1]} to be 128x128, "
+                f"128x256 or 256x128, and {self.TILE[2]} >= 32, with warp_specialize, got "
+                f"{rows}x{columns} and {contracted}"
             )
         if self.num_stages < 2:
             # The kernel frees a step's buffer one step later.
@@ -182,6 +187,8 @@ class KernelConfigBackward_dX(KernelConfig):  # noqa: N801
         use_tma_load_w (bool): load the weight through a descriptor.
     """
 
+    TILE: ClassVar[tuple[str, str, str]] = ("BLOCK_M", "BLOCK_K", "BLOCK_N")
+
     tail_tiles: bool = False
     use_tma_load_dy: bool = False
     use_tma_load_w: bool = False
@@ -189,10 +196,6 @@ class KernelConfigBackward_dX(KernelConfig):  # noqa: N801
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_tail_tiles(self, self.tail_tiles)
-
-    @property
-    def tile(self) -> tuple[int, int, int]:  # noqa: D102  as the base class says
-        return self.BLOCK_M, self.BLOCK_K, self.BLOCK_N
 
 
 @dataclass(frozen=True)
@@ -204,12 +207,10 @@ class KernelConfigBackward_dW(KernelConfig):  # noqa: N801
         use_tma_load_x (bool): load the rows of the input through a descriptor.
     """
 
+    TILE: ClassVar[tuple[str, str, str]] = ("BLOCK_N", "BLOCK_K", "BLOCK_M")
+
     use_tma_load_dy: bool = False
     use_tma_load_x: bool = False
-
-    @property
-    def tile(self) -> tuple[int, int, int]:  # noqa: D102  as the base class says
-        return self.BLOCK_N, self.BLOCK_K, self.BLOCK_M
 
 
 def _check_tail_tiles(config: KernelConfig, tail_tiles: bool) -> None:
