@@ -144,5 +144,78 @@ def grouped_gemm_dw(
     return grad_weight, grad_bias
 
 
+def grouped_gemm_lora(
+    input: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    token_counts: Tensor,
+    gather_indices: Tensor | None = None,
+    bias: Tensor | None = None,
+    top_k: int = 1,
+    permute_x: bool = False,
+    permute_y: bool = False,
+    kernel_config: str | None = None,
+    *,
+    for_backward: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    products = Products(token_counts, input.shape[0] * top_k if permute_x else input.shape[0])
+    tokens = slots = None
+    if gather_indices is not None:
+        tokens = tokens_of_rows(gather_indices, top_k) if permute_x else None
+        slots = slots_of_rows(gather_indices).long() if permute_y else None
+    low_rank = products.multiply(input, lora_a.mT, sources=tokens).mul_(scaling)  # (R, L)
+    output = products.multiply(input, weight.mT, bias, sources=tokens)
+    output += products.multiply(low_rank, lora_b.mT)
+    if slots is not None:
+        output = torch.zeros_like(output).index_copy_(0, slots, output)
+    return (output, low_rank) if for_backward else output
+
+
+def grouped_gemm_lora_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    low_rank: Tensor | None,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    token_counts: Tensor,
+    gather_indices: Tensor | None,
+    top_k: int,
+    permute_x: bool,
+    permute_y: bool,
+    needs: list[bool],
+    kernel_config: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    need_input, need_a, need_b = needs
+    grad_input, grad_a, grad_b = (grad_output.new_empty(0) for _ in needs)
+    if not any(needs):
+        return grad_input, grad_a, grad_b
+    products = Products(token_counts, grad_output.shape[0])
+    g, x = grad_output, input
+    if gather_indices is not None and permute_y:
+        g = g.index_select(0, slots_of_rows(gather_indices))  # (R, N)
+    if need_input or need_a:
+        t = products.multiply(g, lora_b).mul_(scaling)  # (R, L)
+        if need_a:
+            assert x is not None  # the schema's `where` says so
+            if gather_indices is not None and permute_x:
+                x = x.index_select(0, tokens_of_rows(gather_indices, top_k))  # (R, D)
+            grad_a = products.multiply_transposed(t, x, g.dtype)
+        if need_input:
+            grad_input = products.multiply(g, weight)
+            grad_input += products.multiply(t, lora_a)
+            if permute_x:
+                assert gather_indices is not None
+                rows = rows_of_slots(gather_indices, None)
+                grad_input = sum_slots(grad_input, rows, None, top_k)
+    if need_b:
+        assert low_rank is not None
+        grad_b = products.multiply_transposed(g, low_rank, g.dtype)
+    return grad_input, grad_a, grad_b
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
