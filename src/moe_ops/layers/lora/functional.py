@@ -19,13 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from moe_ops.layers.functional import composed_experts, named_activation, projection
-from moe_ops.ops.grouped_gemm import grouped_gemm, multiply_adapted
+from moe_ops.ops.grouped_gemm import grouped_gemm
 from moe_ops.quantization import QuantizedWeight
 
 _HERE = "moe_ops.layers.lora"
@@ -100,16 +100,6 @@ def lora_grouped_gemm(
     check_dropout("lora_grouped_gemm", "dropout_p", dropout_p)
     for adapter in adapters:
         _check(adapter, weight)
-    is_plain = weight_scale is None and isinstance(weight, Tensor)
-    if is_plain and len(adapters) == 1 and not dropout_p and topk_weights is None:
-        # One call of an op in place of three and of their sum. PEFT's lora_B has the experts fastest:
-        # copied, its rows are read in one piece.
-        (adapter,) = adapters
-        plain = cast(Tensor, weight)
-        return multiply_adapted(
-            input, plain, adapter.lora_A.to(plain.dtype), adapter.lora_B.to(plain.dtype).contiguous(),
-            adapter.scaling, token_counts, gather_indices, bias, top_k, permute_x, permute_y,
-        )  # fmt: skip
     base = projection(weight, bias, weight_scale)
     routing: dict[str, Any] = {
         "token_counts": token_counts,
@@ -119,6 +109,7 @@ def lora_grouped_gemm(
     output = base(
         input, **routing, topk_weights=topk_weights, permute_x=permute_x, permute_y=permute_y
     )
+    is_plain = weight_scale is None and isinstance(weight, Tensor)
     dtype = weight.dtype if is_plain else input.dtype
     for adapter in adapters:
         x = F.dropout(input, dropout_p) if dropout_p else input
