@@ -98,28 +98,6 @@ def grouped_gemm(
     return {**calls, "dx-dots": dx(True)} if weights else calls
 
 
-def grouped_gemm_lora(
-    sizes: Sizes, dtype: torch.dtype, *, permute_x: bool = False, permute_y: bool = False
-) -> dict[str, Call]:
-    """Return the forward and the backward of one call with an adapter of rank 16, by name."""
-    rows, rank = sizes.num_tokens * sizes.top_k, 16
-    x = _empty(sizes.num_tokens if permute_x else rows, sizes.in_features, dtype=dtype)
-    weight = _empty(sizes.num_experts, sizes.out_features, sizes.in_features, dtype=dtype)
-    lora_a = _empty(sizes.num_experts, rank, sizes.in_features, dtype=dtype)
-    lora_b = _empty(sizes.num_experts, sizes.out_features, rank, dtype=dtype)
-    counts, gather = _empty(sizes.num_experts), _empty(rows)
-    grad = _empty(rows, sizes.out_features, dtype=dtype)
-    low_rank = _empty(rows, rank, dtype=dtype)
-    flags = (sizes.top_k, permute_x, permute_y)
-    adapted = (weight, lora_a, lora_b, 2.0, counts, gather)
-    return {
-        "lora-forward": lambda: gemm.grouped_gemm_lora(x, *adapted, None, *flags),
-        "lora-backward": lambda: gemm.grouped_gemm_lora_backward(
-            grad, x, low_rank, *adapted, *flags, [True, True, True]
-        ),
-    }
-
-
 def stored_weight(
     format: str, shape: tuple[int, int, int], scale_encoding: str | None = None
 ) -> StoredWeight:

@@ -37,7 +37,6 @@ SIZES: Mapping[str, tuple[int, ...]] = {
     "intermediate_size": (1, 2, 3, 8, 17),
     "in_features": (1, 2, 3, 8, 17),
     "out_features": (1, 2, 3, 8, 17),
-    "rank": (1, 2, 3, 8),
 }
 UNBOUNDED_INTS = (1, 2, 3, 4, 8)
 # A process that is alone has one rank. tests/distributed has several.

@@ -43,9 +43,6 @@ from testing.oracle.gemm import (
     grouped_gemm,
     grouped_gemm_dw,
     grouped_gemm_dx,
-    grouped_gemm_lora,
-    grouped_gemm_lora_backward,
-    grouped_gemm_lora_forward,
 )
 from testing.oracle.quantized import dequantize_weight, plain_call, without_weight
 from testing.oracle.routing import ROUTINGS, dropped_slots, random_topk_ids, routing_indices
@@ -78,9 +75,6 @@ __all__ = [
     "grouped_gemm",
     "grouped_gemm_dw",
     "grouped_gemm_dx",
-    "grouped_gemm_lora",
-    "grouped_gemm_lora_backward",
-    "grouped_gemm_lora_forward",
     "local_ids",
     "permute",
     "plain_call",

@@ -4,8 +4,6 @@
 M rows of the input, R rows of the output, D in_features, N out_features, E experts.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -47,77 +45,6 @@ def grouped_gemm(
         # It has no rows, but the autograd history of its inputs.
         return (rows.sum() + weight.sum()) * rows.new_zeros(0, weight.shape[1])
     return torch.stack(output)
-
-
-def grouped_gemm_lora(
-    input: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    token_counts: Tensor,
-    gather_indices: Tensor | None = None,
-    bias: Tensor | None = None,
-    top_k: int = 1,
-    permute_x: bool = False,
-    permute_y: bool = False,
-    kernel_config: str | None = None,
-) -> Tensor:
-    """Return grouped_gemm by the weight with the adapter merged into it."""
-    weight, lora_a, lora_b = to_fp64(weight, lora_a, lora_b)
-    merged = [w + scaling * b @ a for w, a, b in zip(weight, lora_a, lora_b, strict=True)]
-    return grouped_gemm(
-        input, torch.stack(merged) if merged else weight, token_counts, gather_indices, None, bias,
-        top_k, permute_x, permute_y,
-    )  # fmt: skip
-
-
-def grouped_gemm_lora_forward(**arguments: Any) -> tuple[Tensor, Tensor]:
-    given = ("input", "token_counts", "gather_indices", "top_k", "permute_x")
-    product = grouped_gemm(weight=arguments["lora_a"], **{name: arguments[name] for name in given})
-    return grouped_gemm_lora(**arguments), arguments["scaling"] * product
-
-
-def grouped_gemm_lora_backward(
-    grad_output: Tensor,
-    input: Tensor | None,
-    low_rank: Tensor | None,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    token_counts: Tensor,
-    gather_indices: Tensor | None,
-    top_k: int,
-    permute_x: bool,
-    permute_y: bool,
-    needs: list[bool],
-    kernel_config: str | None = None,
-) -> tuple[Tensor | None, ...]:
-    num_rows = grad_output.shape[0] // top_k if permute_x else grad_output.shape[0]
-    arguments = {
-        "input": grad_output.new_zeros(num_rows, weight.shape[2]) if input is None else input,
-        "weight": weight,
-        "lora_a": lora_a,
-        "lora_b": lora_b,
-        "scaling": scaling,
-        "token_counts": token_counts,
-        "gather_indices": gather_indices,
-        "top_k": top_k,
-        "permute_x": permute_x,
-        "permute_y": permute_y,
-    }
-    first, second = [needs[0], needs[1], False], None
-    names = ["input", "lora_a", "lora_b"]
-    found = needed_gradients(grouped_gemm_lora, arguments, names, grad_output, first)
-    if needs[2]:
-        # low_rank is given, whatever the input is.
-        given = {
-            "input": low_rank, "weight": lora_b, "token_counts": token_counts,
-            "gather_indices": gather_indices, "permute_y": permute_y,
-        }  # fmt: skip
-        (second,) = needed_gradients(grouped_gemm, given, ["weight"], grad_output, [True])
-    return found[0], found[1], second
 
 
 def grouped_gemm_dx(

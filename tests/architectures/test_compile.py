@@ -115,8 +115,6 @@ def test_every_kernel_compiles(gpu):
     for size in ("training", "decode-8"):
         made = calls.grouped_gemm(SIZES[size], dtype, **MODES["permute_x-weights-bias"])
         named.update({f"{size} {name}": call for name, call in made.items()})
-        made = calls.grouped_gemm_lora(SIZES[size], dtype, permute_x=True)
-        named.update({f"{size} {name}": call for name, call in made.items()})
     made = calls.experts(SIZES["training"], dtype)
     named.update({f"experts {name}": call for name, call in made.items()})
     for push in (False, True):
@@ -273,14 +271,6 @@ def test_training_of_experts(gpu, mode):
             made = calls.experts(SIZES[size], dtype, transposed=transposed, **flags)
             named = {f"{size} {name} {transposed=}": call for name, call in made.items()}
             check(GPUS[gpu], named, stack_limit(gpu, size))
-
-
-@gpus
-@pytest.mark.parametrize("flag", ["permute_x", "permute_y"])
-def test_training_of_adapters(gpu, flag):
-    dtype = F16 if gpu == "sm_75" else BF16
-    made = calls.grouped_gemm_lora(SIZES["training"], dtype, **{flag: True})
-    check(GPUS[gpu], made, stack_limit(gpu))
 
 
 @pytest.mark.parametrize("limit", [None, 7.0])
