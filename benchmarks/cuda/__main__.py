@@ -48,7 +48,7 @@ from benchmarks.cuda import (
     routing,
     rows,
 )
-from benchmarks.cuda.share import share
+from benchmarks.cuda.share import check_gpus, share
 from benchmarks.cuda.sweep_file import LEFT_OUT, join
 from benchmarks.cuda.timing import (
     OURS,
@@ -178,8 +178,7 @@ def _parse() -> argparse.Namespace:
     args.results = args.results or RESULTS
     if args.gpus > 1 and len(args.only) != 1:
         parser.error(f"--gpus: expected --only to name one part, got {','.join(args.only)}")
-    if args.gpus > 1 and args.gpus > (there := torch.cuda.device_count()):
-        parser.error(f"--gpus: expected at most the {there} GPUs of this host, got {args.gpus}")
+    check_gpus(parser, args.gpus)
     return args
 
 

@@ -3,11 +3,20 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from benchmarks.cuda.experts import ROOT
+
+
+def check_gpus(parser: argparse.ArgumentParser, gpus: int) -> None:
+    """End the program if the host has fewer GPUs than --gpus says."""
+    if gpus > 1 and gpus > (there := torch.cuda.device_count()):
+        parser.error(f"--gpus: expected at most the {there} GPUs of this host, got {gpus}")
 
 
 def share(

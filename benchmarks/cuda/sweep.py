@@ -36,7 +36,7 @@ from benchmarks.cuda.ahead import compile_within
 from benchmarks.cuda.experts import BOTH, COMPILED, EAGER, PASSES, Block, Implementation
 from benchmarks.cuda.gpt_oss import GptOssBlock
 from benchmarks.cuda.sampled import SampledComparison
-from benchmarks.cuda.share import share
+from benchmarks.cuda.share import check_gpus, share
 from benchmarks.cuda.sweep_file import Results, join, summary
 from benchmarks.cuda.timing import (
     OURS,
@@ -255,8 +255,7 @@ def _parse() -> argparse.Namespace:
         return args
     if torch.device(args.device).type != "cuda" and args.results is None:
         parser.error("without a GPU nothing is measured: --results says where to put that")
-    if args.gpus > 1 and args.gpus > (there := torch.cuda.device_count()):
-        parser.error(f"--gpus: expected at most the {there} GPUs of this host, got {args.gpus}")
+    check_gpus(parser, args.gpus)
     args.draws, args.repeated = _draws(args)
     known = [draw.shape.name for draw in args.draws]
     if unknown := set(args.only or ()) - set(known):

@@ -115,6 +115,7 @@ def _gpu(device: str, parts: dict[str, Result]) -> Iterator[str]:
     environments = [parts[part]["environment"] for part in (*BLOCKS, PEERS) if part in parts]
     environment, dates = environments[0], sorted({of["date"] for of in environments})
     cases = block_cases(parts)
+    wrong = _WRONG if any(case.get("wrong") for case in cases) else ""
     versions = ", ".join(
         f"{name} {environment[name]}" for name in ("torch", "triton") if name in environment
     )
@@ -123,9 +124,7 @@ def _gpu(device: str, parts: dict[str, Result]) -> Iterator[str]:
         f"{', '.join(dates)}; {versions}. The whole block: T tokens, H hidden size, I "
         "intermediate size, E experts, K of them a token. ms of our forward and backward; the time of "
         "transformers' grouped_mm, compiled for the very sizes, over ours; MiB at most beside the "
-        "inputs, ours and grouped_mm's. "
-        + _WRONG * any(case.get("wrong") for case in cases)
-        + f"[All tables](results/{device}.md).\n"
+        f"inputs, ours and grouped_mm's. {wrong}[All tables](results/{device}.md).\n"
     )
     yield from markdown(_block(cases), cases)
     if "sweep" in parts:
@@ -196,7 +195,7 @@ def _larger(cases: list[Record]) -> Iterator[str]:
 
 
 def _host(parts: dict[str, Result]) -> Iterator[str]:
-    """Compare the host's time with the aim, and tell where the device's is longer, too."""
+    """Compare the host's time with the aim, and tell which calls take longer as a whole, too."""
     late, slow = [], []
     for case in parts.get("host", {}).get("cases", []):
         if case.get("pass") != BOTH:
@@ -218,7 +217,7 @@ def _host(parts: dict[str, Result]) -> Iterator[str]:
             f"{HOST_AIM}x): {', '.join(late)}."
         )
     if slow:
-        yield f"So slower than compiled grouped_mm, where the host is the bound: {', '.join(slow)}."
+        yield f"Of these calls slower than compiled grouped_mm's: {', '.join(slow)}."
 
 
 def _decoding(parts: dict[str, Result]) -> Iterator[str]:

@@ -79,7 +79,7 @@ def test_a_card(tmp_path):
         "- More memory at most than compiled grouped_mm: olmoe 1.14x.",
         "from eight on): 1 token 2.50x.",
         "ours over compiled grouped_mm's (the aim is 0.7x): lora small compiled 1.40x.",
-        "- So slower than compiled grouped_mm, where the host is the bound: lora small compiled 0.80x.",
+        "- Of these calls slower than compiled grouped_mm's: lora small compiled 0.80x.",
         "3 more shapes, drawn at random",
         "in the geometric mean forward 1.00 (0.50 to 2.00).",
     ):

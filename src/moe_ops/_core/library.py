@@ -28,6 +28,7 @@ import torch
 from torch.autograd import forward_ad
 
 from moe_ops._core import codegen, flops, reference
+from moe_ops._core.checks import check_tensor
 from moe_ops._core.schema import OpSchema, load_all
 from moe_ops._core.sharded import is_sharded
 from moe_ops._core.torch_private import (
@@ -320,11 +321,8 @@ def _refuse_grad(op: Op, argument: str) -> NoReturn:
 def _explain_tensors(op: Op, args: tuple[Any, ...], error: Exception) -> None:
     """Raise an error that says what to do, where a call failed because of DTensors or sparse ones."""
     for argument, value in zip(op.schema.arguments, args, strict=False):
-        if isinstance(value, torch.Tensor) and value.layout is not torch.strided:
-            raise TypeError(
-                f"{NAMESPACE}::{op.schema.called}: expected {argument.name} to be a dense tensor, got "
-                f"layout {value.layout}"
-            ) from error
+        if isinstance(value, torch.Tensor):
+            check_tensor(f"{NAMESPACE}::{op.schema.called}", argument.name, value)
         if is_sharded(value):
             raise TypeError(
                 f"{NAMESPACE}::{op.schema.called}: expected plain tensors, or a sharding rule for "

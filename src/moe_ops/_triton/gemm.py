@@ -267,13 +267,8 @@ class GroupedGemm:
         )  # fmt: skip
 
     def _launch_specialized(self, y: torch.Tensor) -> None:
-        plan, rows, schedule, bias, scale = (
-            self.plan,
-            self.rows,
-            self.schedule,
-            self.bias,
-            self.scale,
-        )
+        plan, rows, schedule = self.plan, self.rows, self.schedule
+        bias, scale = self.bias, self.scale
         assert schedule is not None  # such high tiles always come from a schedule
         _, block_n, block_k = plan.tile
         columns = block_n // plan.config.epilogue_subtile

@@ -190,7 +190,7 @@ def plan(
     if source == "given" and kernel == PERSISTENT and config.flatten and problem.bias:
         unmet = (*unmet, f"{_FLATTEN}: beside a bias Triton would load nothing ahead in one loop")
     if config.launch_pdl and problem.kind == "backward_dW":
-        unmet = (*unmet, "launch_pdl: dW's kernel has no part that could start early")
+        unmet = (*unmet, "launch_pdl: it applies to forward and dX")
     elif config.launch_pdl and not device.has_tma:
         unmet = (
             *unmet,

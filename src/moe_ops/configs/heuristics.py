@@ -353,7 +353,7 @@ def _heuristic_dw(problem: Problem, device: Device, operands: Operands) -> tuple
         return KernelConfigBackward_dW(
             BLOCK_M=32, BLOCK_N=n, BLOCK_K=k, num_warps=8, num_stages=6, group_m=4,
             use_tma_load_dy=True, use_tma_load_x=True, use_tma_store=True, warp_specialize=True,
-        ), f"a side of 256 reads less than a square tile, and {n}x{k} pads or reads less than {k}x{n}"  # fmt: skip
+        ), f"a side of 256 reads less than a square tile, and {n}x{k} pads or reads no more than {k}x{n}"  # fmt: skip
     return KernelConfigBackward_dW(
         BLOCK_M=32, BLOCK_N=128, BLOCK_K=128, num_warps=4, num_stages=4, group_m=4,
         programs_per_sm=2, use_tma_load_dy=True, use_tma_load_x=True, use_tma_store=True,

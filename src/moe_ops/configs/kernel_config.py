@@ -28,7 +28,7 @@ class KernelConfig:
         group_m (int): row tiles that share a weight's columns in the L2 cache; 1 or more.
         programs_per_sm (int): programs launched per streaming multiprocessor; 1 or more.
         flatten (bool): make one loop of the loop over tiles and the loop over the contraction. The
-            next tile's loads then begin early. Without effect beside a bias, and in dW.
+            next tile's loads then begin early. Not beside a bias; in dW only where Triton can.
         use_tma_store (bool): store the output through a tensor descriptor.
         epilogue_subtile (int): 1, or 2 to store a tile in two halves, one after the other. The
             store then needs half the shared memory, which may serve another stage.

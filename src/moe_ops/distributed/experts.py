@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from moe_ops.distributed.local import own_methods
-from moe_ops.layers.experts_modules import base_of, is_experts, is_peft_wrapper
+from moe_ops.layers.experts_modules import base_of, is_compiled, is_experts, is_peft_wrapper
 from moe_ops.layers.lora import GroupedLora
 from moe_ops.quantization import QuantizedWeight
 
@@ -16,10 +16,10 @@ def check_experts(function: str, module: nn.Module) -> None:
     """Refuse a module that expert parallelism does not take.
 
     Raises:
-        ValueError: it is compiled, no experts module, or one with methods of its own, it is parallel already, it runs on another
-            implementation than "moe_ops", or PEFT's adapters around it would be merged.
+        ValueError: it is no experts module, compiled or parallel already; it has a method of its own, or
+            runs on another implementation than "moe_ops"; PEFT's adapters around it would be merged.
     """
-    if hasattr(module, "_orig_mod"):
+    if is_compiled(module):
         raise ValueError(
             f"{function}: expected experts that are not compiled yet, got those of torch.compile; "
             "compile after expert_parallel"

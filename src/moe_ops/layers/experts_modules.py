@@ -51,8 +51,14 @@ def is_experts(module: nn.Module) -> bool:
 def is_interface_experts(module: nn.Module) -> bool:
     """Tell whether a module goes through transformers' experts interface."""
     # torch.compile's wrapper shows the attributes of what it wraps.
-    is_compiled = hasattr(module, "_orig_mod")
-    return hasattr(module, "is_transposed") and hasattr(module, "has_gate") and not is_compiled
+    return (
+        hasattr(module, "is_transposed") and hasattr(module, "has_gate") and not is_compiled(module)
+    )
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether a module is torch.compile's wrapper around another."""
+    return hasattr(module, "_orig_mod")
 
 
 def _is_ours(module: nn.Module) -> bool:
