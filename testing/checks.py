@@ -157,14 +157,6 @@ def _sizes(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**sizes, "activation_limit": None} if "activation_limit" in sizes else sizes
 
 
-def fits_fp16(sample: Sample) -> bool:
-    """Return whether the oracle's results are within fp16's range."""
-    name, arguments = oracle.plain_call(sample.schema.name, sample.arguments)
-    results = as_tuple(getattr(oracle, name)(**arguments))
-    floating = [t for t in results if isinstance(t, Tensor) and t.is_floating_point() and t.numel()]
-    return all(t.abs().max() <= torch.finfo(torch.float16).max for t in floating)
-
-
 def is_decided(sample: Sample) -> bool:
     """Return whether rounding cannot move an activation of `sample` over a kink, to another slope."""
     _, arguments = oracle.plain_call(sample.schema.name, sample.arguments)
@@ -180,8 +172,6 @@ def is_decided(sample: Sample) -> bool:
 
 
 def _pre_activation(arguments: dict[str, Any]) -> Tensor:
-    if "gate_up_lora_a" in arguments:
-        return oracle.fused_experts_lora_forward(**arguments)[1]
     if "topk_ids" in arguments:
         return oracle.fused_experts_forward(**{**arguments, "recompute": "none"})[1]
     names = [

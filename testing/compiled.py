@@ -20,7 +20,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from moe_ops._triton import (
-    adapter,
     dequantize,
     experts,
     gemm,
@@ -94,7 +93,7 @@ def taken_for(device: Device) -> Iterator[None]:
     """Let the launchers take every torch device for this one."""
     with contextlib.ExitStack() as stack:
         for module in (
-            adapter, dequantize, experts, gemm, launch, quantized, schedule, weight_gradient,
+            dequantize, experts, gemm, launch, quantized, schedule, weight_gradient,
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(module, "device_of", return_value=device))
         yield

@@ -16,7 +16,6 @@ from moe_ops._triton import dequantize
 from moe_ops._triton import expert_parallel as ep
 from moe_ops._triton.routing import routing_indices
 from moe_ops.ops.fused_experts import triton as fused_experts
-from moe_ops.ops.fused_experts_lora import triton as adapted
 from moe_ops.ops.grouped_gemm import triton as gemm
 from moe_ops.ops.permute import triton as permute
 from moe_ops.ops.topk_routing import triton as topk_routing
@@ -212,47 +211,6 @@ def experts(
             fused_experts.fused_experts_up_backward(*up_backward),
         ),
     }  # fmt: skip
-
-
-def adapted_experts(
-    sizes: Sizes,
-    dtype: torch.dtype,
-    *,
-    ranks: tuple[int, int] = (16, 16),
-    interleaved: bool = False,
-    bias: bool = False,
-) -> dict[str, Call]:
-    """Return the calls of fused_experts_lora. The sizes are those of its up projection."""
-    num_tokens, top_k, num_experts = sizes.num_tokens, sizes.top_k, sizes.num_experts
-    inner, hidden = sizes.out_features // 2, sizes.in_features
-    width, num_rows = 2 * inner, num_tokens * top_k
-
-    def matrices(*shape: int) -> Tensor:
-        return _empty(num_experts, *shape, dtype=dtype)
-
-    x = _empty(num_tokens, hidden, dtype=dtype)
-    projections = matrices(width, hidden), matrices(hidden, inner)
-    weights = _empty(num_tokens, top_k, dtype=torch.float32)
-    up_rank, down_rank = ranks
-    adapters = (
-        matrices(up_rank, hidden), matrices(width, up_rank), matrices(down_rank, inner),
-        matrices(hidden, down_rank),
-    )  # fmt: skip
-    up_bias, down_bias = (matrices(n) if bias else None for n in (width, hidden))
-    flags = ("silu", True, interleaved, None)
-    forward: tuple[Any, ...] = (
-        x, *projections, _empty(num_tokens, top_k), weights, *adapters, up_bias, down_bias, *flags,
-    )  # fmt: skip
-    kept = (_empty(num_rows, n, dtype=dtype) for n in (width, up_rank, down_rank))
-    routing = (_empty(num_experts), _empty(num_rows), _empty(num_rows))
-    backward: tuple[Any, ...] = (
-        x, x, *projections, weights, *adapters, down_bias, *kept, *routing, *flags, [True] * 6,
-    )  # fmt: skip
-    return {
-        "lora-inference": lambda: adapted.fused_experts_lora(*forward),
-        "lora-forward": lambda: adapted.fused_experts_lora(*forward, for_backward=True),
-        "lora-backward": lambda: adapted.fused_experts_lora_backward(*backward),
-    }
 
 
 def routing(sizes: Sizes, dtype: torch.dtype) -> Iterator[Call]:

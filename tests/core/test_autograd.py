@@ -309,8 +309,6 @@ def test_an_op_that_runs_in_place_of_another_says_so_and_takes_its_arguments():
     assert found == {name: s.runs_for for name, s in SCHEMAS.items() if s.runs_for}
     assert found == {
         "fused_experts_forward": "fused_experts",
-        "fused_experts_lora_forward": "fused_experts_lora",
-        "fused_experts_lora_quantized_forward": "fused_experts_lora_quantized",
         "fused_experts_quantized_forward": "fused_experts_quantized",
     }
 
@@ -328,10 +326,7 @@ WITHOUT_GRADIENT = [(name, a) for name, s in SCHEMAS.items() for a in s.without_
 def test_the_arguments_without_a_gradient():
     """A differentiable op refuses that they require grad, or it ignores it."""
     found = {(name, a.name): a.ignores_grad for name, a in WITHOUT_GRADIENT}
-    frozen = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
     assert found == {
-        **{("fused_experts_lora", name): False for name in frozen},
-        **{("fused_experts_lora_quantized", name): False for name in frozen[2:]},
         ("topk_routing", "selection_bias"): True,
     }
 

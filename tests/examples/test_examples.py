@@ -35,11 +35,11 @@ SCRIPTS = {
             *(rf"step {step}  loss" for step in range(10)),
             "loaded again, loss",
         ],
-        {"moe::fused_experts_lora_quantized", "moe::fused_experts_lora_quantized_backward"},
+        {"moe::grouped_gemm_quantized", "moe::grouped_gemm_quantized_dx", *GROUPED_GEMM},
     ),
     "lora": (
         ["trainable params: 14,336 ", *(rf"step {step}  loss" for step in range(10))],
-        {"moe::fused_experts_lora", "moe::fused_experts_lora_backward"},
+        GROUPED_GEMM,
     ),
 }
 # They need the peft extra.

@@ -11,7 +11,6 @@ import torch
 
 from testing import dropped_slots
 from testing.pages import DOCS, has_only_python_blocks, run_python_blocks
-from testing.recorders import ReturnedShapes
 from testing.tiny_models import MODELS as TINY_MODELS
 from testing.tiny_models import NUM_EXPERTS, make_model, run_step
 from testing.tolerances import MODULE_NORM, relative_error
@@ -97,24 +96,17 @@ def wrappers(model):
 
 
 def test_no_merged_weight_and_no_base_gradient(input_ids):
-    """The backward returns the adapters' gradients alone: nothing before the layer is trained."""
+    """Only the adapters' gradients take GEMMs that contract over rows."""
     model = split_model()
-    hidden, inter, rank = 32, 24, 8
-    with MoeCalls() as calls, ReturnedShapes() as returned:
+    with MoeCalls() as calls:
         run_step(model, input_ids[:1, :4])
-    backward = [
-        name for name in calls.names() if name.startswith("fused_experts") and "back" in name
-    ]
-    assert backward == ["fused_experts_lora_backward"]
-    assert "grouped_gemm_dw" not in calls.names()
-    assert returned.shapes_of("moe::fused_experts_lora_backward") == sorted(
-        [
-            (NUM_EXPERTS, rank, hidden),
-            (NUM_EXPERTS, 2 * inter, rank),
-            (NUM_EXPERTS, rank, inter),
-            (NUM_EXPERTS, hidden, rank),
-        ]
-    )
+    shapes, hidden, inter = [], 32, 24
+    for name, args in calls.calls:
+        assert not (name.startswith("fused_experts") and name.endswith("backward"))
+        if name == "grouped_gemm_dw":
+            grad_output, x = args[:2]
+            shapes.append((grad_output.shape[1], x.shape[1]))
+    assert sorted(shapes) == sorted([(8, hidden), (2 * inter, 8), (8, inter), (hidden, 8)])
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == ("lora_" in name), name
     assert calls.largest < model.get_parameter(f"{PREFIX}.base_layer.base_layer.down_proj").numel()
@@ -217,11 +209,11 @@ def test_several_adapters(input_ids):
         moe_ops_peft.enable(model)
         with MoeCalls() as calls:
             actual = run_step(model, input_ids)
-        assert calls.is_split()
+        assert "grouped_gemm" in calls.names()
         moe_ops_peft.disable(model)
         with MoeCalls() as calls:
             expected = run_step(model, input_ids)
-        assert not calls.is_split(), "disable() did nothing"
+        assert "grouped_gemm" not in calls.names(), "disable() did nothing"
         assert_same_step(actual, expected)
         outputs.append(actual[0])
     assert relative_error(outputs[0], outputs[1]) > 0.05
@@ -239,7 +231,7 @@ def test_a_copy_is_split_and_its_own(copied, input_ids):
             wrapper.lora_B["default"].weight.zero_()
     with MoeCalls() as calls:
         actual = run_step(twin, input_ids)
-    assert calls.is_split()
+    assert "grouped_gemm" in calls.names()
     assert_same_step(actual, expected)
 
 

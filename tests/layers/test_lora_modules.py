@@ -1,21 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA's modules do no work for a frozen base. They merge, compile and work in checkpoints."""
 
-from collections import Counter
-from typing import Any
-
 import pytest
 import torch
-from functorch.compile import make_boxed_func
-from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import moe_ops
 from moe_ops.layers import MoE, Router
 from moe_ops.layers.experts import Experts
 from moe_ops.layers.lora import GroupedLora, LoraExperts
-from moe_ops.ops.fused_experts_lora import pytorch
 from testing.lora_problem import (
     HIDDEN,
     INTER,
@@ -27,7 +20,7 @@ from testing.lora_problem import (
     randn,
     randomise,
 )
-from testing.recorders import MoeOps, ReturnedShapes
+from testing.recorders import ReturnedShapes
 from testing.tolerances import RELATIVE_NORM, relative_error
 
 
@@ -44,15 +37,14 @@ def test_few_tokens(num_tokens):
 
 
 def test_frozen_base_costs_no_gradient():
-    """The backward computes gradients of the input and the adapters only, of no weight's size."""
+    """The backward computes dW of the adapters only. No op makes anything of a weight's size."""
     sizes, rank = (40, 48), 3  # The weights are larger than all rows together.
     module, x, ids, weights = make_layer(sizes=sizes, rank=rank)
     with ReturnedShapes() as calls:
         module(x, ids, weights).sum().backward()
     hidden, inter = sizes
-    assert calls.shapes_of("moe::fused_experts_lora_backward") == sorted(
+    assert calls.shapes_of("moe::grouped_gemm_dw") == sorted(
         [
-            (NUM_TOKENS, hidden),
             (NUM_EXPERTS, rank, hidden),
             (NUM_EXPERTS, 2 * inter, rank),
             (NUM_EXPERTS, rank, inter),
@@ -67,44 +59,6 @@ def test_frozen_base_costs_no_gradient():
     assert len(trained) == 4
     for name in trained:
         assert module.get_parameter(name).grad.norm() > 0, name
-
-
-def test_inside_of_the_op_makes_nothing_of_a_weights_size():
-    """Its implementation is called as a function, as the op is opaque from outside."""
-    module, x, ids, weights = make_layer(sizes=(40, 48))
-    experts: Any = module.experts
-    up, down = module.adapters["gate_up_proj"], module.adapters["down_proj"]
-    projections = (experts.gate_up_proj, experts.down_proj)
-    factors = (up.lora_A, up.lora_B, down.lora_A, down.lora_B)
-    with torch.no_grad(), ReturnedShapes() as calls:
-        output, z, *low, counts, gather, scatter = pytorch.fused_experts_lora(
-            x, *projections, ids, weights, *factors, for_backward=True
-        )
-        backward: Any = pytorch.fused_experts_lora_backward
-        gradients = backward(
-            torch.ones_like(output), x, *projections, weights, *factors, None, z, *low, counts, gather,
-            scatter, "silu", True, False, None, [True] * 6,
-        )  # fmt: skip
-    assert all(gradient.norm() > 0 for gradient in gradients)
-    # A transposed view of a weight makes nothing.
-    made = [shape for name, shape in calls.made if name != "aten::transpose"]
-    assert len(made) > 20
-    assert max(torch.Size(shape).numel() for shape in made) < experts.down_proj.numel()
-
-
-def test_a_step_is_two_calls_of_ops():
-    """What a call costs the host is most of a small step."""
-    module, x, ids, weights = make_layer()
-    with MoeOps() as ops:
-        module(x, ids, weights).sum().backward()
-    assert ops.counts == {"fused_experts_lora_forward": 1, "fused_experts_lora_backward": 1}
-
-
-def test_without_a_gradient_it_is_one_call():
-    module, x, ids, weights = make_layer()
-    with torch.no_grad(), MoeOps() as ops:
-        module(x, ids, weights)
-    assert ops.counts == {"fused_experts_lora": 1}
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -204,9 +158,8 @@ def test_input_gradient_only_where_needed():
     module, x, ids, weights = make_layer(targets=["gate_up_proj"])
     with ReturnedShapes() as calls:
         module(x.detach(), ids, weights).sum().backward()
-    assert calls.shapes_of("moe::fused_experts_lora_backward") == sorted(
-        [(NUM_EXPERTS, 3, HIDDEN), (NUM_EXPERTS, 2 * INTER, 3)]
-    )
+    num_rows = NUM_TOKENS * TOP_K
+    assert calls.shapes_of("moe::grouped_gemm_dx") == sorted([(num_rows, 3), (num_rows, INTER)])
 
 
 def test_module_starts_at_the_base_and_merges():
@@ -277,50 +230,6 @@ def gradients_of_leaves(function, module, x):
     output = function(x)
     output.backward(torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output))
     return [output, x.grad, *(p.grad for p in trainable(module))]
-
-
-def test_compiles_to_one_op_in_each_direction():
-    graphs: dict[str, Counter[str]] = {"forward": Counter(), "backward": Counter()}
-
-    def record(direction):
-        def note(graph_module, _):
-            targets = [str(node.target) for node in graph_module.graph.nodes]
-            graphs[direction].update(name for name in targets if name.startswith("moe."))
-            return make_boxed_func(graph_module.forward)
-
-        return note
-
-    backend = aot_autograd(fw_compiler=record("forward"), bw_compiler=record("backward"))
-    module, x, ids, weights = make_layer()
-    layer = torch.compile(module, fullgraph=True, backend=backend)
-    actual, expected = (
-        gradients_of(lambda h, f=function: f(h, ids, weights), module, x)
-        for function in (layer, module)
-    )
-    for one, other in zip(actual, expected, strict=True):
-        assert relative_error(one, other) <= RELATIVE_NORM[torch.float64]
-    assert graphs == {
-        "forward": {"moe.fused_experts_lora_forward.default": 1},
-        "backward": {"moe.fused_experts_lora_backward.default": 1},
-    }
-
-
-def test_any_scaling_is_one_graph():
-    """PEFT sets another for a layer, and changes it. Dynamo makes a graph for the first, and one for all."""
-    module, x, ids, weights = make_layer()
-    counter = CompileCounterWithBackend("aot_eager")
-    layer = torch.compile(module, fullgraph=True, backend=counter)
-    for scaling in (2.0, 0.5, 3.0, 1.0, -1.25, 7.0):
-        for adapter in module.adapters.values():
-            adapter.scaling = scaling
-        gradients = []
-        for way in (module, layer):
-            output = way(x, ids, weights)
-            leaves = [x, *module.adapters.parameters()]
-            gradients.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
-        for actual, expected in zip(*gradients, strict=True):
-            assert relative_error(actual, expected) < RELATIVE_NORM[torch.float64]
-    assert counter.frame_count <= 2
 
 
 def test_compile():

@@ -131,17 +131,6 @@ class GroupedGemm:
         """Return how many launches compute the product."""
         return 1 if self._scratch is None else len(self._scratch.bounds)
 
-    def whole_schedule(self) -> TileSchedule | None:
-        """Return the tile schedule of all experts that its launch has made; None: it finds its tiles.
-
-        The schedules of a product in parts are of some experts each, so then it makes another one.
-        """
-        if self.num_parts == 1 or self.rows.is_empty:
-            return self.schedule
-        whole = TileSchedule(self.rows, self.plan.tile[0])
-        whole.launch()
-        return whole
-
     def parts(
         self,
         zeroed: torch.Tensor | None = None,
@@ -372,8 +361,11 @@ class GroupedGemm:
         """Write dots[slot] = <x[row], bias[e]>, by the schedule that `launch` made."""
         if self.rows.is_empty:
             return
-        rows, schedule = self.rows, self.whole_schedule()
-        assert schedule is not None  # the plan was told that it is needed
+        assert self.schedule is not None  # the plan was told that it is needed
+        rows, schedule = self.rows, self.schedule
+        if self.num_parts > 1:
+            schedule = TileSchedule(rows, schedule.block_m)
+            schedule.launch()
         launch(
             grouped_gemm_bwd_bias_dots_kernel, (schedule.max_tiles,),
             self.x, rows.gather, bias, dots, schedule.tiles, schedule.max_tiles, rows.num_rows,

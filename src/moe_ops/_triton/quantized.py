@@ -125,10 +125,6 @@ class DecodingGemm:
         self.gated, self.interleaved = gated, interleaved
         self.nested_table = nested_table
 
-    def whole_schedule(self) -> None:
-        """Return what GroupedGemm.whole_schedule does: it finds its tiles."""
-        return
-
     @classmethod
     def where_planned(
         cls,

@@ -21,12 +21,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from moe_ops.layers.functional import composed_experts, named_activation, projection
-from moe_ops.ops.fused_experts_lora import adapted_experts, adapted_quantized_experts
 from moe_ops.ops.grouped_gemm import grouped_gemm
 from moe_ops.quantization import QuantizedWeight
 
@@ -183,36 +181,7 @@ def lora_experts(
 
     Differentiable in hidden_states, topk_weights, the adapters, and the projections and biases if
     they require it (a quantised projection cannot). Deterministic but for the dropout.
-
-    Frozen projections, both plain or both quantised, with an adapter on one or each, a named activation
-    and no dropout are one op, moe::fused_experts_lora or moe::fused_experts_lora_quantized. Other layers
-    are composed of products, each adapter of two: several adapters on a projection or none on both,
-    a base that is trained, FP8 with its scales apart.
     """
-    check_dropout("lora_experts", "dropout_p", dropout_p)
-    frozen = (gate_up_proj, down_proj, gate_up_bias, down_bias)
-    num_quantized = sum(isinstance(weight, QuantizedWeight) for weight in frozen)
-    is_one_op = (
-        isinstance(activation, str)
-        and gate_up_scale is None
-        and down_scale is None
-        and not dropout_p
-        and max(len(gate_up_lora), len(down_lora)) == 1
-        and num_quantized in (0, 2)
-        and not (torch.is_grad_enabled() and any(map(_requires_grad, frozen)))
-    )
-    if is_one_op:
-        factors = (
-            *_factors(gate_up_lora, gate_up_proj, hidden_states),
-            *_factors(down_lora, down_proj, hidden_states),
-        )
-        call: Callable[..., Tensor] = (
-            adapted_quantized_experts if num_quantized else adapted_experts
-        )
-        return call(
-            hidden_states, gate_up_proj, down_proj, topk_ids, topk_weights, *factors, gate_up_bias,
-            down_bias, activation, gated, interleaved, activation_limit,
-        )  # fmt: skip
     if not callable(activation):
         activation = named_activation(
             f"{_HERE}.lora_experts",
@@ -232,30 +201,6 @@ def lora_experts(
         activation=activation,
         down=partial(down, weight_scale=down_scale, dropout_p=dropout_p),
     )
-
-
-def _requires_grad(weight: Tensor | QuantizedWeight | None) -> bool:
-    return weight is not None and weight.requires_grad
-
-
-def _factors(
-    adapters: Sequence[LoraWeights], weight: Tensor | QuantizedWeight, like: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return lora_A and the scaled lora_B as the ops take them: no adapter has rank 0.
-
-    The factors get the dtype of a plain weight, or beside a quantised one that of `like`, the input.
-    """
-    if not adapters:
-        num_experts, out_features, in_features = weight.shape
-        lora_a = like.new_empty(num_experts, 0, in_features)
-        return lora_a, like.new_empty(num_experts, out_features, 0)
-    (adapter,) = adapters
-    _check(adapter, weight)
-    dtype = weight.dtype if isinstance(weight, Tensor) else like.dtype
-    # The factor goes to a weight, so that another one is no other graph. PEFT's lora_B has the experts
-    # fastest: copied, its rows are read in one piece.
-    lora_b = (adapter.lora_B * adapter.scaling).to(dtype).contiguous()
-    return adapter.lora_A.to(dtype), lora_b
 
 
 def check_dropout(function: str, name: str, probability: float) -> None:

@@ -17,20 +17,16 @@ from __future__ import annotations
 
 import torch
 
-from moe_ops._triton.activation import Activation, RoutedRows
-from moe_ops._triton.compiling import compiled_together
-from moe_ops._triton.experts import DownBackward, UpProjection
+from moe_ops._triton.experts import Activation, DownBackward, RoutedRows, UpProjection
 from moe_ops._triton.gemm import GroupedGemm
-from moe_ops._triton.projections import plan_down, store_down
 from moe_ops._triton.quantized import DecodingGemm
 from moe_ops._triton.routing import routing_indices
 from moe_ops._triton.rows import in_expert_order, new_rows, sum_parts, sum_rows
-from moe_ops._triton.schedule import Rows, expert_offsets
+from moe_ops._triton.schedule import Rows, TileSchedule, expert_offsets
 from moe_ops._triton.weight_gradient import grad_bias, grad_weight
 from moe_ops.quantization.stored import StoredWeight
 
 
-@compiled_together
 def fused_experts(
     hidden_states: torch.Tensor,
     gate_up_proj: torch.Tensor | StoredWeight,
@@ -62,13 +58,13 @@ def fused_experts(
         z = hidden_states.new_empty(num_rows, gate_up_proj.shape[1])
     width = gate_up_proj.shape[1]
     h = new_rows(hidden_states, num_rows, width // 2 if gated else width)
-    down = plan_down(routed, h, down_proj, down_bias)
+    down = _planned_down(routed, h, down_proj, down_bias)
     schedule = up.launch(z, h)
     if isinstance(down, DecodingGemm):
         down.nested_table = up.nested_table
     # The scratch of a quantised weight is freed before the next one is made.
     del up
-    y, used = store_down(down, schedule)
+    y, used = _down_projection(down, schedule)
     del down  # and with it a scratch, or a copy of the weight, before the output is allocated
     output = sum_rows(y, scatter, after, routed.rows.top_k, used)
     if not for_backward:
@@ -76,7 +72,37 @@ def fused_experts(
     return output, hidden_states.new_empty(0) if z is None else z, token_counts, gather, scatter
 
 
-@compiled_together
+def _planned_down(
+    routed: RoutedRows,
+    h: torch.Tensor,
+    weight: torch.Tensor | StoredWeight,
+    bias: torch.Tensor | None,
+) -> GroupedGemm | DecodingGemm:
+    """Plan h @ weight[e].T + bias[e] before h is computed."""
+    rows = Rows(routed.rows.token_counts, routed.rows.num_rows)
+    if not isinstance(weight, torch.Tensor):
+        decoding = DecodingGemm.where_planned(h, weight, rows, routed.kernel_config, bias=bias)
+        if decoding is not None:
+            return decoding
+    return GroupedGemm(
+        "forward", h, weight, rows,
+        bias=bias, can_describe_y=True, kernel_config=routed.kernel_config,
+    )  # fmt: skip
+
+
+def _down_projection(
+    down: GroupedGemm | DecodingGemm, schedule: TileSchedule | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the product, and how many rows it has; None: all, those of no expert are 0."""
+    if isinstance(down, DecodingGemm):
+        y = down.x.new_empty(down.rows.num_rows, down.weight.shape[1])
+        down.launch(y)
+        return y, None
+    y = down.new_operand()
+    down.launch(y, zeros_tail=False, shared=schedule)
+    return y, None if down.schedule is None else down.schedule.used_rows
+
+
 def fused_experts_down_backward(
     grad_output: torch.Tensor,
     hidden_states: torch.Tensor | None,
@@ -135,7 +161,6 @@ def fused_experts_down_backward(
     return tuple(grads)
 
 
-@compiled_together
 def fused_experts_up_backward(
     grad_pre_activation: torch.Tensor,
     hidden_states: torch.Tensor | None,
