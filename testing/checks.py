@@ -172,6 +172,8 @@ def is_decided(sample: Sample) -> bool:
 
 
 def _pre_activation(arguments: dict[str, Any]) -> Tensor:
+    if "gate_up_lora_a" in arguments:
+        return oracle.fused_experts_lora_forward(**arguments)[1]
     if "topk_ids" in arguments:
         return oracle.fused_experts_forward(**{**arguments, "recompute": "none"})[1]
     names = [

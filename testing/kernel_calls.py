@@ -213,6 +213,47 @@ def experts(
     }  # fmt: skip
 
 
+def adapted_experts(
+    sizes: Sizes,
+    dtype: torch.dtype,
+    *,
+    ranks: tuple[int, int] = (16, 16),
+    interleaved: bool = False,
+    bias: bool = False,
+) -> dict[str, Call]:
+    """Return the calls of fused_experts_lora. The sizes are those of its up projection."""
+    num_tokens, top_k, num_experts = sizes.num_tokens, sizes.top_k, sizes.num_experts
+    inner, hidden = sizes.out_features // 2, sizes.in_features
+    width, num_rows = 2 * inner, num_tokens * top_k
+
+    def matrices(*shape: int) -> Tensor:
+        return _empty(num_experts, *shape, dtype=dtype)
+
+    x = _empty(num_tokens, hidden, dtype=dtype)
+    projections = matrices(width, hidden), matrices(hidden, inner)
+    weights = _empty(num_tokens, top_k, dtype=torch.float32)
+    up_rank, down_rank = ranks
+    adapters = (
+        matrices(up_rank, hidden), matrices(width, up_rank), matrices(down_rank, inner),
+        matrices(hidden, down_rank), 2.0, 0.5,
+    )  # fmt: skip
+    up_bias, down_bias = (matrices(n) if bias else None for n in (width, hidden))
+    flags = ("silu", True, interleaved, None)
+    forward = (
+        x, *projections, _empty(num_tokens, top_k), weights, *adapters, up_bias, down_bias, *flags,
+    )  # fmt: skip
+    kept = (_empty(num_rows, n, dtype=dtype) for n in (width, up_rank, down_rank))
+    routing = (_empty(num_experts), _empty(num_rows), _empty(num_rows))
+    backward = (
+        x, x, *projections, weights, *adapters, down_bias, *kept, *routing, *flags, [True] * 6,
+    )  # fmt: skip
+    return {
+        "lora-inference": lambda: fused_experts.fused_experts_lora(*forward),
+        "lora-forward": lambda: fused_experts.fused_experts_lora(*forward, for_backward=True),
+        "lora-backward": lambda: fused_experts.fused_experts_lora_backward(*backward),
+    }
+
+
 def routing(sizes: Sizes, dtype: torch.dtype) -> Iterator[Call]:
     """Yield calls of the ops that route and move rows, with each flag at least once."""
     num_tokens, top_k, num_experts = sizes.num_tokens, sizes.top_k, sizes.num_experts

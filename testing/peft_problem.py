@@ -63,6 +63,8 @@ class MoeCalls(TorchDispatchMode):
         return [name for name, _ in self.calls]
 
     def is_split(self):
-        """Return whether a GEMM has the rank of config() for its width."""
+        """Return whether adapters are computed beside a base: by their own op, or by thin GEMMs."""
+        by_op = any(name.startswith("fused_experts_lora") for name in self.names())
         gemms = [args for name, args in self.calls if name == "grouped_gemm"]
-        return any(args[1].shape[1] == 8 for args in gemms)
+        # The rank of config().
+        return by_op or any(args[1].shape[1] == 8 for args in gemms)

@@ -37,6 +37,8 @@ SIZES: Mapping[str, tuple[int, ...]] = {
     "intermediate_size": (1, 2, 3, 8, 17),
     "in_features": (1, 2, 3, 8, 17),
     "out_features": (1, 2, 3, 8, 17),
+    "gate_up_rank": (0, 1, 2, 3, 8),
+    "down_rank": (0, 1, 2, 3, 8),
 }
 UNBOUNDED_INTS = (1, 2, 3, 4, 8)
 # A process that is alone has one rank. tests/distributed has several.
@@ -344,7 +346,9 @@ class _Builder:
             content = self.indices(argument, shape).to(dtype)
             layouts: Sequence[str] = INDEX_LAYOUTS
         else:
-            content = self.numbers(shape).to(dtype)
+            # Adapters are small, as in use: at a width of 70 their products would leave fp16's range.
+            size = 0.125 if "_lora_" in name else 1.0
+            content = (self.numbers(shape) * size).to(dtype)
             layouts = LAYOUTS
         if self.fixed.get("layout") in layouts:
             layouts = [self.fixed["layout"]]

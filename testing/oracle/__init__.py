@@ -37,6 +37,9 @@ from testing.oracle.experts import (
     fused_experts,
     fused_experts_down_backward,
     fused_experts_forward,
+    fused_experts_lora,
+    fused_experts_lora_backward,
+    fused_experts_lora_forward,
     fused_experts_up_backward,
 )
 from testing.oracle.gemm import (
@@ -70,6 +73,9 @@ __all__ = [
     "fused_experts",
     "fused_experts_down_backward",
     "fused_experts_forward",
+    "fused_experts_lora",
+    "fused_experts_lora_backward",
+    "fused_experts_lora_forward",
     "fused_experts_up_backward",
     "gradients",
     "grouped_gemm",

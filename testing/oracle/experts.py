@@ -269,3 +269,129 @@ def fused_experts_up_backward(
     tangent = grad_pre_activation.clone()
     tangent[int(token_counts.sum()) :] = 0
     return needed_gradients(from_input, arguments, list(arguments), tangent, needs)
+
+
+def merged(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    """Return each expert's weight with its adapter in it, (E, N, D)."""
+    weight, lora_a, lora_b = to_fp64(weight, lora_a, lora_b)
+    found = [w + scaling * b @ a for w, a, b in zip(weight, lora_a, lora_b, strict=True)]
+    return torch.stack(found)
+
+
+def fused_experts_lora_forward(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_lora_a: Tensor,
+    gate_up_lora_b: Tensor,
+    down_lora_a: Tensor,
+    down_lora_b: Tensor,
+    gate_up_scaling: float = 1.0,
+    down_scaling: float = 1.0,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
+    gated: bool = True,
+    interleaved: bool = False,
+    activation_limit: float | None = None,
+    kernel_config: str | None = None,
+) -> tuple[Any, ...]:
+    """Return what fused_experts_forward does with the adapters merged, and the thin products."""
+    flags = (activation, gated, interleaved, activation_limit)
+    output, z, counts, gather, scatter = fused_experts_forward(
+        hidden_states,
+        merged(gate_up_proj, gate_up_lora_a, gate_up_lora_b, gate_up_scaling),
+        merged(down_proj, down_lora_a, down_lora_b, down_scaling),
+        topk_ids, topk_weights, gate_up_bias, down_bias, *flags,
+    )  # fmt: skip
+    x, up_a, down_a = to_fp64(hidden_states, gate_up_lora_a, down_lora_a)
+    of_up, of_down = x.new_zeros(len(gather), up_a.shape[1]), x.new_zeros(len(gather), down_a.shape[1])
+    for row, expert, token, _ in _used_rows(counts, gather, topk_ids.shape[1]):
+        h = activation_of(z[row].detach(), *flags)
+        of_up[row] = gate_up_scaling * (up_a[expert] @ x[token]).detach()
+        of_down[row] = down_scaling * (down_a[expert] @ h).detach()
+    return output, z, of_up, of_down, counts, gather, scatter
+
+
+def fused_experts_lora(*args: Any, **kwargs: Any) -> Tensor:
+    """Return the output (T, H) of fused_experts_lora_forward, whose arguments it takes."""
+    return fused_experts_lora_forward(*args, **kwargs)[0]
+
+
+def fused_experts_lora_backward(
+    grad_output: Tensor,
+    hidden_states: Tensor | None,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_weights: Tensor,
+    gate_up_lora_a: Tensor,
+    gate_up_lora_b: Tensor,
+    down_lora_a: Tensor,
+    down_lora_b: Tensor,
+    gate_up_scaling: float,
+    down_scaling: float,
+    down_bias: Tensor | None,
+    pre_activation: Tensor,
+    gate_up_low_rank: Tensor | None,
+    down_low_rank: Tensor | None,
+    token_counts: Tensor,
+    gather_indices: Tensor,
+    scatter_indices: Tensor,
+    activation: str,
+    gated: bool,
+    interleaved: bool,
+    activation_limit: float | None,
+    needs: list[bool],
+    kernel_config: str | None = None,
+) -> tuple[Tensor | None, ...]:
+    top_k = topk_weights.shape[1]
+    flags = (activation, gated, interleaved, activation_limit, False)
+    need_x, need_weights, need_up_a, need_up_b, need_down_a, need_down_b = needs
+
+    # What is given of the forward stands for itself: no gradient goes through how it was made.
+    def from_pre_activation(
+        pre_activation: Tensor, topk_weights: Tensor, down_lora_a: Tensor
+    ) -> Tensor:
+        weight = merged(down_proj, down_lora_a, down_lora_b, down_scaling)
+        return down_projection(
+            pre_activation, weight, topk_weights, down_bias, token_counts, gather_indices, *flags
+        )
+
+    arguments = {
+        "pre_activation": pre_activation, "topk_weights": topk_weights, "down_lora_a": down_lora_a,
+    }  # fmt: skip
+    dz, grad_weights, grad_down_a = needed_gradients(
+        from_pre_activation, arguments, list(arguments), grad_output,
+        [True, need_weights, need_down_a],
+    )  # fmt: skip
+    assert dz is not None
+
+    def from_input(hidden_states: Tensor, gate_up_lora_a: Tensor) -> Tensor:
+        weight = merged(gate_up_proj, gate_up_lora_a, gate_up_lora_b, gate_up_scaling)
+        return up_projection(
+            hidden_states, weight, None, None, token_counts, gather_indices, top_k
+        )
+
+    x = torch.zeros_like(grad_output) if hidden_states is None else hidden_states
+    arguments = {"hidden_states": x, "gate_up_lora_a": gate_up_lora_a}
+    grad_x, grad_up_a = needed_gradients(
+        from_input, arguments, list(arguments), dz, [need_x, need_up_a]
+    )
+    grad_up_b = grad_down_b = None
+    dy, s = to_fp64(grad_output, topk_weights)
+    if need_up_b:
+        assert gate_up_low_rank is not None
+        grad_up_b = torch.zeros_like(gate_up_lora_b, dtype=torch.float64)
+    if need_down_b:
+        assert down_low_rank is not None
+        grad_down_b = torch.zeros_like(down_lora_b, dtype=torch.float64)
+    for row, expert, token, choice in _used_rows(token_counts, gather_indices, top_k):
+        if grad_up_b is not None and gate_up_low_rank is not None:
+            grad_up_b[expert] += torch.outer(dz[row], gate_up_low_rank[row].double())
+        if grad_down_b is not None and down_low_rank is not None:
+            grad_down_b[expert] += torch.outer(
+                dy[token], s[token, choice] * down_low_rank[row].double()
+            )
+    return grad_x, grad_weights, grad_up_a, grad_up_b, grad_down_a, grad_down_b

@@ -117,6 +117,9 @@ def test_every_kernel_compiles(gpu):
         named.update({f"{size} {name}": call for name, call in made.items()})
     made = calls.experts(SIZES["training"], dtype)
     named.update({f"experts {name}": call for name, call in made.items()})
+    for size in ("training", "decode-8"):
+        made = calls.adapted_experts(SIZES[size], dtype)
+        named.update({f"{size} {name}": call for name, call in made.items()})
     for push in (False, True):
         made = calls.expert_parallel(SIZES["training"], dtype, push=push)
         named.update({f"expert parallel {name} {push=}": call for name, call in made.items()})
@@ -271,6 +274,14 @@ def test_training_of_experts(gpu, mode):
             made = calls.experts(SIZES[size], dtype, transposed=transposed, **flags)
             named = {f"{size} {name} {transposed=}": call for name, call in made.items()}
             check(GPUS[gpu], named, stack_limit(gpu, size))
+
+
+@gpus
+@pytest.mark.parametrize("ranks", [(16, 16), (0, 16), (16, 0)])
+def test_training_of_adapters(gpu, ranks):
+    dtype = F16 if gpu == "sm_75" else BF16
+    made = calls.adapted_experts(SIZES["training"], dtype, ranks=ranks)
+    check(GPUS[gpu], made, stack_limit(gpu))
 
 
 @pytest.mark.parametrize("limit", [None, 7.0])

@@ -20,7 +20,7 @@ from testing.lora_problem import (
     randn,
     randomise,
 )
-from testing.recorders import ReturnedShapes
+from testing.recorders import MoeOps, ReturnedShapes
 from testing.tolerances import RELATIVE_NORM, relative_error
 
 
@@ -37,14 +37,17 @@ def test_few_tokens(num_tokens):
 
 
 def test_frozen_base_costs_no_gradient():
-    """The backward computes dW of the adapters only. No op makes anything of a weight's size."""
+    """The backward computes no dW of the base. No op makes anything of a weight's size."""
     sizes, rank = (40, 48), 3  # The weights are larger than all rows together.
     module, x, ids, weights = make_layer(sizes=sizes, rank=rank)
     with ReturnedShapes() as calls:
         module(x, ids, weights).sum().backward()
     hidden, inter = sizes
-    assert calls.shapes_of("moe::grouped_gemm_dw") == sorted(
+    assert calls.shapes_of("moe::grouped_gemm_dw") == []
+    assert calls.shapes_of("moe::grouped_gemm_lora_backward") == sorted(
         [
+            (NUM_TOKENS, hidden),
+            (NUM_TOKENS * TOP_K, inter),
             (NUM_EXPERTS, rank, hidden),
             (NUM_EXPERTS, 2 * inter, rank),
             (NUM_EXPERTS, rank, inter),
@@ -59,6 +62,20 @@ def test_frozen_base_costs_no_gradient():
     assert len(trained) == 4
     for name in trained:
         assert module.get_parameter(name).grad.norm() > 0, name
+
+
+def test_a_step_is_seven_calls_of_ops():
+    """What a call costs the host is most of a small step."""
+    module, x, ids, weights = make_layer()
+    with MoeOps() as ops:
+        module(x, ids, weights).sum().backward()
+    assert ops.counts == {
+        "routing_indices": 1,
+        "grouped_gemm_lora_forward": 2,
+        "unpermute": 1,
+        "unpermute_backward": 1,
+        "grouped_gemm_lora_backward": 2,
+    }
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -158,8 +175,10 @@ def test_input_gradient_only_where_needed():
     module, x, ids, weights = make_layer(targets=["gate_up_proj"])
     with ReturnedShapes() as calls:
         module(x.detach(), ids, weights).sum().backward()
-    num_rows = NUM_TOKENS * TOP_K
-    assert calls.shapes_of("moe::grouped_gemm_dx") == sorted([(num_rows, 3), (num_rows, INTER)])
+    assert calls.shapes_of("moe::grouped_gemm_dx") == [(NUM_TOKENS * TOP_K, INTER)]
+    assert calls.shapes_of("moe::grouped_gemm_lora_backward") == sorted(
+        [(NUM_EXPERTS, 3, HIDDEN), (NUM_EXPERTS, 2 * INTER, 3)]
+    )
 
 
 def test_module_starts_at_the_base_and_merges():

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from moe_ops._triton.adapter import Adapter
 from moe_ops._triton.descriptors import (
     can_describe,
     can_describe_rows,
@@ -230,6 +231,8 @@ class DownBackward:
         bias ((E, H)): its bias, if the router gradient needs it.
         scale ((T, K)): router weights that multiply the rows after the product.
         offsets ((2, E), int32): the first row and the end row of each expert.
+        adapter: of the weight; None: it has none.
+        low_rank ((R, L)): Adapter.reduce_gradient of dY, where there is an adapter.
     """
 
     routed: RoutedRows
@@ -237,6 +240,8 @@ class DownBackward:
     bias: torch.Tensor | None
     scale: torch.Tensor | None
     offsets: torch.Tensor
+    adapter: Adapter | None = None
+    low_rank: torch.Tensor | None = None
 
     def __call__(
         self,
@@ -278,6 +283,8 @@ class DownBackward:
         else:
             dh = gemm.new_operand() if h is None else h
             gemm.launch(dh, zeros_tail=False)
+            if self.adapter is not None and self.low_rank is not None:
+                self.adapter.add_gradient(self.low_rank, gemm, dh)
             self._activation_backward(dh, z, dz, h, dots)
         if dots is not None and self.bias is not None:
             gemm.launch_bias_dots(self.bias, dots[-1])
@@ -306,6 +313,7 @@ class DownBackward:
         routed, width = self.routed, self.weight.shape[2]
         may_be_at_once = (
             routed.has_halves
+            and self.adapter is None
             and z is not None
             and can_describe(z.unflatten(1, (2, width)))
             and divisor == 0
@@ -363,28 +371,51 @@ class DownBackward:
         dots: torch.Tensor | None,
     ) -> None:
         """Launch _expert_activation_bwd_kernel; h may be dh itself."""
-        if z is None or z.shape[0] == 0:
-            return
-        routed, rows, scale = self.routed, self.routed.rows, self.scale
-        width = self.weight.shape[2]
-        block_rows, block_i, warps = _activation_block(width)
-        # dh and h are laid out alike.
-        of_h = dh if h is None else h
-        stride_h = width if of_h is None else of_h.stride(0)
-        unit = unit_of(width, stride_h)
-        z = z.contiguous()
-        launch(
-            _expert_activation_bwd_kernel, (cdiv(rows.num_rows, block_rows),),
-            dh, z, scale, rows.gather, self.offsets[1, -1:], dz, h, dots,
-            rows.num_rows, width // unit, rows.top_k, routed.activation.bound, *strides(scale),
-            stride_h // unit,
-            UNIT=unit, ROWS=block_rows, BLOCK_I=block_i, GATED=routed.gated,
-            INTERLEAVED=routed.interleaved,
-            HAS_SCALE=scale is not None, LOAD_DH=dh is not None, STORE_DZ=dz is not None,
-            STORE_H=h is not None, STORE_DOTS=dots is not None, num_warps=warps,
-            **routed.activation.options,
-            on=z,
-        )  # fmt: skip
+        if z is not None:
+            used_rows = self.offsets[1, -1:]
+            _launch_activation(self.routed, z, used_rows, self.scale, dh, dz, h, dots)
+
+
+def activate(
+    routed: RoutedRows, z: torch.Tensor, used_rows: torch.Tensor, h: torch.Tensor
+) -> None:
+    """Write h = act(z), (R, I); the rows from used_rows[0] on may stay as they are."""
+    _launch_activation(routed, z, used_rows, None, None, None, h, None)
+
+
+def _launch_activation(
+    routed: RoutedRows,
+    z: torch.Tensor,
+    used_rows: torch.Tensor,
+    scale: torch.Tensor | None,
+    dh: torch.Tensor | None,
+    dz: torch.Tensor | None,
+    h: torch.Tensor | None,
+    dots: torch.Tensor | None,
+) -> None:
+    """Launch _expert_activation_bwd_kernel; h may be dh itself."""
+    if z.shape[0] == 0:
+        return
+    rows = routed.rows
+    width = z.shape[1] // 2 if routed.gated else z.shape[1]
+    block_rows, block_i, warps = _activation_block(width)
+    # dh and h are laid out alike.
+    of_h = dh if h is None else h
+    stride_h = width if of_h is None else of_h.stride(0)
+    unit = unit_of(width, stride_h)
+    z = z.contiguous()
+    launch(
+        _expert_activation_bwd_kernel, (cdiv(rows.num_rows, block_rows),),
+        dh, z, scale, rows.gather, used_rows, dz, h, dots,
+        rows.num_rows, width // unit, rows.top_k, routed.activation.bound, *strides(scale),
+        stride_h // unit,
+        UNIT=unit, ROWS=block_rows, BLOCK_I=block_i, GATED=routed.gated,
+        INTERLEAVED=routed.interleaved,
+        HAS_SCALE=scale is not None, LOAD_DH=dh is not None, STORE_DZ=dz is not None,
+        STORE_H=h is not None, STORE_DOTS=dots is not None, num_warps=warps,
+        **routed.activation.options,
+        on=z,
+    )  # fmt: skip
 
 
 def _activation_block(width: int) -> tuple[int, int, int]:

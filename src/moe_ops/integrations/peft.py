@@ -35,6 +35,7 @@ from moe_ops.integrations.requirements import check_version, missing
 from moe_ops.integrations.transformers import (
     Experts,
     in_dtype_for,
+    known_activation,
     weight_and_bias,
 )
 from moe_ops.layers.experts_modules import is_interface_experts
@@ -340,6 +341,16 @@ def _split(
     up_weight, up_bias = weight_and_bias(experts, up_name(experts), hidden_states)
     down_weight, down_bias = weight_and_bias(experts, "down_proj", hidden_states)
     tokens, topk_ids, topk_weights = flattened(hidden_states, top_k_index, top_k_weights)
+    known = known_activation(experts)
+    if known is None:
+        activation = {"activation": experts._apply_gate if experts.has_gate else experts.act_fn}
+    else:
+        activation = {
+            "activation": known.name,
+            "gated": known.gated,
+            "interleaved": known.interleaved,
+            "activation_limit": known.limit,
+        }
     output = lora_experts(
         in_dtype_for(up_weight, tokens),
         up_weight,
@@ -350,7 +361,7 @@ def _split(
         adapters.get("down_proj", ()),
         up_bias,
         down_bias,
-        experts._apply_gate if experts.has_gate else experts.act_fn,
+        **activation,
     )
     return output.reshape(hidden_states.shape).to(hidden_states.dtype)
 

@@ -161,6 +161,121 @@ def fused_experts_up_backward(
     return grad_x, grad_up, grad_weights, grad_bias
 
 
+def fused_experts_lora(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_lora_a: Tensor,
+    gate_up_lora_b: Tensor,
+    down_lora_a: Tensor,
+    down_lora_b: Tensor,
+    gate_up_scaling: float = 1.0,
+    down_scaling: float = 1.0,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
+    gated: bool = True,
+    interleaved: bool = False,
+    activation_limit: float | None = None,
+    kernel_config: str | None = None,
+    *,
+    for_backward: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """Return the output, and with for_backward what fused_experts_lora_forward returns."""
+    token_counts, gather_indices, scatter_indices = routing_indices(topk_ids, gate_up_proj.shape[0])
+    routing = _Routing(token_counts, gather_indices, scatter_indices, topk_weights.shape[1])
+    products = routing.products
+    act = Activation(activation, gated, interleaved, activation_limit)
+    z = _up_projection(hidden_states, gate_up_proj, gate_up_bias, routing, None)
+    low_up = products.multiply(hidden_states, gate_up_lora_a.mT, sources=routing.tokens)
+    low_up *= gate_up_scaling
+    z += products.multiply(low_up, gate_up_lora_b.mT)
+    h = _activated(z, act, products.tail)
+    y = products.multiply(h, down_proj.mT, down_bias)  # (R, H)
+    low_down = products.multiply(h, down_lora_a.mT).mul_(down_scaling)
+    y += products.multiply(low_down, down_lora_b.mT)
+    output = sum_slots(y, routing.rows, routing.without_dropped(topk_weights), routing.top_k)
+    if not for_backward:
+        return output
+    return output, z, low_up, low_down, token_counts, gather_indices, scatter_indices
+
+
+def fused_experts_lora_backward(
+    grad_output: Tensor,
+    hidden_states: Tensor | None,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_weights: Tensor,
+    gate_up_lora_a: Tensor,
+    gate_up_lora_b: Tensor,
+    down_lora_a: Tensor,
+    down_lora_b: Tensor,
+    gate_up_scaling: float,
+    down_scaling: float,
+    down_bias: Tensor | None,
+    pre_activation: Tensor,
+    gate_up_low_rank: Tensor | None,
+    down_low_rank: Tensor | None,
+    token_counts: Tensor,
+    gather_indices: Tensor,
+    scatter_indices: Tensor,
+    activation: str,
+    gated: bool,
+    interleaved: bool,
+    activation_limit: float | None,
+    needs: list[bool],
+    kernel_config: str | None = None,
+) -> tuple[Tensor, ...]:
+    grads = [grad_output.new_empty(0) for _ in needs]
+    need_x, need_weights, need_up_a, need_up_b, need_down_a, need_down_b = needs
+    need_dz = need_x or need_up_a or need_up_b
+    routing = _Routing(token_counts, gather_indices, scatter_indices, topk_weights.shape[1])
+    products, dtype = routing.products, grad_output.dtype
+    scale = weights_of_rows(routing.without_dropped(topk_weights), gather_indices)  # (R, 1)
+    dy = grad_output.index_select(0, routing.tokens)  # (R, H), without the weights
+    if need_down_b:
+        assert down_low_rank is not None  # the schema's `where` says so
+        grads[5] = products.multiply_transposed(dy, (down_low_rank * scale).to(dtype), dtype)
+
+    dz = None
+    if need_dz or need_weights or need_down_a:
+        low, dh = products.multiply(dy, down_lora_b).mul_(down_scaling), None
+        if need_dz or need_weights:
+            dh = products.multiply(dy, down_proj)
+            dh += products.multiply(low, down_lora_a)
+        act = Activation(activation, gated, interleaved, activation_limit)
+        h, dz, dots = _activated_backward(
+            pre_activation, dh, scale, act, products.tail, need_down_a, need_dz, need_weights
+        )
+        if need_down_a:
+            grads[4] = products.multiply_transposed(low, h, dtype)
+        if need_weights:
+            by_slot = routing.by_slot(dots)
+            if down_bias is not None:
+                by_slot += routing.bias_dots(grad_output, down_bias)
+            grads[1] = routing.without_dropped(by_slot).to(topk_weights.dtype)
+        del dh, h
+    if dz is None or not need_dz:
+        return tuple(grads)
+
+    low = products.multiply(dz, gate_up_lora_b).mul_(gate_up_scaling)
+    if need_x:
+        dx = products.multiply(dz, gate_up_proj)  # (R, H)
+        dx += products.multiply(low, gate_up_lora_a)
+        grads[0] = sum_slots(dx, routing.rows, None, routing.top_k)
+        del dx
+    if need_up_a:
+        assert hidden_states is not None
+        x = routing.rows_of(hidden_states, None)
+        grads[2] = products.multiply_transposed(low, x, dtype)
+    if need_up_b:
+        assert gate_up_low_rank is not None
+        grads[3] = products.multiply_transposed(dz, gate_up_low_rank, dtype)
+    return tuple(grads)
+
+
 class _Routing:
     """Which rows belong to which slots.
 
