@@ -11,6 +11,7 @@ import torch
 
 from testing import dropped_slots
 from testing.pages import DOCS, has_only_python_blocks, run_python_blocks
+from testing.recorders import ReturnedShapes
 from testing.tiny_models import MODELS as TINY_MODELS
 from testing.tiny_models import NUM_EXPERTS, make_model, run_step
 from testing.tolerances import MODULE_NORM, relative_error
@@ -96,18 +97,25 @@ def wrappers(model):
 
 
 def test_no_merged_weight_and_no_base_gradient(input_ids):
-    """No gradient of the base is computed."""
+    """The backward returns the adapters' gradients and that of the input, and none of the base."""
     model = split_model()
-    with MoeCalls() as calls:
+    hidden, inter, rank = 32, 24, 8
+    with MoeCalls() as calls, ReturnedShapes() as returned:
         run_step(model, input_ids[:1, :4])
-    shapes, hidden, inter = [], 32, 24
-    for name, args in calls.calls:
-        assert not (name.startswith("fused_experts") and name.endswith("backward"))
-        assert name != "grouped_gemm_dw"
-        if name == "grouped_gemm_lora_backward":
-            grad_output, x, low_rank = args[:3]
-            shapes.append((grad_output.shape[1], x.shape[1], low_rank.shape[1]))
-    assert sorted(shapes) == sorted([(2 * inter, hidden, 8), (hidden, inter, 8)])
+    backward = [
+        name for name in calls.names() if name.startswith("fused_experts") and "back" in name
+    ]
+    assert backward == ["fused_experts_lora_backward"]
+    assert "grouped_gemm_dw" not in calls.names()
+    gradients = returned.shapes_of("moe::fused_experts_lora_backward")
+    assert [shape for shape in gradients if len(shape) == 3] == sorted(
+        [
+            (NUM_EXPERTS, rank, hidden),
+            (NUM_EXPERTS, 2 * inter, rank),
+            (NUM_EXPERTS, rank, inter),
+            (NUM_EXPERTS, hidden, rank),
+        ]
+    )
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == ("lora_" in name), name
     assert calls.largest < model.get_parameter(f"{PREFIX}.base_layer.base_layer.down_proj").numel()

@@ -9,6 +9,7 @@ import torch
 
 import moe_ops
 from moe_ops.layers.experts import Experts
+from moe_ops.layers.functional import named_activation
 from moe_ops.layers.lora import LoraExperts, LoraWeights, lora_experts, lora_grouped_gemm
 from testing import lora_problem, oracle
 from testing.lora_problem import (
@@ -20,6 +21,7 @@ from testing.lora_problem import (
     draw_ids,
     randn,
 )
+from testing.recorders import MoeOps
 from testing.reference import merged
 from testing.tolerances import RELATIVE_NORM, relative_error
 
@@ -130,6 +132,139 @@ def test_experts_match_reference(activation, flags, targets):
     )  # fmt: skip
     factors = [factor for adapter in up_lora + down_lora for factor in adapter[:2]]
     assert_same_gradients(actual, expected, [x, weights, *factors])
+
+
+def draw_experts(flags, ranks=(3, 5), biased=True):
+    """Return the leading arguments of lora_experts, frozen projections and one adapter for each."""
+    width = INTER * (2 if flags.get("gated", True) else 1)
+    sizes = (width, HIDDEN), (HIDDEN, INTER)
+    gate_up, down = (randn(NUM_EXPERTS, *size) for size in sizes)
+    x, weights = randn(NUM_TOKENS, HIDDEN), randn(NUM_TOKENS, TOP_K)
+    return {
+        "hidden_states": x.requires_grad_(),
+        "gate_up_proj": gate_up,
+        "down_proj": down,
+        "topk_ids": draw_ids("dropped"),
+        "topk_weights": weights.requires_grad_(),
+        "gate_up_lora": [make_adapter(*sizes[0], ranks[0])] if ranks[0] else [],
+        "down_lora": [make_adapter(*sizes[1], ranks[1])] if ranks[1] else [],
+        "gate_up_bias": randn(NUM_EXPERTS, width) if biased else None,
+        "down_bias": randn(NUM_EXPERTS, HIDDEN) if biased else None,
+    }
+
+
+def leaves_of(arguments):
+    factors = [f for lora in ("gate_up_lora", "down_lora") for a in arguments[lora] for f in a[:2]]
+    return [arguments["hidden_states"], arguments["topk_weights"], *factors]
+
+
+def run_as_one_op(arguments, **flags):
+    with MoeOps() as ops:
+        output = lora_experts(**arguments, **flags)
+    assert len(ops.calls) == 1
+    assert ops.names[0].removesuffix("_forward") == "fused_experts_lora"
+    return output
+
+
+def run_composed(arguments, **flags):
+    with MoeOps() as ops:
+        output = lora_experts(**arguments, **flags)
+    assert ops.counts["grouped_gemm"] == 2 + 2 * sum(
+        len(arguments[lora]) for lora in ("gate_up_lora", "down_lora")
+    )
+    assert not any(name.startswith("fused_experts") for name in ops.names)
+    return output
+
+
+def as_function(activation="silu", **flags):
+    """Return a named activation as a function, with which lora_experts composes the layer."""
+    limit = flags.pop("activation_limit", None)
+    flags = {"gated": True, "interleaved": False, **flags}
+    return named_activation("test", activation, **flags, limit=limit)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("ranks", [(3, 5), (16, 1), (4, 0), (0, 2)])
+@pytest.mark.parametrize(("activation", "flags"), ACTIVATIONS)
+def test_one_op_equals_the_composed_layer(activation, flags, ranks, biased):
+    """Whatever the activation's options, with ranks that differ, and one of them missing."""
+    arguments = draw_experts(flags, ranks, biased)
+    actual = run_as_one_op(arguments, activation=activation, **flags)
+    expected = run_composed(arguments, activation=as_function(activation, **flags))
+    assert_same_gradients(actual, expected, leaves_of(arguments))
+
+
+@pytest.mark.parametrize("trained", ["gate_up_proj", "down_proj", "gate_up_bias", "down_bias"])
+def test_a_trained_base_is_composed(trained):
+    arguments = draw_experts({})
+    frozen = run_as_one_op(arguments)
+    base = arguments[trained].requires_grad_()
+    actual = run_composed(arguments)
+    assert_same_gradients(actual, frozen, leaves_of(arguments))
+    expected = reference_experts(arguments)
+    assert_same_gradients(run_composed(arguments), expected, [base, *leaves_of(arguments)])
+
+
+def reference_experts(arguments):
+    rest = dict(arguments)
+    for name in ("gate_up", "down"):
+        rest[f"{name}_proj"] = merged(rest[f"{name}_proj"], rest.pop(f"{name}_lora"))
+    return oracle.fused_experts(**rest)
+
+
+@pytest.mark.parametrize("trained", ["gate_up_proj", "down_bias"])
+def test_without_a_gradient_a_trained_base_is_one_op(trained):
+    arguments = draw_experts({})
+    arguments[trained].requires_grad_()
+    with torch.no_grad():
+        actual = run_as_one_op(arguments)
+    assert not actual.requires_grad
+    assert relative_error(actual, reference_experts(arguments)) <= RELATIVE_NORM[torch.float64]
+
+
+@pytest.mark.parametrize("which", ["gate_up_lora", "down_lora"])
+def test_two_adapters_are_composed(which):
+    """They equal the one adapter that has both their ranks, which is one op."""
+    arguments = draw_experts({})
+    (first,) = arguments[which]
+    second = make_adapter(first.lora_B.shape[1], first.lora_A.shape[2], 2, scaling=first.scaling)
+    both = LoraWeights(
+        torch.cat([first.lora_A, second.lora_A], 1),
+        torch.cat([first.lora_B, second.lora_B], 2),
+        first.scaling,
+    )
+    two = {**arguments, which: [first, second]}
+    actual, expected = run_composed(two), run_as_one_op({**arguments, which: [both]})
+    assert_same_gradients(actual, expected, leaves_of(two))
+
+
+def test_dropout_is_composed():
+    """Of two passes with the same zeros, one has a named activation and one a function."""
+    arguments = draw_experts({})
+    outputs = []
+    for activation in ("silu", as_function()):
+        torch.manual_seed(7)
+        outputs.append(run_composed(arguments, activation=activation, dropout_p=0.4))
+    assert_same_gradients(*outputs, leaves_of(arguments))
+    assert relative_error(outputs[0], run_as_one_op(arguments)) > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_op_with_adapters_of_another_dtype(dtype):
+    """The gradients of fp32 adapters beside a base in another dtype are fp32."""
+    arguments = draw_experts({})
+    for lora in ("gate_up_lora", "down_lora"):
+        (adapter,) = arguments[lora]
+        factors = [f.detach().float().requires_grad_() for f in adapter[:2]]
+        arguments[lora] = [LoraWeights(*factors, adapter.scaling)]
+    for name in ("hidden_states", "gate_up_proj", "down_proj", "gate_up_bias", "down_bias"):
+        needs = arguments[name].requires_grad
+        arguments[name] = arguments[name].detach().to(dtype).requires_grad_(needs)
+    actual = run_as_one_op(arguments)
+    assert actual.dtype == dtype
+    assert_same_gradients(actual, reference_experts(arguments), leaves_of(arguments), dtype)
+    for factor in leaves_of(arguments)[2:]:
+        assert factor.dtype == torch.float32
 
 
 def test_every_activation_of_the_op_is_here():

@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA's modules do no work for a frozen base. They merge, compile and work in checkpoints."""
 
+from collections import Counter
+
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
 import moe_ops
 from moe_ops.layers import MoE, Router
 from moe_ops.layers.experts import Experts
 from moe_ops.layers.lora import GroupedLora, LoraExperts
+from moe_ops.ops.fused_experts import pytorch
 from testing.lora_problem import (
     HIDDEN,
     INTER,
@@ -37,17 +42,15 @@ def test_few_tokens(num_tokens):
 
 
 def test_frozen_base_costs_no_gradient():
-    """The backward computes no dW of the base. No op makes anything of a weight's size."""
+    """The backward computes gradients of the input and the adapters only, of no weight's size."""
     sizes, rank = (40, 48), 3  # The weights are larger than all rows together.
     module, x, ids, weights = make_layer(sizes=sizes, rank=rank)
     with ReturnedShapes() as calls:
         module(x, ids, weights).sum().backward()
     hidden, inter = sizes
-    assert calls.shapes_of("moe::grouped_gemm_dw") == []
-    assert calls.shapes_of("moe::grouped_gemm_lora_backward") == sorted(
+    assert calls.shapes_of("moe::fused_experts_lora_backward") == sorted(
         [
             (NUM_TOKENS, hidden),
-            (NUM_TOKENS * TOP_K, inter),
             (NUM_EXPERTS, rank, hidden),
             (NUM_EXPERTS, 2 * inter, rank),
             (NUM_EXPERTS, rank, inter),
@@ -64,18 +67,40 @@ def test_frozen_base_costs_no_gradient():
         assert module.get_parameter(name).grad.norm() > 0, name
 
 
-def test_a_step_is_seven_calls_of_ops():
+def test_inside_of_the_op_makes_nothing_of_a_weights_size():
+    """Its implementation is called as a function, as the op is opaque from outside."""
+    module, x, ids, weights = make_layer(sizes=(40, 48))
+    experts, up, down = module.experts, *module.adapters.values()
+    projections = (experts.gate_up_proj, experts.down_proj)
+    factors = (up.lora_A, up.lora_B, down.lora_A, down.lora_B)
+    with torch.no_grad(), ReturnedShapes() as calls:
+        output, z, *low, counts, gather, scatter = pytorch.fused_experts_lora(
+            x, *projections, ids, weights, *factors, for_backward=True
+        )
+        gradients = pytorch.fused_experts_lora_backward(
+            torch.ones_like(output), x, *projections, weights, *factors, 1.0, 1.0, None, z, *low,
+            counts, gather, scatter, "silu", True, False, None, [True] * 6,
+        )  # fmt: skip
+    assert all(gradient.norm() > 0 for gradient in gradients)
+    # A transposed view of a weight makes nothing.
+    made = [shape for name, shape in calls.made if name != "aten::transpose"]
+    assert len(made) > 20
+    assert max(torch.Size(shape).numel() for shape in made) < experts.down_proj.numel()
+
+
+def test_a_step_is_two_calls_of_ops():
     """What a call costs the host is most of a small step."""
     module, x, ids, weights = make_layer()
     with MoeOps() as ops:
         module(x, ids, weights).sum().backward()
-    assert ops.counts == {
-        "routing_indices": 1,
-        "grouped_gemm_lora_forward": 2,
-        "unpermute": 1,
-        "unpermute_backward": 1,
-        "grouped_gemm_lora_backward": 2,
-    }
+    assert ops.counts == {"fused_experts_lora_forward": 1, "fused_experts_lora_backward": 1}
+
+
+def test_without_a_gradient_it_is_one_call():
+    module, x, ids, weights = make_layer()
+    with torch.no_grad(), MoeOps() as ops:
+        module(x, ids, weights)
+    assert ops.counts == {"fused_experts_lora": 1}
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -175,8 +200,7 @@ def test_input_gradient_only_where_needed():
     module, x, ids, weights = make_layer(targets=["gate_up_proj"])
     with ReturnedShapes() as calls:
         module(x.detach(), ids, weights).sum().backward()
-    assert calls.shapes_of("moe::grouped_gemm_dx") == [(NUM_TOKENS * TOP_K, INTER)]
-    assert calls.shapes_of("moe::grouped_gemm_lora_backward") == sorted(
+    assert calls.shapes_of("moe::fused_experts_lora_backward") == sorted(
         [(NUM_EXPERTS, 3, HIDDEN), (NUM_EXPERTS, 2 * INTER, 3)]
     )
 
@@ -249,6 +273,32 @@ def gradients_of_leaves(function, module, x):
     output = function(x)
     output.backward(torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output))
     return [output, x.grad, *(p.grad for p in trainable(module))]
+
+
+def test_compiles_to_one_op_in_each_direction():
+    graphs = {"forward": Counter(), "backward": Counter()}
+
+    def record(direction):
+        def note(graph_module, _):
+            targets = [str(node.target) for node in graph_module.graph.nodes]
+            graphs[direction].update(name for name in targets if name.startswith("moe."))
+            return make_boxed_func(graph_module.forward)
+
+        return note
+
+    backend = aot_autograd(fw_compiler=record("forward"), bw_compiler=record("backward"))
+    module, x, ids, weights = make_layer()
+    layer = torch.compile(module, fullgraph=True, backend=backend)
+    actual, expected = (
+        gradients_of(lambda h, f=function: f(h, ids, weights), module, x)
+        for function in (layer, module)
+    )
+    for one, other in zip(actual, expected, strict=True):
+        assert relative_error(one, other) <= RELATIVE_NORM[torch.float64]
+    assert graphs == {
+        "forward": {"moe.fused_experts_lora_forward.default": 1},
+        "backward": {"moe.fused_experts_lora_backward.default": 1},
+    }
 
 
 def test_compile():
