@@ -39,7 +39,7 @@ SCRIPTS = {
     ),
     "lora": (
         ["trainable params: 14,336 ", *(rf"step {step}  loss" for step in range(10))],
-        GROUPED_GEMM,
+        {"moe::fused_experts_lora", "moe::fused_experts_lora_backward"},
     ),
 }
 # They need the peft extra.
