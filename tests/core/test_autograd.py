@@ -327,7 +327,9 @@ WITHOUT_GRADIENT = [(name, a) for name, s in SCHEMAS.items() for a in s.without_
 def test_the_arguments_without_a_gradient():
     """A differentiable op refuses that they require grad, or it ignores it."""
     found = {(name, a.name): a.ignores_grad for name, a in WITHOUT_GRADIENT}
+    frozen = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
     assert found == {
+        **{("fused_experts_lora", name): False for name in frozen},
         ("topk_routing", "selection_bias"): True,
     }
 

@@ -416,21 +416,44 @@ def sizes_agree(sample: Sample, arguments: dict[str, Any]) -> bool:
     divisors = {scalars[a.name] for a in schema.scalars if a.type == "SymInt"}
     divided = {size // divisor for size in found for divisor in divisors if divisor}
     candidates = sorted(found | divided)
-    for values in itertools.product(candidates, repeat=len(schema.dims)):
-        letters = dict(zip(schema.dims, values, strict=True))
-        names = {**scalars, **letters}
-        if all(
-            tuple(expr.evaluate(names) for expr in a.shape) == tuple(arguments[a.name].shape)
-            for a in schema.tensors
-            if arguments[a.name] is not None
-        ):
-            bounds = [(a.name, a.minimum, a.maximum) for a in schema.scalars]
-            return all(rule.expect.evaluate(names) for rule in schema.where) and all(
-                (low is None or scalars[name] >= low.evaluate(names))
-                and (high is None or scalars[name] <= high.evaluate(names))
-                for name, low, high in bounds
-            )
-    return False
+    equations = [
+        (expr, size)
+        for a in schema.tensors
+        if arguments[a.name] is not None
+        for expr, size in zip(a.shape, arguments[a.name].shape, strict=True)
+    ]
+    names = fitting_sizes(list(schema.dims), candidates, equations, scalars)
+    if names is None:
+        return False
+    bounds = [(a.name, a.minimum, a.maximum) for a in schema.scalars]
+    return all(rule.expect.evaluate(names) for rule in schema.where) and all(
+        (low is None or scalars[name] >= low.evaluate(names))
+        and (high is None or scalars[name] <= high.evaluate(names))
+        for name, low, high in bounds
+    )
+
+
+def fitting_sizes(
+    letters: list[str],
+    candidates: list[int],
+    equations: list[tuple[Any, int]],
+    names: dict[str, Any],
+) -> dict[str, Any] | None:
+    """Return names with the first size of each letter that fits all equations, None if none fit.
+
+    An equation is tried as soon as its letters have sizes: ops with seven letters have millions of
+    combinations.
+    """
+    later = [(expr, size) for expr, size in equations if not expr.names.isdisjoint(letters)]
+    if any(expr.evaluate(names) != size for expr, size in equations if (expr, size) not in later):
+        return None
+    if not letters:
+        return names
+    for value in candidates:
+        found = fitting_sizes(letters[1:], candidates, later, {**names, letters[0]: value})
+        if found is not None:
+            return found
+    return None
 
 
 @pytest.mark.parametrize("name", sorted(SCHEMAS))
