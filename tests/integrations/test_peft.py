@@ -97,7 +97,7 @@ def wrappers(model):
 
 
 def test_no_merged_weight_and_no_base_gradient(input_ids):
-    """The backward returns the adapters' gradients and that of the input, and none of the base."""
+    """The backward returns the adapters' gradients alone: nothing before the layer is trained."""
     model = split_model()
     hidden, inter, rank = 32, 24, 8
     with MoeCalls() as calls, ReturnedShapes() as returned:
@@ -107,8 +107,7 @@ def test_no_merged_weight_and_no_base_gradient(input_ids):
     ]
     assert backward == ["fused_experts_lora_backward"]
     assert "grouped_gemm_dw" not in calls.names()
-    gradients = returned.shapes_of("moe::fused_experts_lora_backward")
-    assert [shape for shape in gradients if len(shape) == 3] == sorted(
+    assert returned.shapes_of("moe::fused_experts_lora_backward") == sorted(
         [
             (NUM_EXPERTS, rank, hidden),
             (NUM_EXPERTS, 2 * inter, rank),

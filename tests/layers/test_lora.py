@@ -241,12 +241,17 @@ def test_two_adapters_are_composed(which):
 def test_dropout_is_composed():
     """Of two passes with the same zeros, one has a named activation and one a function."""
     arguments = draw_experts({})
-    outputs = []
-    for activation in ("silu", as_function()):
-        torch.manual_seed(7)
-        outputs.append(run_composed(arguments, activation=activation, dropout_p=0.4))
-    assert_same_gradients(*outputs, leaves_of(arguments))
-    assert relative_error(outputs[0], run_as_one_op(arguments)) > 0.01
+    named, called = (
+        run_with_seed(arguments, activation=activation, dropout_p=0.4)
+        for activation in ("silu", as_function())
+    )
+    assert_same_gradients(named, called, leaves_of(arguments))
+    assert relative_error(named, run_as_one_op(arguments)) > 0.01
+
+
+def run_with_seed(arguments, **flags):
+    torch.manual_seed(7)
+    return run_composed(arguments, **flags)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -255,8 +260,8 @@ def test_one_op_with_adapters_of_another_dtype(dtype):
     arguments = draw_experts({})
     for lora in ("gate_up_lora", "down_lora"):
         (adapter,) = arguments[lora]
-        factors = [f.detach().float().requires_grad_() for f in adapter[:2]]
-        arguments[lora] = [LoraWeights(*factors, adapter.scaling)]
+        a, b = (factor.detach().float().requires_grad_() for factor in adapter[:2])
+        arguments[lora] = [LoraWeights(a, b, adapter.scaling)]
     for name in ("hidden_states", "gate_up_proj", "down_proj", "gate_up_bias", "down_bias"):
         needs = arguments[name].requires_grad
         arguments[name] = arguments[name].detach().to(dtype).requires_grad_(needs)

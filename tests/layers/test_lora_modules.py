@@ -2,6 +2,7 @@
 """LoRA's modules do no work for a frozen base. They merge, compile and work in checkpoints."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -70,14 +71,16 @@ def test_frozen_base_costs_no_gradient():
 def test_inside_of_the_op_makes_nothing_of_a_weights_size():
     """Its implementation is called as a function, as the op is opaque from outside."""
     module, x, ids, weights = make_layer(sizes=(40, 48))
-    experts, up, down = module.experts, *module.adapters.values()
+    experts: Any = module.experts
+    up, down = module.adapters["gate_up_proj"], module.adapters["down_proj"]
     projections = (experts.gate_up_proj, experts.down_proj)
     factors = (up.lora_A, up.lora_B, down.lora_A, down.lora_B)
     with torch.no_grad(), ReturnedShapes() as calls:
         output, z, *low, counts, gather, scatter = pytorch.fused_experts_lora(
             x, *projections, ids, weights, *factors, for_backward=True
         )
-        gradients = pytorch.fused_experts_lora_backward(
+        backward: Any = pytorch.fused_experts_lora_backward
+        gradients = backward(
             torch.ones_like(output), x, *projections, weights, *factors, 1.0, 1.0, None, z, *low,
             counts, gather, scatter, "silu", True, False, None, [True] * 6,
         )  # fmt: skip
@@ -276,7 +279,7 @@ def gradients_of_leaves(function, module, x):
 
 
 def test_compiles_to_one_op_in_each_direction():
-    graphs = {"forward": Counter(), "backward": Counter()}
+    graphs: dict[str, Counter[str]] = {"forward": Counter(), "backward": Counter()}
 
     def record(direction):
         def note(graph_module, _):
