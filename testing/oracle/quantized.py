@@ -203,7 +203,8 @@ def plain_call(name: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, 
         up = weight("gate_up_", rows.shape[1], rows.dtype)
         inner = up.shape[1] // 2 if given["gated"] else up.shape[1]
         given |= {"gate_up_proj": up, "down_proj": weight("down_", inner, rows.dtype)}
-    if name.endswith("_backward"):
+    if name.endswith("_backward") and "_lora_" not in name:
+        # Beside adapters a plain weight has no gradient either.
         first, *rest = given["needs"]
         given |= {"needs": [first, False, *rest], "transposed": False}
     return name.replace("_quantized", ""), given
@@ -211,7 +212,7 @@ def plain_call(name: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, 
 
 def without_weight(name: str, outputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """Return what the quantised form of a backward op returns: no gradient of the weight."""
-    if "_quantized" in name and name.endswith("_backward"):
+    if "_quantized" in name and name.endswith("_backward") and "_lora_" not in name:
         first, _, *rest = outputs
         return (first, *rest)
     return outputs

@@ -310,6 +310,7 @@ def test_an_op_that_runs_in_place_of_another_says_so_and_takes_its_arguments():
     assert found == {
         "fused_experts_forward": "fused_experts",
         "fused_experts_lora_forward": "fused_experts_lora",
+        "fused_experts_lora_quantized_forward": "fused_experts_lora_quantized",
         "fused_experts_quantized_forward": "fused_experts_quantized",
     }
 

@@ -34,8 +34,12 @@ INNER_OPS |= {
     "fused_experts_quantized", "fused_experts_quantized_forward",
     "fused_experts_quantized_down_backward", "fused_experts_quantized_up_backward",
 }  # fmt: skip
-# moe_ops.layers.lora calls the first.
-INNER_OPS |= {"fused_experts_lora", "fused_experts_lora_forward", "fused_experts_lora_backward"}
+# moe_ops.layers.lora calls the first of each three.
+INNER_OPS |= {
+    "fused_experts_lora", "fused_experts_lora_forward", "fused_experts_lora_backward",
+    "fused_experts_lora_quantized", "fused_experts_lora_quantized_forward",
+    "fused_experts_lora_quantized_backward",
+}  # fmt: skip
 # Weights that functions take in either form. torch.ops.moe takes tensors alone.
 QUANTISABLE = {("grouped_gemm", "weight"), ("fused_experts", "gate_up_proj"),
                ("fused_experts", "down_proj")}  # fmt: skip

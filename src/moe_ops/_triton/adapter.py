@@ -14,7 +14,8 @@ import torch
 from moe_ops._triton.gemm import GroupedGemm
 from moe_ops._triton.kernels.adapter import add_low_rank_kernel, scale_rows_kernel
 from moe_ops._triton.launch import cdiv, launch, next_power_of_2, precision
-from moe_ops._triton.schedule import Rows
+from moe_ops._triton.schedule import Rows, TileSchedule
+from moe_ops.configs.device import device_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,25 +65,34 @@ class Adapter:
             )  # fmt: skip
         return low
 
-    def add(self, low: torch.Tensor, product: GroupedGemm, y: torch.Tensor) -> None:
-        """Add low @ lora_b[e].T to y, which `product` has stored: x @ weight[e].T."""
-        _add(low, self.lora_b.transpose(1, 2), product, y)
+    def add(
+        self, low: torch.Tensor, y: torch.Tensor, rows: Rows, schedule: TileSchedule | None
+    ) -> None:
+        """Add low @ lora_b[e].T to y, the product with the weight. A schedule of the rows may serve."""
+        _add(low, self.lora_b.transpose(1, 2), y, rows, schedule)
 
-    def add_gradient(self, low: torch.Tensor, product: GroupedGemm, y: torch.Tensor) -> None:
-        """Add low @ lora_a[e] to y, which `product` has stored: g @ weight[e]."""
-        _add(low, self.lora_a, product, y)
+    def add_gradient(
+        self, low: torch.Tensor, y: torch.Tensor, rows: Rows, schedule: TileSchedule | None
+    ) -> None:
+        """Add low @ lora_a[e] to y, the gradient's product with the weight."""
+        _add(low, self.lora_a, y, rows, schedule)
 
 
-def _add(low: torch.Tensor, factor: torch.Tensor, product: GroupedGemm, y: torch.Tensor) -> None:
-    """Add low @ factor[e] to y (M, N), with the tile schedule of what has stored y."""
-    rows, schedule = product.rows, product.schedule
+def _add(
+    low: torch.Tensor,
+    factor: torch.Tensor,
+    y: torch.Tensor,
+    rows: Rows,
+    schedule: TileSchedule | None,
+) -> None:
+    """Add low @ factor[e] to y (M, N). Without a schedule the kernel finds its tiles."""
     _, rank, width = factor.shape
     if rows.is_empty or y.numel() == 0 or rank == 0:
         return
     block_m = 32 if schedule is None else schedule.block_m
     block_n = min(64, max(16, next_power_of_2(width)))
     tiles, max_tiles = (None, 0) if schedule is None else (schedule.tiles, schedule.max_tiles)
-    programs = product.device.num_sms * 4
+    programs = device_of(y.device).num_sms * 4
     launch(
         add_low_rank_kernel, (min(programs, rows.max_tiles(block_m) * cdiv(width, block_n)),),
         low, factor, y, rows.token_counts, tiles, max_tiles, rows.num_rows,

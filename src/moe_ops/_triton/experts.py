@@ -284,7 +284,7 @@ class DownBackward:
             dh = gemm.new_operand() if h is None else h
             gemm.launch(dh, zeros_tail=False)
             if self.adapter is not None and self.low_rank is not None:
-                self.adapter.add_gradient(self.low_rank, gemm, dh)
+                self.adapter.add_gradient(self.low_rank, dh, rows, gemm.whole_schedule)
             self._activation_backward(dh, z, dz, h, dots)
         if dots is not None and self.bias is not None:
             gemm.launch_bias_dots(self.bias, dots[-1])

@@ -131,6 +131,18 @@ class GroupedGemm:
         """Return how many launches compute the product."""
         return 1 if self._scratch is None else len(self._scratch.bounds)
 
+    @property
+    def whole_schedule(self) -> TileSchedule | None:
+        """Return the tile schedule of all experts that its launch has made; None: it has none.
+
+        The schedules of a product in parts are of some experts each, so then it is another one.
+        """
+        if self.num_parts == 1 or self.rows.is_empty:
+            return self.schedule
+        whole = TileSchedule(self.rows, self.plan.tile[0])
+        whole.launch()
+        return whole
+
     def parts(
         self,
         zeroed: torch.Tensor | None = None,

@@ -19,14 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from moe_ops.layers.functional import composed_experts, named_activation, projection
-from moe_ops.ops.fused_experts import adapted_experts
+from moe_ops.ops.fused_experts import adapted_experts, adapted_quantized_experts
 from moe_ops.ops.grouped_gemm import grouped_gemm
 from moe_ops.quantization import QuantizedWeight
 
@@ -184,24 +184,27 @@ def lora_experts(
     Differentiable in hidden_states, topk_weights, the adapters, and the projections and biases if
     they require it (a quantised projection cannot). Deterministic but for the dropout.
 
-    Plain, frozen projections with one adapter at most each, a named activation and no dropout are one
-    op, moe::fused_experts_lora; other layers are composed of products, each adapter of two.
+    Frozen projections, both plain or both quantised, with one adapter at most each, a named activation
+    and no dropout are one op, moe::fused_experts_lora or moe::fused_experts_lora_quantized; other layers
+    are composed of products, each adapter of two.
     """
     check_dropout("lora_experts", "dropout_p", dropout_p)
     frozen = (gate_up_proj, down_proj, gate_up_bias, down_bias)
+    num_quantized = sum(isinstance(weight, QuantizedWeight) for weight in frozen)
     is_one_op = (
         isinstance(activation, str)
         and gate_up_scale is None
         and down_scale is None
         and not dropout_p
         and max(len(gate_up_lora), len(down_lora)) == 1
-        and not any(isinstance(weight, QuantizedWeight) for weight in frozen)
+        and num_quantized in (0, 2)
         and not (torch.is_grad_enabled() and any(map(_requires_grad, frozen)))
     )
     if is_one_op:
-        up_a, up_b, up_scaling = _factors(gate_up_lora, cast(Tensor, gate_up_proj))
-        down_a, down_b, down_scaling = _factors(down_lora, cast(Tensor, down_proj))
-        return adapted_experts(
+        up_a, up_b, up_scaling = _factors(gate_up_lora, gate_up_proj, hidden_states)
+        down_a, down_b, down_scaling = _factors(down_lora, down_proj, hidden_states)
+        call = adapted_quantized_experts if num_quantized else adapted_experts
+        return call(
             hidden_states, gate_up_proj, down_proj, topk_ids, topk_weights, up_a, up_b, down_a,
             down_b, up_scaling, down_scaling, gate_up_bias, down_bias, activation, gated,
             interleaved, activation_limit,
@@ -231,20 +234,22 @@ def _requires_grad(weight: Tensor | QuantizedWeight | None) -> bool:
     return weight is not None and weight.requires_grad
 
 
-def _factors(adapters: Sequence[LoraWeights], weight: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Return lora_A, lora_B and scaling as moe::fused_experts_lora takes them: no adapter has rank 0."""
+def _factors(
+    adapters: Sequence[LoraWeights], weight: Tensor | QuantizedWeight, like: Tensor
+) -> tuple[Tensor, Tensor, float]:
+    """Return lora_A, lora_B and scaling as the ops take them: no adapter has rank 0.
+
+    They get the dtype of a plain weight. Where it is quantised they get that of `like`, the input.
+    """
     if not adapters:
         num_experts, out_features, in_features = weight.shape
-        return (
-            weight.new_empty(num_experts, 0, in_features),
-            weight.new_empty(num_experts, out_features, 0),
-            1.0,
-        )
+        lora_a = like.new_empty(num_experts, 0, in_features)
+        return lora_a, like.new_empty(num_experts, out_features, 0), 1.0
     (adapter,) = adapters
     _check(adapter, weight)
+    dtype = weight.dtype if isinstance(weight, Tensor) else like.dtype
     # PEFT's lora_B has the experts fastest: copied, its rows are read in one piece.
-    lora_b = adapter.lora_B.to(weight.dtype).contiguous()
-    return adapter.lora_A.to(weight.dtype), lora_b, adapter.scaling
+    return adapter.lora_A.to(dtype), adapter.lora_B.to(dtype).contiguous(), adapter.scaling
 
 
 def check_dropout(function: str, name: str, probability: float) -> None:

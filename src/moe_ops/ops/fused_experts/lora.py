@@ -27,17 +27,28 @@ _backward_op.implement("pytorch", pytorch.fused_experts_lora_backward)
 _backward_op.implement("triton", f"{_TRITON}:fused_experts_lora_backward")
 
 
-def _save(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-    x, gate_up_proj, down_proj, _, topk_weights, *factors = args[:9]
-    up_scaling, down_scaling, _, down_bias, *activation, config = args[9:]
-    need_x, _, _, _, need_weights, *need_factors = ctx.needs[:9]
-    _, z, low_up, low_down, *routing = outputs
+def kept_for_backward(
+    ctx: Any, x: Tensor, args: tuple[Any, ...], outputs: tuple[Tensor, ...]
+) -> tuple[Tensor | None, ...]:
+    """Return the tensors that the backward reads beside the projections; ctx gets what else it reads.
+
+    Args:
+        ctx: of the call.
+        x: hidden_states.
+        args: the arguments from topk_ids on.
+        outputs: of the forward op.
+    """
+    _, topk_weights, *factors = args[:6]
+    up_scaling, down_scaling, _, down_bias, *activation, config = args[6:]
+    need_x, needs = ctx.needs[0], ctx.needs[len(ctx.needs) - len(args) :]
+    _, need_weights, *need_factors = needs[:6]
     need_up_a, need_up_b, _, need_down_b = need_factors
-    ctx.save_for_backward(
+    _, z, low_up, low_down, *routing = outputs
+    ctx.scalings, ctx.activation, ctx.config = (up_scaling, down_scaling), activation, config
+    ctx.wanted = [need_x, need_weights, *need_factors]
+    return (
         # From it the backward op sees that somebody asks for a second derivative.
         x if need_x or need_up_a else None,
-        gate_up_proj,
-        down_proj,
         topk_weights,
         *factors,
         down_bias if need_weights else None,
@@ -46,15 +57,19 @@ def _save(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
         low_down if need_down_b else None,
         *routing,
     )
-    ctx.scalings, ctx.activation, ctx.config = (up_scaling, down_scaling), activation, config
-    ctx.wanted = [need_x, need_weights, *need_factors]
+
+
+def _save(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+    x, gate_up_proj, down_proj, *others = args
+    kept = kept_for_backward(ctx, x, tuple(others), outputs)
+    ctx.save_for_backward(gate_up_proj, down_proj, *kept)
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
+    gate_up_proj, down_proj, x, weights, *others = ctx.saved_tensors
     grad_x, grad_weights, *grad_factors = _backward_op.overload(
-        grad_output, *tensors[:8], *ctx.scalings, *tensors[8:], *ctx.activation, ctx.wanted,
-        ctx.config,
+        grad_output, x, gate_up_proj, down_proj, weights, *others[:4], *ctx.scalings, *others[4:],
+        *ctx.activation, ctx.wanted, ctx.config,
     )  # fmt: skip
     return grad_x, None, None, None, grad_weights, *grad_factors
 

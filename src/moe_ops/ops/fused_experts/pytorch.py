@@ -163,8 +163,8 @@ def fused_experts_up_backward(
 
 def fused_experts_lora(
     hidden_states: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Tensor | StoredWeight,
+    down_proj: Tensor | StoredWeight,
     topk_ids: Tensor,
     topk_weights: Tensor,
     gate_up_lora_a: Tensor,
@@ -193,7 +193,7 @@ def fused_experts_lora(
     low_up *= gate_up_scaling
     z += products.multiply(low_up, gate_up_lora_b.mT)
     h = _activated(z, act, products.tail)
-    y = products.multiply(h, down_proj.mT, down_bias)  # (R, H)
+    y = products.multiply(h, matrices(down_proj, h.dtype).mT, down_bias)  # (R, H)
     low_down = products.multiply(h, down_lora_a.mT).mul_(down_scaling)
     y += products.multiply(low_down, down_lora_b.mT)
     output = sum_slots(y, routing.rows, routing.without_dropped(topk_weights), routing.top_k)
@@ -205,8 +205,8 @@ def fused_experts_lora(
 def fused_experts_lora_backward(
     grad_output: Tensor,
     hidden_states: Tensor | None,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Tensor | StoredWeight,
+    down_proj: Tensor | StoredWeight,
     topk_weights: Tensor,
     gate_up_lora_a: Tensor,
     gate_up_lora_b: Tensor,
@@ -243,7 +243,7 @@ def fused_experts_lora_backward(
     if need_dz or need_weights or need_down_a:
         low, dh = products.multiply(dy, down_lora_b).mul_(down_scaling), None
         if need_dz or need_weights:
-            dh = products.multiply(dy, down_proj)
+            dh = products.multiply(dy, matrices(down_proj, dtype))
             dh += products.multiply(low, down_lora_a)
         act = Activation(activation, gated, interleaved, activation_limit)
         h, dz, dots = _activated_backward(
@@ -262,7 +262,7 @@ def fused_experts_lora_backward(
 
     low = products.multiply(dz, gate_up_lora_b).mul_(gate_up_scaling)
     if need_x:
-        dx = products.multiply(dz, gate_up_proj)  # (R, H)
+        dx = products.multiply(dz, matrices(gate_up_proj, dtype))  # (R, H)
         dx += products.multiply(low, gate_up_lora_a)
         grads[0] = sum_slots(dx, routing.rows, None, routing.top_k)
         del dx

@@ -92,13 +92,29 @@ def _planned_down(
 ) -> GroupedGemm | DecodingGemm:
     """Plan h @ weight[e].T + bias[e] before h is computed."""
     rows = Rows(routed.rows.token_counts, routed.rows.num_rows)
+    return _planned(h, weight, rows, 0, bias, routed.kernel_config, can_describe_y=True)
+
+
+def _planned(
+    x: torch.Tensor,
+    weight: torch.Tensor | StoredWeight,
+    rows: Rows,
+    x_divisor: int,
+    bias: torch.Tensor | None,
+    kernel_config: str | None,
+    *,
+    can_describe_y: bool | None = None,
+) -> GroupedGemm | DecodingGemm:
+    """Plan a forward product: it decodes a quantised weight, or reads it in full size."""
     if not isinstance(weight, torch.Tensor):
-        decoding = DecodingGemm.where_planned(h, weight, rows, routed.kernel_config, bias=bias)
+        decoding = DecodingGemm.where_planned(
+            x, weight, rows, kernel_config, x_divisor=x_divisor, bias=bias
+        )
         if decoding is not None:
             return decoding
     return GroupedGemm(
-        "forward", h, weight, rows,
-        bias=bias, can_describe_y=True, kernel_config=routed.kernel_config,
+        "forward", x, weight, rows,
+        x_divisor=x_divisor, bias=bias, can_describe_y=can_describe_y, kernel_config=kernel_config,
     )  # fmt: skip
 
 
@@ -223,8 +239,8 @@ def fused_experts_up_backward(
 
 def fused_experts_lora(
     hidden_states: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
+    gate_up_proj: torch.Tensor | StoredWeight,
+    down_proj: torch.Tensor | StoredWeight,
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
     gate_up_lora_a: torch.Tensor,
@@ -276,27 +292,25 @@ def _adapted_up(
     routed: RoutedRows,
     adapter: Adapter,
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | StoredWeight,
     bias: torch.Tensor | None,
     h: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, TileSchedule | None]:
     """Write h, and return z, the adapter's thin product, and the tile schedule if there is one."""
-    rows, divisor = routed.rows, routed.rows.top_k
-    product = GroupedGemm(
-        "forward", x, weight, rows,
-        x_divisor=divisor, bias=bias, kernel_config=routed.kernel_config,
-    )  # fmt: skip
+    rows = routed.rows
+    product = _planned(x, weight, rows, rows.top_k, bias, routed.kernel_config)
     z = x.new_empty(rows.num_rows, weight.shape[1])
     product.launch(z)
     # Where the product has copied its rows into order, they serve both.
     low = adapter.reduce(product.x, rows, product.x_divisor)
-    adapter.add(low, product, z)
-    schedule = product.schedule
+    schedule = product.whole_schedule
     used_rows = (
         expert_offsets(rows.token_counts, rows.num_rows)[1, -1:]
         if schedule is None
         else schedule.used_rows
     )
+    del product  # and with it a scratch
+    adapter.add(low, z, rows, schedule)
     activate(routed, z, used_rows, h)
     return z, low, schedule
 
@@ -305,27 +319,26 @@ def _adapted_down(
     routed: RoutedRows,
     adapter: Adapter,
     h: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | StoredWeight,
     bias: torch.Tensor | None,
     schedule: TileSchedule | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Return y, the adapter's thin product, and how many rows y has; None: all."""
     rows = Rows(routed.rows.token_counts, routed.rows.num_rows)
-    product = GroupedGemm(
-        "forward", h, weight, rows,
-        bias=bias, can_describe_y=True, kernel_config=routed.kernel_config,
-    )  # fmt: skip
+    product = _planned_down(routed, h, weight, bias)
     y, used_rows = _down_projection(product, schedule)
+    schedule = product.whole_schedule
+    del product
     low = adapter.reduce(h, rows)
-    adapter.add(low, product, y)
+    adapter.add(low, y, rows, schedule)
     return y, low, used_rows
 
 
 def fused_experts_lora_backward(
     grad_output: torch.Tensor,
     hidden_states: torch.Tensor | None,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
+    gate_up_proj: torch.Tensor | StoredWeight,
+    down_proj: torch.Tensor | StoredWeight,
     topk_weights: torch.Tensor,
     gate_up_lora_a: torch.Tensor,
     gate_up_lora_b: torch.Tensor,
@@ -391,9 +404,11 @@ def fused_experts_lora_backward(
         )
         dx = product.new_operand()
         product.launch(dx, zeros_tail=False)
-        up.add_gradient(low, product, dx)
+        schedule = product.whole_schedule
+        del product
+        up.add_gradient(low, dx, rows, schedule)
         grads[0] = sum_rows(dx, scatter_indices, None, top_k, offsets[1, -1:])
-        del dx, product
+        del dx
     if need_up_a:
         assert hidden_states is not None
         assert low is not None
