@@ -239,12 +239,12 @@ def adapted_experts(
     )  # fmt: skip
     up_bias, down_bias = (matrices(n) if bias else None for n in (width, hidden))
     flags = ("silu", True, interleaved, None)
-    forward = (
+    forward: tuple[Any, ...] = (
         x, *projections, _empty(num_tokens, top_k), weights, *adapters, up_bias, down_bias, *flags,
     )  # fmt: skip
     kept = (_empty(num_rows, n, dtype=dtype) for n in (width, up_rank, down_rank))
     routing = (_empty(num_experts), _empty(num_rows), _empty(num_rows))
-    backward = (
+    backward: tuple[Any, ...] = (
         x, x, *projections, weights, *adapters, down_bias, *kept, *routing, *flags, [True] * 6,
     )  # fmt: skip
     return {

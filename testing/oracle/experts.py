@@ -307,7 +307,10 @@ def fused_experts_lora_forward(
         topk_ids, topk_weights, gate_up_bias, down_bias, *flags,
     )  # fmt: skip
     x, up_a, down_a = to_fp64(hidden_states, gate_up_lora_a, down_lora_a)
-    of_up, of_down = x.new_zeros(len(gather), up_a.shape[1]), x.new_zeros(len(gather), down_a.shape[1])
+    of_up, of_down = (
+        x.new_zeros(len(gather), up_a.shape[1]),
+        x.new_zeros(len(gather), down_a.shape[1]),
+    )
     for row, expert, token, _ in _used_rows(counts, gather, topk_ids.shape[1]):
         h = activation_of(z[row].detach(), *flags)
         of_up[row] = gate_up_scaling * (up_a[expert] @ x[token]).detach()
@@ -370,9 +373,7 @@ def fused_experts_lora_backward(
 
     def from_input(hidden_states: Tensor, gate_up_lora_a: Tensor) -> Tensor:
         weight = merged(gate_up_proj, gate_up_lora_a, gate_up_lora_b, gate_up_scaling)
-        return up_projection(
-            hidden_states, weight, None, None, token_counts, gather_indices, top_k
-        )
+        return up_projection(hidden_states, weight, None, None, token_counts, gather_indices, top_k)
 
     x = torch.zeros_like(grad_output) if hidden_states is None else hidden_states
     arguments = {"hidden_states": x, "gate_up_lora_a": gate_up_lora_a}

@@ -9,11 +9,14 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import moe_ops
+from moe_ops.layers.lora import LoraWeights, lora_experts
 from moe_ops.quantization.formats import FORMATS
 from testing import experts_problem, gemm_problem
+from testing.checks import assert_close
 from testing.interpreted import pytestmark  # noqa: F401
 from testing.on_device import assert_same_bits
 from testing.quantized_problem import KINDS, QuantizedExperts, QuantizedGemm
+from testing.recorders import MoeOps
 
 CPU = torch.device("cpu")
 kinds = pytest.mark.parametrize(
@@ -107,6 +110,45 @@ def test_numbers_do_not_depend_on_the_parts_of_experts(mode, scratch_of):
         found.append([output, *gradients.values()])
     for other in found[1:]:
         assert_same_bits(found[0], other)
+
+
+def test_numbers_with_adapters_do_not_depend_on_the_parts(scratch_of):
+    num_tokens, top_k, num_experts, hidden, inner, rank = 120, 2, 3, 40, 24, 3
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    weights = [randn(num_experts, *shape) for shape in ((2 * inner, hidden), (hidden, inner))]
+    up, down = (moe_ops.quantize_weight(weight, "nf4") for weight in weights)
+    x, topk_weights = randn(num_tokens, hidden), torch.rand(num_tokens, top_k, generator=generator)
+    ids = torch.randint(-1, num_experts, (num_tokens, top_k), generator=generator)
+    shapes = ((rank, hidden), (2 * inner, rank), (rank, inner), (hidden, rank))
+    leaves = [x, topk_weights, *(randn(num_experts, *shape) for shape in shapes)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    grad = randn(num_tokens, hidden)
+    found = []
+    for size in (2**30, 2 * inner * hidden * 4, 1):
+        scratch_of(size)
+        with MoeOps() as ops:
+            output = lora_experts(
+                leaves[0], up, down, ids, leaves[1], [LoraWeights(*leaves[2:4], 2.0)],
+                [LoraWeights(*leaves[4:], 0.5)],
+            )  # fmt: skip
+            found.append([output, *torch.autograd.grad(output, leaves, grad)])
+        assert set(ops.counts) == {
+            "fused_experts_lora_quantized_forward", "fused_experts_lora_quantized_backward",
+        }  # fmt: skip
+    for other in found[1:]:
+        assert_same_bits(found[0], other)
+    plain = lora_experts(
+        x, up.dequantize(), down.dequantize(), ids, topk_weights,
+        [LoraWeights(*leaves[2:4], 2.0)], [LoraWeights(*leaves[4:], 0.5)],
+    )  # fmt: skip
+    for actual, expected in zip(
+        found[0], [plain, *torch.autograd.grad(plain, leaves, grad)], strict=True
+    ):
+        assert_close(actual, expected)
 
 
 def test_no_scratch_is_there_when_the_output_is_allocated(monkeypatch):

@@ -376,9 +376,7 @@ class DownBackward:
             _launch_activation(self.routed, z, used_rows, self.scale, dh, dz, h, dots)
 
 
-def activate(
-    routed: RoutedRows, z: torch.Tensor, used_rows: torch.Tensor, h: torch.Tensor
-) -> None:
+def activate(routed: RoutedRows, z: torch.Tensor, used_rows: torch.Tensor, h: torch.Tensor) -> None:
     """Write h = act(z), (R, I); the rows from used_rows[0] on may stay as they are."""
     _launch_activation(routed, z, used_rows, None, None, None, h, None)
 

@@ -342,15 +342,7 @@ def _split(
     down_weight, down_bias = weight_and_bias(experts, "down_proj", hidden_states)
     tokens, topk_ids, topk_weights = flattened(hidden_states, top_k_index, top_k_weights)
     known = known_activation(experts)
-    if known is None:
-        activation = {"activation": experts._apply_gate if experts.has_gate else experts.act_fn}
-    else:
-        activation = {
-            "activation": known.name,
-            "gated": known.gated,
-            "interleaved": known.interleaved,
-            "activation_limit": known.limit,
-        }
+    own = experts._apply_gate if experts.has_gate else experts.act_fn
     output = lora_experts(
         in_dtype_for(up_weight, tokens),
         up_weight,
@@ -361,7 +353,10 @@ def _split(
         adapters.get("down_proj", ()),
         up_bias,
         down_bias,
-        **activation,
+        own if known is None else known.name,
+        gated=known is None or known.gated,
+        interleaved=known is not None and known.interleaved,
+        activation_limit=None if known is None else known.limit,
     )
     return output.reshape(hidden_states.shape).to(hidden_states.dtype)
 

@@ -44,8 +44,8 @@ def fused_experts_lora_quantized_backward(
 def _weights(
     stored: tuple[Any, ...], hidden_size: int, intermediate_size: int
 ) -> tuple[StoredWeight, StoredWeight]:
-    up, down = stored[:NUM_STORED], stored[NUM_STORED:]
-    return StoredWeight(*up, hidden_size), StoredWeight(*down, intermediate_size)
+    up, down = (*stored[:NUM_STORED], hidden_size), (*stored[NUM_STORED:], intermediate_size)
+    return StoredWeight._make(up), StoredWeight._make(down)
 
 
 for _by in ("pytorch", "triton"):
@@ -84,7 +84,5 @@ def adapted_quantized_experts(
     *others: Any,
 ) -> Tensor:
     """Call the op, with the arguments of fused_experts_lora in order."""
-    output: Tensor = _op.overload(
-        hidden_states, *gate_up_proj.stored, *down_proj.stored, *others
-    )
+    output: Tensor = _op.overload(hidden_states, *gate_up_proj.stored, *down_proj.stored, *others)
     return output

@@ -396,9 +396,9 @@ def fused_experts_lora_backward(
     del dy
     if dz is None:
         return tuple(grads)
-    low = up.reduce_gradient(dz, rows) if need_x or need_up_a else None
+    if need_x or need_up_a:
+        low = up.reduce_gradient(dz, rows)
     if need_x:
-        assert low is not None
         product = GroupedGemm(
             "backward_dX", dz, gate_up_proj, rows, can_describe_y=True, kernel_config=kernel_config
         )
@@ -411,7 +411,6 @@ def fused_experts_lora_backward(
         del dx
     if need_up_a:
         assert hidden_states is not None
-        assert low is not None
         x = routed.in_expert_order(hidden_states, None)
         grads[2] = grad_weight(low, x, offsets, False)
     if need_up_b:
