@@ -139,8 +139,8 @@ def all_flags(count: int) -> list[list[bool]]:
     return [list(flags) for flags in itertools.product((True, False), repeat=count)]
 
 
-# More combinations than this are not gone through one by one.
-MANY_VARIANTS = 300
+# More combinations than this are not gone through one by one, nor are more valid ones than that.
+MANY_COMBINATIONS, MANY_VARIANTS = 300, 100
 
 
 def variants(schema: OpSchema) -> Iterator[dict[str, Any]]:
@@ -149,13 +149,13 @@ def variants(schema: OpSchema) -> Iterator[dict[str, Any]]:
     These are all of them. Where they are many, they are some in which any two options meet.
     """
     options = _options(schema)
-    if math.prod(map(len, options.values())) > MANY_VARIANTS:
-        yield from _covering(schema.name)
-        return
-    for values in itertools.product(*options.values()):
-        chosen = dict(zip(options, values, strict=True))
-        if _allowed(schema, chosen):
-            yield chosen
+    if math.prod(map(len, options.values())) <= MANY_COMBINATIONS:
+        chosen = (dict(zip(options, v, strict=True)) for v in itertools.product(*options.values()))
+        found = [each for each in chosen if _allowed(schema, each)]
+        if len(found) <= MANY_VARIANTS:
+            yield from found
+            return
+    yield from _covering(schema.name)
 
 
 def _options(schema: OpSchema) -> dict[str, Sequence[Any]]:
