@@ -76,7 +76,7 @@ def test_a_step_is_that_of_the_dequantised_model(name, format, dtype, input_ids)
     assert all(torch.equal(tensor, expected[key]) for key, tensor in state.items())
     with MoeCalls() as calls:
         actual = run_step(model, input_ids)
-    assert "grouped_gemm_quantized_dx" in calls.names()
+    assert "fused_experts_lora_quantized_backward" in calls.names()
     expected_step = run_step(values, input_ids)
     experts = {
         f"{enabled}.base_layer.base_layer.{n}" for n in ("gate_up_proj", "up_proj", "down_proj")

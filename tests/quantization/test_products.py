@@ -360,5 +360,6 @@ def test_the_ops_know_the_formats():
     assert names == {
         "grouped_gemm_quantized", "grouped_gemm_quantized_dx", "fused_experts_quantized",
         "fused_experts_quantized_forward", "fused_experts_quantized_down_backward",
-        "fused_experts_quantized_up_backward",
+        "fused_experts_quantized_up_backward", "fused_experts_lora_quantized",
+        "fused_experts_lora_quantized_forward", "fused_experts_lora_quantized_backward",
     }  # fmt: skip

@@ -203,7 +203,9 @@ def lora_experts(
     if is_one_op:
         up_a, up_b, up_scaling = _factors(gate_up_lora, gate_up_proj, hidden_states)
         down_a, down_b, down_scaling = _factors(down_lora, down_proj, hidden_states)
-        call: Callable[..., Tensor] = adapted_quantized_experts if num_quantized else adapted_experts
+        call: Callable[..., Tensor] = (
+            adapted_quantized_experts if num_quantized else adapted_experts
+        )
         return call(
             hidden_states, gate_up_proj, down_proj, topk_ids, topk_weights, up_a, up_b, down_a,
             down_b, up_scaling, down_scaling, gate_up_bias, down_bias, activation, gated,
