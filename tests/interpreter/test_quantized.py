@@ -126,25 +126,21 @@ def test_numbers_with_adapters_do_not_depend_on_the_parts(scratch_of):
     shapes = ((rank, hidden), (2 * inner, rank), (rank, inner), (hidden, rank))
     leaves = [x, topk_weights, *(randn(num_experts, *shape) for shape in shapes)]
     leaves = [leaf.requires_grad_() for leaf in leaves]
+    _, _, up_a, up_b, down_a, down_b = leaves
+    adapters = [LoraWeights(up_a, up_b, 2.0)], [LoraWeights(down_a, down_b, 0.5)]
     grad = randn(num_tokens, hidden)
     found = []
     for size in (2**30, 2 * inner * hidden * 4, 1):
         scratch_of(size)
         with MoeOps() as ops:
-            output = lora_experts(
-                leaves[0], up, down, ids, leaves[1], [LoraWeights(*leaves[2:4], 2.0)],
-                [LoraWeights(*leaves[4:], 0.5)],
-            )  # fmt: skip
+            output = lora_experts(x, up, down, ids, topk_weights, *adapters)
             found.append([output, *torch.autograd.grad(output, leaves, grad)])
         assert set(ops.counts) == {
             "fused_experts_lora_quantized_forward", "fused_experts_lora_quantized_backward",
         }  # fmt: skip
     for other in found[1:]:
         assert_same_bits(found[0], other)
-    plain = lora_experts(
-        x, up.dequantize(), down.dequantize(), ids, topk_weights,
-        [LoraWeights(*leaves[2:4], 2.0)], [LoraWeights(*leaves[4:], 0.5)],
-    )  # fmt: skip
+    plain = lora_experts(x, up.dequantize(), down.dequantize(), ids, topk_weights, *adapters)
     for actual, expected in zip(
         found[0], [plain, *torch.autograd.grad(plain, leaves, grad)], strict=True
     ):
