@@ -7,7 +7,7 @@ import triton.language as tl
 from moe_ops._triton.kernels.schedule import begin_walk, walked_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel"])
 def scale_rows_kernel(rows_ptr, numel, factor, BLOCK: tl.constexpr):
     """Multiply `numel` numbers by a factor, in place."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
