@@ -32,7 +32,7 @@ WIDTHS = [(name, letter) for name in ALL for letter in SCHEMAS[name].dims if let
 
 # Several tiles of every kernel, sizes that descriptors can read: 16-byte rows.
 MEDIUM: Mapping[str, Any] = {
-    "T": 300, "E": 8, "G": 4, "K": 4, "D": 192, "N": 320, "H": 320, "I": 192, "U": 384,
+    "T": 300, "E": 8, "G": 4, "K": 4, "D": 192, "N": 320, "H": 320, "I": 192, "U": 384, "A": 16, "B": 8,
     "in_features": 192, "hidden_size": 320, "num_experts": 8, "top_k": 4, "num_groups": 2, "top_groups": 1, "scaling_factor": 2.5,
 }  # fmt: skip
 

@@ -94,8 +94,18 @@ def test_other_tensors_of_the_same_sizes():
 @pytest.mark.parametrize("name", WITH_TRITON)
 def test_every_op_is_replayed(name):
     """What an op's second call records gives the bits of the first, in memory that holds NaN."""
+    assert_variants_are_replayed(name)
+
+
+@pytest.mark.parametrize("ranks", [{"A": 0}, {"B": 0}], ids=str)
+@pytest.mark.parametrize("name", [name for name in WITH_TRITON if "_lora" in name])
+def test_a_layer_with_one_adapter_is_replayed(name, ranks):
+    assert_variants_are_replayed(name, **ranks)
+
+
+def assert_variants_are_replayed(name, **sizes):
     for seed, variant in enumerate(some_variants(name, at_most=12)):
-        sample = medium_sample(name, seed, variant, dtype=DTYPES[seed % len(DTYPES)])
+        sample = medium_sample(name, seed, variant, dtype=DTYPES[seed % len(DTYPES)], **sizes)
         moved = [move_sample(sample) for _ in range(CALLS)]
         with torch.no_grad(), checks.poisoned_memory():
             found = [call() for call in moved]

@@ -69,13 +69,15 @@ class Adapter:
         self, low: torch.Tensor, y: torch.Tensor, rows: Rows, schedule: TileSchedule | None
     ) -> None:
         """Add low @ lora_b[e].T to y, the product with the weight. A schedule of the rows may serve."""
-        _add(low, self.lora_b.transpose(1, 2), y, rows, schedule)
+        if not self.is_empty:
+            _add(low, self.lora_b.transpose(1, 2), y, rows, schedule)
 
     def add_gradient(
         self, low: torch.Tensor, y: torch.Tensor, rows: Rows, schedule: TileSchedule | None
     ) -> None:
         """Add low @ lora_a[e] to y, the gradient's product with the weight."""
-        _add(low, self.lora_a, y, rows, schedule)
+        if not self.is_empty:
+            _add(low, self.lora_a, y, rows, schedule)
 
 
 def _add(
@@ -87,7 +89,7 @@ def _add(
 ) -> None:
     """Add low @ factor[e] to y (M, N). Without a schedule the kernel finds its tiles."""
     _, rank, width = factor.shape
-    if rows.is_empty or y.numel() == 0 or rank == 0:
+    if rows.is_empty or y.numel() == 0:
         return
     block_m = 32 if schedule is None else schedule.block_m
     block_n = min(64, max(16, next_power_of_2(width)))
