@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from moe_ops._triton import (
+    adapter,
     dequantize,
     experts,
     gemm,
@@ -93,7 +94,7 @@ def taken_for(device: Device) -> Iterator[None]:
     """Let the launchers take every torch device for this one."""
     with contextlib.ExitStack() as stack:
         for module in (
-            dequantize, experts, gemm, launch, quantized, schedule, weight_gradient,
+            adapter, dequantize, experts, gemm, launch, quantized, schedule, weight_gradient,
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(module, "device_of", return_value=device))
         yield

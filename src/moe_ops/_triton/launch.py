@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from triton.runtime.errors import OutOfResources
 
+from moe_ops._triton.compiling import is_ahead
 from moe_ops._triton.recorder import recorder
 from moe_ops.configs.device import device_of
 
@@ -61,6 +62,9 @@ def launch(
         ValueError: the caller's kernel_config does not fit the GPU.
     """
     device = on.device
+    if is_ahead():
+        kernel.warmup(*arguments, grid=grid, **options)
+        return
     try:
         # Triton launches on the current device.
         if device.type == "cuda" and device.index != torch.cuda.current_device():

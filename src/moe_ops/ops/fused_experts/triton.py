@@ -23,6 +23,7 @@ from __future__ import annotations
 import torch
 
 from moe_ops._triton.adapter import Adapter
+from moe_ops._triton.compiling import compiled_together
 from moe_ops._triton.experts import (
     Activation,
     DownBackward,
@@ -39,6 +40,7 @@ from moe_ops._triton.weight_gradient import grad_bias, grad_weight
 from moe_ops.quantization.stored import StoredWeight
 
 
+@compiled_together
 def fused_experts(
     hidden_states: torch.Tensor,
     gate_up_proj: torch.Tensor | StoredWeight,
@@ -131,6 +133,7 @@ def _down_projection(
     return y, None if down.schedule is None else down.schedule.used_rows
 
 
+@compiled_together
 def fused_experts_down_backward(
     grad_output: torch.Tensor,
     hidden_states: torch.Tensor | None,
@@ -189,6 +192,7 @@ def fused_experts_down_backward(
     return tuple(grads)
 
 
+@compiled_together
 def fused_experts_up_backward(
     grad_pre_activation: torch.Tensor,
     hidden_states: torch.Tensor | None,
@@ -237,6 +241,7 @@ def fused_experts_up_backward(
     return tuple(grads)
 
 
+@compiled_together
 def fused_experts_lora(
     hidden_states: torch.Tensor,
     gate_up_proj: torch.Tensor | StoredWeight,
@@ -334,6 +339,7 @@ def _adapted_down(
     return y, low, used_rows
 
 
+@compiled_together
 def fused_experts_lora_backward(
     grad_output: torch.Tensor,
     hidden_states: torch.Tensor | None,

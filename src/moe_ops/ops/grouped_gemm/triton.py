@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from moe_ops._triton.compiling import compiled_together
 from moe_ops._triton.gemm import GroupedGemm
 from moe_ops._triton.quantized import DecodingGemm
 from moe_ops._triton.rows import gather_rows, sum_parts, sum_rows
@@ -13,6 +14,7 @@ from moe_ops._triton.weight_gradient import grad_bias, grad_weight
 from moe_ops.quantization.stored import StoredWeight
 
 
+@compiled_together
 def grouped_gemm(
     input: torch.Tensor,
     weight: torch.Tensor | StoredWeight,
@@ -52,6 +54,7 @@ def grouped_gemm(
     return output
 
 
+@compiled_together
 def grouped_gemm_dx(
     grad_output: torch.Tensor,
     weight: torch.Tensor | StoredWeight,
@@ -95,6 +98,7 @@ def grouped_gemm_dx(
     return grad_input, grad_topk_weights
 
 
+@compiled_together
 def grouped_gemm_dw(
     grad_output: torch.Tensor,
     input: torch.Tensor,
