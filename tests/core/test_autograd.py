@@ -331,6 +331,7 @@ def test_the_arguments_without_a_gradient():
     frozen = ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
     assert found == {
         **{("fused_experts_lora", name): False for name in frozen},
+        **{("fused_experts_lora_quantized", name): False for name in frozen[2:]},
         ("topk_routing", "selection_bias"): True,
     }
 

@@ -47,7 +47,7 @@ def test_matches_reference(name, data):
 
 
 # More tokens than an implementation takes at a time, and several experts of many rows.
-LARGE = {"T": 300, "H": 70, "I": 50, "U": 100, "D": 70, "N": 130, "E": 6, "G": 8, "K": 3}
+LARGE = {"T": 300, "H": 70, "I": 50, "U": 100, "D": 70, "N": 130, "E": 6, "G": 8, "K": 3, "A": 16, "B": 8}
 
 
 @schemas

@@ -18,34 +18,114 @@ _backward_op = Op("fused_experts_lora_quantized_backward")
 
 
 def fused_experts_lora_quantized(
-    hidden_states: Tensor, *arguments: Any, by: str, for_backward: bool
+    hidden_states: Tensor,
+    gate_up_codes: Tensor,
+    gate_up_scale: Tensor,
+    gate_up_nested_scale: Tensor | None,
+    gate_up_nested_offset: Tensor | None,
+    gate_up_format: str,
+    gate_up_group_size: int,
+    gate_up_scale_encoding: str,
+    down_codes: Tensor,
+    down_scale: Tensor,
+    down_nested_scale: Tensor | None,
+    down_nested_offset: Tensor | None,
+    down_format: str,
+    down_group_size: int,
+    down_scale_encoding: str,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_lora_a: Tensor,
+    gate_up_lora_b: Tensor,
+    down_lora_a: Tensor,
+    down_lora_b: Tensor,
+    gate_up_scaling: float = 1.0,
+    down_scaling: float = 1.0,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str = "silu",
+    gated: bool = True,
+    interleaved: bool = False,
+    activation_limit: float | None = None,
+    kernel_config: str | None = None,
+    *,
+    by: str,
+    for_backward: bool,
 ) -> Any:
     """Compute fused_experts_lora with the function of `by`: pytorch or triton."""
-    stored, others = arguments[: 2 * NUM_STORED], arguments[2 * NUM_STORED :]
-    _, _, _, _, down_lora_a, *_ = others
-    weights = _weights(stored, hidden_states.shape[1], down_lora_a.shape[2])
+    gate_up_proj = StoredWeight(
+        gate_up_codes, gate_up_scale, gate_up_nested_scale, gate_up_nested_offset,
+        gate_up_format, gate_up_group_size, gate_up_scale_encoding, gate_up_lora_a.shape[2],
+    )  # fmt: skip
+    down_proj = StoredWeight(
+        down_codes, down_scale, down_nested_scale, down_nested_offset,
+        down_format, down_group_size, down_scale_encoding, down_lora_a.shape[2],
+    )  # fmt: skip
     return function_of(f"moe_ops.ops.fused_experts.{by}:fused_experts_lora")(
-        hidden_states, *weights, *others, for_backward=for_backward
-    )
+        hidden_states, gate_up_proj, down_proj, topk_ids, topk_weights, gate_up_lora_a,
+        gate_up_lora_b, down_lora_a, down_lora_b, gate_up_scaling, down_scaling, gate_up_bias,
+        down_bias, activation, gated, interleaved, activation_limit, kernel_config,
+        for_backward=for_backward,
+    )  # fmt: skip
 
 
 def fused_experts_lora_quantized_backward(
-    grad_output: Tensor, hidden_states: Tensor | None, *arguments: Any, by: str
+    grad_output: Tensor,
+    hidden_states: Tensor | None,
+    gate_up_codes: Tensor,
+    gate_up_scale: Tensor,
+    gate_up_nested_scale: Tensor | None,
+    gate_up_nested_offset: Tensor | None,
+    gate_up_format: str,
+    gate_up_group_size: int,
+    gate_up_scale_encoding: str,
+    down_codes: Tensor,
+    down_scale: Tensor,
+    down_nested_scale: Tensor | None,
+    down_nested_offset: Tensor | None,
+    down_format: str,
+    down_group_size: int,
+    down_scale_encoding: str,
+    topk_weights: Tensor,
+    gate_up_lora_a: Tensor,
+    gate_up_lora_b: Tensor,
+    down_lora_a: Tensor,
+    down_lora_b: Tensor,
+    gate_up_scaling: float,
+    down_scaling: float,
+    down_bias: Tensor | None,
+    pre_activation: Tensor,
+    gate_up_low_rank: Tensor | None,
+    down_low_rank: Tensor | None,
+    token_counts: Tensor,
+    gather_indices: Tensor,
+    scatter_indices: Tensor,
+    activation: str,
+    gated: bool,
+    interleaved: bool,
+    activation_limit: float | None,
+    needs: list[bool],
+    kernel_config: str | None = None,
+    *,
+    by: str,
 ) -> tuple[Tensor, ...]:
     """Compute fused_experts_lora_backward with the function of `by`."""
-    stored, others = arguments[: 2 * NUM_STORED], arguments[2 * NUM_STORED :]
-    _, _, _, down_lora_a, *_ = others
-    weights = _weights(stored, grad_output.shape[1], down_lora_a.shape[2])
+    gate_up_proj = StoredWeight(
+        gate_up_codes, gate_up_scale, gate_up_nested_scale, gate_up_nested_offset,
+        gate_up_format, gate_up_group_size, gate_up_scale_encoding, gate_up_lora_a.shape[2],
+    )  # fmt: skip
+    down_proj = StoredWeight(
+        down_codes, down_scale, down_nested_scale, down_nested_offset,
+        down_format, down_group_size, down_scale_encoding, down_lora_a.shape[2],
+    )  # fmt: skip
     function = function_of(f"moe_ops.ops.fused_experts.{by}:fused_experts_lora_backward")
-    grads: tuple[Tensor, ...] = function(grad_output, hidden_states, *weights, *others)
+    grads: tuple[Tensor, ...] = function(
+        grad_output, hidden_states, gate_up_proj, down_proj, topk_weights, gate_up_lora_a,
+        gate_up_lora_b, down_lora_a, down_lora_b, gate_up_scaling, down_scaling, down_bias,
+        pre_activation, gate_up_low_rank, down_low_rank, token_counts, gather_indices,
+        scatter_indices, activation, gated, interleaved, activation_limit, needs, kernel_config,
+    )  # fmt: skip
     return grads
-
-
-def _weights(
-    stored: tuple[Any, ...], hidden_size: int, intermediate_size: int
-) -> tuple[StoredWeight, StoredWeight]:
-    up, down = (*stored[:NUM_STORED], hidden_size), (*stored[NUM_STORED:], intermediate_size)
-    return StoredWeight._make(up), StoredWeight._make(down)
 
 
 for _by in ("pytorch", "triton"):
