@@ -35,7 +35,7 @@ SCRIPTS = {
             *(rf"step {step}  loss" for step in range(10)),
             "loaded again, loss",
         ],
-        {"moe::grouped_gemm_quantized", "moe::grouped_gemm_quantized_dx", *GROUPED_GEMM},
+        {"moe::fused_experts_lora_quantized", "moe::fused_experts_lora_quantized_backward"},
     ),
     "lora": (
         ["trainable params: 14,336 ", *(rf"step {step}  loss" for step in range(10))],

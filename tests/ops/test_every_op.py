@@ -47,15 +47,29 @@ def test_matches_reference(name, data):
 
 
 # More tokens than an implementation takes at a time, and several experts of many rows.
-LARGE = {"T": 300, "H": 70, "I": 50, "U": 100, "D": 70, "N": 130, "E": 6, "G": 8, "K": 3, "A": 16, "B": 8}
+LARGE = {
+    "T": 300,
+    "H": 70,
+    "I": 50,
+    "U": 100,
+    "D": 70,
+    "N": 130,
+    "E": 6,
+    "G": 8,
+    "K": 3,
+    "A": 16,
+    "B": 8,
+}
 
 
 @schemas
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 def test_matches_reference_at_a_larger_size(name, dtype):
     sizes = {letter: size for letter, size in LARGE.items() if letter in SCHEMAS[name].dims}
-    for seed in range(3):
-        sample = seeded_sample(SCHEMAS[name], seed, **sizes, dtype=dtype)
+    samples = (seeded_sample(SCHEMAS[name], n, **sizes, dtype=dtype) for n in itertools.count())
+    # A square times another number may leave fp16's range at this size, whoever computes it.
+    fitting = samples if dtype != torch.float16 else filter(checks.fits, samples)
+    for sample in itertools.islice(fitting, 3):
         with checks.poisoned_memory():
             outputs = sample()
         checks.assert_matches_oracle(sample, outputs)

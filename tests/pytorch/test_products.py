@@ -213,6 +213,19 @@ def test_rows_of_any_stride(way, num_experts, dtype):
         checks.assert_close(found, expected_product(wide[:, :K], any_matrices, counts))
 
 
+@ways
+def test_gathered_rows_of_any_stride(way, num_experts, dtype):
+    """Gathered, they are dense: their strides say nothing of what is multiplied."""
+    counts, num_rows = counts_of("dropped", num_experts)
+    products = products_of(counts, num_rows)
+    sources = torch.arange(num_rows).flip(0)
+    for pitch, width in ((K, K - 1), (K + 1, K), (2 * K, K)):
+        given = randn(num_rows, pitch, dtype=dtype)[:, :width]
+        matrices = randn(num_experts, width, N, dtype=dtype)
+        found = products.multiply(given, matrices, sources=sources)
+        checks.assert_close(found, expected_product(given[sources], matrices, counts))
+
+
 @pytest.mark.parametrize("sizes", [(20, 16), (24, 12), (1, 8), (8, 1), (4, 4), (1, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_sizes_that_grouped_mm_refuses_or_pads(dtype, sizes):

@@ -69,7 +69,10 @@ class Products:
         """
         _, k, n = matrices.shape
         dtype = dtype or rows.dtype
-        if bias is None and dtype == rows.dtype and self._in_one_call(rows, matrices):
+        # Rows that are gathered are copied, dense.
+        is_aligned = _is_aligned(rows) if sources is None else k * rows.itemsize % 16 == 0
+        is_plain = bias is None and dtype == rows.dtype
+        if is_plain and is_aligned and self._in_one_call(rows, matrices):
             if size := self._block_size(k, n, dtype):
                 return self._multiply_blocks(rows, matrices, sources, size)
             x = rows if sources is None else rows.index_select(0, sources)
@@ -85,7 +88,7 @@ class Products:
     def multiply_transposed(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
         """Return sum_i outer(left[i], right[i]) over the rows of each expert, (E, K, N)."""
         k, n = left.shape[1], right.shape[1]
-        if left.dtype == dtype and self._in_one_call(left, right):
+        if left.dtype == dtype and _is_aligned(left) and self._in_one_call(left, right):
             if size := self._block_size(k, n, dtype):
                 return self._multiply_transposed_blocks(left, right, size)
             return F.grouped_mm(left.t(), right, offs=self._offsets())
@@ -110,13 +113,12 @@ class Products:
         return [end - start for start, end in pairwise([0, *self.ends])]
 
     def _in_one_call(self, left: Tensor, right: Tensor) -> bool:
-        """Whether functional.grouped_mm applies, and gives a result whose rows are dense."""
+        """Whether functional.grouped_mm applies to an aligned left, with a result of dense rows."""
         return (
             left.is_cpu
             and left.dtype == right.dtype != torch.float64
             and _multiplies_in(left.dtype) == left.dtype
             and bool(self.ends and self.num_rows and left.numel() and right.numel())
-            and _is_aligned(left)
             and _is_aligned(right)
             and right.shape[-1] * right.itemsize % 16 == 0
         )
