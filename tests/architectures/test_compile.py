@@ -277,9 +277,10 @@ def test_training_of_experts(gpu, mode):
 
 
 @gpus
-@pytest.mark.parametrize("ranks", [(16, 16), (0, 16), (16, 0)])
-def test_training_of_adapters(gpu, ranks):
-    dtype = F16 if gpu == "sm_75" else BF16
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("ranks", [(16, 16), (0, 64), (64, 0)], ids=str)
+def test_training_of_adapters(gpu, ranks, wide):
+    dtype = F32 if wide else F16 if gpu == "sm_75" else BF16
     made = calls.adapted_experts(SIZES["training"], dtype, ranks=ranks)
     check(GPUS[gpu], made, stack_limit(gpu))
 

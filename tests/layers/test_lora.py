@@ -238,6 +238,18 @@ def test_two_adapters_are_composed(which):
     assert_same_gradients(actual, expected, leaves_of(two))
 
 
+def test_a_scaling_that_is_a_tensor_is_composed_and_has_its_gradient():
+    arguments = draw_experts({})
+    expected = run_as_one_op(arguments)
+    (adapter,) = arguments["down_lora"]
+    scaling = torch.tensor(float(adapter.scaling), dtype=torch.float64, requires_grad=True)
+    arguments["down_lora"] = [adapter._replace(scaling=scaling)]
+    actual = run_composed(arguments)
+    assert_same_gradients(actual, expected, leaves_of(arguments))
+    (gradient,) = torch.autograd.grad(run_composed(arguments).sum(), scaling)
+    assert gradient.abs() > 0
+
+
 def test_dropout_is_composed():
     """Of two passes with the same zeros, one has a named activation and one a function."""
     arguments = draw_experts({})
@@ -324,6 +336,11 @@ def test_rejects_quantised_weights_without_scales():
     x, weight, counts = GEMM
     with pytest.raises(TypeError, match="from_fp8_block takes it, with its scales"):
         lora_grouped_gemm(x, weight.to(torch.float8_e4m3fn), counts, [])
+    arguments = draw_experts({})
+    for name in ("gate_up_proj", "down_proj"):
+        coded = {**arguments, name: arguments[name].to(torch.float8_e4m3fn)}
+        with pytest.raises(TypeError, match=rf"{name}.*from_fp8_block takes it, with its scales"):
+            lora_experts(**coded)
 
 
 def test_rejects_scales_with_a_bias_or_another_weight():

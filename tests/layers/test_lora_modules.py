@@ -8,6 +8,7 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import moe_ops
@@ -302,6 +303,24 @@ def test_compiles_to_one_op_in_each_direction():
         "forward": {"moe.fused_experts_lora_forward.default": 1},
         "backward": {"moe.fused_experts_lora_backward.default": 1},
     }
+
+
+def test_any_scaling_is_one_graph():
+    """PEFT sets another for a layer, and changes it. Dynamo makes a graph for the first, and one for all."""
+    module, x, ids, weights = make_layer()
+    counter = CompileCounterWithBackend("aot_eager")
+    layer = torch.compile(module, fullgraph=True, backend=counter)
+    for scaling in (2.0, 0.5, 3.0, 1.0, -1.25, 7.0):
+        for adapter in module.adapters.values():
+            adapter.scaling = scaling
+        gradients = []
+        for way in (module, layer):
+            output = way(x, ids, weights)
+            leaves = [x, *module.adapters.parameters()]
+            gradients.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
+        for actual, expected in zip(*gradients, strict=True):
+            assert relative_error(actual, expected) < RELATIVE_NORM[torch.float64]
+    assert counter.frame_count <= 2
 
 
 def test_compile():

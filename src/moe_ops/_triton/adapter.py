@@ -93,13 +93,16 @@ def _add(
         return
     block_m = 32 if schedule is None else schedule.block_m
     block_n = min(64, max(16, next_power_of_2(width)))
+    device = device_of(y.device)
+    # More ranks at a time do not fit into registers.
+    most_ranks = 16 if (0, 0) < device.capability < (8, 0) else 128 // y.itemsize
     tiles, max_tiles = (None, 0) if schedule is None else (schedule.tiles, schedule.max_tiles)
-    programs = device_of(y.device).num_sms * 4
+    programs = device.num_sms * 4
     launch(
         add_low_rank_kernel, (min(programs, rows.max_tiles(block_m) * cdiv(width, block_n)),),
         low, factor, y, rows.token_counts, tiles, max_tiles, rows.num_rows,
         rows.num_experts, width, rank, *factor.stride(), y.stride(0),
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_L=min(64, max(16, next_power_of_2(rank))),
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_L=min(most_ranks, max(16, next_power_of_2(rank))),
         GROUP_M=8, PRECISION=precision(y.dtype),
         EXPERTS=next_power_of_2(rows.num_experts) if schedule is None else 1,
         FINDS_TILES=schedule is None, num_warps=8 if block_m > 64 else 4,

@@ -231,7 +231,7 @@ class DownBackward:
         bias ((E, H)): its bias, if the router gradient needs it.
         scale ((T, K)): router weights that multiply the rows after the product.
         offsets ((2, E), int32): the first row and the end row of each expert.
-        adapter: of the weight; None: it has none.
+        adapter: that of the weight, if it has one.
         low_rank ((R, L)): Adapter.reduce_gradient of dY, where there is an adapter.
     """
 
@@ -284,7 +284,7 @@ class DownBackward:
             dh = gemm.new_operand() if h is None else h
             gemm.launch(dh, zeros_tail=False)
             if self.adapter is not None and self.low_rank is not None:
-                self.adapter.add_gradient(self.low_rank, dh, rows, gemm.whole_schedule)
+                self.adapter.add_gradient(self.low_rank, dh, rows, gemm.whole_schedule())
             self._activation_backward(dh, z, dz, h, dots)
         if dots is not None and self.bias is not None:
             gemm.launch_bias_dots(self.bias, dots[-1])

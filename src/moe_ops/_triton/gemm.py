@@ -131,11 +131,10 @@ class GroupedGemm:
         """Return how many launches compute the product."""
         return 1 if self._scratch is None else len(self._scratch.bounds)
 
-    @property
     def whole_schedule(self) -> TileSchedule | None:
-        """Return the tile schedule of all experts that its launch has made; None: it has none.
+        """Return the tile schedule of all experts that its launch has made; None: it finds its tiles.
 
-        The schedules of a product in parts are of some experts each, so then it is another one.
+        The schedules of a product in parts are of some experts each, so then it makes another one.
         """
         if self.num_parts == 1 or self.rows.is_empty:
             return self.schedule
@@ -373,11 +372,8 @@ class GroupedGemm:
         """Write dots[slot] = <x[row], bias[e]>, by the schedule that `launch` made."""
         if self.rows.is_empty:
             return
-        assert self.schedule is not None  # the plan was told that it is needed
-        rows, schedule = self.rows, self.schedule
-        if self.num_parts > 1:
-            schedule = TileSchedule(rows, schedule.block_m)
-            schedule.launch()
+        rows, schedule = self.rows, self.whole_schedule()
+        assert schedule is not None  # the plan was told that it is needed
         launch(
             grouped_gemm_bwd_bias_dots_kernel, (schedule.max_tiles,),
             self.x, rows.gather, bias, dots, schedule.tiles, schedule.max_tiles, rows.num_rows,

@@ -184,9 +184,11 @@ def lora_experts(
     Differentiable in hidden_states, topk_weights, the adapters, and the projections and biases if
     they require it (a quantised projection cannot). Deterministic but for the dropout.
 
-    Frozen projections, both plain or both quantised, with one adapter at most each, a named activation
-    and no dropout are one op, moe::fused_experts_lora or moe::fused_experts_lora_quantized; other layers
-    are composed of products, each adapter of two.
+    Frozen projections, both plain or both quantised, with an adapter on one or each, a named activation
+    and no dropout are one op, moe::fused_experts_lora or moe::fused_experts_lora_quantized. Other layers
+    are composed of products, each adapter of two: several adapters on a projection or none on both,
+    a base that is trained, FP8 with its scales apart. Compiled, an adapter's scaling goes into its
+    lora_B.
     """
     check_dropout("lora_experts", "dropout_p", dropout_p)
     frozen = (gate_up_proj, down_proj, gate_up_bias, down_bias)
@@ -199,6 +201,8 @@ def lora_experts(
         and max(len(gate_up_lora), len(down_lora)) == 1
         and num_quantized in (0, 2)
         and not (torch.is_grad_enabled() and any(map(_requires_grad, frozen)))
+        # An op takes a number, which has no gradient.
+        and not any(isinstance(a.scaling, Tensor) for a in (*gate_up_lora, *down_lora))
     )
     if is_one_op:
         up_a, up_b, up_scaling = _factors(gate_up_lora, gate_up_proj, hidden_states)
@@ -241,7 +245,7 @@ def _factors(
 ) -> tuple[Tensor, Tensor, float]:
     """Return lora_A, lora_B and scaling as the ops take them: no adapter has rank 0.
 
-    They get the dtype of a plain weight. Where it is quantised they get that of `like`, the input.
+    The factors get the dtype of a plain weight, or beside a quantised one that of `like`, the input.
     """
     if not adapters:
         num_experts, out_features, in_features = weight.shape
@@ -250,8 +254,12 @@ def _factors(
     (adapter,) = adapters
     _check(adapter, weight)
     dtype = weight.dtype if isinstance(weight, Tensor) else like.dtype
+    lora_a, lora_b, scaling = adapter.lora_A.to(dtype), adapter.lora_B, adapter.scaling
+    if torch.compiler.is_compiling():
+        # A graph is for one number that an op takes. As a factor it may change.
+        lora_b, scaling = lora_b * scaling, 1.0
     # PEFT's lora_B has the experts fastest: copied, its rows are read in one piece.
-    return adapter.lora_A.to(dtype), adapter.lora_B.to(dtype).contiguous(), adapter.scaling
+    return lora_a, lora_b.to(dtype).contiguous(), scaling
 
 
 def check_dropout(function: str, name: str, probability: float) -> None:

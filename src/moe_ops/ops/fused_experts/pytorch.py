@@ -189,13 +189,18 @@ def fused_experts_lora(
     products = routing.products
     act = Activation(activation, gated, interleaved, activation_limit)
     z = _up_projection(hidden_states, gate_up_proj, gate_up_bias, routing, None)
-    low_up = products.multiply(hidden_states, gate_up_lora_a.mT, sources=routing.tokens)
-    low_up *= gate_up_scaling
-    z += products.multiply(low_up, gate_up_lora_b.mT)
+    low_up = _add_adapter(
+        products,
+        z,
+        hidden_states,
+        gate_up_lora_a.mT,
+        gate_up_lora_b.mT,
+        gate_up_scaling,
+        routing.tokens,
+    )
     h = _activated(z, act, products.tail)
     y = products.multiply(h, matrices(down_proj, h.dtype).mT, down_bias)  # (R, H)
-    low_down = products.multiply(h, down_lora_a.mT).mul_(down_scaling)
-    y += products.multiply(low_down, down_lora_b.mT)
+    low_down = _add_adapter(products, y, h, down_lora_a.mT, down_lora_b.mT, down_scaling)
     output = sum_slots(y, routing.rows, routing.without_dropped(topk_weights), routing.top_k)
     if not for_backward:
         return output
@@ -241,16 +246,16 @@ def fused_experts_lora_backward(
 
     dz = None
     if need_dz or need_weights or need_down_a:
-        low, dh = products.multiply(dy, down_lora_b).mul_(down_scaling), None
+        dh = None
         if need_dz or need_weights:
             dh = products.multiply(dy, matrices(down_proj, dtype))
-            dh += products.multiply(low, down_lora_a)
+        low_down = _add_adapter(products, dh, dy, down_lora_b, down_lora_a, down_scaling)
         act = Activation(activation, gated, interleaved, activation_limit)
         h, dz, dots = _activated_backward(
             pre_activation, dh, scale, act, products.tail, need_down_a, need_dz, need_weights
         )
         if need_down_a:
-            grads[4] = products.multiply_transposed(low, h, dtype)
+            grads[4] = products.multiply_transposed(low_down, h, dtype)
         if need_weights:
             by_slot = routing.by_slot(dots)
             if down_bias is not None:
@@ -260,20 +265,41 @@ def fused_experts_lora_backward(
     if dz is None or not need_dz:
         return tuple(grads)
 
-    low = products.multiply(dz, gate_up_lora_b).mul_(gate_up_scaling)
-    if need_x:
-        dx = products.multiply(dz, matrices(gate_up_proj, dtype))  # (R, H)
-        dx += products.multiply(low, gate_up_lora_a)
+    dx = products.multiply(dz, matrices(gate_up_proj, dtype)) if need_x else None  # (R, H)
+    if need_x or need_up_a:
+        low_up = _add_adapter(products, dx, dz, gate_up_lora_b, gate_up_lora_a, gate_up_scaling)
+    if dx is not None:
         grads[0] = sum_slots(dx, routing.rows, None, routing.top_k)
         del dx
     if need_up_a:
         assert hidden_states is not None
         x = routing.rows_of(hidden_states, None)
-        grads[2] = products.multiply_transposed(low, x, dtype)
+        grads[2] = products.multiply_transposed(low_up, x, dtype)
     if need_up_b:
         assert gate_up_low_rank is not None
         grads[3] = products.multiply_transposed(dz, gate_up_low_rank, dtype)
     return tuple(grads)
+
+
+def _add_adapter(
+    products: Products,
+    y: Tensor | None,
+    x: Tensor,
+    first: Tensor,
+    second: Tensor,
+    scaling: float,
+    sources: Tensor | None = None,
+) -> Tensor:
+    """Return low = scaling * x[i] @ first[e] (R, rank), and add low[i] @ second[e] to y, if given.
+
+    Products.multiply explains the sources. With a rank of 0 there is nothing to do.
+    """
+    if first.shape[2] == 0:
+        return x.new_empty(products.num_rows, 0)
+    low = products.multiply(x, first, sources=sources).mul_(scaling)
+    if y is not None:
+        y += products.multiply(low, second)
+    return low
 
 
 class _Routing:

@@ -9,8 +9,8 @@ dz, the router gradient, and the weighted h in dh's memory. On Hopper one kernel
 stores no dh. Then comes the gradient of down_proj. z can go now. The second op makes the gradients
 of hidden_states and gate_up_proj from dz. In this order few row matrices live at a time.
 
-With adapters, each product is followed by the adapter's two thin ones, of which a kernel adds the
-second to what the first has stored. So the activation is a kernel of its own. The weights are frozen,
+With adapters, a kernel adds the second of the two thin products to what the product with the weight
+has stored. So the activation is a kernel of its own. The weights are frozen,
 and the backward is one op: no gradient is large, and y is not kept, since the router gradient is
 <dh, h>.
 
@@ -308,7 +308,7 @@ def _adapted_up(
     product.launch(z)
     # Where the product has copied its rows into order, they serve both.
     low = adapter.reduce(product.x, rows, product.x_divisor)
-    schedule = product.whole_schedule
+    schedule = product.whole_schedule()
     used_rows = (
         expert_offsets(rows.token_counts, rows.num_rows)[1, -1:]
         if schedule is None
@@ -332,7 +332,7 @@ def _adapted_down(
     rows = Rows(routed.rows.token_counts, routed.rows.num_rows)
     product = _planned_down(routed, h, weight, bias)
     y, used_rows = _down_projection(product, schedule)
-    schedule = product.whole_schedule
+    schedule = None if adapter.is_empty else product.whole_schedule()
     del product
     low = adapter.reduce(h, rows)
     adapter.add(low, y, rows, schedule)
@@ -375,8 +375,8 @@ def fused_experts_lora_backward(
         rows, scatter_indices, Activation(activation, activation_limit), gated, interleaved,
         kernel_config,
     )  # fmt: skip
-    up = Adapter(gate_up_lora_a, gate_up_lora_b, gate_up_scaling)
-    of_down = Adapter(down_lora_a, down_lora_b, down_scaling)
+    up_adapter = Adapter(gate_up_lora_a, gate_up_lora_b, gate_up_scaling)
+    down_adapter = Adapter(down_lora_a, down_lora_b, down_scaling)
     offsets = expert_offsets(token_counts, num_rows)
 
     dy, divisor = grad_output, top_k
@@ -388,14 +388,14 @@ def fused_experts_lora_backward(
         grads[5] = grad_weight(dy, weighted, offsets, False)
     dz = None
     if need_dz or need_weights or need_down_a:
-        low = of_down.reduce_gradient(dy, rows, divisor)
+        low_down = down_adapter.reduce_gradient(dy, rows, divisor)
         down = DownBackward(
             routed, down_proj, down_bias if need_weights else None, topk_weights, offsets,
-            None if of_down.is_empty else of_down, low,
+            None if down_adapter.is_empty else down_adapter, low_down,
         )  # fmt: skip
         dz, h, dots = down(dy, divisor, pre_activation, need_dz, need_down_a, need_weights)
         if h is not None:
-            grads[4] = grad_weight(low, h, offsets, False)
+            grads[4] = grad_weight(low_down, h, offsets, False)
         if dots is not None:
             grads[1] = sum_parts(dots, topk_weights)
         del h
@@ -403,22 +403,22 @@ def fused_experts_lora_backward(
     if dz is None:
         return tuple(grads)
     if need_x or need_up_a:
-        low = up.reduce_gradient(dz, rows)
+        low_up = up_adapter.reduce_gradient(dz, rows)
     if need_x:
         product = GroupedGemm(
             "backward_dX", dz, gate_up_proj, rows, can_describe_y=True, kernel_config=kernel_config
         )
         dx = product.new_operand()
         product.launch(dx, zeros_tail=False)
-        schedule = product.whole_schedule
+        schedule = None if up_adapter.is_empty else product.whole_schedule()
         del product
-        up.add_gradient(low, dx, rows, schedule)
+        up_adapter.add_gradient(low_up, dx, rows, schedule)
         grads[0] = sum_rows(dx, scatter_indices, None, top_k, offsets[1, -1:])
         del dx
     if need_up_a:
         assert hidden_states is not None
         x = routed.in_expert_order(hidden_states, None)
-        grads[2] = grad_weight(low, x, offsets, False)
+        grads[2] = grad_weight(low_up, x, offsets, False)
     if need_up_b:
         assert gate_up_low_rank is not None
         grads[3] = grad_weight(dz, gate_up_low_rank, offsets, False)
