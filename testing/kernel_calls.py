@@ -235,7 +235,7 @@ def adapted_experts(
     up_rank, down_rank = ranks
     adapters = (
         matrices(up_rank, hidden), matrices(width, up_rank), matrices(down_rank, inner),
-        matrices(hidden, down_rank), 2.0, 0.5,
+        matrices(hidden, down_rank),
     )  # fmt: skip
     up_bias, down_bias = (matrices(n) if bias else None for n in (width, hidden))
     flags = ("silu", True, interleaved, None)

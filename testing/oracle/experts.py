@@ -271,10 +271,10 @@ def fused_experts_up_backward(
     return needed_gradients(from_input, arguments, list(arguments), tangent, needs)
 
 
-def merged(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+def merged(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
     """Return each expert's weight with its adapter in it, (E, N, D)."""
     weight, lora_a, lora_b = to_fp64(weight, lora_a, lora_b)
-    found = [w + scaling * b @ a for w, a, b in zip(weight, lora_a, lora_b, strict=True)]
+    found = [w + b @ a for w, a, b in zip(weight, lora_a, lora_b, strict=True)]
     return torch.stack(found)
 
 
@@ -288,8 +288,6 @@ def fused_experts_lora_forward(
     gate_up_lora_b: Tensor,
     down_lora_a: Tensor,
     down_lora_b: Tensor,
-    gate_up_scaling: float = 1.0,
-    down_scaling: float = 1.0,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     activation: str = "silu",
@@ -302,8 +300,8 @@ def fused_experts_lora_forward(
     flags = (activation, gated, interleaved, activation_limit)
     output, z, counts, gather, scatter = fused_experts_forward(
         hidden_states,
-        merged(gate_up_proj, gate_up_lora_a, gate_up_lora_b, gate_up_scaling),
-        merged(down_proj, down_lora_a, down_lora_b, down_scaling),
+        merged(gate_up_proj, gate_up_lora_a, gate_up_lora_b),
+        merged(down_proj, down_lora_a, down_lora_b),
         topk_ids, topk_weights, gate_up_bias, down_bias, *flags,
     )  # fmt: skip
     x, up_a, down_a = to_fp64(hidden_states, gate_up_lora_a, down_lora_a)
@@ -313,8 +311,8 @@ def fused_experts_lora_forward(
     )
     for row, expert, token, _ in _used_rows(counts, gather, topk_ids.shape[1]):
         h = activation_of(z[row].detach(), *flags)
-        of_up[row] = gate_up_scaling * (up_a[expert] @ x[token]).detach()
-        of_down[row] = down_scaling * (down_a[expert] @ h).detach()
+        of_up[row] = (up_a[expert] @ x[token]).detach()
+        of_down[row] = (down_a[expert] @ h).detach()
     return output, z, of_up, of_down, counts, gather, scatter
 
 
@@ -333,8 +331,6 @@ def fused_experts_lora_backward(
     gate_up_lora_b: Tensor,
     down_lora_a: Tensor,
     down_lora_b: Tensor,
-    gate_up_scaling: float,
-    down_scaling: float,
     down_bias: Tensor | None,
     pre_activation: Tensor,
     gate_up_low_rank: Tensor | None,
@@ -357,7 +353,7 @@ def fused_experts_lora_backward(
     def from_pre_activation(
         pre_activation: Tensor, topk_weights: Tensor, down_lora_a: Tensor
     ) -> Tensor:
-        weight = merged(down_proj, down_lora_a, down_lora_b, down_scaling)
+        weight = merged(down_proj, down_lora_a, down_lora_b)
         return down_projection(
             pre_activation, weight, topk_weights, down_bias, token_counts, gather_indices, *flags
         )
@@ -372,7 +368,7 @@ def fused_experts_lora_backward(
     assert dz is not None
 
     def from_input(hidden_states: Tensor, gate_up_lora_a: Tensor) -> Tensor:
-        weight = merged(gate_up_proj, gate_up_lora_a, gate_up_lora_b, gate_up_scaling)
+        weight = merged(gate_up_proj, gate_up_lora_a, gate_up_lora_b)
         return up_projection(hidden_states, weight, None, None, token_counts, gather_indices, top_k)
 
     x = torch.zeros_like(grad_output) if hidden_states is None else hidden_states

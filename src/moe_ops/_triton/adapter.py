@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from moe_ops._triton.gemm import GroupedGemm
-from moe_ops._triton.kernels.adapter import add_low_rank_kernel, scale_rows_kernel
+from moe_ops._triton.kernels.adapter import add_low_rank_kernel
 from moe_ops._triton.launch import cdiv, launch, next_power_of_2, precision
 from moe_ops._triton.schedule import Rows, TileSchedule
 from moe_ops.configs.device import device_of
@@ -20,17 +20,15 @@ from moe_ops.configs.device import device_of
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """An adapter: scaling * lora_b[e] @ lora_a[e] is added to the weight of expert e.
+    """An adapter: lora_b[e] @ lora_a[e] is added to the weight of expert e.
 
     Attributes:
         lora_a ((E, L, D)): the first factor, in any strides.
         lora_b ((E, N, L)): the second factor, in any strides.
-        scaling: its factor.
     """
 
     lora_a: torch.Tensor
     lora_b: torch.Tensor
-    scaling: float
 
     @property
     def is_empty(self) -> bool:
@@ -38,14 +36,14 @@ class Adapter:
         return self.lora_a.shape[1] == 0
 
     def reduce(self, x: torch.Tensor, rows: Rows, x_divisor: int = 0) -> torch.Tensor:
-        """Return scaling * x @ lora_a[e].T (M, L), zero in rows of no expert.
+        """Return x @ lora_a[e].T (M, L), zero in rows of no expert.
 
         GroupedGemm explains x_divisor.
         """
         return self._thin("forward", x, self.lora_a, rows, x_divisor)
 
     def reduce_gradient(self, g: torch.Tensor, rows: Rows, x_divisor: int = 0) -> torch.Tensor:
-        """Return scaling * g @ lora_b[e] (M, L), zero in rows of no expert."""
+        """Return g @ lora_b[e] (M, L), zero in rows of no expert."""
         return self._thin("backward_dX", g, self.lora_b, rows, x_divisor)
 
     def _thin(
@@ -56,13 +54,6 @@ class Adapter:
         gemm = GroupedGemm(kind, x, factor, rows, x_divisor=x_divisor)
         low = x.new_empty(rows.num_rows, gemm.n)
         gemm.launch(low)
-        if low.numel() > 0 and self.scaling != 1:
-            block = 1024
-            launch(
-                scale_rows_kernel, (cdiv(low.numel(), block),),
-                low, low.numel(), self.scaling, BLOCK=block,
-                on=low,
-            )  # fmt: skip
         return low
 
     def add(

@@ -1,18 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter has beside grouped GEMMs: scale thin rows, and add a thin product to others."""
+"""What an adapter has beside grouped GEMMs: a thin product is added to what another has stored."""
 
 import triton
 import triton.language as tl
 
 from moe_ops._triton.kernels.schedule import begin_walk, walked_tile
-
-
-@triton.jit(do_not_specialize=["numel"])
-def scale_rows_kernel(rows_ptr, numel, factor, BLOCK: tl.constexpr):
-    """Multiply `numel` numbers by a factor, in place."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    values = tl.load(rows_ptr + at, mask=at < numel).to(tl.float32)
-    tl.store(rows_ptr + at, (values * factor).to(rows_ptr.dtype.element_ty), mask=at < numel)
 
 
 @triton.jit(do_not_specialize=["max_tiles", "num_rows"])

@@ -187,8 +187,7 @@ def lora_experts(
     Frozen projections, both plain or both quantised, with an adapter on one or each, a named activation
     and no dropout are one op, moe::fused_experts_lora or moe::fused_experts_lora_quantized. Other layers
     are composed of products, each adapter of two: several adapters on a projection or none on both,
-    a base that is trained, FP8 with its scales apart. Compiled, an adapter's scaling goes into its
-    lora_B.
+    a base that is trained, FP8 with its scales apart.
     """
     check_dropout("lora_experts", "dropout_p", dropout_p)
     frozen = (gate_up_proj, down_proj, gate_up_bias, down_bias)
@@ -201,19 +200,18 @@ def lora_experts(
         and max(len(gate_up_lora), len(down_lora)) == 1
         and num_quantized in (0, 2)
         and not (torch.is_grad_enabled() and any(map(_requires_grad, frozen)))
-        # An op takes a number, which has no gradient.
-        and not any(isinstance(a.scaling, Tensor) for a in (*gate_up_lora, *down_lora))
     )
     if is_one_op:
-        up_a, up_b, up_scaling = _factors(gate_up_lora, gate_up_proj, hidden_states)
-        down_a, down_b, down_scaling = _factors(down_lora, down_proj, hidden_states)
+        factors = (
+            *_factors(gate_up_lora, gate_up_proj, hidden_states),
+            *_factors(down_lora, down_proj, hidden_states),
+        )
         call: Callable[..., Tensor] = (
             adapted_quantized_experts if num_quantized else adapted_experts
         )
         return call(
-            hidden_states, gate_up_proj, down_proj, topk_ids, topk_weights, up_a, up_b, down_a,
-            down_b, up_scaling, down_scaling, gate_up_bias, down_bias, activation, gated,
-            interleaved, activation_limit,
+            hidden_states, gate_up_proj, down_proj, topk_ids, topk_weights, *factors, gate_up_bias,
+            down_bias, activation, gated, interleaved, activation_limit,
         )  # fmt: skip
     if not callable(activation):
         activation = named_activation(
@@ -242,24 +240,22 @@ def _requires_grad(weight: Tensor | QuantizedWeight | None) -> bool:
 
 def _factors(
     adapters: Sequence[LoraWeights], weight: Tensor | QuantizedWeight, like: Tensor
-) -> tuple[Tensor, Tensor, float]:
-    """Return lora_A, lora_B and scaling as the ops take them: no adapter has rank 0.
+) -> tuple[Tensor, Tensor]:
+    """Return lora_A and the scaled lora_B as the ops take them: no adapter has rank 0.
 
     The factors get the dtype of a plain weight, or beside a quantised one that of `like`, the input.
     """
     if not adapters:
         num_experts, out_features, in_features = weight.shape
         lora_a = like.new_empty(num_experts, 0, in_features)
-        return lora_a, like.new_empty(num_experts, out_features, 0), 1.0
+        return lora_a, like.new_empty(num_experts, out_features, 0)
     (adapter,) = adapters
     _check(adapter, weight)
     dtype = weight.dtype if isinstance(weight, Tensor) else like.dtype
-    lora_a, lora_b, scaling = adapter.lora_A.to(dtype), adapter.lora_B, adapter.scaling
-    if torch.compiler.is_compiling():
-        # A graph is for one number that an op takes. As a factor it may change.
-        lora_b, scaling = lora_b * scaling, 1.0
-    # PEFT's lora_B has the experts fastest: copied, its rows are read in one piece.
-    return lora_a, lora_b.to(dtype).contiguous(), scaling
+    # The factor goes to a weight, so that another one is no other graph. PEFT's lora_B has the experts
+    # fastest: copied, its rows are read in one piece.
+    lora_b = (adapter.lora_B * adapter.scaling).to(dtype).contiguous()
+    return adapter.lora_A.to(dtype), lora_b
 
 
 def check_dropout(function: str, name: str, probability: float) -> None:

@@ -39,12 +39,12 @@ def kept_for_backward(
         outputs: of the forward op.
     """
     _, topk_weights, *factors = args[:6]
-    up_scaling, down_scaling, _, down_bias, *activation, config = args[6:]
+    _, down_bias, *activation, config = args[6:]
     need_x, needs = ctx.needs[0], ctx.needs[len(ctx.needs) - len(args) :]
     _, need_weights, *need_factors = needs[:6]
     need_up_a, need_up_b, _, need_down_b = need_factors
     _, z, low_up, low_down, *routing = outputs
-    ctx.scalings, ctx.activation, ctx.config = (up_scaling, down_scaling), activation, config
+    ctx.activation, ctx.config = activation, config
     ctx.wanted = [need_x, need_weights, *need_factors]
     return (
         # From it the backward op sees that somebody asks for a second derivative.
@@ -66,11 +66,10 @@ def _save(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    gate_up_proj, down_proj, x, weights, *others = ctx.saved_tensors
+    gate_up_proj, down_proj, x, *others = ctx.saved_tensors
     grad_x, grad_weights, *grad_factors = _backward_op.overload(
-        grad_output, x, gate_up_proj, down_proj, weights, *others[:4], *ctx.scalings, *others[4:],
-        *ctx.activation, ctx.wanted, ctx.config,
-    )  # fmt: skip
+        grad_output, x, gate_up_proj, down_proj, *others, *ctx.activation, ctx.wanted, ctx.config
+    )
     return grad_x, None, None, None, grad_weights, *grad_factors
 
 

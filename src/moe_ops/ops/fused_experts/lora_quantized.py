@@ -39,8 +39,6 @@ def fused_experts_lora_quantized(
     gate_up_lora_b: Tensor,
     down_lora_a: Tensor,
     down_lora_b: Tensor,
-    gate_up_scaling: float = 1.0,
-    down_scaling: float = 1.0,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     activation: str = "silu",
@@ -63,7 +61,7 @@ def fused_experts_lora_quantized(
     )  # fmt: skip
     return function_of(f"moe_ops.ops.fused_experts.{by}:fused_experts_lora")(
         hidden_states, gate_up_proj, down_proj, topk_ids, topk_weights, gate_up_lora_a,
-        gate_up_lora_b, down_lora_a, down_lora_b, gate_up_scaling, down_scaling, gate_up_bias,
+        gate_up_lora_b, down_lora_a, down_lora_b, gate_up_bias,
         down_bias, activation, gated, interleaved, activation_limit, kernel_config,
         for_backward=for_backward,
     )  # fmt: skip
@@ -91,8 +89,6 @@ def fused_experts_lora_quantized_backward(
     gate_up_lora_b: Tensor,
     down_lora_a: Tensor,
     down_lora_b: Tensor,
-    gate_up_scaling: float,
-    down_scaling: float,
     down_bias: Tensor | None,
     pre_activation: Tensor,
     gate_up_low_rank: Tensor | None,
@@ -121,7 +117,7 @@ def fused_experts_lora_quantized_backward(
     function = function_of(f"moe_ops.ops.fused_experts.{by}:fused_experts_lora_backward")
     grads: tuple[Tensor, ...] = function(
         grad_output, hidden_states, gate_up_proj, down_proj, topk_weights, gate_up_lora_a,
-        gate_up_lora_b, down_lora_a, down_lora_b, gate_up_scaling, down_scaling, down_bias,
+        gate_up_lora_b, down_lora_a, down_lora_b, down_bias,
         pre_activation, gate_up_low_rank, down_low_rank, token_counts, gather_indices,
         scatter_indices, activation, gated, interleaved, activation_limit, needs, kernel_config,
     )  # fmt: skip
@@ -145,11 +141,11 @@ def _save(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    stored, (x, weights, *factors) = tensors[:8], tensors[8:14]
+    up, down, (x, *others) = tensors[:4], tensors[4:8], tensors[8:]
     up_layout, down_layout = ctx.layouts
     grad_x, grad_weights, *grad_factors = _backward_op.overload(
-        grad_output, x, *stored[:4], *up_layout, *stored[4:], *down_layout, weights, *factors,
-        *ctx.scalings, *tensors[14:], *ctx.activation, ctx.wanted, ctx.config,
+        grad_output, x, *up, *up_layout, *down, *down_layout, *others, *ctx.activation, ctx.wanted,
+        ctx.config,
     )  # fmt: skip
     return grad_x, *[None] * (2 * NUM_STORED + 1), grad_weights, *grad_factors
 

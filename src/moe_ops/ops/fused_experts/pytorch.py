@@ -171,8 +171,6 @@ def fused_experts_lora(
     gate_up_lora_b: Tensor,
     down_lora_a: Tensor,
     down_lora_b: Tensor,
-    gate_up_scaling: float = 1.0,
-    down_scaling: float = 1.0,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     activation: str = "silu",
@@ -190,17 +188,11 @@ def fused_experts_lora(
     act = Activation(activation, gated, interleaved, activation_limit)
     z = _up_projection(hidden_states, gate_up_proj, gate_up_bias, routing, None)
     low_up = _add_adapter(
-        products,
-        z,
-        hidden_states,
-        gate_up_lora_a.mT,
-        gate_up_lora_b.mT,
-        gate_up_scaling,
-        routing.tokens,
+        products, z, hidden_states, gate_up_lora_a.mT, gate_up_lora_b.mT, routing.tokens
     )
     h = _activated(z, act, products.tail)
     y = products.multiply(h, matrices(down_proj, h.dtype).mT, down_bias)  # (R, H)
-    low_down = _add_adapter(products, y, h, down_lora_a.mT, down_lora_b.mT, down_scaling)
+    low_down = _add_adapter(products, y, h, down_lora_a.mT, down_lora_b.mT)
     output = sum_slots(y, routing.rows, routing.without_dropped(topk_weights), routing.top_k)
     if not for_backward:
         return output
@@ -217,8 +209,6 @@ def fused_experts_lora_backward(
     gate_up_lora_b: Tensor,
     down_lora_a: Tensor,
     down_lora_b: Tensor,
-    gate_up_scaling: float,
-    down_scaling: float,
     down_bias: Tensor | None,
     pre_activation: Tensor,
     gate_up_low_rank: Tensor | None,
@@ -249,7 +239,7 @@ def fused_experts_lora_backward(
         dh = None
         if need_dz or need_weights:
             dh = products.multiply(dy, matrices(down_proj, dtype))
-        low_down = _add_adapter(products, dh, dy, down_lora_b, down_lora_a, down_scaling)
+        low_down = _add_adapter(products, dh, dy, down_lora_b, down_lora_a)
         act = Activation(activation, gated, interleaved, activation_limit)
         h, dz, dots = _activated_backward(
             pre_activation, dh, scale, act, products.tail, need_down_a, need_dz, need_weights
@@ -267,7 +257,7 @@ def fused_experts_lora_backward(
 
     dx = products.multiply(dz, matrices(gate_up_proj, dtype)) if need_x else None  # (R, H)
     if need_x or need_up_a:
-        low_up = _add_adapter(products, dx, dz, gate_up_lora_b, gate_up_lora_a, gate_up_scaling)
+        low_up = _add_adapter(products, dx, dz, gate_up_lora_b, gate_up_lora_a)
     if dx is not None:
         grads[0] = sum_slots(dx, routing.rows, None, routing.top_k)
         del dx
@@ -287,16 +277,15 @@ def _add_adapter(
     x: Tensor,
     first: Tensor,
     second: Tensor,
-    scaling: float,
     sources: Tensor | None = None,
 ) -> Tensor:
-    """Return low = scaling * x[i] @ first[e] (R, rank), and add low[i] @ second[e] to y, if given.
+    """Return low = x[i] @ first[e] (R, rank), and add low[i] @ second[e] to y, if given.
 
     Products.multiply explains the sources. With a rank of 0 there is nothing to do.
     """
     if first.shape[2] == 0:
         return x.new_empty(products.num_rows, 0)
-    low = products.multiply(x, first, sources=sources).mul_(scaling)
+    low = products.multiply(x, first, sources=sources)
     if y is not None:
         y += products.multiply(low, second)
     return low

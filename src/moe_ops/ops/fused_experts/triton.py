@@ -252,8 +252,6 @@ def fused_experts_lora(
     gate_up_lora_b: torch.Tensor,
     down_lora_a: torch.Tensor,
     down_lora_b: torch.Tensor,
-    gate_up_scaling: float = 1.0,
-    down_scaling: float = 1.0,
     gate_up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
     activation: str = "silu",
@@ -270,8 +268,8 @@ def fused_experts_lora(
         Rows.of(token_counts, num_rows, gather, top_k), scatter,
         Activation(activation, activation_limit), gated, interleaved, kernel_config,
     )  # fmt: skip
-    up = Adapter(gate_up_lora_a, gate_up_lora_b, gate_up_scaling)
-    down = Adapter(down_lora_a, down_lora_b, down_scaling)
+    up = Adapter(gate_up_lora_a, gate_up_lora_b)
+    down = Adapter(down_lora_a, down_lora_b)
     width = gate_up_proj.shape[1]
     h = new_rows(hidden_states, num_rows, width // 2 if gated else width)
     if up.is_empty:
@@ -350,8 +348,6 @@ def fused_experts_lora_backward(
     gate_up_lora_b: torch.Tensor,
     down_lora_a: torch.Tensor,
     down_lora_b: torch.Tensor,
-    gate_up_scaling: float,
-    down_scaling: float,
     down_bias: torch.Tensor | None,
     pre_activation: torch.Tensor,
     gate_up_low_rank: torch.Tensor | None,
@@ -375,8 +371,8 @@ def fused_experts_lora_backward(
         rows, scatter_indices, Activation(activation, activation_limit), gated, interleaved,
         kernel_config,
     )  # fmt: skip
-    up_adapter = Adapter(gate_up_lora_a, gate_up_lora_b, gate_up_scaling)
-    down_adapter = Adapter(down_lora_a, down_lora_b, down_scaling)
+    up_adapter = Adapter(gate_up_lora_a, gate_up_lora_b)
+    down_adapter = Adapter(down_lora_a, down_lora_b)
     offsets = expert_offsets(token_counts, num_rows)
 
     dy, divisor = grad_output, top_k
