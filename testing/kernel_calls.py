@@ -16,6 +16,7 @@ from moe_ops._triton import dequantize
 from moe_ops._triton import expert_parallel as ep
 from moe_ops._triton.routing import routing_indices
 from moe_ops.ops.fused_experts import triton as fused_experts
+from moe_ops.ops.fused_experts_lora import triton as adapted
 from moe_ops.ops.grouped_gemm import triton as gemm
 from moe_ops.ops.permute import triton as permute
 from moe_ops.ops.topk_routing import triton as topk_routing
@@ -248,9 +249,9 @@ def adapted_experts(
         x, x, *projections, weights, *adapters, down_bias, *kept, *routing, *flags, [True] * 6,
     )  # fmt: skip
     return {
-        "lora-inference": lambda: fused_experts.fused_experts_lora(*forward),
-        "lora-forward": lambda: fused_experts.fused_experts_lora(*forward, for_backward=True),
-        "lora-backward": lambda: fused_experts.fused_experts_lora_backward(*backward),
+        "lora-inference": lambda: adapted.fused_experts_lora(*forward),
+        "lora-forward": lambda: adapted.fused_experts_lora(*forward, for_backward=True),
+        "lora-backward": lambda: adapted.fused_experts_lora_backward(*backward),
     }
 
 

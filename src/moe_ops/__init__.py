@@ -17,6 +17,7 @@ from moe_ops.configs.kernel_config import (
 from moe_ops.configs.kernel_string import kernel_config
 from moe_ops.fp8 import dequantize_fp8, quantize_fp8
 from moe_ops.ops import dequantize_weight as _dequantize_weight  # noqa: F401 - registers the op
+from moe_ops.ops import fused_experts_lora as _fused_experts_lora  # noqa: F401 - registers the ops
 from moe_ops.ops.ep_combine import ep_combine
 from moe_ops.ops.ep_dispatch import ep_dispatch
 from moe_ops.ops.fused_experts import fused_experts

@@ -56,7 +56,7 @@ def test_hash_covers_every_implementation_that_the_table_names():
     functions = [f for op in OPS.values() for f in op.implementations.values()]
     modules = {f.partition(":")[0] if isinstance(f, str) else f.__module__ for f in functions}
     # What several ops share is one floor down, or beside the plain op's.
-    names = {"pytorch", "triton", "dequantize", "quantized", "lora_quantized", "routing"}
+    names = {"pytorch", "triton", "dequantize", "quantized", "routing"}
     assert {module.rpartition(".")[2] for module in modules} == names
     assert modules <= set(report.module_digests())
 

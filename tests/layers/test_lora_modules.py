@@ -15,7 +15,7 @@ import moe_ops
 from moe_ops.layers import MoE, Router
 from moe_ops.layers.experts import Experts
 from moe_ops.layers.lora import GroupedLora, LoraExperts
-from moe_ops.ops.fused_experts import pytorch
+from moe_ops.ops.fused_experts_lora import pytorch
 from testing.lora_problem import (
     HIDDEN,
     INTER,
@@ -82,8 +82,8 @@ def test_inside_of_the_op_makes_nothing_of_a_weights_size():
         )
         backward: Any = pytorch.fused_experts_lora_backward
         gradients = backward(
-            torch.ones_like(output), x, *projections, weights, *factors, 1.0, 1.0, None, z, *low,
-            counts, gather, scatter, "silu", True, False, None, [True] * 6,
+            torch.ones_like(output), x, *projections, weights, *factors, None, z, *low, counts, gather,
+            scatter, "silu", True, False, None, [True] * 6,
         )  # fmt: skip
     assert all(gradient.norm() > 0 for gradient in gradients)
     # A transposed view of a weight makes nothing.

@@ -274,8 +274,8 @@ def _routed_rows(
     token_counts: Tensor, gather_indices: Tensor, top_k: int, gated: bool, kernel_config: str | None
 ) -> Any:
     """Return the rows of an experts layer with silu, as fused_experts has them on the device."""
-    from moe_ops._triton.experts import Activation as KernelActivation
-    from moe_ops._triton.experts import RoutedRows
+    from moe_ops._triton.activation import Activation as KernelActivation
+    from moe_ops._triton.activation import RoutedRows
     from moe_ops._triton.rows import inverse_permutation
     from moe_ops._triton.schedule import Rows
 

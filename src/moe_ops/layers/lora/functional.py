@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_ops.layers.functional import composed_experts, named_activation, projection
-from moe_ops.ops.fused_experts import adapted_experts, adapted_quantized_experts
+from moe_ops.ops.fused_experts_lora import adapted_experts, adapted_quantized_experts
 from moe_ops.ops.grouped_gemm import grouped_gemm
 from moe_ops.quantization import QuantizedWeight
 

@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from moe_ops._core.library import Op
-from moe_ops.ops.fused_experts import pytorch
+from moe_ops.ops.fused_experts_lora import pytorch
 
 _op = Op("fused_experts_lora")
 _forward_op = Op("fused_experts_lora_forward")
 _backward_op = Op("fused_experts_lora_backward")
 
-_TRITON = "moe_ops.ops.fused_experts.triton"
+_TRITON = "moe_ops.ops.fused_experts_lora.triton"
 _op.implement("pytorch", pytorch.fused_experts_lora, for_backward=False)
 _op.implement("triton", f"{_TRITON}:fused_experts_lora", for_backward=False)
 _forward_op.implement("pytorch", pytorch.fused_experts_lora, for_backward=True)

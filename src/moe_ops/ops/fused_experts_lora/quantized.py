@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from moe_ops._core.library import Op, function_of
-from moe_ops.ops.fused_experts.lora import kept_for_backward
+from moe_ops.ops.fused_experts_lora.op import kept_for_backward
 from moe_ops.quantization.stored import NUM_STORED, StoredWeight
 from moe_ops.quantization.weight import QuantizedWeight
 
@@ -59,7 +59,7 @@ def fused_experts_lora_quantized(
         down_codes, down_scale, down_nested_scale, down_nested_offset,
         down_format, down_group_size, down_scale_encoding, down_lora_a.shape[2],
     )  # fmt: skip
-    return function_of(f"moe_ops.ops.fused_experts.{by}:fused_experts_lora")(
+    return function_of(f"moe_ops.ops.fused_experts_lora.{by}:fused_experts_lora")(
         hidden_states, gate_up_proj, down_proj, topk_ids, topk_weights, gate_up_lora_a,
         gate_up_lora_b, down_lora_a, down_lora_b, gate_up_bias,
         down_bias, activation, gated, interleaved, activation_limit, kernel_config,
@@ -114,7 +114,7 @@ def fused_experts_lora_quantized_backward(
         down_codes, down_scale, down_nested_scale, down_nested_offset,
         down_format, down_group_size, down_scale_encoding, down_lora_a.shape[2],
     )  # fmt: skip
-    function = function_of(f"moe_ops.ops.fused_experts.{by}:fused_experts_lora_backward")
+    function = function_of(f"moe_ops.ops.fused_experts_lora.{by}:fused_experts_lora_backward")
     grads: tuple[Tensor, ...] = function(
         grad_output, hidden_states, gate_up_proj, down_proj, topk_weights, gate_up_lora_a,
         gate_up_lora_b, down_lora_a, down_lora_b, down_bias,
