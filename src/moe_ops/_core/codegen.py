@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turns an `OpSchema` into straight-line functions: checked kernel, fake kernel, FLOP formula.
 
-The functions are source text, compiled once at import. A call costs one to two microseconds, several
-times less than walking the schema would. `python -m moe_ops show OP` prints them.
+The functions are source text. The kernel is compiled at import, the others when they are called first.
+A call costs one to two microseconds, several times less than walking the schema would.
+`python -m moe_ops show OP` prints them.
 
 All three bind the dimension letters with the same lines, from the shapes of the arguments. The
 kernel's checks raise at once. The fake kernel's ask through torch._check_with, which also works for
@@ -15,7 +16,7 @@ import ast
 import linecache
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -62,9 +63,8 @@ class Replays(Protocol):
 Loaded = tuple[Callable[..., Any], Replays | None]
 
 
-@dataclass(frozen=True)
 class Functions:
-    """The functions that are generated for one op; `source` is the text of all of them.
+    """The functions that are generated for one op. The kernel is compiled at once, the others when called.
 
     kernel_of(load, may_mix) makes a kernel. It checks its arguments, then calls the implementation
     with all of them, defaults too. load() returns the implementation, and its Replays or None; it
@@ -72,29 +72,58 @@ class Functions:
     may hand the kernel tensors of several devices.
     """
 
-    source: str
-    kernel_of: Callable[[Callable[[], Loaded], bool], Callable[..., Any]]
-    fake: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
-    flops: Callable[..., int] | None
+    def __init__(self, schema: OpSchema) -> None:
+        self._schema = schema
+        self._kernel_source = "\n\n".join([*_advice_tables(schema), _kernel_of(schema)])
+        names = _compiled(self._kernel_source, f"<moe_ops {schema.file}>")
+        self.kernel_of: Callable[[Callable[[], Loaded], bool], Callable[..., Any]] = names[
+            "kernel_of"
+        ]
+        self.flops = None if schema.flops is None else self._flops
+
+    def fake(self, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Return empty outputs, for arguments that a compiler may know by name alone."""
+        outputs: torch.Tensor | tuple[torch.Tensor, ...] = self._others["fake"](*args, **kwargs)
+        return outputs
+
+    def _flops(self, *args: Any, **kwargs: Any) -> int:
+        number: int = self._others["flops"](*args, **kwargs)
+        return number
+
+    @cached_property
+    def source(self) -> str:
+        """The text of all functions."""
+        return f"{self._kernel_source}\n\n{self._others_source}"
+
+    @cached_property
+    def _others_source(self) -> str:
+        schema = self._schema
+        body = _Body(schema, symbolic=True).checks() + _outputs(schema)
+        parts = [_function("fake", schema, body)]
+        if schema.flops is not None:
+            body = [*_Body(schema, symbolic=False).bindings(), f"return {schema.flops.source}"]
+            parts.append(_function("flops", schema, body, extra=", out_val=None"))
+        return "\n\n".join(parts)
+
+    @cached_property
+    def _others(self) -> dict[str, Any]:
+        tables = "\n\n".join(_advice_tables(self._schema))
+        source = f"{tables}\n\n{self._others_source}" if tables else self._others_source
+        return _compiled(source, f"<moe_ops {self._schema.file}, fake>")
 
 
 def generate(schema: OpSchema) -> Functions:
-    """Compile the kernel, the fake kernel and, where the schema has `flops`, the FLOP formula."""
-    parts = [
-        *_advice_tables(schema),
-        _kernel_of(schema),
-        _function("fake", schema, _Body(schema, symbolic=True).checks() + _outputs(schema)),
-    ]
-    if schema.flops is not None:
-        body = [*_Body(schema, symbolic=False).bindings(), f"return {schema.flops.source}"]
-        parts.append(_function("flops", schema, body, extra=", out_val=None"))
-    source = "\n\n".join(parts)
-    filename = f"<moe_ops {schema.file}>"
+    """Make the kernel, the fake kernel and, where the schema has `flops`, the FLOP formula."""
+    return Functions(schema)
+
+
+def _compiled(source: str, filename: str) -> dict[str, Any]:
+    """Return the names that a text of functions defines."""
     # Tracebacks show the generated lines.
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     namespace = dict(_GLOBALS)
     exec(compile(source, filename, "exec"), namespace)
-    return Functions(source, namespace["kernel_of"], namespace["fake"], namespace.get("flops"))
+    return namespace
 
 
 def _advice_tables(schema: OpSchema) -> list[str]:
