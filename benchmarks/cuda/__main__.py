@@ -215,10 +215,11 @@ def main() -> int:
         print("compiling", flush=True)
         gemm.compile_ahead(bench, shapes, args.compilers)
     jobs: dict[str, Callable[[], None]] = {}
-    for part, jobs_of in AHEAD.items():
+    ahead = AHEAD | {PEERS: functools.partial(peers.jobs_ahead, until=until)}
+    for part, jobs_of in ahead.items():
         jobs |= jobs_of(bench, shapes) if part in args.only else {}
     if device.type == "cuda" and args.compilers and jobs:
-        print("compiling the experts and the layers", flush=True)
+        print("compiling the experts, the layers and the peers", flush=True)
         experts.compile_ahead(jobs, args.compilers)
     warm_up_seconds = 2.0 if device.type == "cuda" else 0.0
     bench.warm_up(warm_up_seconds)

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from benchmarks.cuda.experts import (
     BOTH,
+    FORWARD,
     PASSES,
     ROOT,
     Block,
@@ -55,11 +56,14 @@ class Peer:
         module: what has to be importable.
         distribution: whose version is told.
         make: its way to compute a block.
+        compiles_long: whether a first call takes minutes. Then they are made beside each other,
+            before anything is measured.
     """
 
     module: str
     distribution: str
     make: Callable[[Block], Implementation]
+    compiles_long: bool = False
 
 
 def scattermoe(block: Block) -> Implementation:
@@ -210,7 +214,7 @@ PEERS = {
     "scattermoe": Peer("scattermoe", "scattermoe", scattermoe),
     "liger": Peer("liger_kernel", "liger-kernel", liger),
     "unsloth": Peer("unsloth", "unsloth", unsloth),
-    "sonicmoe": Peer("sonicmoe", "sonic-moe", sonicmoe),
+    "sonicmoe": Peer("sonicmoe", "sonic-moe", sonicmoe, compiles_long=True),
 }
 
 
@@ -246,15 +250,41 @@ def cases(bench: Bench, shapes: Iterable[Shape], until: float) -> Iterator[Case]
                 yield f"{name} {shape.name}", partial(run_peer, bench, shape, name, until)
 
 
+def jobs_ahead(
+    bench: Bench, shapes: Iterable[Shape], until: float
+) -> dict[str, Callable[[], None]]:
+    """The first calls that leave in the caches on disk what takes minutes to compile."""
+    missing = absent()
+    names = [name for name, peer in PEERS.items() if peer.compiles_long and name not in missing]
+    return {
+        f"{name} {shape.name}": partial(compile_peer, bench, shape, name, until)
+        for shape in shapes
+        for name in names
+    }
+
+
+def compile_peer(bench: Bench, shape: Shape, name: str, until: float) -> None:
+    """In a process of its own, which measures nothing."""
+    list(run_apart("benchmarks.cuda.peers", bench, shape, name, until, measures=False))
+
+
 def run_peer(bench: Bench, shape: Shape, name: str, until: float) -> Iterator[Record]:
     """In a process of its own, which ends at `until` at the latest."""
     return run_apart("benchmarks.cuda.peers", bench, shape, name, until)
 
 
-def run_apart(module: str, bench: Bench, shape: Shape, name: str, until: float) -> Iterator[Record]:
+def run_apart(
+    module: str,
+    bench: Bench,
+    shape: Shape,
+    name: str,
+    until: float,
+    measures: bool = True,
+) -> Iterator[Record]:
     """The records of a peer that `module`, which ends in `serve`, measures in another process."""
     given = {
         "peer": name,
+        "measures": measures,
         "device": str(bench.device),
         "tiny": bench.tiny,
         "seconds": bench.seconds,
@@ -281,15 +311,29 @@ def run_apart(module: str, bench: Bench, shape: Shape, name: str, until: float) 
     yield from json.loads(lines[-1].removeprefix(_RECORDS))
 
 
+def call_once(block: Block, name: str, topk_ids: Tensor) -> Implementation:
+    """A peer after its first forward and backward."""
+    peer = PEERS[name].make(block)
+    peer.call(BOTH, topk_ids, block.grad_output)()
+    block.bench.synchronize()
+    return peer
+
+
+def compile_only(bench: Bench, shape: Shape, name: str) -> Iterator[Record]:
+    """No records: only what the first calls leave in the caches, with and without a gradient."""
+    block = Block(bench, shape)
+    topk_ids = block.route("uniform")
+    call_once(block, name, topk_ids).call(FORWARD, topk_ids, block.grad_output)()
+    yield from ()
+
+
 def measure(bench: Bench, shape: Shape, name: str) -> Iterator[Record]:
     """The peer beside ours, in this process, after its first forward and backward."""
     block = Block(bench, shape)
     topk_ids = block.route("uniform")
-    begin = time.perf_counter()
-    peer = PEERS[name].make(block)
     case: Record = {"shape": shape.name, "peer": name}
-    peer.call(BOTH, topk_ids, block.grad_output)()
-    bench.synchronize()
+    begin = time.perf_counter()
+    peer = call_once(block, name, topk_ids)
     case["first_call_seconds"] = rounded(time.perf_counter() - begin)
     comparison = Comparison(block, topk_ids, {OURS: ours(block), name: peer})
     for pass_name in PASSES:
@@ -309,4 +353,5 @@ def serve(measured: Callable[[Bench, Shape, str], Iterator[Record]], given: dict
 
 
 if __name__ == "__main__":
-    serve(measure, json.loads(sys.argv[1]))
+    told = json.loads(sys.argv[1])
+    serve(measure if told["measures"] else compile_only, told)

@@ -496,6 +496,29 @@ def test_absent_peers_are_named(monkeypatch):
     assert labels == ["scattermoe tiny", "scattermoe qwen3-30b"]
 
 
+def test_peers_that_compile_long_are_called_before_in_processes_of_their_own(
+    monkeypatch, libraries
+):
+    started = []
+
+    def run_apart(*arguments, **options):
+        started.append((arguments, options))
+        return iter(())
+
+    monkeypatch.setattr(peers, "absent", lambda: {"liger": "no module"})
+    monkeypatch.setattr(peers, "run_apart", run_apart)
+    jobs = peers.jobs_ahead(bench(), [TINY, suite.SUITE[0]], 7.0)
+    assert list(jobs) == ["sonicmoe tiny", "sonicmoe qwen3-30b"]
+    jobs["sonicmoe tiny"]()
+    assert started == [
+        (("benchmarks.cuda.peers", bench(), TINY, "sonicmoe", 7.0), {"measures": False})
+    ]
+    monkeypatch.setattr(peers, "absent", lambda: dict.fromkeys(peers.PEERS, "no module"))
+    assert peers.jobs_ahead(bench(), [TINY], 7.0) == {}
+    # What such a process does: it calls, and measures nothing.
+    assert list(peers.compile_only(bench(), TINY, "sonicmoe")) == []
+
+
 @pytest.mark.slow
 def test_peer_that_fails_is_told(monkeypatch, tmp_path):
     (tmp_path / "scattermoe").mkdir()

@@ -91,7 +91,8 @@ def _theirs_and_ours(what: str) -> Column:
 EXPERTS_PEERS = Table(
     about=(
         "Other libraries' blocks, each beside ours in a process of its own: their time over ours, "
-        "the MiB that they and we keep and take at most, the seconds of their first call."
+        "the MiB that they and we keep and take at most, the seconds of their first call (SonicMoE's: of "
+        "one whose kernels another process has compiled before)."
     ),
     rows=with_peer,
     columns=(
