@@ -211,10 +211,10 @@ def _one_after_the_other(gate_up: Tensor) -> Tensor:
 
 
 PEERS = {
+    "sonicmoe": Peer("sonicmoe", "sonic-moe", sonicmoe, compiles_long=True),
     "scattermoe": Peer("scattermoe", "scattermoe", scattermoe),
     "liger": Peer("liger_kernel", "liger-kernel", liger),
     "unsloth": Peer("unsloth", "unsloth", unsloth),
-    "sonicmoe": Peer("sonicmoe", "sonic-moe", sonicmoe, compiles_long=True),
 }
 
 
@@ -244,8 +244,9 @@ def _version(peer: Peer) -> str:
 def cases(bench: Bench, shapes: Iterable[Shape], until: float) -> Iterator[Case]:
     """Every peer that is installed on every shape, which `until` (time.monotonic) may cut short."""
     missing = absent()
-    for shape in shapes:
-        for name in PEERS:
+    shapes = list(shapes)
+    for name in PEERS:
+        for shape in shapes:
             if name not in missing:
                 yield f"{name} {shape.name}", partial(run_peer, bench, shape, name, until)
 
