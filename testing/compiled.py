@@ -26,6 +26,7 @@ from moe_ops._triton import (
     gemm,
     launch,
     quantized,
+    rows,
     schedule,
     weight_gradient,
 )
@@ -94,7 +95,7 @@ def taken_for(device: Device) -> Iterator[None]:
     """Let the launchers take every torch device for this one."""
     with contextlib.ExitStack() as stack:
         for module in (
-            adapter, dequantize, experts, gemm, launch, quantized, schedule, weight_gradient,
+            adapter, dequantize, experts, gemm, launch, quantized, rows, schedule, weight_gradient,
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(module, "device_of", return_value=device))
         yield

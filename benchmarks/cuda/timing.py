@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_ops._triton.kernels.grouped_gemm import follow_on
+from moe_ops._triton.kernels.dependent_launch import follow_on
 from moe_ops.configs.device import device_of
 from testing.gpu_report import kernel_sha256
 from testing.tolerances import RELATIVE_NORM

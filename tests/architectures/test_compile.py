@@ -430,6 +430,18 @@ def test_dependent_launch(gpu):
             assert (instruction in ptx) == (follows and gpu == "sm_90")
 
 
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_90"])
+def test_kernels_of_few_tokens_begin_while_the_one_before_ends(gpu):
+    """All four of a decoding step do, and none of a training step."""
+    found = compile_all(GPUS[gpu], [calls.experts(SIZES["decode-1"], BF16)["inference"]])
+    assert len(found) == 4
+    for kernel in found:
+        for instruction in ("griddepcontrol.wait", "griddepcontrol.launch_dependents"):
+            assert kernel.ptx.count(instruction) == (gpu == "sm_90"), kernel.kernel
+    found = compile_all(GPUS[gpu], [calls.experts(SIZES["training"], BF16)["inference"]])
+    assert not any("griddepcontrol" in kernel.ptx for kernel in found)
+
+
 @gpus
 @pytest.mark.parametrize("size", [size for size in SIZES if size != "training"])
 def test_sizes(gpu, size):

@@ -12,6 +12,9 @@ from moe_ops._triton.compiling import is_ahead
 from moe_ops._triton.recorder import recorder
 from moe_ops.configs.device import device_of
 
+# Up to here a kernel that moves or sorts rows takes a few us.
+_FEW_ROWS = 64
+
 
 def cdiv(a: int, b: int) -> int:
     """Return a / b, rounded up. Triton's own cdiv takes 1.5 us."""
@@ -38,6 +41,16 @@ def unit_of(*sizes: int) -> int:
         return 1
     # A size of 64 bits stays one: in units it might be taken for one of 32.
     return 8 if max(sizes) < 2**31 else 1
+
+
+def follows(on: torch.Tensor, num_rows: int) -> dict[str, Any]:
+    """Return the options of a kernel of so many rows that calls follow_on if PDL says so.
+
+    Beside a short kernel it counts when the next one begins (docs/notes/decode.md).
+    """
+    if num_rows <= _FEW_ROWS and device_of(on.device).has_dependent_launch:
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
 
 
 def launch(

@@ -330,7 +330,7 @@ def _persistent_options(
             # Triton flattens this loop only where it can, so it is asked as it stands.
             **common, "FLATTEN": config.flatten,
         }  # fmt: skip
-    follows = config.launch_pdl and device.has_tma and not device.is_interpreted
+    follows = config.launch_pdl and device.has_dependent_launch
     return {
         "BLOCK_M": tile[0], "BLOCK_N": tile[1], "BLOCK_K": tile[2], "GROUP_M": config.group_m,
         "BLOCK_W": BLOCK_W, **common, "PDL": follows, **({"launch_pdl": True} if follows else {}),

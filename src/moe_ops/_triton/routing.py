@@ -10,7 +10,7 @@ from moe_ops._triton.kernels.routing import (
     _routing_indices_place_kernel,
     _routing_indices_sort_kernel,
 )
-from moe_ops._triton.launch import cdiv, launch, next_power_of_2
+from moe_ops._triton.launch import cdiv, follows, launch, next_power_of_2
 
 # A program, on 4 warps, sorts this many slots at a time.
 _BLOCK = 512
@@ -40,6 +40,7 @@ def routing_indices(
             _routing_indices_sort_kernel, (1,),
             topk_ids, token_counts, gather_indices, scatter_indices, *sizes,
             BLOCK=_FEW if few else _BLOCK, EXPERTS=experts, num_warps=1 if few else 4,
+            **follows(topk_ids, num_slots),
             on=topk_ids,
         )  # fmt: skip
         return token_counts, gather_indices, scatter_indices

@@ -16,7 +16,8 @@ from moe_ops._triton.kernels.rows import (
     sum_parts_kernel,
     sum_rows_kernel,
 )
-from moe_ops._triton.launch import cdiv, launch, next_power_of_2, strides, unit_of
+from moe_ops._triton.launch import cdiv, follows, launch, next_power_of_2, strides, unit_of
+from moe_ops.configs.device import device_of
 
 # Bytes of a sector, the least that the L2 cache hands out.
 _SECTOR = 32
@@ -94,6 +95,9 @@ def sum_rows(
     if output.numel() == 0:
         return output
     block_h = min(1024, next_power_of_2(hidden_size))
+    if output.shape[0] * cdiv(hidden_size, block_h) < device_of(input.device).num_sms:
+        # More programs, each with less to wait for.
+        block_h = min(256, block_h)
     stride = input.stride(0)
     unit = unit_of(stride, hidden_size)
     launch(
@@ -101,7 +105,7 @@ def sum_rows(
         input, None if rows is None else rows.contiguous(), weights, used_rows, output,
         stride // unit, input.stride(1), *strides(weights), num_rows, hidden_size // unit,
         TOP_K=top_k, BLOCK_H=block_h, HAS_ROWS=rows is not None, HAS_WEIGHTS=weights is not None,
-        HAS_USED=used_rows is not None, UNIT=unit,
+        HAS_USED=used_rows is not None, UNIT=unit, **follows(input, num_rows),
         on=input,
     )  # fmt: skip
     return output

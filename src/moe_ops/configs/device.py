@@ -35,6 +35,11 @@ class Device:
         """Return whether the GPU has TMA, which loads and stores by tensor descriptors."""
         return self.capability >= (9, 0)
 
+    @property
+    def has_dependent_launch(self) -> bool:
+        """Return whether a kernel may begin while the one before it ends."""
+        return self.capability >= (9, 0) and not self.is_interpreted
+
 
 @functools.cache
 def device_of(device: torch.device) -> Device:

@@ -122,6 +122,7 @@ class _Tile:
         stores: whether a descriptor stores.
         is_specialized: whether a kernel for Hopper is asked for.
         flatten: whether one loop of two is made, if descriptors load.
+        follows: whether the kernel begins while the one before it ends, where the GPU can.
     """
 
     m: int
@@ -136,6 +137,7 @@ class _Tile:
     stores: bool = False
     is_specialized: bool = False
     flatten: bool = True
+    follows: bool = False
     why: str = ""
 
 
@@ -153,6 +155,7 @@ def _heuristic_gemm(
         "flatten": tile.flatten and tile.loads and not problem.bias
         and not (problem.dots and device.capability >= (10, 0)),
         "warp_specialize": tile.is_specialized,
+        "launch_pdl": tile.follows and device.has_tma,
     }  # fmt: skip
     config: KernelConfig
     if problem.kind == "forward":
@@ -202,7 +205,10 @@ def _few_rows_tile(problem: Problem, device: Device, operands: Operands) -> _Til
     by_descriptor = operands.b and not is_vector(problem.weight_row)
     why = f"an expert has at most {FEW_ROWS} rows: reading its weight is the bound, and a low tile wastes little"
     if problem.rows <= 8:
-        return _Tile(16, 64, 128, 4, programs_per_sm=4, loads_weight=by_descriptor, why=why)
+        return _Tile(
+            16, 64, 128, 4,
+            programs_per_sm=4, loads_weight=by_descriptor, follows=True, why=why,
+        )  # fmt: skip
     # With fewer steps loaded ahead an SM has room for both programs.
     stages = 2 if device.shared_memory < 160 * 1024 else 3
     return _Tile(32, 128, 128, 4, stages, programs_per_sm=2, loads_weight=by_descriptor, why=why)

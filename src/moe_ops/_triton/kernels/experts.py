@@ -12,8 +12,8 @@ import triton.language as tl
 from triton.tools.ragged_tma import to_ragged_indices
 
 from moe_ops._triton.kernels.activations import gated_activation, plain_activation, split_gate
+from moe_ops._triton.kernels.dependent_launch import follow_on
 from moe_ops._triton.kernels.grouped_gemm import (
-    follow_on,
     halves_of,
     multiply,
     source_rows,

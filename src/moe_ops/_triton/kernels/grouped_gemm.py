@@ -11,17 +11,10 @@ A kernel walks tiles (walked_tile), multiplies (multiply), and finishes each til
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.ragged_tma import to_ragged_indices
 
+from moe_ops._triton.kernels.dependent_launch import follow_on
 from moe_ops._triton.kernels.schedule import begin_walk, walked_tile, zero_tail
-
-
-@triton.jit
-def follow_on():
-    """Wait for the kernel before, then let the next one begin (programmatic dependent launch)."""
-    gdc_wait()
-    gdc_launch_dependents()
 
 
 @triton.jit

@@ -9,6 +9,8 @@ ones, in slot order. They need no count, since every slot that is not kept is dr
 import triton
 import triton.language as tl
 
+from moe_ops._triton.kernels.dependent_launch import follow_on
+
 
 @triton.jit
 def _load_experts(ids_ptr, stride_t, stride_k, slots, num_slots, top_k, num_experts):
@@ -30,9 +32,11 @@ def _sort_slots(of_slot, BLOCK: tl.constexpr):
 def _routing_indices_sort_kernel(
     ids_ptr, token_counts_ptr, gather_ptr, scatter_ptr,
     stride_t, stride_k, num_slots, top_k, num_experts,
-    BLOCK: tl.constexpr, EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr, EXPERTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Sort at most BLOCK slots, and count them. Grid (1,). Needs nothing initialised."""
+    if PDL:
+        follow_on()
     i = tl.arange(0, BLOCK)
     of_slot = _load_experts(ids_ptr, stride_t, stride_k, i, num_slots, top_k, num_experts)
     counts = tl.histogram(of_slot, EXPERTS, mask=of_slot < num_experts)

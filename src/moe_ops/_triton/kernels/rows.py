@@ -14,6 +14,8 @@ bytes at a time. Elsewhere UNIT is 1.
 import triton
 import triton.language as tl
 
+from moe_ops._triton.kernels.dependent_launch import follow_on
+
 
 @triton.jit(do_not_specialize=["num_rows"])
 def invert_permutation_kernel(indices_ptr, inverse_ptr, num_rows, BLOCK: tl.constexpr):
@@ -54,7 +56,7 @@ def sum_rows_kernel(
     input_ptr, rows_ptr, weights_ptr, used_ptr, output_ptr,
     stride_r, stride_h, stride_wt, stride_wk, num_rows, hidden_size,
     TOP_K: tl.constexpr, BLOCK_H: tl.constexpr, HAS_ROWS: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr, HAS_USED: tl.constexpr, UNIT: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, HAS_USED: tl.constexpr, UNIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Sum each token's rows: output[t] = sum_k weights[t, k] * input[rows[t * TOP_K + k]].
 
@@ -62,6 +64,8 @@ def sum_rows_kernel(
     BLOCK_H)): one program owns BLOCK_H columns of a token. It sums in fp32, in the order of k. With
     HAS_USED it does not read the rows from used_ptr[0] on: they count as zeros.
     """
+    if PDL:
+        follow_on()
     stride_r *= UNIT
     hidden_size *= UNIT
     if HAS_USED:
