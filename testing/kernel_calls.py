@@ -46,6 +46,7 @@ SIZES = {
     "decode-8": Sizes(num_tokens=128),
     "decode-32": Sizes(num_tokens=512),
     "prefill-64": Sizes(num_tokens=1024),
+    "prefill-128": Sizes(num_tokens=2048),
     # LoRA's two products beside the up projection.
     "lora-A": Sizes(out_features=16),
     "lora-B": Sizes(in_features=16),

@@ -15,7 +15,11 @@ PERSISTENT = {
     "down": "_expert_activation_bwd_kernel",
 }
 SPECIALIZED = {
-    "gemm": ("grouped_gemm_cooperative_kernel", "grouped_gemm_pingpong_kernel"),
+    "gemm": (
+        "grouped_gemm_cooperative_kernel",
+        "grouped_gemm_tall_kernel",
+        "grouped_gemm_pingpong_kernel",
+    ),
     "dw": ("grouped_gemm_bwd_dw_cooperative_kernel", "grouped_gemm_bwd_dw_pingpong_kernel"),
     "up": ("expert_up_pingpong_kernel",),
     "down": ("expert_down_bwd_pingpong_kernel",),

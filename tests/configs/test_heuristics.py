@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moe_ops.configs.device import KNOWN_GPUS
+from moe_ops.configs.footprint import shared_memory
 from moe_ops.configs.heuristics import heuristic, heuristic_and_reason
 from moe_ops.configs.problem import Operands, Problem, copies
 from moe_ops.tuning import Experts, products_of
@@ -170,6 +171,23 @@ def test_the_bound_decides_between_pingpong_and_cooperative():
         assert heuristic(problem, H100).is_pingpong, problem
     down = replace(bare, kind="backward_dX")
     assert heuristic(down, H100).tile == (128, 256, 32)
+
+
+def test_where_tiles_are_tall():
+    """Where most experts have one such tile, and the contraction is worth it."""
+    bare = Problem("forward", "bfloat16", 384, 7168, 2048, 176)
+    gated = replace(bare, kind="backward_dX", epilogue="gated_activation_backward")
+    for problem in (bare, replace(bare, kind="backward_dX"), gated, replace(bare, transposed=True)):
+        config = heuristic(problem, H100)
+        assert (config.is_tall, config.group_m) == (True, 1), problem
+        assert shared_memory(config, problem, H100) <= H100.shared_memory
+    for problem in (
+        replace(bare, rows=64), replace(bare, rows=512), replace(bare, in_features=1408),
+        replace(bare, bias=True), replace(bare, gather=True), replace(bare, scatter=True),
+    ):  # fmt: skip
+        assert not heuristic(problem, H100).is_tall, problem
+    for device in (A100, KNOWN_GPUS["B200"], replace(H100, shared_memory=100_000)):
+        assert not heuristic(bare, device).is_tall
 
 
 @pytest.mark.parametrize(

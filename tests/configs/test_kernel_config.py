@@ -150,14 +150,29 @@ TAIL_TILES = [
 @pytest.mark.parametrize(
     ("name", "tile"),
     [
-        ("forward", "BLOCK_M x BLOCK_N"),
-        ("backward_dX", "BLOCK_M x BLOCK_K"),
-        ("backward_dW", "BLOCK_N x BLOCK_K"),
+        ("forward", "BLOCK_M x BLOCK_N to be 128x128, 128x256, 192x256"),
+        ("backward_dX", "BLOCK_M x BLOCK_K to be 128x128, 128x256, 192x256"),
+        ("backward_dW", "BLOCK_N x BLOCK_K to be 128x128, 128x256"),
     ],
 )
 def test_an_error_names_the_fields_of_the_tile(name, tile):
-    with pytest.raises(ValueError, match=f"expected {tile} to be 128x128, 128x256 or 256x128, and"):
+    with pytest.raises(ValueError, match=f"expected {tile} or 256x128, and"):
         PASSES[name](warp_specialize=True, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64)
+
+
+def test_a_tall_tile_is_for_forward_and_dx_on_hopper():
+    tall = KernelConfigForward(**{**SPECIALIZED, "BLOCK_M": 192, "BLOCK_N": 256})
+    assert tall.is_tall
+    assert not tall.is_pingpong
+    assert KernelConfigForward.from_dict(tall.to_dict()) == tall
+    of_dx = {"use_tma_load_dy": True, "use_tma_load_w": True, "use_tma_store": True}
+    dx = PASSES["backward_dX"](BLOCK_M=192, BLOCK_K=256, num_warps=8, warp_specialize=True, **of_dx)
+    assert dx.is_tall
+    for wrong in ({"warp_specialize": False}, {"BLOCK_N": 128}, {"BLOCK_M": 256}, {"BLOCK_M": 160}):
+        with pytest.raises(ValueError, match="BLOCK_M"):
+            dataclasses.replace(tall, **wrong)
+    with pytest.raises(ValueError, match="BLOCK_N to be a power of two"):
+        PASSES["backward_dW"](BLOCK_N=192, BLOCK_K=256, num_warps=8, warp_specialize=True)
 
 
 def test_is_pingpong():

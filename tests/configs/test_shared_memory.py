@@ -58,6 +58,13 @@ CASES: dict[str, tuple[KernelConfig, dict[str, bool], tuple[str, ...]]] = {
     ),
     "specialized dX": (dx(128, 32, 256, 8, 6, warp_specialize=True, **TMA_DX, **STORE), {}, ()),
     "specialized dW": (dw(32, 128, 256, 8, 6, warp_specialize=True, **TMA_DW, **STORE), {}, ()),
+    "tall": (forward(192, 256, 64, 8, 3, warp_specialize=True, **TMA, **STORE), {}, ()),
+    "tall dX": (dx(192, 32, 256, 8, 6, warp_specialize=True, **TMA_DX, **STORE), {}, ()),
+    "tall, scattered": (
+        forward(192, 256, 64, 8, 3, warp_specialize=True, **TMA, **STORE),
+        {"permute_y": True},
+        ("scatter",),
+    ),
     "in turns": (
         forward(128, 128, 64, 8, 6, epilogue_subtile=2, warp_specialize=True, **TMA, **STORE),
         {},

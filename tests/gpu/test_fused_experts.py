@@ -187,7 +187,7 @@ DW = (
 )  # fmt: skip
 GEMM = (
     "grouped_gemm_kernel", "grouped_gemm_cooperative_kernel", "grouped_gemm_pingpong_kernel",
-    "expert_down_bwd_pingpong_kernel",
+    "grouped_gemm_tall_kernel", "expert_down_bwd_pingpong_kernel",
 )  # fmt: skip
 ACTIVATION = ("_expert_activation_bwd_kernel", "expert_down_bwd_pingpong_kernel")
 COPY = ("copy_rows_kernel",)

@@ -24,10 +24,11 @@ pytestmark = pytest.mark.gpu
 # Every dimension of the last shape is only a part of a tile.
 SHAPES = [(1500, 2, 4, 512, 768), (700, 4, 6, 712, 328), (300, 2, 3, 8, 16)]
 # Rows, columns, contracted elements, stages, epilogue_subtile. Cooperative groups share a tile,
-# ping-pong groups have tiles of their own.
+# ping-pong groups have tiles of their own. Tall tiles are cooperative ones, and no dW has them.
 COOPERATIVE_TILES = [(128, 256, 64, 3), (128, 256, 32, 6), (256, 128, 64, 2)]
 PINGPONG_TILES = [(128, 128, 64, 4), (128, 128, 64, 5), (128, 128, 64, 6, 2), (128, 128, 32, 8, 2)]
-TILES = [*COOPERATIVE_TILES, *PINGPONG_TILES]
+TALL_TILES = [(192, 256, 64, 3), (192, 256, 32, 6)]
+TILES = [*COOPERATIVE_TILES, *TALL_TILES, *PINGPONG_TILES]
 ROUTINGS = ("uniform", "zipf", "hot_and_empty", "dropped", "all_dropped")
 
 
@@ -46,7 +47,7 @@ def config(rows: int, columns: int, depth: int, stages: int, subtile: int = 1) -
             use_tma_load_dy=True, use_tma_load_w=True, **common,
         ),
         moe_ops.KernelConfigBackward_dW(
-            BLOCK_N=rows, BLOCK_K=columns, BLOCK_M=depth,
+            BLOCK_N=128 if rows == 192 else rows, BLOCK_K=columns, BLOCK_M=depth,
             use_tma_load_dy=True, use_tma_load_x=True, **common,
         ),
     )  # fmt: skip
@@ -78,6 +79,40 @@ def test_forward_and_gradients(shape, tile, dtype, layout, routing, launched):
     check(given)
     assert served(launched, "gemm") == (2, 0)
     assert served(launched, "dw") == (1, 0)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("tile", TALL_TILES)
+def test_tall_tiles_of_any_number_of_rows(tile, transposed, launched):
+    """A tile has one, two or three parts, and those that share an expert have three."""
+    numbers = [0, 1, 63, 64, 65, 127, 128, 0, 129, 191, 192, 193, 256, 320, 384, 385, 5]
+    counts = torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
+    # The last rows have no expert.
+    num_rows, sizes = sum(numbers) + 70, (512, 320)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=DEVICE).to(torch.bfloat16)
+
+    x, dy = random(num_rows, sizes[1]), random(num_rows, sizes[0])
+    weight = random(len(numbers), *sizes) / 16
+    if transposed:
+        weight = weight.mT.contiguous().mT
+    given, plain = config(*tile), config(*COOPERATIVE_TILES[0])
+    for op, rows in ((torch.ops.moe.grouped_gemm, x), (torch.ops.moe.grouped_gemm_dx, dy)):
+        arguments = (rows, weight, counts)
+        found, expected = (op(*arguments, kernel_config=c) for c in (given, plain))
+        first = 0
+        for e, count in enumerate(numbers):
+            matrix = weight[e].mT if op is torch.ops.moe.grouped_gemm else weight[e]
+            exact = rows[first : first + count].double() @ matrix.double()
+            torch.testing.assert_close(
+                found[first : first + count].double(), exact, rtol=0.02, atol=0.02
+            )
+            first += count
+        assert not found[first:].any()
+        assert torch.equal(found, expected)
+    assert launched.names.count("grouped_gemm_tall_kernel") == 2
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)

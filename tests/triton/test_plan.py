@@ -23,15 +23,17 @@ BARE = make_problem("forward", "bfloat16", 8, 512, 256, 1024)
 SIZES = ("bfloat16", 8, 512, 256, 1024)
 
 
-def config(columns: int, depth: int = 64) -> str:
-    """Return warp-specialised tiles of 128 rows and so many columns for all three passes."""
+def config(columns: int, depth: int = 64, rows: int = 128) -> str:
+    """Return warp-specialised tiles of so many rows, 128 in dW, and columns for all three passes."""
     common: dict[str, Any] = {"use_tma_store": True, "warp_specialize": True, "num_warps": 8}
     return moe_ops.kernel_config(
         moe_ops.KernelConfigForward(
-            BLOCK_N=columns, BLOCK_K=depth, use_tma_load_x=True, use_tma_load_w=True, **common
+            BLOCK_M=rows, BLOCK_N=columns, BLOCK_K=depth, use_tma_load_x=True, use_tma_load_w=True,
+            **common,
         ),
         moe_ops.KernelConfigBackward_dX(
-            BLOCK_K=columns, BLOCK_N=depth, use_tma_load_dy=True, use_tma_load_w=True, **common
+            BLOCK_M=rows, BLOCK_K=columns, BLOCK_N=depth, use_tma_load_dy=True, use_tma_load_w=True,
+            **common,
         ),
         moe_ops.KernelConfigBackward_dW(
             BLOCK_N=128, BLOCK_K=columns, BLOCK_M=depth, use_tma_load_dy=True, use_tma_load_x=True,
@@ -82,6 +84,30 @@ def test_the_kernel_on_hopper(kind, words, columns, kernel, computes):
     is_met = kernel != "persistent"
     assert (made.unmet == ()) == is_met
     assert is_met or made.unmet[0] == f"warp_specialize: {made.reason}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "kernel"),
+    [
+        ("forward", "", "tall"),
+        ("forward", "transposed", "tall"),
+        ("forward", "scatter", "persistent"),
+        ("forward", "bias", "persistent"),
+        ("forward", "gather gated", "persistent"),
+        ("backward_dX", "", "tall"),
+        ("backward_dX", "gated", "tall"),
+        ("backward_dX", "dots", "persistent"),
+    ],
+)
+def test_a_tall_tile_on_hopper(kind, words, kernel):
+    problem = make_problem(kind, *SIZES, words.split())
+    made = plan(problem, Operands(), H200, config(256, rows=192))
+    # Triton's blocks are powers of two.
+    rows = 192 if kernel == "tall" else 128
+    assert (made.kernel, made.tile) == (kernel, (rows, 256, 64))
+    if kernel == "tall":
+        assert (made.group_rows, made.group_columns) == (64, 128)
+    assert not made.computes_epilogue or "activation" in problem.epilogue
 
 
 @pytest.mark.parametrize(

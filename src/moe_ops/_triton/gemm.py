@@ -43,7 +43,7 @@ from moe_ops._triton.rows import gather_rows, new_rows
 from moe_ops._triton.schedule import Rows, TileSchedule
 from moe_ops.configs.device import device_of
 from moe_ops.configs.problem import Epilogue, rows_bucket
-from moe_ops.configs.specialize import COOPERATIVE
+from moe_ops.configs.specialize import PINGPONG, TALL
 from moe_ops.quantization.stored import StoredWeight
 
 
@@ -281,14 +281,19 @@ class GroupedGemm:
         plan, rows, schedule = self.plan, self.rows, self.schedule
         bias, scale = self.bias, self.scale
         assert schedule is not None  # such high tiles always come from a schedule
-        _, block_n, block_k = plan.tile
-        columns = block_n // plan.config.epilogue_subtile
+        block_k = plan.tile[2]
+        columns = plan.group_columns // plan.config.epilogue_subtile
         x_desc = describe_for_gluon(self.x, (plan.group_rows, block_k))
-        b_desc = describe_b(self.b, block_n, block_k)
+        b_desc = describe_b(self.b, plan.group_columns, block_k)
         y_desc = describe_for_gluon(y, (plan.group_rows, columns), ragged=True)
-        if plan.kernel == COOPERATIVE:
+        if plan.kernel != PINGPONG:
+            kernel = (
+                kernels().tall.grouped_gemm_tall_kernel
+                if plan.kernel == TALL
+                else kernels().cooperative.grouped_gemm_cooperative_kernel
+            )
             launch(
-                kernels().cooperative.grouped_gemm_cooperative_kernel, (self.programs,),
+                kernel, (self.programs,),
                 x_desc, b_desc, y_desc, schedule.tiles, schedule.max_tiles, self.n, self.k,
                 **plan.options,
                 on=self.x, kernel_config=self.kernel_config,

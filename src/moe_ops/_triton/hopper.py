@@ -30,10 +30,18 @@ def why_no_kernels() -> str | None:
 @functools.cache
 def kernels() -> SimpleNamespace:
     """Import the kernels' modules, and with them Gluon, when they are first needed."""
-    from moe_ops._triton.kernels import hopper_cooperative, hopper_experts, hopper_pingpong
+    from moe_ops._triton.kernels import (
+        hopper_cooperative,
+        hopper_experts,
+        hopper_pingpong,
+        hopper_tall,
+    )
 
     return SimpleNamespace(
-        cooperative=hopper_cooperative, pingpong=hopper_pingpong, experts=hopper_experts
+        cooperative=hopper_cooperative,
+        tall=hopper_tall,
+        pingpong=hopper_pingpong,
+        experts=hopper_experts,
     )
 
 

@@ -33,7 +33,7 @@ from moe_ops.configs.kernel_config import (
     KernelConfigForward,
 )
 from moe_ops.configs.problem import Epilogue, Operands, Problem, copies
-from moe_ops.configs.specialize import COOPERATIVE, PINGPONG, why_not_specialized
+from moe_ops.configs.specialize import COOPERATIVE, PINGPONG, TALL, why_not_specialized
 
 logger = logging.getLogger("moe_ops")
 
@@ -54,7 +54,7 @@ class Plan:
     result is (N, D), and the M rows are contracted.
 
     Attributes:
-        kernel: PERSISTENT, COOPERATIVE or PINGPONG.
+        kernel: PERSISTENT, COOPERATIVE, TALL or PINGPONG.
         config: the configuration, in the letters of the pass.
         source: where it came from: "given", "tuned", "shipped" or "computed".
         tile: rows and columns of the result's tile, and how many elements a step contracts.
@@ -84,11 +84,16 @@ class Plan:
 
     @property
     def group_rows(self) -> int:
-        """Return how many rows of a specialised kernel's tile one group of warps owns.
+        """Return how many rows of a specialised kernel's tile one group of warps multiplies at once.
 
-        All in ping-pong, else half.
+        All in ping-pong, half in a cooperative tile, a third in a tall one.
         """
-        return self.tile[0] if self.kernel == PINGPONG else self.tile[0] // 2
+        return self.tile[0] // {PINGPONG: 1, COOPERATIVE: 2, TALL: 3}[self.kernel]
+
+    @property
+    def group_columns(self) -> int:
+        """Return how many columns of a specialised kernel's tile one group of warps multiplies."""
+        return self.tile[1] // 2 if self.kernel == TALL else self.tile[1]
 
 
 # One lookup, keyed by plain values only: a launch must cost the host little.
@@ -166,9 +171,12 @@ def plan(
     kernel, reason = PERSISTENT, choice.reason
     if config.warp_specialize:
         obstacle = _obstacle(problem, operands, device, tile[:2])
-        kernel = PINGPONG if config.is_pingpong else COOPERATIVE
+        kernel = PINGPONG if config.is_pingpong else TALL if config.is_tall else COOPERATIVE
         if obstacle is not None:
             kernel, reason = PERSISTENT, obstacle
+            if config.is_tall:
+                # No power of two.
+                tile = (128, *tile[1:])
     few_rows = problem.kind != "backward_dW" and tile[0] <= _FINDS_TILES_ROWS
     finds_tiles = few_rows and not problem.dots and not needs_schedule
     if kernel == PINGPONG and problem.gather:

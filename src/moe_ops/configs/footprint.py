@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moe_ops.configs.device import Device
-from moe_ops.configs.kernel_config import PINGPONG_TILE, KernelConfig
+from moe_ops.configs.kernel_config import PINGPONG_TILE, TALL_TILE, KernelConfig
 from moe_ops.configs.problem import Problem
 from moe_ops.configs.specialize import why_not_specialized
 
@@ -69,6 +69,13 @@ def shared_memory(config: KernelConfig, problem: Problem, device: Device) -> int
         if problem.epilogue == "gated_activation_backward":
             stored = epilogue_slots(config, device) * _pingpong_slots(config)
         return _pingpong_operands(config) + stored + 2 * _BARRIERS
+    if config.is_tall:
+        if why_not_specialized(problem, TALL_TILE) is None:
+            # Each group stores a part of 64 rows, of half the columns.
+            operands = (rows + columns) * contracted * 2 * config.num_stages
+            return operands + 64 * columns * 2 + 2 * _BARRIERS
+        # The kernel in its place.
+        rows = 128
     if problem.kind == "backward_dW" and problem.transposed:
         rows, columns = columns, rows
     size = problem.itemsize
@@ -129,6 +136,9 @@ def fitting(config: KernelConfig, problem: Problem, device: Device) -> KernelCon
     while shared_memory(config, problem, device) > device.shared_memory:
         if config.num_stages > 2:
             config = replace(config, num_stages=config.num_stages - 1)
+            continue
+        if config.is_tall:
+            config = replace(config, BLOCK_M=128)
             continue
         widest = max(("BLOCK_K", "BLOCK_N", "BLOCK_M"), key=lambda name: getattr(config, name))
         if getattr(config, widest) == 16:

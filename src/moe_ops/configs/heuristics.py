@@ -15,6 +15,7 @@ from moe_ops.configs.device import HOPPER, Device
 from moe_ops.configs.footprint import fitting
 from moe_ops.configs.kernel_config import (
     PINGPONG_TILE,
+    TALL_TILE,
     KernelConfig,
     KernelConfigBackward_dW,
     KernelConfigBackward_dX,
@@ -23,6 +24,7 @@ from moe_ops.configs.kernel_config import (
 from moe_ops.configs.problem import (
     FEW_ROWS,
     SOME_ROWS,
+    TALL_ROWS,
     Operands,
     Problem,
     copies,
@@ -39,6 +41,8 @@ _WIDE_TILE = (128, 256)
 # over one up to the other about as long.
 _LONG = 2048
 _SHORT = 768
+# Over a contraction shorter than this, storing a tall tile costs what it saves in reading.
+_TALL_LEAST = 1536
 # Columns of an up projection from which it gains more from a kernel for Hopper than it costs to copy
 # the rows into expert order first, if its contraction is short, and if it is longer. The copy takes
 # about 1/10 of the product's time with 2,048 columns, and less with more.
@@ -123,6 +127,7 @@ class _Tile:
         is_specialized: whether a kernel for Hopper is asked for.
         flatten: whether one loop of two is made, if descriptors load.
         follows: whether the kernel begins while the one before it ends, where the GPU can.
+        group_m: row tiles that share a weight's columns.
     """
 
     m: int
@@ -138,6 +143,7 @@ class _Tile:
     is_specialized: bool = False
     flatten: bool = True
     follows: bool = False
+    group_m: int = _GROUP_M
     why: str = ""
 
 
@@ -148,7 +154,7 @@ def _heuristic_gemm(
     tile = _gemm_tile(problem, device, operands)
     common: dict[str, Any] = {
         "BLOCK_M": tile.m, "num_warps": tile.warps, "num_stages": tile.stages,
-        "group_m": _GROUP_M, "programs_per_sm": tile.programs_per_sm,
+        "group_m": tile.group_m, "programs_per_sm": tile.programs_per_sm,
         "use_tma_store": tile.stores, "use_tma_load_w": tile.loads or tile.loads_weight,
         "epilogue_subtile": tile.subtile,
         # In a flattened loop the dots spill on Blackwell.
@@ -289,6 +295,11 @@ def _specialized_tile(problem: Problem) -> _Tile:
             return _Tile(
                 *_WIDE_TILE, 64, 8, loads=True, stores=True, is_specialized=True,
                 why="reading the operands is the bound, and a wide tile reads less",
+            )  # fmt: skip
+        if problem.rows <= TALL_ROWS and problem.contracted >= _TALL_LEAST:
+            return _Tile(
+                *TALL_TILE, 64, 8, loads=True, stores=True, is_specialized=True, group_m=1,
+                why="most experts have one tile of up to 192 rows, so their weights are read once",
             )  # fmt: skip
         if problem.rows <= SOME_ROWS and problem.contracted > _LONG:
             depth, stages = (32, 6) if _fills_steps(problem) else (64, 3)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 # Rows and columns of a tile in the ping-pong kernels. The tiles of the cooperative kernels are wider.
 PINGPONG_TILE = (128, 128)
+TALL_TILE = (192, 256)
 
 C = TypeVar("C", bound="KernelConfig")
 
@@ -79,6 +80,8 @@ class KernelConfig:
                 raise TypeError(f"{name}: expected {expected}, got {value!r} ({got})")
         for block in ("BLOCK_M", "BLOCK_N", "BLOCK_K"):
             size = getattr(self, block)
+            if block == self.TILE[0] and self.is_tall:
+                continue
             if not 16 <= size <= 256 or size & (size - 1):
                 expected = f"{block} to be a power of two from 16 to 256"
                 raise ValueError(f"{name}: expected {expected}, got {size}")
@@ -109,13 +112,21 @@ class KernelConfig:
         """Return whether it asks for a ping-pong kernel."""
         return self.warp_specialize and self.tile[:2] == PINGPONG_TILE
 
+    @property
+    def is_tall(self) -> bool:
+        """Return whether it asks for the tall kernel, which computes no dW."""
+        return self.warp_specialize and self.tile[:2] == TALL_TILE and self.TILE[0] == "BLOCK_M"
+
     def _check_warp_specialize(self) -> None:
         rows, columns, contracted = self.tile
         # A group of warps multiplies at least 64 rows. Its registers hold at most 64 * 256 sums.
-        if min(rows, columns) < 128 or rows * columns > 128 * 256 or contracted < 32:
+        # In the tall kernel it has three times 64 * 128.
+        is_wide = min(rows, columns) >= 128 and rows * columns <= 128 * 256
+        if not (is_wide or self.is_tall) or contracted < 32:
+            tall = "" if self.TILE[0] != "BLOCK_M" else ", {}x{}".format(*TALL_TILE)
             raise ValueError(
                 f"{type(self).__name__}: expected {self.TILE[0]} x {self.TILE[1]} to be 128x128, "
-                f"128x256 or 256x128, and {self.TILE[2]} >= 32, with warp_specialize, got "
+                f"128x256{tall} or 256x128, and {self.TILE[2]} >= 32, with warp_specialize, got "
                 f"{rows}x{columns} and {contracted}"
             )
         if self.num_stages < 2:

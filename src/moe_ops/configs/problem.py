@@ -12,11 +12,13 @@ from moe_ops.configs.device import Device
 # A range is named by its end; the last has none. They are few because each configuration is another
 # kernel to compile. They end where the choice changes: at one row, as in decoding; where a tile of
 # 16, 32 or 64 rows is full; where reading the weight no longer takes long beside multiplying.
-ROWS_BUCKETS = (1, 8, 32, 64, 512, 1024)
+ROWS_BUCKETS = (1, 8, 32, 64, 176, 512, 1024)
 # Up to this mean number of rows per expert, tiles are low and reading the weight is the only bound.
 FEW_ROWS = 32
 # Up to this one, reading the weight is the bound of higher tiles, too.
 MORE_ROWS = 64
+# Up to this one, an expert seldom has more than 192 rows: one tall tile.
+TALL_ROWS = 176
 # Up to this one, reading the weight takes a third of the time to multiply or more.
 SOME_ROWS = 512
 

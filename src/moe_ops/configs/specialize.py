@@ -3,7 +3,8 @@
 
 The tile decides which kernel it is. With PINGPONG_TILE it is ping-pong: each of two groups of warps
 has tiles of its own, and one finishes a tile while the other multiplies. With a wider tile it is
-cooperative: both groups share the tile. Cooperative kernels compute bare products only.
+cooperative: both groups share the tile. TALL_TILE is a cooperative tile whose rows come in parts of
+64. Cooperative kernels compute bare products only.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from moe_ops.configs.device import HOPPER, Device
 from moe_ops.configs.kernel_config import PINGPONG_TILE
 from moe_ops.configs.problem import Problem
 
-COOPERATIVE, PINGPONG = "cooperative", "pingpong"
+COOPERATIVE, TALL, PINGPONG = "cooperative", "tall", "pingpong"
 
 _MEANINGS = {
     "gather": "rows that are gathered",

@@ -10,17 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 from moe_ops.configs.device import HOPPER, Device
 from moe_ops.configs.footprint import fitting, shared_memory
 from moe_ops.configs.heuristics import heuristic
 from moe_ops.configs.kernel_config import (
+    TALL_TILE,
     KernelConfig,
     KernelConfigBackward_dW,
     KernelConfigBackward_dX,
     KernelConfigForward,
 )
-from moe_ops.configs.problem import FEW_ROWS, Problem, dense_operands
+from moe_ops.configs.problem import FEW_ROWS, TALL_ROWS, Problem, dense_operands
 from moe_ops.configs.specialize import why_not_specialized
 
 MAX_CANDIDATES = 36
@@ -42,7 +44,7 @@ _TMA_PAIRS = ((128, 128, 32, 4, 4), (128, 128, 64, 4, 3), (64, 256, 32, 4, 4))
 # Warp-specialised tiles of Hopper with their epilogue_subtile: one warp loads, two groups multiply.
 _SPECIALIZED: tuple[tuple[_Tile, int], ...] = (
     ((128, 128, 64, 8, 6), 2), ((128, 128, 64, 8, 5), 1), ((128, 256, 64, 8, 3), 1),
-    ((128, 256, 32, 8, 6), 1),
+    ((128, 256, 32, 8, 6), 1), ((192, 256, 64, 8, 3), 1),
 )  # fmt: skip
 _POINTER_TILES = (
     (128, 128, 32, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 4, 4), (128, 256, 32, 8, 3),
@@ -164,11 +166,13 @@ def _specialized(problem: Problem) -> Iterator[KernelConfig]:
     # The specialised kernels read rows in order: gathered ones are copied first.
     loads = replace(problem, gather=False)
     for tile, subtile in _SPECIALIZED:
+        if tile[:2] == TALL_TILE and problem.rows > TALL_ROWS:
+            continue
         if why_not_specialized(problem, tile[:2]) is None:
-            config = _gemm(loads, tile, tma=True)
-            yield replace(
-                config, use_tma_store=True, warp_specialize=True, epilogue_subtile=subtile
-            )
+            yield _gemm(
+                loads, tile, tma=True,
+                use_tma_store=True, warp_specialize=True, epilogue_subtile=subtile,
+            )  # fmt: skip
 
 
 def _gemm(
@@ -176,7 +180,7 @@ def _gemm(
     tile: _Tile,
     *,
     tma: bool = False,
-    programs_per_sm: int = 1,
+    **fields: Any,
 ) -> KernelConfigForward | KernelConfigBackward_dX:
     m, n, k, warps, stages = tile
     # Gathered rows are read by pointers.
@@ -185,11 +189,11 @@ def _gemm(
     if problem.kind == "forward":
         return KernelConfigForward(
             BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, num_warps=warps, num_stages=stages, flatten=flatten,
-            programs_per_sm=programs_per_sm, use_tma_load_x=tma_rows, use_tma_load_w=tma,
+            use_tma_load_x=tma_rows, use_tma_load_w=tma, **fields,
         )  # fmt: skip
     return KernelConfigBackward_dX(
         BLOCK_M=m, BLOCK_K=n, BLOCK_N=k, num_warps=warps, num_stages=stages, flatten=flatten,
-        programs_per_sm=programs_per_sm, use_tma_load_dy=tma_rows, use_tma_load_w=tma,
+        use_tma_load_dy=tma_rows, use_tma_load_w=tma, **fields,
     )  # fmt: skip
 
 
