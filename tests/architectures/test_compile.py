@@ -112,6 +112,14 @@ def check(device: Device, named: dict[str, Call], stack: int) -> None:
     assert not wrong, "\n".join([f"more than {limits}:", *wrong])
 
 
+@pytest.mark.parametrize("mode", [{"bias": True}, {"format": "nf4"}])
+def test_kernels_beside_tall_ones_have_a_schedule_of_their_own(mode):
+    """Their blocks are powers of two, and a tall tile has 192 rows."""
+    made = calls.experts(SIZES["prefill-128"], BF16, **mode)
+    found = compile_all(GPUS["sm_90"], [made["forward"], made["backward"]])
+    assert "grouped_gemm_tall_kernel" in {kernel.kernel for kernel in found}
+
+
 def stack_limit(gpu: str, size: str = "training") -> int:
     # For decode-1 a few spilled bytes were faster than fewer programs on an SM.
     return 0 if gpu == "sm_90" and size not in ("uneven", "decode-1") else SPILL_LIMIT
@@ -127,7 +135,7 @@ def test_every_kernel_compiles(gpu):
     for size in ("training", "prefill-128"):
         made = calls.experts(SIZES[size], dtype)
         named.update({f"{size} experts {name}": call for name, call in made.items()})
-    for size in ("training", "decode-8"):
+    for size in ("training", "prefill-128", "decode-8"):
         made = calls.adapted_experts(SIZES[size], dtype)
         named.update({f"{size} {name}": call for name, call in made.items()})
     for push in (False, True):

@@ -184,6 +184,8 @@ def test_where_tiles_are_tall():
     for problem in (
         replace(bare, rows=64), replace(bare, rows=512), replace(bare, in_features=1408),
         replace(bare, bias=True), replace(bare, gather=True), replace(bare, scatter=True),
+        # 384 columns would be padded to 512, and a LoRA's rank to 256.
+        replace(bare, out_features=384), replace(bare, out_features=16),
     ):  # fmt: skip
         assert not heuristic(problem, H100).is_tall, problem
     for device in (A100, KNOWN_GPUS["B200"], replace(H100, shared_memory=100_000)):

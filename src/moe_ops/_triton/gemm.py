@@ -132,13 +132,15 @@ class GroupedGemm:
         return 1 if self._scratch is None else len(self._scratch.bounds)
 
     def whole_schedule(self) -> TileSchedule | None:
-        """Return the tile schedule of all experts that its launch has made; None: it finds its tiles.
+        """Return a tile schedule of all experts for another kernel; None: it finds its tiles.
 
-        The schedules of a product in parts are of some experts each, so then it makes another one.
+        It is that of the launch. But the schedules of a product in parts are of some experts each, and
+        a tall tile has more rows than a block of Triton's, so then it makes another one.
         """
-        if self.num_parts == 1 or self.rows.is_empty:
+        is_tall = self.plan.kernel == TALL
+        if (self.num_parts == 1 and not is_tall) or self.rows.is_empty:
             return self.schedule
-        whole = TileSchedule(self.rows, self.plan.tile[0])
+        whole = TileSchedule(self.rows, 128 if is_tall else self.plan.tile[0])
         whole.launch()
         return whole
 

@@ -296,7 +296,8 @@ def _specialized_tile(problem: Problem) -> _Tile:
                 *_WIDE_TILE, 64, 8, loads=True, stores=True, is_specialized=True,
                 why="reading the operands is the bound, and a wide tile reads less",
             )  # fmt: skip
-        if problem.rows <= TALL_ROWS and problem.contracted >= _TALL_LEAST:
+        is_tall = problem.rows <= TALL_ROWS and problem.contracted >= _TALL_LEAST
+        if is_tall and not _pads(problem):
             return _Tile(
                 *TALL_TILE, 64, 8, loads=True, stores=True, is_specialized=True, group_m=1,
                 why="most experts have one tile of up to 192 rows, so their weights are read once",
@@ -324,15 +325,24 @@ def _is_bound_by_reading(problem: Problem) -> bool:
     wide tile pads the result by a tenth more. With the activation's backward on top, the rows of the
     pre-activation decide.
     """
-    contracted = problem.contracted
-    columns = problem.in_features + problem.out_features - contracted
+    contracted, columns = problem.contracted, _columns(problem)
     if problem.epilogue == "gated_activation_backward":
         return not is_vector(columns)
     if not is_vector(contracted):
         return True
     is_narrow = contracted > max(_LONG, 8 * columns)
-    pads = _padded(columns, _WIDE_TILE[1]) > 1.1 * _padded(columns, PINGPONG_TILE[1])
-    return (is_narrow or not is_vector(problem.weight_row)) and not pads
+    return (is_narrow or not is_vector(problem.weight_row)) and not _pads(problem)
+
+
+def _columns(problem: Problem) -> int:
+    """Return how many columns the result of forward or dX has."""
+    return problem.in_features + problem.out_features - problem.contracted
+
+
+def _pads(problem: Problem) -> bool:
+    """Return whether wide tiles pad the result of forward or dX by a tenth more than others."""
+    columns = _columns(problem)
+    return _padded(columns, _WIDE_TILE[1]) > 1.1 * _padded(columns, PINGPONG_TILE[1])
 
 
 def _fills_steps(problem: Problem) -> bool:

@@ -21,7 +21,7 @@ class KernelConfig:
     """Holds the fields that the three configurations share, and checks them.
 
     Attributes:
-        BLOCK_M (int): rows of a tile; a power of two from 16 to 256.
+        BLOCK_M (int): rows of a tile; a power of two from 16 to 256, or 192 (warp_specialize).
         BLOCK_N (int): out_features of a tile; a power of two from 16 to 256.
         BLOCK_K (int): in_features of a tile; a power of two from 16 to 256.
         num_warps (int): warps of a program: 1, 2, 4, 8 or 16.
@@ -35,8 +35,8 @@ class KernelConfig:
             store then needs half the shared memory, which may serve another stage.
         warp_specialize (bool): use a kernel for Hopper (compute capability 9.x), in which one warp
             loads while two groups of four warps multiply and store. Both groups share a tile of
-            128x256 or 256x128 (cooperative). Of tiles of 128x128 each group has its own, and they
-            multiply in turns (ping-pong).
+            128x256 or 256x128 (cooperative), or in forward and dX one of 192x256 (tall). Of tiles
+            of 128x128 each group has its own, and they multiply in turns (ping-pong).
         launch_pdl (bool): start while the kernel before it ends (programmatic dependent launch).
             It helps short launches. It applies to forward and dX from compute capability 9.0 on.
 
@@ -44,8 +44,8 @@ class KernelConfig:
     multiples of 16 bytes and no row is gathered or scattered. Operands of many rows that break this
     are copied first. Elsewhere the kernel uses pointers, with the same result.
 
-    `warp_specialize` applies to 16-bit operands that descriptors load. Cooperative kernels compute
-    bare products. Ping-pong kernels also take a bias, router weights and scattered rows. They also
+    `warp_specialize` applies to 16-bit operands that descriptors load. Cooperative and tall kernels
+    compute bare products. Ping-pong kernels also take a bias, router weights and scattered rows. They also
     compute two parts of fused_experts: the gated up projection with its activation, whose rows are
     copied into expert order first, and dX with the activation's backward, where gate and up are
     stored apart. Elsewhere the other fields hold, without it.
