@@ -25,6 +25,11 @@ BLOCKS, PEERS, PEER = ("experts", "named"), "experts-peers", "sonicmoe"
 DECODE_AIM_OF_ONE, DECODE_AIM = 1.8, 1.2
 # The host's time of forward and backward over compiled grouped_mm's: at most so much.
 HOST_AIM = 0.7
+# A step of a whole model without activation checkpointing, of the most tokens: grouped_mm's time over
+# ours at least so much.
+MODEL_AIM = 1.12
+# A first call that finds no compiled kernel, without torch's own first gradient: at most so many seconds.
+FIRST_CALL_AIM = 10.0
 _WRONG = (
     "Where the other's result was further from fp64's than the tests allow, it was not timed: "
     "theirs wrong. "
@@ -160,8 +165,8 @@ def _shortfalls(parts: dict[str, Result], cases: list[Record]) -> Iterator[str]:
     """Yield what the results show to be slower or larger than its peer or its aim."""
     found = False
     for line in (
-        *_slower(parts, cases), *_larger(cases), *_host(parts), *_decoding(parts),
-        *_quantised(parts), *_expert_parallel(parts),
+        *_slower(parts, cases), *_named(parts), *_larger(cases), *_model(parts), *_first_call(parts),
+        *_host(parts), *_decoding(parts), *_quantised(parts), *_expert_parallel(parts),
     ):  # fmt: skip
         found = True
         yield f"- {line}"
@@ -182,6 +187,44 @@ def _slower(parts: dict[str, Result], cases: list[Record]) -> Iterator[str]:
                     f"{name}: slower than compiled grouped_mm on {len(slow)} of {len(ratios)} "
                     f"{what}, down to {min(slow):.2f}x."
                 )
+
+
+def _named(parts: dict[str, Result]) -> Iterator[str]:
+    """Compare the named models with their aims over compiled grouped_mm."""
+    missed = [
+        f"{case['shape']} {ratio[1]:.2f}x of {aim}x"
+        for case in parts.get("named", {}).get("cases", [])
+        if case["pass"] == BOTH
+        and (aim := suite.NAMED_AIMS.get(case["shape"]))
+        and (ratio := case["ratio"].get("compiled"))
+        and ratio[1] < aim
+    ]
+    if missed:
+        yield f"{BOTH} of named models, compiled grouped_mm's time over ours: {', '.join(missed)}."
+
+
+def _model(parts: dict[str, Result]) -> Iterator[str]:
+    """Compare a whole model's step with its aim."""
+    plain = [case for case in parts.get("model", {}).get("cases", []) if not case["checkpoints"]]
+    if not plain:
+        return
+    case = max(plain, key=lambda case: case["tokens"])
+    ratio = at("ratio", "grouped_mm")(case)
+    if ratio and ratio[1] < MODEL_AIM:
+        yield (
+            f"A step of a whole model, {case['tokens']} tokens, grouped_mm's time over ours: "
+            f"{ratio[1]:.2f}x of {MODEL_AIM}x."
+        )
+
+
+def _first_call(parts: dict[str, Result]) -> Iterator[str]:
+    """Compare the first call of the experts, with nothing compiled before, with its aim."""
+    for case in parts.get("experts-first-call", {}).get("cases", []):
+        if case["triton_cache"] == "empty" and (first := case["seconds"]["first"]) > FIRST_CALL_AIM:
+            yield (
+                f"The experts' first call with nothing compiled before: {first:.1f} s of "
+                f"{FIRST_CALL_AIM:.0f} s."
+            )
 
 
 def _larger(cases: list[Record]) -> Iterator[str]:
