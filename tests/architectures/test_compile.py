@@ -174,8 +174,10 @@ def test_gluon_is_not_imported_for_other_gpus_and_dtypes(gpu, dtype, monkeypatch
         raise AssertionError("Gluon is imported")
 
     monkeypatch.setattr(plan, "why_no_kernels", refuse)
-    for name, call in calls.grouped_gemm(SIZES["training"], dtype, kernel_config=SHARED).items():
-        assert not any("cooperative" in kernel for kernel in launched(GPUS[gpu], call)), name
+    for given in (SHARED, TALL):
+        for name, call in calls.grouped_gemm(SIZES["training"], dtype, kernel_config=given).items():
+            names = " ".join(launched(GPUS[gpu], call))
+            assert not any(word in names for word in HOPPER_ALONE), name
 
 
 @pytest.mark.parametrize("kernel_config", [PINGPONG, SHARED, TALL, None])

@@ -101,9 +101,9 @@ def test_a_kernel_has_at_most_six_tiles_with_their_options(model):
 
 
 def test_there_are_seven_ranges_of_rows():
-    """So a product of one model cannot have more configurations, whatever is tuned.
+    """A product that is tuned in all of them has seven configurations.
 
-    The rules and the tables give it at most six, for some ranges share one.
+    The rules and the table give it at most six, as the tests above say, for some ranges share one.
     """
     assert len(ROWS_BUCKETS) == MAX_CONFIGURATIONS + 1
     assert list(ROWS_BUCKETS) == sorted(set(ROWS_BUCKETS))

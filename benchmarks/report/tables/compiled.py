@@ -25,7 +25,7 @@ def _by_architecture(cases: list[Record]) -> Iterator[Record]:
 
 
 def _multiplies(kernel: str) -> bool:
-    parts = ("gemm_kernel", "_dw_", "up_", "cooperative", "pingpong")
+    parts = ("gemm_kernel", "_dw_", "up_", "cooperative", "tall", "pingpong")
     return any(part in kernel for part in parts)
 
 

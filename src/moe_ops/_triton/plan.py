@@ -6,7 +6,7 @@
 Launchers read the plan and decide nothing. The `explain` command shows it.
 
 A persistent kernel serves every GPU. On Hopper a configuration may ask for a warp-specialised
-kernel (warp_specialize). The tile makes it cooperative or ping-pong (configs/specialize.py). If
+kernel (warp_specialize). The tile makes it cooperative, tall or ping-pong (configs/specialize.py). If
 that kernel cannot serve, the persistent one is the fallback: its result is the same, and the plan
 says why.
 """
@@ -172,11 +172,12 @@ def plan(
     if config.warp_specialize:
         obstacle = _obstacle(problem, operands, device, tile[:2])
         kernel = PINGPONG if config.is_pingpong else TALL if config.is_tall else COOPERATIVE
+        if obstacle is not None and config.is_tall:
+            # Triton's blocks are powers of two.
+            tile = (128, *tile[1:])
+            obstacle += "; the tiles have 128 rows"
         if obstacle is not None:
             kernel, reason = PERSISTENT, obstacle
-            if config.is_tall:
-                # No power of two.
-                tile = (128, *tile[1:])
     few_rows = problem.kind != "backward_dW" and tile[0] <= _FINDS_TILES_ROWS
     finds_tiles = few_rows and not problem.dots and not needs_schedule
     if kernel == PINGPONG and problem.gather:

@@ -57,7 +57,7 @@ class Row:
         epilogue: what stands on top of the product.
         num_tokens: tokens of the call.
         problem: the key of the product's configuration.
-        kernel: "persistent", "cooperative" or "pingpong"; "decoding" for a quantised weight that is
+        kernel: "persistent", "cooperative", "tall" or "pingpong"; "decoding" for a quantised weight that is
             decoded in the product.
         computes_epilogue: whether the kernel computes what stands on top of the product.
         config: the configuration's fields.

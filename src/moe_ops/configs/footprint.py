@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moe_ops.configs.device import Device
+from moe_ops.configs.device import HOPPER, Device
 from moe_ops.configs.kernel_config import PINGPONG_TILE, TALL_TILE, KernelConfig
 from moe_ops.configs.problem import Problem
 from moe_ops.configs.specialize import why_not_specialized
@@ -70,7 +70,8 @@ def shared_memory(config: KernelConfig, problem: Problem, device: Device) -> int
             stored = epilogue_slots(config, device) * _pingpong_slots(config)
         return _pingpong_operands(config) + stored + 2 * _BARRIERS
     if config.is_tall:
-        if why_not_specialized(problem, TALL_TILE) is None:
+        is_served = device.capability[0] == HOPPER and problem.itemsize == 2
+        if is_served and why_not_specialized(problem, TALL_TILE) is None:
             # Each group stores a part of 64 rows, of half the columns.
             operands = (rows + columns) * contracted * 2 * config.num_stages
             return operands + 64 * columns * 2 + 2 * _BARRIERS

@@ -285,7 +285,8 @@ def _specialized_tile(problem: Problem) -> _Tile:
     """Return the tile of a kernel for Hopper: ping-pong, or cooperative where reading is the bound.
 
     In ping-pong one group of warps multiplies while the other ends its tile. A cooperative tile is
-    twice as wide, so each operand that is read serves more products.
+    twice as wide, so each operand that is read serves more products. A tall one reads the weight of
+    an expert of few rows once.
     """
     if not problem.has_activation and why_not_specialized(problem, _WIDE_TILE) is None:
         # The activation's backward is computed on top in ping-pong alone. In a wide tile the product

@@ -169,10 +169,12 @@ def _specialized(problem: Problem) -> Iterator[KernelConfig]:
         if tile[:2] == TALL_TILE and problem.rows > TALL_ROWS:
             continue
         if why_not_specialized(problem, tile[:2]) is None:
-            yield _gemm(
+            config = _gemm(
                 loads, tile, tma=True,
                 use_tma_store=True, warp_specialize=True, epilogue_subtile=subtile,
             )  # fmt: skip
+            # Most experts are one tall tile, so no row tiles share a weight.
+            yield replace(config, group_m=1) if tile[:2] == TALL_TILE else config
 
 
 def _gemm(

@@ -3,8 +3,8 @@
 
 One warp loads tiles of the operands into a ring of STAGES buffers. Two groups of four warps
 multiply them. A buffer is `full` once its bytes have arrived, and `empty` once its READERS have
-multiplied it. In hopper_cooperative.py both groups share a tile, so a buffer has two readers. In
-hopper_pingpong.py each group has tiles of its own, so it has one.
+multiplied it. In hopper_cooperative.py and hopper_tall.py both groups share a tile, so a buffer has
+two readers. In hopper_pingpong.py each group has tiles of its own, so it has one.
 
 M, N, K are a GEMM's, as in grouped_gemm.py. dW is (N, D) and contracts over M. e is an expert, t
 the position of a tile.

@@ -2,7 +2,8 @@
 """Run fused_experts in Triton: allocate, and launch the kernels in order.
 
 Forward: route; multiply by the up projection, with the activation on top; multiply by the down
-projection; sum each token's rows. The first GEMM gathers its rows. One tile schedule serves both.
+projection; sum each token's rows. The first GEMM gathers its rows. One tile schedule serves
+both where their tiles are as high.
 
 Backward, in two ops. First dh = dY @ down_proj. The activation's backward goes row by row: it makes
 dz, the router gradient, and the weighted h in dh's memory. On Hopper one kernel may do both, and
