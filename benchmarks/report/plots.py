@@ -185,9 +185,11 @@ def draw(plot: Plot | Scatter, cases: list[Record], plt: Any) -> Any:
 
 
 def _panels_of_bars(plot: Any, shown: Shown, plt: Any) -> Any:
+    # So wide that the numbers above two neighbours do not overlap.
+    bars = max(len(shapes(here)) * len({case[plot.series] for case in here}) for _, here in shown)
     figure, grid = plt.subplots(
         len(shown),
-        figsize=(9, plot.panel_height * len(shown)),
+        figsize=(max(9.0, 0.38 * bars), plot.panel_height * len(shown)),
         sharex=True,
         squeeze=False,
         layout="constrained",
