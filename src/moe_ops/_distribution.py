@@ -62,5 +62,6 @@ def told(metadata: str) -> str:
     """Return what is wrong and what to do, in one line."""
     return (
         f"another project's distribution {OTHER} is installed too ({metadata}) and overwrites files "
-        f"of this one: pip uninstall {OTHER}, then pip install --force-reinstall --no-deps {NAME}"
+        f"of this one: pip uninstall {OTHER}, then install {NAME} again from its clone or wheel with "
+        "--force-reinstall --no-deps"
     )

@@ -122,6 +122,38 @@ def test_of_a_config(capsys, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     out = run(capsys, str(tmp_path), *QUICK[len(SIZES) :], "--against", "loop")
     assert "\nhidden 16, intermediate 8, 2 of 4 experts, float32; 12 tokens\n" in out
+    for field, value, reason in (
+        ("num_experts_per_tok", 5, "to be at most its 4 experts, got 5"),
+        (
+            "dtype",
+            "float64",
+            "expected a dtype of bfloat16, float16, float32 (--dtype), got float64",
+        ),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**config, field: value}))
+        with pytest.raises(SystemExit) as raised:
+            cli.main(["bench", str(tmp_path), *QUICK[len(SIZES) :], "--against", "loop"])
+        assert str(raised.value.code).endswith(reason)
+
+
+def test_the_name_of_a_model_as_a_hub_writes_it(capsys):
+    cli.main(["explain", "Qwen/Qwen3-30B-A3B", "--gpu", "H200", "--num-tokens", "8"])
+    assert "8 tokens, 128 experts, top 8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ("--plot=a.foo", "expected --plot to be a file that ends in .png, got a.foo"),
+        ("--plot=.", "expected --plot to be a file that ends in .png, got ."),
+        ("--seconds=nan", "expected --seconds above 0 and finite, got nan"),
+    ],
+)
+def test_options_are_checked_before_anything_is_timed(option, reason, capsys):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(SystemExit):
+        cli.main(["bench", *QUICK, option])
+    assert capsys.readouterr().err.splitlines()[-1].endswith(reason)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import contextlib
 import importlib.util
 import json
 import logging
+import math
 import statistics
 import sys
 import time
@@ -98,8 +99,8 @@ def bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Itera
     experts.check_arguments(options, parser)
     if options.separate_ops:
         parser.error("--separate-ops goes with explain and tune: bench times whole blocks")
-    if options.seconds <= 0:
-        parser.error(f"expected --seconds above 0, got {options.seconds}")
+    if not 0 < options.seconds < math.inf:
+        parser.error(f"expected --seconds above 0 and finite, got {options.seconds}")
     if options.plot is not None:
         _check_plot(options.plot, parser)
     try:
@@ -107,11 +108,14 @@ def bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Itera
         device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
         num_tokens = options.num_tokens or [16384 if device.type == "cuda" else 256]
+        _check_dtypes(layers)
         rows = list(_rows(layers, num_tokens, device, options))
+        if options.plot is not None:
+            _draw(rows, device, options.plot)
+            print(f"drew {options.plot}", file=sys.stderr)
     except (RuntimeError, AssertionError, ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"{parser.prog}: {_in_one_line(error)}") from error
-    if options.plot is not None:
-        _draw(rows, device, options.plot)
+        reason = _in_one_line(error).removeprefix("moe_ops.tune: ")
+        raise SystemExit(f"{parser.prog}: {reason}") from error
     if options.json:
         return [
             json.dumps({"device": _device(device), "rows": [asdict(row) for row in rows]}, indent=1)
@@ -124,6 +128,19 @@ def _check_plot(file: Path, parser: argparse.ArgumentParser) -> None:
         parser.error("--plot needs matplotlib, which is not installed: pip install matplotlib")
     if not file.absolute().parent.is_dir():
         parser.error(f"expected --plot in an existing folder, got {file}")
+    if file.is_dir() or file.suffix.lower() != ".png":
+        parser.error(f"expected --plot to be a file that ends in .png, got {file}")
+
+
+def _check_dtypes(layers: list[Experts]) -> None:
+    """Raise ValueError where a layer has a dtype whose results are not compared."""
+    for layer in layers:
+        if layer.dtype not in TOLERANCE:
+            known, got = (
+                ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+                for dtypes in (TOLERANCE, [layer.dtype])
+            )
+            raise ValueError(f"expected a dtype of {known} (--dtype), got {got}")
 
 
 def _rows(

@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="+",
         metavar="N",
-        help="tokens of a call, batch times length",
+        help="tokens of a call, batch times length; by default a few numbers that fit the command",
     )
     parser.add_argument(
         "--dtype",
@@ -114,9 +114,17 @@ def layers_of(options: argparse.Namespace) -> list[Experts]:
     if options.config is None:
         return [_of_sizes(options)]
     named = {name.lower(): model for name, model in MODELS.items()}
-    model = named.get(str(options.config).lower())
+    # As a hub writes it, Qwen/Qwen3-30B-A3B is the same model.
+    model = named.get(options.config.name.lower())
     if model is None or options.config.exists():
-        return _of_config(options)
+        layers = _of_config(options)
+        for layer in layers:
+            if layer.top_k > layer.num_experts:
+                raise ValueError(
+                    f"expected the config's experts of a token to be at most its {layer.num_experts} "
+                    f"experts, got {layer.top_k}"
+                )
+        return layers
     return [_of_model(model, options.dtype)] * model.num_layers
 
 
