@@ -98,11 +98,12 @@ def test_tall_tiles_of_any_number_of_rows(tile, transposed, launched):
     weight = random(len(numbers), *sizes) / 16
     if transposed:
         weight = weight.mT.contiguous().mT
-    for op, rows in ((torch.ops.moe.grouped_gemm, x), (torch.ops.moe.grouped_gemm_dx, dy)):
-        found = op(rows, weight, counts, kernel_config=config(*tile))
+    given = config(*tile)
+    y = torch.ops.moe.grouped_gemm(x, weight, counts, kernel_config=given)
+    dx, *_ = torch.ops.moe.grouped_gemm_dx(dy, weight, counts, kernel_config=given)
+    for found, rows, matrices in ((y, x, weight.mT), (dx, dy, weight)):
         first = 0
-        for e, count in enumerate(numbers):
-            matrix = weight[e].mT if op is torch.ops.moe.grouped_gemm else weight[e]
+        for count, matrix in zip(numbers, matrices, strict=True):
             exact = rows[first : first + count].double() @ matrix.double()
             torch.testing.assert_close(
                 found[first : first + count].double(), exact, rtol=0.02, atol=0.02
