@@ -42,6 +42,7 @@ from moe_ops._triton.quantized import Scratch, plan_stored
 from moe_ops._triton.rows import gather_rows, new_rows
 from moe_ops._triton.schedule import Rows, TileSchedule
 from moe_ops.configs.device import device_of
+from moe_ops.configs.kernel_config import TALL_BLOCK_ROWS
 from moe_ops.configs.problem import Epilogue, rows_bucket
 from moe_ops.configs.specialize import PINGPONG, TALL
 from moe_ops.quantization.stored import StoredWeight
@@ -135,12 +136,12 @@ class GroupedGemm:
         """Return a tile schedule of all experts for another kernel; None: it finds its tiles.
 
         It is that of the launch. But the schedules of a product in parts are of some experts each, and
-        a tall tile has more rows than a block of Triton's, so then it makes another one.
+        the rows of a tall tile are no block of Triton's, so then it makes another one.
         """
         is_tall = self.plan.kernel == TALL
         if (self.num_parts == 1 and not is_tall) or self.rows.is_empty:
             return self.schedule
-        whole = TileSchedule(self.rows, 128 if is_tall else self.plan.tile[0])
+        whole = TileSchedule(self.rows, TALL_BLOCK_ROWS if is_tall else self.plan.tile[0])
         whole.launch()
         return whole
 

@@ -27,6 +27,7 @@ from moe_ops.configs.choose import choose
 from moe_ops.configs.device import HOPPER, Device
 from moe_ops.configs.footprint import is_flattened
 from moe_ops.configs.kernel_config import (
+    TALL_BLOCK_ROWS,
     KernelConfig,
     KernelConfigBackward_dW,
     KernelConfigBackward_dX,
@@ -173,9 +174,8 @@ def plan(
         obstacle = _obstacle(problem, operands, device, tile[:2])
         kernel = PINGPONG if config.is_pingpong else TALL if config.is_tall else COOPERATIVE
         if obstacle is not None and config.is_tall:
-            # Triton's blocks are powers of two.
-            tile = (128, *tile[1:])
-            obstacle += "; the tiles have 128 rows"
+            tile = (TALL_BLOCK_ROWS, *tile[1:])
+            obstacle += f"; the tiles have {TALL_BLOCK_ROWS} rows"
         if obstacle is not None:
             kernel, reason = PERSISTENT, obstacle
     few_rows = problem.kind != "backward_dW" and tile[0] <= _FINDS_TILES_ROWS

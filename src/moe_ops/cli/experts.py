@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="+",
         metavar="N",
-        help="tokens of a call, batch times length; by default a few numbers that fit the command",
+        help="tokens of a call, batch times length; default: as suits the command",
     )
     parser.add_argument(
         "--dtype",

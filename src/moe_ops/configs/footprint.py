@@ -9,7 +9,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moe_ops.configs.device import HOPPER, Device
-from moe_ops.configs.kernel_config import PINGPONG_TILE, TALL_TILE, KernelConfig
+from moe_ops.configs.kernel_config import (
+    PINGPONG_TILE,
+    TALL_BLOCK_ROWS,
+    TALL_TILE,
+    KernelConfig,
+)
 from moe_ops.configs.problem import Problem
 from moe_ops.configs.specialize import why_not_specialized
 
@@ -76,7 +81,7 @@ def shared_memory(config: KernelConfig, problem: Problem, device: Device) -> int
             operands = (rows + columns) * contracted * 2 * config.num_stages
             return operands + 64 * columns * 2 + 2 * _BARRIERS
         # The kernel in its place.
-        rows = 128
+        rows = TALL_BLOCK_ROWS
     if problem.kind == "backward_dW" and problem.transposed:
         rows, columns = columns, rows
     size = problem.itemsize
@@ -139,7 +144,7 @@ def fitting(config: KernelConfig, problem: Problem, device: Device) -> KernelCon
             config = replace(config, num_stages=config.num_stages - 1)
             continue
         if config.is_tall:
-            config = replace(config, BLOCK_M=128)
+            config = replace(config, BLOCK_M=TALL_BLOCK_ROWS)
             continue
         widest = max(("BLOCK_K", "BLOCK_N", "BLOCK_M"), key=lambda name: getattr(config, name))
         if getattr(config, widest) == 16:

@@ -13,6 +13,8 @@ from typing import Any, ClassVar, TypeVar
 # kernels are wider than the first.
 PINGPONG_TILE = (128, 128)
 TALL_TILE = (192, 256)
+# Rows in place of a tall tile's where a kernel's blocks are powers of two.
+TALL_BLOCK_ROWS = 128
 
 C = TypeVar("C", bound="KernelConfig")
 
