@@ -3,10 +3,10 @@
 
     python -m benchmarks.cuda [--only gemm,rows] [--shapes qwen3-30b,olmoe] [--seconds 460]
 
-Each part writes benchmarks/results/<gpu>_<part>.json, from which `python -m benchmarks.report` makes
-tables and plots. What does not fit into the seconds is left out, and the file says so. The parts
-decode-block, host, model and quantised run where --only names them. The sweep over drawn shapes has a command
-of its own, `python -m benchmarks.cuda.sweep`.
+Each part writes benchmarks/results/<gpu>_<part>.json after each case, from which `python -m
+benchmarks.report` makes tables and plots. What does not fit into the seconds is left out, and the
+file says so. The parts decode-block, host, model and quantised run where --only names them. The
+sweep over drawn shapes has a command of its own, `python -m benchmarks.cuda.sweep`.
 
 With --gpus N, so many GPUs of the host share the shapes of one part, each in a process of its own, and
 their files are joined. Not for what the host bounds: the processes share it.
@@ -25,7 +25,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ from benchmarks.cuda import (
     rows,
 )
 from benchmarks.cuda.share import check_gpus, share
-from benchmarks.cuda.sweep_file import LEFT_OUT, join
+from benchmarks.cuda.sweep_file import ENDED_AFTER, LEFT_OUT, join
 from benchmarks.cuda.timing import (
     OURS,
     Bench,
@@ -107,8 +107,18 @@ FACTS: dict[str, Callable[[], Mapping[str, object]]] = {
 }
 
 
-def run_part(cases: Iterable[Case], until: float) -> tuple[list[Record], dict[str, Any]]:
-    """The records, and what is missing among them and why: empty where all went well."""
+def run_part(
+    cases: Iterable[Case],
+    until: float,
+    save: Callable[[dict[str, Any], list[Record]], None] | None = None,
+) -> tuple[list[Record], dict[str, Any]]:
+    """The records, and what is missing among them and why: empty where all went well.
+
+    Args:
+        cases: of the part.
+        until: when (time.monotonic) no further case begins.
+        save: takes what is missing and the records, after each case: a run may be ended from outside.
+    """
     records: list[Record] = []
     left_out, failed = [], {}
     for label, run in cases:
@@ -124,8 +134,22 @@ def run_part(cases: Iterable[Case], until: float) -> tuple[list[Record], dict[st
             logger.exception("%s failed", label)
             failed[label] = f"{type(error).__name__}: {error}".split("\n", maxsplit=1)[0]
         free()
-    missing = {LEFT_OUT: left_out, "failed": failed}
-    return records, {name: what for name, what in missing.items() if what}
+        if save is not None:
+            save({ENDED_AFTER: label, **_told(failed=failed)}, records)
+    missing = _told(**{LEFT_OUT: left_out, "failed": failed})
+    if save is not None:
+        save(missing, records)
+    return records, missing
+
+
+def _told(**missing: Sized) -> dict[str, Any]:
+    return {name: what for name, what in missing.items() if what}
+
+
+def save_part(
+    file: Path, facts: Mapping[str, object], missing: Mapping[str, object], records: list[Record]
+) -> None:
+    write(file, {**facts, **missing}, records)
 
 
 _TOLD = (
@@ -237,11 +261,12 @@ def main() -> int:
             continue
         print(part, flush=True)
         bench.warm_up(warm_up_seconds / 4)
-        records, missing = run_part(cases_of(bench, shapes), until)
-        complete &= not missing and not any("wrong" in record for record in records)
         file = args.results / f"{name}_{part.replace('-', '_')}.json"
-        told = {**(FACTS[part]() if part in FACTS else {}), **missing}
-        write(file, {**facts, "part": part, **told}, records)
+        told = FACTS[part]() if part in FACTS else {}
+        save = functools.partial(save_part, file, {**facts, "part": part, **told})
+        records, missing = run_part(cases_of(bench, shapes), until, save)
+        complete &= not missing and not any("wrong" in record for record in records)
+        told = {**told, **missing}
         print(f"wrote {file}", *(f"{what}: {which}" for what, which in told.items()), flush=True)
 
     bench.warm_up(warm_up_seconds)

@@ -3,7 +3,7 @@
 
     python -m benchmarks.cuda.sweep [--seed 0] [--shapes 48] [--limit-gb 60] [--deadline 480]
     python -m benchmarks.cuda.sweep --named [--gpus 4]
-    python -m benchmarks.cuda.sweep --join FILE FILE
+    python -m benchmarks.cuda.sweep --join FILE FILE [--gpus 2]
 
 It writes benchmarks/results/<gpu>_sweep.json (or _named.json) after each shape. A shape that stands
 there is not measured again, so a run that was cut short goes on. Each batch of shapes is compiled
@@ -12,6 +12,7 @@ leave it half a minute.
 
 With --gpus N, so many GPUs of the host share the shapes, each in a process of its own (--only,
 --device, --results). Their files are joined (--join), and stay in build/ for a run that goes on.
+With --join, --gpus says how many GPUs the files are of, where a GPU measured several.
 
 Without a GPU, `--device cpu --tiny --results DIR` runs its flow and measures nothing.
 """
@@ -338,7 +339,7 @@ def _share(args: argparse.Namespace) -> int | str:
 def _join(args: argparse.Namespace) -> int | str:
     path = (args.results or RESULTS) / args.join[0].name
     try:
-        _tell(join(args.join, path))
+        _tell(join(args.join, path, args.gpus if args.gpus > 1 else None))
     except (OSError, ValueError) as error:
         return f"{error}"
     print(f"wrote {path}")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ SAME = ("gpu", "dtype", "torch", "triton", "kernel_sha256", "limit_gb")
 OF_GPU = ("date", "clock now", "ceilings")
 # Where a file names what there was no time for.
 LEFT_OUT = "left out, no time"
+# Where it names the last case of a run that was ended before it could tell what it left out.
+ENDED_AFTER = "ended after"
 # How many shapes the summary names.
 MOST_NAMED = 8
 
@@ -82,8 +85,15 @@ def in_order(records: Sequence[Record]) -> list[Record]:
     return sorted(records, key=place)
 
 
-def join(paths: Sequence[Path], path: Path) -> list[Record]:
-    """Write to one file what several GPUs of one host measured, and return its records.
+def join(paths: Sequence[Path], path: Path, gpus: int | None = None) -> list[Record]:
+    """Write to one file what several runs on the GPUs of one host measured; return its records.
+
+    What one run had no time for, or failed at, is not told if another measured it.
+
+    Args:
+        paths: of the runs.
+        path: of the file.
+        gpus: how many GPUs they ran on. None: each run on its own.
 
     Raises:
         ValueError: the files differ in a fact other than `OF_GPU`, or two have the same shape.
@@ -93,6 +103,7 @@ def join(paths: Sequence[Path], path: Path) -> list[Record]:
     repeated = [each.pop("repeated", []) for each in told]
     failed = [each.pop("failed", {}) for each in told]
     left_out = [each.pop(LEFT_OUT, []) for each in told]
+    ended_after = [each.pop(ENDED_AFTER) for each in told if ENDED_AFTER in each]
     facts: dict[str, Any] = {}
     for key in dict.fromkeys(key for each in told for key in each):
         values: list[Any] = [each.get(key) for each in told]
@@ -107,16 +118,32 @@ def join(paths: Sequence[Path], path: Path) -> list[Record]:
     shapes = [shape for result in results for shape in {c["shape"] for c in result["cases"]}]
     if twice := sorted({shape for shape in shapes if shapes.count(shape) > 1}):
         raise ValueError(f"several files have {', '.join(twice)}")
-    facts["gpus of one host"] = len(paths)
+    facts["gpus of one host"] = gpus or len(paths)
+    if ended_after:
+        facts[ENDED_AFTER] = ended_after
     if any(repeated):
         facts["repeated"] = list(dict.fromkeys(line for lines in repeated for line in lines))
-    if any(failed):
-        facts["failed"] = {name: why for each in failed for name, why in each.items()}
-    if any(left_out):
-        facts[LEFT_OUT] = [name for each in left_out for name in each]
     records = in_order([case for result in results for case in result["cases"]])
+    measured = {
+        label
+        for result, why in zip(results, failed, strict=True)
+        for label in map(_label, result["cases"])
+        if label not in why
+    }
+    why_failed = {name: why for each in failed for name, why in each.items()}
+    why_failed = {name: why for name, why in why_failed.items() if name not in measured}
+    if why_failed:
+        facts["failed"] = why_failed
+    missing = [name for name in chain(*left_out) if name not in measured | why_failed.keys()]
+    if missing:
+        facts[LEFT_OUT] = list(dict.fromkeys(missing))
     write(path, facts, records)
     return records
+
+
+def _label(record: Record) -> str:
+    """As a case is named where it failed or was left out."""
+    return f"{record['peer']} {record['shape']}" if "peer" in record else str(record["shape"])
 
 
 def summary(records: Sequence[Record]) -> Iterator[str]:

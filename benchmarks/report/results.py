@@ -12,7 +12,7 @@ from typing import Any
 # These facts of a result's environment are about its part. The others are about the whole run.
 PART_FACTS = (
     "part", "grouped_mm", "model", "present", "absent", "limit_gb", "repeated", "failed",
-    "left out, no time", "gpus of one host", "ranks",
+    "left out, no time", "ended after", "gpus of one host", "ranks",
 )  # fmt: skip
 
 Result = dict[str, Any]

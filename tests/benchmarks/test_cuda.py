@@ -29,6 +29,7 @@ from benchmarks.cuda.__main__ import (
     PARTS,
     PEERS,
     run_part,
+    save_part,
 )
 from benchmarks.cuda.experts import EAGER, RECOMPUTE
 from benchmarks.cuda.gemm import OURS_PERMUTED, PASSES, Gemm, few_experts
@@ -196,9 +197,32 @@ def test_a_failure_is_told_and_the_rest_runs():
         yield {"case": 1}
         raise RuntimeError("out of memory\nand more")
 
-    records, missing = run_part([("bad", fail), ("good", lambda: [{"case": 2}])], math.inf)
+    cases = [("bad", fail), ("good", lambda: [{"case": 2}])]
+    records, missing = run_part(cases, math.inf)
     assert records == [{"case": 1}, {"case": 2}]
     assert missing == {"failed": {"bad": "RuntimeError: out of memory"}}
+
+
+def test_a_run_that_is_ended_leaves_what_it_measured(tmp_path):
+    file = tmp_path / "h200_rows.json"
+
+    def fail():
+        raise RuntimeError("out of memory")
+
+    def be_ended():
+        yield {"case": 2}
+        raise KeyboardInterrupt
+
+    cases = [("bad", fail), ("good", lambda: [{"case": 1}]), ("last", be_ended)]
+    with pytest.raises(KeyboardInterrupt):
+        run_part(cases, math.inf, functools.partial(save_part, file, {"part": "rows"}))
+    found = json.loads(file.read_text())
+    assert found["cases"] == [{"case": 1}]
+    assert found["environment"] == {
+        "part": "rows",
+        "ended after": "good",
+        "failed": {"bad": "RuntimeError: out of memory"},
+    }
 
 
 @pytest.mark.parametrize("error", [0.1, math.nan, math.inf])

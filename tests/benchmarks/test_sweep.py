@@ -291,6 +291,36 @@ def test_what_two_gpus_measured_is_joined(tmp_path, halves):
     assert len(records) == sum(map(len, of_halves))
 
 
+def test_what_a_later_run_measured_is_not_missing(tmp_path, halves):
+    """A shape that failed in the run that measured a pass of it stays told."""
+    why = "TimeoutError: no time"
+    measured, failing, never, nowhere = (*(draw.shape.name for draw in DRAWS[:2]), "0/07", "0/08")
+    change(halves[1], failed={measured: why, failing: why, never: why})
+    change(halves[0], **{sweep_file.LEFT_OUT: [never, nowhere]})
+    path = tmp_path / "h200_sweep.json"
+    sweep_file.join(halves, path, gpus=1)
+    environment = json.loads(path.read_text())["environment"]
+    assert environment["failed"] == {failing: why, never: why}
+    assert environment[sweep_file.LEFT_OUT] == [nowhere]
+    assert environment["gpus of one host"] == 1
+
+
+def test_what_a_later_run_measured_of_a_peer_is_not_missing(tmp_path):
+    files = [tmp_path / name / "h200_experts_peers.json" for name in "ab"]
+    labels = ["sonicmoe olmoe", "liger olmoe"]
+    told = {"failed": {labels[0]: "why"}, sweep_file.LEFT_OUT: labels[1:]}
+    write(files[0], {**told, sweep_file.ENDED_AFTER: labels[0]}, [])
+    write(files[1], {sweep_file.LEFT_OUT: labels[1:]}, [{"shape": "olmoe", "peer": "sonicmoe"}])
+    path = tmp_path / "h200_experts_peers.json"
+    sweep_file.join(files, path)
+    environment = json.loads(path.read_text())["environment"]
+    assert environment == {
+        "gpus of one host": 2,
+        sweep_file.ENDED_AFTER: labels[:1],
+        sweep_file.LEFT_OUT: labels[1:],
+    }
+
+
 @pytest.mark.parametrize("key", ["gpu", "kernel_sha256", "torch", "part"])
 def test_what_was_measured_otherwise_is_not_joined(tmp_path, halves, key):
     change(halves[1], **{key: "another"})
@@ -305,14 +335,20 @@ def test_a_shape_of_two_files_is_not_joined(tmp_path, halves):
 
 
 def test_the_command_joins_files(tmp_path, halves, monkeypatch, capsys):
-    def call(*paths):
-        options = ["--results", str(tmp_path / "results"), "--join", *map(str, paths)]
+    def call(*paths, gpus=1):
+        options = [f"--results={tmp_path / 'results'}", f"--gpus={gpus}", "--join"]
+        options += map(str, paths)
         monkeypatch.setattr(sys, "argv", ["sweep", *options])
         return sweep.main()
 
+    def joined():
+        return json.loads((tmp_path / "results" / "h200_sweep.json").read_text())
+
     assert call(*halves) == 0
-    found = json.loads((tmp_path / "results" / "h200_sweep.json").read_text())
-    assert len(found["cases"]) == 2 * len(DRAWS)
+    assert len(joined()["cases"]) == 2 * len(DRAWS)
+    assert joined()["environment"]["gpus of one host"] == 2
+    assert call(*halves, gpus=3) == 0
+    assert joined()["environment"]["gpus of one host"] == 3
     assert "forward: 5 shapes, geometric mean 1.500" in capsys.readouterr().out
     assert "several files have" in str(call(halves[0], halves[0]))
     assert "No such file" in str(call(tmp_path / "h200_sweep.json"))
