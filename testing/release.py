@@ -2,13 +2,15 @@
 """Makes a release: its version, its op schemas, its wheel and its sdist. It uploads nothing.
 
 `make release VERSION=X.Y.Z` runs this after its checks of the pages and the GPU report. It writes
-the version and op_schemas/released/X.Y.Z.yaml: every op's signature. Each release has a file of its
-own, a patch release too, and no file is written twice: what was released does not change.
-`since: "0.1"` in an op schema means 0.1.0. Where a check fails, both files are as before.
+the version, op_schemas/released/X.Y.Z.yaml with every op's signature, and version and date over what
+CHANGELOG.md has as unreleased. Each release has a file of signatures of its own, a patch release
+too, and no file is written twice: what was released does not change. `since: "0.1"` in an op schema
+means 0.1.0. Where a check fails, all files are as before.
 """
 
 import argparse
 import contextlib
+import datetime
 import re
 import subprocess
 import sys
@@ -40,20 +42,26 @@ class ReleaseError(ValueError):
 
 COMMANDS = """\
 Nothing was uploaded. To keep the release:
-    git add src/moe_ops/_version.py {file}
+    git add src/moe_ops/_version.py CHANGELOG.md {file}
     git commit -m "Release {version}"
     git tag -a v{version} -m "moe_ops {version}"
-Then write the next version into src/moe_ops/_version.py, such as {following}.dev0.
+Then write the next version into src/moe_ops/_version.py, such as {following}.dev0, and the heading
+"{unreleased}" into CHANGELOG.md, above {version}.
 """
+
+# The heading of the changelog that a release replaces.
+UNRELEASED = "## Unreleased"
 
 
 def publish(version: str, root: Path = ROOT) -> None:
-    """Write version and schemas, build both distributions, and check them."""
+    """Write version, schemas and changelog, build both distributions, and check them."""
     check_version(version, root)
     if changed := uncommitted(root):
         raise ReleaseError(f"expected a clean tree, got {changed[0]!r} and so on; commit it first")
-    file = root / "src" / "moe_ops" / "_version.py"
-    with _as_before_on_failure(file, released_folder(root) / f"{version}.yaml"):
+    file, changelog = root / "src" / "moe_ops" / "_version.py", root / "CHANGELOG.md"
+    with _as_before_on_failure(file, changelog, released_folder(root) / f"{version}.yaml"):
+        dated = dated_changelog(changelog.read_text(encoding="utf-8"), version)
+        changelog.write_text(dated, encoding="utf-8")
         written = release(version, root)
         text = file.read_text(encoding="utf-8")
         file.write_text(re.sub(r'"\d+\.\d+\.\d+[^"]*"', f'"{version}"', text), encoding="utf-8")
@@ -63,14 +71,33 @@ def publish(version: str, root: Path = ROOT) -> None:
         distributions.check_texts(wheel, sdist)
         distributions.check_installation(wheel, version)
     major, minor, _ = _numbers(version)
-    for made in (file, written, wheel, sdist):
+    for made in (file, changelog, written, wheel, sdist):
         print(f"written: {made.relative_to(root)}")
     print(
         COMMANDS.format(
-            version=version, file=written.relative_to(root), following=f"{major}.{minor + 1}.0"
+            version=version,
+            file=written.relative_to(root),
+            following=f"{major}.{minor + 1}.0",
+            unreleased=UNRELEASED,
         ),
         end="",
     )
+
+
+def dated_changelog(text: str, version: str) -> str:
+    """Return the changelog with version and today's date in place of its heading "Unreleased".
+
+    Raises:
+        ReleaseError: there is no such heading, there are several, or nothing stands below it.
+    """
+    expected = f"CHANGELOG.md: expected one heading {UNRELEASED!r}, and below it what is new"
+    _, *sections = re.split(f"^{UNRELEASED}$", text, flags=re.MULTILINE)
+    if len(sections) != 1:
+        raise ReleaseError(f"{expected}, got {len(sections) or 'none'}")
+    if not sections[0].partition("\n## ")[0].strip():
+        raise ReleaseError(f"{expected}, got one with nothing below")
+    today = datetime.datetime.now(datetime.timezone.utc).date()
+    return re.sub(f"^{UNRELEASED}$", f"## {version} ({today})", text, flags=re.MULTILINE)
 
 
 def uncommitted(root: Path) -> list[str]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make release` on a copy of the tree: what it writes, builds and checks."""
 
+import re
 import shutil
 import subprocess
 import tarfile
@@ -10,7 +11,14 @@ from pathlib import Path
 import pytest
 
 from testing import distributions
-from testing.release import main, pending_version, publish, released_folder
+from testing.release import (
+    ReleaseError,
+    dated_changelog,
+    main,
+    pending_version,
+    publish,
+    released_folder,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSION = pending_version()
@@ -30,6 +38,8 @@ def tree(tmp_path):
         ".hypothesis", "shared",
     )  # fmt: skip
     shutil.copytree(ROOT, tree, ignore=ignored)
+    # The tree of a release itself has nothing unreleased.
+    (tree / "CHANGELOG.md").write_text("# Changelog\n\n## Unreleased\n\n- All of it.\n")
     git(tree, "init", "--quiet")
     git(tree, "add", "--all")
     git(tree, "commit", "--quiet", "--message", "A tree")
@@ -41,6 +51,10 @@ def test_a_release(tree, capsys):
     assert main([VERSION], tree) == 0, capsys.readouterr().out
     said = capsys.readouterr().out
     assert f'git commit -m "Release {VERSION}"\n    git tag -a v{VERSION}' in said
+    assert "_version.py CHANGELOG.md op_schemas" in said
+    changelog = (tree / "CHANGELOG.md").read_text()
+    dated = rf"# Changelog\n\n## {VERSION} \(\d{{4}}-\d\d-\d\d\)\n\n- All of it.\n"
+    assert re.fullmatch(dated, changelog)
     assert (tree / "src/moe_ops/_version.py").read_text().rstrip().endswith(f'"{VERSION}"')
     kept = released_folder(tree) / f"{VERSION}.yaml"
     wheel = tree / "dist" / f"torch_moe_ops-{VERSION}-py3-none-any.whl"
@@ -69,11 +83,25 @@ def test_a_failed_build_leaves_the_tree_as_it_was(tree):
     """A file that the build refuses: the version and the schemas are taken back."""
     (tree / "setup.py").write_text("raise SystemExit('no build today')\n")
     git(tree, "commit", "--quiet", "--all", "--message", "Break the build")
-    before = (tree / "src/moe_ops/_version.py").read_text()
+    files = [tree / "src/moe_ops/_version.py", tree / "CHANGELOG.md"]
+    before = [file.read_text() for file in files]
     with pytest.raises(RuntimeError, match="no build today"):
         publish(VERSION, tree)
-    assert (tree / "src/moe_ops/_version.py").read_text() == before
+    assert [file.read_text() for file in files] == before
     assert not (released_folder(tree) / f"{VERSION}.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("## 0.0.1\n\n- New.\n", "got none"),
+        ("## Unreleased\n\n- New.\n\n## Unreleased\n", "got 2"),
+        ("## Unreleased\n\n## 0.0.1\n\n- New.\n", "got one with nothing below"),
+    ],
+)
+def test_a_release_says_what_is_new(text, found):
+    with pytest.raises(ReleaseError, match=found):
+        dated_changelog(text, VERSION)
 
 
 def test_what_the_files_lack_is_named(tmp_path):
