@@ -17,7 +17,7 @@ endif
 # Without a pin pip takes whatever torch is newest; TORCH_PIP_ARGS can name an index of CPU builds.
 TORCH_VERSION := 2.13.0
 TRANSFORMERS_VERSION := 5.17.0
-TRANSFORMERS_NEWEST_VERSION := 5.23.0
+TRANSFORMERS_NEWEST_VERSION := 5.24.0
 PEFT_VERSION := 0.21.2
 # Its models need these three alone. With all that it asks for come datasets and wandb.
 TORCHTITAN := torchtitan==0.3.0 spmd_types==0.2.3 tyro==1.0.17 docstring-parser==0.18.0
