@@ -182,6 +182,9 @@ def _parse() -> argparse.Namespace:
     usual = [part for part in PARTS if part not in BY_NAME]
     parser.add_argument("--only", type=names, default=usual, help=f"of {','.join(PARTS)}")
     parser.add_argument("--shapes", type=names, help="of the suite; default: all")
+    parser.add_argument(
+        "--peers", type=names, default=list(peers.PEERS), help=f"of {','.join(peers.PEERS)}"
+    )
     parser.add_argument("--seconds", type=float, default=460, help="of the whole run")
     parser.add_argument("--case-seconds", type=float, default=0.8, help="of one comparison")
     parser.add_argument("--device", default="cuda:0")
@@ -194,7 +197,7 @@ def _parse() -> argparse.Namespace:
     args = parser.parse_args()
     known = [shape.name for shape in (suite.TINY_SUITE if args.tiny else suite.SUITE)]
     args.shapes = args.shapes or known
-    for given, allowed in ((args.only, PARTS), (args.shapes, known)):
+    for given, allowed in ((args.only, PARTS), (args.shapes, known), (args.peers, peers.PEERS)):
         if unknown := set(given) - set(allowed):
             parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(allowed)}")
     if torch.device(args.device).type != "cuda" and args.results is None:
@@ -212,6 +215,7 @@ def _share(args: argparse.Namespace) -> int:
     command = [
         sys.executable, "-m", "benchmarks.cuda", f"--only={part}", f"--seconds={args.seconds}",
         f"--case-seconds={args.case_seconds}", f"--compilers={args.compilers}",
+        f"--peers={','.join(args.peers)}",
     ]  # fmt: skip
     code, files = share(command, "--shapes", args.shapes, args.gpus, part)
     if files:
@@ -239,7 +243,7 @@ def main() -> int:
         print("compiling", flush=True)
         gemm.compile_ahead(bench, shapes, args.compilers)
     jobs: dict[str, Callable[[], None]] = {}
-    ahead = AHEAD | {PEERS: functools.partial(peers.jobs_ahead, until=until)}
+    ahead = AHEAD | {PEERS: functools.partial(peers.jobs_ahead, until=until, names=args.peers)}
     for part, jobs_of in ahead.items():
         jobs |= jobs_of(bench, shapes) if part in args.only else {}
     if device.type == "cuda" and args.compilers and jobs:
@@ -253,7 +257,7 @@ def main() -> int:
 
     name, complete = device_name(device), True
     parts = PARTS | {
-        PEERS: functools.partial(peers.cases, until=until),
+        PEERS: functools.partial(peers.cases, until=until, names=args.peers),
         BLOCKS: functools.partial(blocks.cases, until=until),
     }
     for part, cases_of in parts.items():

@@ -12,7 +12,6 @@ import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
-import inspect
 import json
 import os
 import subprocess
@@ -49,27 +48,35 @@ _LEAST_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class Peer:
-    """A library.
-
-    Attributes:
-        module: what has to be importable.
-        distribution: whose version is told.
-        make: its way to compute a block.
-        compiles_long: whether a first call takes minutes. Then they are made beside each other,
-            before anything is measured.
-    """
+class Library:
+    """What has to be importable, and the distribution whose version is told."""
 
     module: str
     distribution: str
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A library, in one of the ways in which it computes a block.
+
+    Attributes:
+        library: its name in `LIBRARIES`.
+        make: its way to compute a block.
+        compiles_long: whether a first call takes minutes. Then they are made beside each other,
+            before anything is measured.
+        only_on: the one shape that it is measured on. None: all.
+    """
+
+    library: str
     make: Callable[[Block], Implementation]
     compiles_long: bool = False
+    only_on: str | None = None
 
 
 def scattermoe(block: Block) -> Implementation:
     """scattermoe.mlp.GLUMLP, whose first projection has the up rows before the gate rows.
 
-    Written from its README and the signatures of its modules, and not run.
+    Written from its README and the signatures of its modules. Run in Triton's interpreter.
     """
     mlp: Any = importlib.import_module("scattermoe.mlp")
     shape = block.shape
@@ -104,7 +111,7 @@ def _swap_halves(gate_up: Tensor) -> Tensor:
 def liger(block: Block) -> Implementation:
     """liger_kernel.ops.LigerFusedMoEFunction, which takes the block's own layouts.
 
-    Written from its docstring and its tests' calls, and not run. It takes fixed configurations:
+    Written from its docstring and its tests' calls. Run on an H200. It takes fixed configurations:
     tuning them took more than three minutes for a shape.
     """
     os.environ.setdefault("LIGER_FUSED_MOE_AUTOTUNE", "0")
@@ -146,26 +153,29 @@ def unsloth(block: Block) -> Implementation:
     return Implementation(forward, block.leaves)
 
 
-def sonicmoe(block: Block) -> Implementation:
+def sonicmoe(block: Block, interleaved: bool = False, autotuned: bool = False) -> Implementation:
     """sonicmoe.moe_general_routing_inputs, which takes the routing that it is given.
 
-    A version without `concat_layout` wants gate and up rows by turns, and gets a copy. Its products
-    take their default configurations: tuning them takes minutes for each shape. Written from the
-    comments above that function and transformers' call of it.
+    Written from the comments above that function and transformers' call of it. Run on an H200 with
+    the rows as transformers has them and the default configurations.
+
+    Args:
+        block: what is computed.
+        interleaved: whether gate and up rows stand by turns, as the library wants them by default.
+            Then it gets such a copy. Else they are as transformers has them.
+        autotuned: whether its products tune themselves, which takes minutes for each shape. Else
+            they take their default configurations.
     """
     library: Any = importlib.import_module("sonicmoe")
-    _take_default_configurations()
+    if not autotuned:
+        _take_default_configurations()
     swiglu = importlib.import_module("sonicmoe.enums").ActivationType.SWIGLU
     shape = block.shape
     device = block.bench.device
     tokens = torch.arange(shape.num_tokens, dtype=torch.int32, device=device)
     tokens = tokens.repeat_interleave(shape.top_k)
-    concatenated = (
-        "concat_layout" in inspect.signature(library.moe_general_routing_inputs).parameters
-    )
-    layout = {"concat_layout": True} if concatenated else {}
     gate_up_proj = block.gate_up_proj
-    if not concatenated:
+    if interleaved:
         gate_up_proj = nn.Parameter(_by_turns(gate_up_proj.detach()))
 
     def forward(topk_ids: Tensor) -> Tensor:
@@ -182,14 +192,14 @@ def sonicmoe(block: Block) -> Implementation:
             torch.cuda.current_stream(device).cuda_stream,
             swiglu,
             is_inference_mode_enabled=not torch.is_grad_enabled(),
-            **layout,
+            concat_layout=not interleaved,
         )[0]
         return output
 
     leaves = (block.hidden_states, gate_up_proj, block.down_proj, block.topk_weights)
-    if concatenated:
-        return Implementation(forward, leaves)
-    return Implementation(forward, leaves, _one_after_the_other)
+    if interleaved:
+        return Implementation(forward, leaves, _one_after_the_other)
+    return Implementation(forward, leaves)
 
 
 def _take_default_configurations() -> None:
@@ -210,57 +220,75 @@ def _one_after_the_other(gate_up: Tensor) -> Tensor:
     return torch.cat((gate_up[:, 0::2], gate_up[:, 1::2]), 1)
 
 
+LIBRARIES = {
+    "sonicmoe": Library("sonicmoe", "sonic-moe"),
+    "scattermoe": Library("scattermoe", "scattermoe"),
+    "liger": Library("liger_kernel", "liger-kernel"),
+    "unsloth": Library("unsloth", "unsloth"),
+}
 PEERS = {
-    "sonicmoe": Peer("sonicmoe", "sonic-moe", sonicmoe, compiles_long=True),
-    "scattermoe": Peer("scattermoe", "scattermoe", scattermoe),
-    "liger": Peer("liger_kernel", "liger-kernel", liger),
-    "unsloth": Peer("unsloth", "unsloth", unsloth),
+    "sonicmoe": Peer("sonicmoe", sonicmoe, compiles_long=True),
+    "sonicmoe interleaved": Peer(
+        "sonicmoe", partial(sonicmoe, interleaved=True), compiles_long=True
+    ),
+    "scattermoe": Peer("scattermoe", scattermoe),
+    "liger": Peer("liger", liger),
+    "unsloth": Peer("unsloth", unsloth),
+    "sonicmoe autotuned": Peer("sonicmoe", partial(sonicmoe, autotuned=True), only_on="qwen3-30b"),
 }
 
 
 def absent() -> dict[str, str]:
-    """By name, why a peer is not measured."""
+    """By name, why a library is not measured."""
     return {
-        name: f"no module {peer.module}"
-        for name, peer in PEERS.items()
-        if importlib.util.find_spec(peer.module) is None
+        name: f"no module {library.module}"
+        for name, library in LIBRARIES.items()
+        if importlib.util.find_spec(library.module) is None
     }
 
 
 def facts() -> dict[str, dict[str, str]]:
-    """Which peers are measured, of which version, and which are not, and why."""
+    """Which libraries are measured, of which version, and which are not, and why."""
     missing = absent()
-    present = {name: _version(peer) for name, peer in PEERS.items() if name not in missing}
+    present = {
+        name: _version(library) for name, library in LIBRARIES.items() if name not in missing
+    }
     return {"present": present, "absent": missing}
 
 
-def _version(peer: Peer) -> str:
+def _version(library: Library) -> str:
     try:
-        return importlib.metadata.version(peer.distribution)
+        return importlib.metadata.version(library.distribution)
     except importlib.metadata.PackageNotFoundError:
         return "version unknown"
 
 
-def cases(bench: Bench, shapes: Iterable[Shape], until: float) -> Iterator[Case]:
-    """Every peer that is installed on every shape, which `until` (time.monotonic) may cut short."""
+def present(names: Iterable[str], shapes: Iterable[Shape]) -> Iterator[tuple[str, Shape]]:
+    """Each of the named peers that is installed, with each shape that it is measured on."""
     missing = absent()
     shapes = list(shapes)
-    for name in PEERS:
-        for shape in shapes:
-            if name not in missing:
-                yield f"{name} {shape.name}", partial(run_peer, bench, shape, name, until)
+    for name in names:
+        peer = PEERS[name]
+        if peer.library not in missing:
+            yield from ((name, s) for s in shapes if peer.only_on in (None, s.name))
+
+
+def cases(
+    bench: Bench, shapes: Iterable[Shape], until: float, names: Iterable[str] = tuple(PEERS)
+) -> Iterator[Case]:
+    """Every peer that is installed on every shape, which `until` (time.monotonic) may cut short."""
+    for name, shape in present(names, shapes):
+        yield f"{name} {shape.name}", partial(run_peer, bench, shape, name, until)
 
 
 def jobs_ahead(
-    bench: Bench, shapes: Iterable[Shape], until: float
+    bench: Bench, shapes: Iterable[Shape], until: float, names: Iterable[str] = tuple(PEERS)
 ) -> dict[str, Callable[[], None]]:
     """The first calls that leave in the caches on disk what takes minutes to compile."""
-    missing = absent()
-    names = [name for name, peer in PEERS.items() if peer.compiles_long and name not in missing]
     return {
         f"{name} {shape.name}": partial(compile_peer, bench, shape, name, until)
-        for shape in shapes
-        for name in names
+        for name, shape in present(names, shapes)
+        if PEERS[name].compiles_long
     }
 
 

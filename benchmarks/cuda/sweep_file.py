@@ -96,7 +96,7 @@ def join(paths: Sequence[Path], path: Path, gpus: int | None = None) -> list[Rec
         gpus: how many GPUs they ran on. None: each run on its own.
 
     Raises:
-        ValueError: the files differ in a fact other than `OF_GPU`, or two have the same shape.
+        ValueError: the files differ in a fact other than `OF_GPU`, or two have the same case.
     """
     results = [json.loads(each.read_text(encoding="utf-8")) for each in paths]
     told = [dict(result["environment"]) for result in results]
@@ -115,8 +115,8 @@ def join(paths: Sequence[Path], path: Path, gpus: int | None = None) -> list[Rec
             facts[key] = {name: [value[name] for value in values] for name in values[0]}
         else:
             facts[key] = values
-    shapes = [shape for result in results for shape in {c["shape"] for c in result["cases"]}]
-    if twice := sorted({shape for shape in shapes if shapes.count(shape) > 1}):
+    labels = [label for result in results for label in {_label(c) for c in result["cases"]}]
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise ValueError(f"several files have {', '.join(twice)}")
     facts["gpus of one host"] = gpus or len(paths)
     if ended_after:

@@ -391,36 +391,21 @@ def grouped_gemm(X, W, m_sizes, topk, gather_indices, permute_x=False, permute_y
     )  # fmt: skip
 
 
-def sonicmoe(with_layout):
-    def by_turns(
-        x, router_scores, token_indices, expert_indices, w1, b1, w2, b2, E, stream_id,
-        activation_type, is_inference_mode_enabled=False,
-    ):  # fmt: skip
-        assert (b1, b2, E, activation_type) == (None, None, TINY.num_experts, "swiglu")
-        assert (router_scores.dtype, token_indices.dtype) == (torch.float32, torch.int32)
-        assert token_indices.tolist() == sorted(token_indices.tolist())
-        assert is_inference_mode_enabled is not torch.is_grad_enabled()
-        shape = (-1, TINY.top_k)
-        gate_up = w1.permute(2, 0, 1)
+def sonicmoe(
+    x, router_scores, token_indices, expert_indices, w1, b1, w2, b2, E, stream_id,
+    activation_type, is_inference_mode_enabled=False, concat_layout=False,
+):  # fmt: skip
+    """Stand for its function, which wants gate and up rows by turns if it is not told otherwise."""
+    assert (b1, b2, E, activation_type) == (None, None, TINY.num_experts, "swiglu")
+    assert (router_scores.dtype, token_indices.dtype) == (torch.float32, torch.int32)
+    assert token_indices.tolist() == sorted(token_indices.tolist())
+    assert is_inference_mode_enabled is not torch.is_grad_enabled()
+    shape = (-1, TINY.top_k)
+    gate_up = w1.permute(2, 0, 1)
+    if not concat_layout:
         gate_up = torch.cat((gate_up[:, 0::2], gate_up[:, 1::2]), 1)
-        weights = router_scores.view(shape)
-        return fused_experts(
-            x, gate_up, w2.permute(2, 0, 1), expert_indices.view(shape), weights
-        ), None
-
-    def with_concat_layout(
-        x, router_scores, token_indices, expert_indices, w1, b1, w2, b2, E, stream_id,
-        activation_type, is_inference_mode_enabled=False, concat_layout=False,
-    ):  # fmt: skip
-        assert concat_layout
-        gate, up = w1.chunk(2, 0)
-        w1 = torch.stack((gate, up), 1).flatten(0, 1)
-        return by_turns(
-            x, router_scores, token_indices, expert_indices, w1, b1, w2, b2, E, stream_id,
-            activation_type, is_inference_mode_enabled,
-        )  # fmt: skip
-
-    return with_concat_layout if with_layout else by_turns
+    ids, weights = expert_indices.view(shape), router_scores.view(shape)
+    return fused_experts(x, gate_up, w2.permute(2, 0, 1), ids, weights), None
 
 
 class Tuned:
@@ -438,7 +423,7 @@ def libraries(monkeypatch):
     library(monkeypatch, "unsloth.kernels.moe.grouped_gemm.interface", grouped_gemm=grouped_gemm)
     kind = types.SimpleNamespace(SWIGLU="swiglu")
     library(monkeypatch, "sonicmoe.enums", ActivationType=kind)
-    sys.modules["sonicmoe"].moe_general_routing_inputs = sonicmoe(with_layout=True)  # type: ignore[attr-defined]
+    sys.modules["sonicmoe"].moe_general_routing_inputs = sonicmoe  # type: ignore[attr-defined]
     library(monkeypatch, "quack.gemm_interface", gemm_tuned=Tuned(), gemm_act_tuned=Tuned())
     stream = types.SimpleNamespace(cuda_stream=0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
@@ -456,17 +441,16 @@ def test_peer_is_called_as_its_library_says(libraries, name):
         assert record["first_call_seconds"] > 0
 
 
-def test_sonicmoe_takes_its_default_configurations(libraries):
-    list(peers.measure(bench(), TINY, "sonicmoe"))
+@pytest.mark.parametrize("name", ["sonicmoe", "sonicmoe interleaved", "sonicmoe autotuned"])
+def test_sonicmoe_takes_its_default_configurations(libraries, name):
     interface: Any = sys.modules["quack.gemm_interface"]
-    assert interface.gemm_tuned(1, 2) == interface.gemm_act_tuned(1, 2) == ((1, 2), None)
-
-
-def test_sonicmoe_of_gate_and_up_by_turns(libraries, monkeypatch):
-    monkeypatch.setattr(
-        sys.modules["sonicmoe"], "moe_general_routing_inputs", sonicmoe(with_layout=False)
-    )
-    assert all("wrong" not in r for r in peers.measure(bench(), TINY, "sonicmoe"))
+    before = interface.gemm_tuned, interface.gemm_act_tuned
+    list(peers.measure(bench(), TINY, name))
+    after = interface.gemm_tuned, interface.gemm_act_tuned
+    if name == "sonicmoe autotuned":
+        assert after == before
+    else:
+        assert [function(1, 2) for function in after] == [((1, 2), None)] * 2
 
 
 def test_wrong_peer_has_no_ratio(libraries, monkeypatch):
@@ -496,6 +480,18 @@ def test_absent_peers_are_named(monkeypatch):
     assert labels == ["scattermoe tiny", "scattermoe qwen3-30b"]
 
 
+def test_which_peers_run_on_which_shapes(libraries, monkeypatch):
+    monkeypatch.setattr(peers, "absent", lambda: {"scattermoe": "no module"})
+
+    def labels(*names):
+        return [label for label, _ in peers.cases(bench(), suite.SUITE, math.inf, names)]
+
+    # Autotuning takes minutes, and so one shape.
+    assert labels("sonicmoe autotuned", "scattermoe") == ["sonicmoe autotuned qwen3-30b"]
+    assert labels("liger") == [f"liger {shape.name}" for shape in suite.SUITE]
+    assert peers.jobs_ahead(bench(), suite.SUITE, math.inf, ["sonicmoe autotuned", "liger"]) == {}
+
+
 def test_peers_that_compile_long_are_called_before_in_processes_of_their_own(
     monkeypatch, libraries
 ):
@@ -508,12 +504,16 @@ def test_peers_that_compile_long_are_called_before_in_processes_of_their_own(
     monkeypatch.setattr(peers, "absent", lambda: {"liger": "no module"})
     monkeypatch.setattr(peers, "run_apart", run_apart)
     jobs = peers.jobs_ahead(bench(), [TINY, suite.SUITE[0]], 7.0)
-    assert list(jobs) == ["sonicmoe tiny", "sonicmoe qwen3-30b"]
+    assert list(jobs) == [
+        f"sonicmoe{layout} {shape}"
+        for layout in ("", " interleaved")
+        for shape in ("tiny", "qwen3-30b")
+    ]
     jobs["sonicmoe tiny"]()
     assert started == [
         (("benchmarks.cuda.peers", bench(), TINY, "sonicmoe", 7.0), {"measures": False})
     ]
-    monkeypatch.setattr(peers, "absent", lambda: dict.fromkeys(peers.PEERS, "no module"))
+    monkeypatch.setattr(peers, "absent", lambda: dict.fromkeys(peers.LIBRARIES, "no module"))
     assert peers.jobs_ahead(bench(), [TINY], 7.0) == {}
     # What such a process does: it calls, and measures nothing.
     assert list(peers.compile_only(bench(), TINY, "sonicmoe")) == []

@@ -305,6 +305,16 @@ def test_what_a_later_run_measured_is_not_missing(tmp_path, halves):
     assert environment["gpus of one host"] == 1
 
 
+def test_peers_of_one_shape_are_joined(tmp_path):
+    files = [tmp_path / name / "h200_experts_peers.json" for name in "abc"]
+    for file, peer in zip(files, ("sonicmoe", "liger", "liger"), strict=True):
+        write(file, {"gpu": "H200"}, [{"shape": "olmoe", "peer": peer}])
+    path = tmp_path / "h200_experts_peers.json"
+    assert [case["peer"] for case in sweep_file.join(files[:2], path)] == ["sonicmoe", "liger"]
+    with pytest.raises(ValueError, match="several files have liger olmoe"):
+        sweep_file.join(files, path)
+
+
 def test_what_a_later_run_measured_of_a_peer_is_not_missing(tmp_path):
     files = [tmp_path / name / "h200_experts_peers.json" for name in "ab"]
     labels = ["sonicmoe olmoe", "liger olmoe"]
@@ -406,6 +416,7 @@ class GpuOfPeers:
         assert module == "benchmarks.cuda"
         given = dict(option.split("=") for option in options)
         assert (given["--only"], given["--seconds"]) == ("experts-peers", "99.0")
+        assert given["--peers"] == "sonicmoe,liger"
         names = given["--shapes"].split(",")
         is_second = given["--device"] == "cuda:1"
         missing = {sweep_file.LEFT_OUT: ["sonicmoe dsv3"]} if is_second else {}
@@ -425,6 +436,7 @@ def test_gpus_share_the_shapes_of_a_part(tmp_path, monkeypatch, capsys):
 
     def call(only):
         options = ["--shapes=qwen3-30b,dsv3,olmoe", "--seconds=99", f"--results={tmp_path}"]
+        options += ["--peers=sonicmoe,liger"]
         monkeypatch.setattr(sys, "argv", ["cuda", "--gpus=2", f"--only={only}", *options])
         return cuda.main()
 

@@ -92,7 +92,7 @@ EXPERTS_PEERS = Table(
     about=(
         "Other libraries' blocks, each beside ours in a process of its own: their time over ours, "
         "the MiB that they and we keep and take at most, the seconds of their first call (SonicMoE's: of "
-        "one whose kernels another process has compiled before)."
+        "one whose kernels another process has compiled before, but where it tunes itself)."
     ),
     rows=with_peer,
     columns=(
