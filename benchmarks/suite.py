@@ -81,43 +81,15 @@ HOST = (
 EVERY_ROUTING = ("qwen3-30b", "mixtral")
 DECODE, DECODE_TOKENS = SUITE[0], (1, 8, 64, 256)
 
-# The whole expert block: by how much forward and backward is to be faster than transformers'
-# grouped_mm, compiled for these very sizes. Dynamic sizes are compiled for the first shape alone.
-BLOCK_AIMS = {
-    "qwen3-30b": 1.25,
-    "olmoe": 1.15,
-    "mixtral": 1.05,
-    "dsv3": 1.1,
-    "gptoss20b": 1.1,
-    "fine-grained": 1.55,
-    "large": 1.15,
-}
-# The same of NAMED.
-NAMED_AIMS = {
-    "gpt-oss-120b": 1.15,
-    "gpt-oss-120b biases": 1.3,
-    "llama4-scout": 1.1,
-    "deepseek-v2-lite": 1.25,
-    "glm-4.5-air": 1.33,
-    "qwen3-next": 1.6,
-    "kimi-k2": 1.38,
-}
-# At most so much of grouped_mm's peak of memory, and so many MiB on top.
-PEAK_FACTOR, PEAK_MIB = 1.02, 16.0
 BLOCK_ROUTINGS = ("uniform", "zipf")
-# LoRA on frozen experts: the same of adapters on both projections.
-LORA_AIMS = {"qwen3-30b": 1.2}
+# With LoRA on frozen experts.
+LORA = ("qwen3-30b",)
 # Measured with their router, as blocks of a model.
 BLOCKS = ("qwen3-30b", "olmoe", "fine-grained")
 
 # What Triton's interpreter can run.
 TINY_SUITE = (Shape("tiny", 12, 32, 16, 4, 2),)
 TINY_DECODE, TINY_DECODE_TOKENS = TINY_SUITE[0], (1,)
-
-
-def exceeds_peak(ours: float, theirs: float) -> bool:
-    """Tell whether our peak of memory is more than is allowed beside a peer's, in MiB."""
-    return ours > PEAK_FACTOR * theirs + PEAK_MIB
 
 
 @dataclass(frozen=True)

@@ -418,8 +418,6 @@ def run_experts(bench: Bench, shape: Shape) -> Iterator[Record]:
             of_pass = {**ratios, "of uniform": (OURS, UNIFORM)}
             if name == BOTH:
                 of_pass["recompute"] = (RECOMPUTE, OURS)
-                if routing == "uniform" and shape.name in suite.BLOCK_AIMS:
-                    case["aim"] = suite.BLOCK_AIMS[shape.name]
             yield {**case, **comparison.measure(name, of_pass, more)}
             if routing == "uniform" and comparison.is_right(OURS, name):
                 uniform[name] = comparison.calls(name)[OURS]

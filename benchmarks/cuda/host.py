@@ -2,8 +2,9 @@
 """What a call costs the host: the wall time of one call that is not synchronised.
 
 The device is idle before each call, so that no launch waits for it. The whole block and LoRA experts
-stand beside transformers' and torch's grouped_mm, and the device's time beside the host's. The
-ops follow one by one, with the launches and the allocations of a call.
+stand beside transformers' and torch's grouped_mm. Beside the host's time stands the device's, and
+the time of a step among many, which is that of the slower of the two. The ops follow one by one,
+with the launches and the allocations of a call.
 
 T num_tokens, H hidden_size, I intermediate_size, E num_experts, K top_k, R = T * K routed rows.
 """
@@ -51,6 +52,8 @@ moe = torch.ops.moe
 # Calls of each contender, and calls among which launches and allocations are counted.
 TURNS, COUNTED = 200, 10
 WARM_UPS = 3
+# Calls that follow each other without a synchronisation, and how often each contender makes them.
+STEPS, STEP_TURNS = 50, 8
 # Our host time over a peer's: below 1 ours is less.
 HOST_RATIOS = {
     "of eager": (OURS, EAGER),
@@ -58,7 +61,7 @@ HOST_RATIOS = {
     "compiled of compiled": (OURS_COMPILED, COMPILED),
     "of torch": (OURS, TORCH),
 }
-# The device's time of a peer over ours, as in the other parts.
+# The time of a peer over ours, the device's and a step's, as in the other parts.
 RATIOS = {
     EAGER: (EAGER, OURS),
     COMPILED: (COMPILED, OURS),
@@ -126,6 +129,32 @@ def host_record(bench: Bench, calls: Mapping[str, Call]) -> Record:
     }
 
 
+def step_record(bench: Bench, calls: Mapping[str, Call]) -> Record:
+    """us of a call among many that follow each other, and each peer's over ours."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    names, order_of = list(calls), orders(len(calls))
+    steps, turns = (WARM_UPS, 1) if bench.tiny else (STEPS, STEP_TURNS)
+    for turn in range(turns + -turns % len(order_of)):
+        for i in order_of[turn % len(order_of)]:
+            call = calls[names[i]]
+            # The allocator gets used to this call again.
+            call()
+            bench.synchronize()
+            begin = time.perf_counter_ns()
+            for _ in range(steps):
+                call()
+            bench.synchronize()
+            times[names[i]].append((time.perf_counter_ns() - begin) / steps / 1e3)
+    return {
+        "step_us": {name: quartiles(each) for name, each in times.items()},
+        "step_ratio": {
+            name: quartiles([a / b for a, b in zip(times[over], times[under], strict=True)])
+            for name, (over, under) in RATIOS.items()
+            if over in times and under in times
+        },
+    }
+
+
 # Blocks
 
 
@@ -183,7 +212,7 @@ def run_blocks(
         record = comparison.measure(name, ratios)
         calls = comparison.calls(name)
         right = {who: calls[who] for who in calls if comparison.is_right(who, name)}
-        host = host_record(bench, right) if right else {}
+        host = host_record(bench, right) | step_record(bench, right) if right else {}
         yield {"what": what, "shape": shape.name, "pass": name, **record, **host}
 
 

@@ -258,7 +258,7 @@ RATIOS = {
 
 def measured(bench: Bench, shapes: Iterable[Shape]) -> dict[str, tuple[Shape, str]]:
     """By label, the shapes and layouts that this part measures."""
-    chosen = [shape for shape in shapes if shape.name in suite.LORA_AIMS or bench.tiny]
+    chosen = [shape for shape in shapes if shape.name in suite.LORA or bench.tiny]
     return {f"{shape.name} {layout}": (shape, layout) for shape in chosen for layout in LAYOUTS}
 
 
@@ -294,8 +294,6 @@ def run_lora(
     comparison = Comparison(block, block.route("uniform"), implementations)
     for name in PASSES:
         case: Record = {"shape": shape.name, "rank": RANK, "layout": layout, "pass": name}
-        if name == BOTH and shape.name in suite.LORA_AIMS:
-            case["aim"] = suite.LORA_AIMS[shape.name]
         ratios = {
             ratio: (over, under)
             for ratio, (over, under) in RATIOS.items()

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from benchmarks import suite
+from benchmarks import aims, suite
 from benchmarks.cuda.experts import PASSES, first_line
 from benchmarks.cuda.timing import OURS, Record
 from benchmarks.draws import Draw
@@ -171,15 +171,15 @@ def summary(records: Sequence[Record]) -> Iterator[str]:
             )
     peaks = _peaks(records)
     if peaks:
-        above = {shape: both for shape, both in peaks.items() if suite.exceeds_peak(*both)}
+        above = {shape: both for shape, both in peaks.items() if aims.exceeds_peak(*both)}
         most = sorted(above.items(), key=lambda item: -item[1][0] / item[1][1])[:MOST_NAMED]
         named = ", ".join(
             f"{shape} {ours / theirs:.2f}x ({ours:.0f} to {theirs:.0f} MiB)"
             for shape, (ours, theirs) in most
         )
         yield (
-            f"peak: {len(above)} of {len(peaks)} shapes exceed {suite.PEAK_FACTOR}x of the peer's "
-            f"plus {suite.PEAK_MIB:.0f} MiB" + (f", most: {named}" if named else "")
+            f"peak: {len(above)} of {len(peaks)} shapes exceed {aims.PEAK_FACTOR}x of the peer's "
+            f"plus {aims.PEAK_MIB:.0f} MiB" + (f", most: {named}" if named else "")
         )
 
 

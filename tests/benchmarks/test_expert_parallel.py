@@ -257,10 +257,10 @@ def test_aims():
     main = {what: aim.reached for (shape, what), aim in found.items() if shape == "qwen3-30b"}
     assert main == {
         # The faster functional path is the exact split.
-        "dispatch + combine over functional": pytest.approx(2.5),
+        "dispatch + combine, functional collectives' time over ours": pytest.approx(2.5),
         "dispatch over the link": pytest.approx(0.8),
-        "block forward over functional": pytest.approx(1.25),
-        "block forward+backward over functional": pytest.approx(1.25),
+        "block forward, functional collectives' time over ours": pytest.approx(1.25),
+        "block forward+backward, functional collectives' time over ours": pytest.approx(1.25),
         "forward+backward TF/s over one GPU": pytest.approx(0.8),
     }
     assert len(found) == 7

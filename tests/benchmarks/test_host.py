@@ -3,6 +3,7 @@
 
 import json
 import math
+import time
 import types
 
 import pytest
@@ -55,6 +56,30 @@ def test_ratios_are_ours_over_theirs_turn_by_turn(monkeypatch):
     assert record["host_us"][OURS] == [3.0, 4.0, 5.0]
 
 
+def test_a_step_is_one_of_many_between_two_synchronisations(monkeypatch):
+    made = []
+    monkeypatch.setattr(Bench, "synchronize", lambda self: made.append("|"))
+    calls = {name: lambda name=name: made.append(name) for name in (OURS, COMPILED)}
+    record = host.step_record(bench(tiny=False), calls)
+    told = " ".join(made).removesuffix(" |").split(" | ")
+    runs = [part for part in told if part.count(" ") == host.STEPS - 1]
+    assert len(runs) == 2 * host.STEP_TURNS
+    assert all(len(set(run.split())) == 1 for run in runs)
+    assert set(record["step_us"]) == {OURS, COMPILED}
+    assert set(record["step_ratio"]) == {COMPILED}
+
+
+def test_a_steps_ratio_is_theirs_over_ours(monkeypatch):
+    clock = iter([0, 2000 * host.STEPS, 0, 6000 * host.STEPS] * host.STEP_TURNS)
+    monkeypatch.setattr(host, "orders", lambda count: [[0, 1]])
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: next(clock))
+    record = host.step_record(bench(tiny=False), {OURS: lambda: None, EAGER: lambda: None})
+    assert record == {
+        "step_us": {OURS: [2.0] * 3, EAGER: [6.0] * 3},
+        "step_ratio": {EAGER: [3.0] * 3},
+    }
+
+
 @pytest.mark.parametrize("what", host.MAKERS)
 def test_blocks_without_a_compiler(what):
     records = list(host.run_blocks(bench(), what, TINY))
@@ -65,7 +90,7 @@ def test_blocks_without_a_compiler(what):
         assert record["what"] == what
         assert set(record["host_us"]) == set(record["milliseconds"]) == {OURS, EAGER}
         assert set(record["host_ratio"]) == {"of eager"}
-        assert set(record["ratio"]) == {EAGER}
+        assert set(record["ratio"]) == set(record["step_ratio"]) == {EAGER}
 
 
 @pytest.mark.parametrize("what", host.MAKERS)
@@ -76,6 +101,7 @@ def test_compiled_blocks_are_right(what):
         assert set(record["host_us"]) == {OURS, EAGER, COMPILED, OURS_COMPILED}
         assert set(record["host_ratio"]) == {"of eager", "of compiled", "compiled of compiled"}
         assert set(record["ratio"]) == {EAGER, COMPILED, "both compiled"}
+        assert set(record["step_ratio"]) == {EAGER, COMPILED, "both compiled"}
 
 
 def test_grouped_gemm_beside_torchs():

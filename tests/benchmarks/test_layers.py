@@ -151,7 +151,7 @@ def test_compiled_ahead_is_what_is_measured(monkeypatch, part):
 def test_jobs_are_of_what_is_measured():
     here = Bench(torch.device("cpu"))
     assert list(lora.jobs_ahead(here, suite.SUITE)) == [
-        f"lora {name} {layout}" for name in suite.LORA_AIMS for layout in LAYOUTS
+        f"lora {name} {layout}" for name in suite.LORA for layout in LAYOUTS
     ]
     assert list(blocks.jobs_ahead(here, suite.SUITE)) == [f"block {name}" for name in suite.BLOCKS]
 

@@ -7,7 +7,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from benchmarks import suite
+from benchmarks import aims
 from benchmarks.report.columns import Column, Record, Table, Take, at, keys, median, ratio, spread
 from benchmarks.report.records import by_shape, by_value, over_group
 
@@ -43,7 +43,7 @@ def _peak_ratio(case: Record) -> float | None:
 def _num_peaks_above(record: Record) -> int | None:
     """Count the peaks that are higher than they may be; None where no peak was measured."""
     found = [peaks for case in record["group"] if (peaks := _peaks(case))]
-    return sum(suite.exceeds_peak(*peaks) for peaks in found) if found else None
+    return sum(aims.exceeds_peak(*peaks) for peaks in found) if found else None
 
 
 def is_aligned(case: Record) -> bool:
@@ -73,8 +73,8 @@ def _groups(cases: list[Record]) -> Iterator[Record]:
 MEANS = Table(
     about=(
         "Shapes of the whole expert block that no table was tuned for: transformers' grouped_mm, "
-        "compiled for the very sizes, over ours. The last column counts the shapes whose peak of "
-        f"memory is above {suite.PEAK_FACTOR} times compiled grouped_mm's plus {suite.PEAK_MIB:.0f} MiB."
+        "compiled for exactly these sizes, over ours. The last column counts the shapes whose peak of "
+        f"memory is above {aims.PEAK_FACTOR} times compiled grouped_mm's plus {aims.PEAK_MIB:.0f} MiB."
     ),
     rows=_groups,
     columns=(
