@@ -32,10 +32,9 @@ SWEEP = 1.35
 LORA = {"qwen3-30b": 1.2}
 # At most so much of compiled grouped_mm's peak of memory, and so many MiB on top.
 PEAK_FACTOR, PEAK_MIB = 1.02, 16.0
-# A width that is no multiple of 8 elements: our time over that of the next one that is.
-WIDTH = 1.5
-# From so many tokens on.
-WIDTH_TOKENS = 8192
+# Widths that are no multiples of 8 elements, from so many tokens on: our time over that of the next
+# that are, at most.
+WIDTH, WIDTH_TOKENS = 1.5, 8192
 # The host's time: ours over compiled grouped_mm's.
 HOST = 0.7
 # A step among many of the host's larger shape, which is of fine-tuning: compiled grouped_mm's time

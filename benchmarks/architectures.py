@@ -24,6 +24,7 @@ from benchmarks.timing import write
 from moe_ops.configs.device import Device
 from testing import kernel_calls as calls
 from testing.compiled import GPUS, Resources, compiling_for
+from testing.gpu_report import kernel_sha256
 
 RESULT = Path(__file__).parent / "results" / "architectures_compiled.json"
 PART = "compiled"
@@ -112,6 +113,7 @@ def main() -> None:
         records += found
     facts = {
         "date": time.strftime("%Y-%m-%d"), "triton": triton.__version__, "part": PART,
+        "kernel_sha256": kernel_sha256(),
     }  # fmt: skip
     write(args.output, facts, records)
 

@@ -77,9 +77,22 @@ HOST = (
     Shape("small", 64, 256, 128, 8, 2),
     Shape("qwen3-30b T=2048", 2048, 2048, 768, 128, 8),
 )
+# Widths of which one at least is no multiple of 8 elements, at a few numbers of tokens.
+WIDTHS = tuple(
+    Shape(f"{hidden}x{intermediate} T={tokens}", tokens, hidden, intermediate, num_experts, top_k)
+    for hidden, intermediate, num_experts, top_k in (
+        (1001, 1001, 16, 4),
+        (1001, 344, 16, 4),
+        (2001, 768, 128, 8),
+        (2048, 761, 128, 8),
+    )
+    for tokens in (512, 2048, 8192, 16384)
+)
 # Measured with every routing: one of many experts, one of few.
 EVERY_ROUTING = ("qwen3-30b", "mixtral")
 DECODE, DECODE_TOKENS = SUITE[0], (1, 8, 64, 256)
+# The same of a whole block.
+DECODE_BLOCK_TOKENS = (1, 8, 16, 32, 64, 128, 256)
 
 BLOCK_ROUTINGS = ("uniform", "zipf")
 # With LoRA on frozen experts.
@@ -89,6 +102,7 @@ BLOCKS = ("qwen3-30b", "olmoe", "fine-grained")
 
 # What Triton's interpreter can run.
 TINY_SUITE = (Shape("tiny", 12, 32, 16, 4, 2),)
+TINY_WIDTHS = (Shape("31x17 T=12", 12, 31, 17, 4, 2),)
 TINY_DECODE, TINY_DECODE_TOKENS = TINY_SUITE[0], (1,)
 
 

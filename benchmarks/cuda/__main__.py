@@ -5,8 +5,8 @@
 
 Each part writes benchmarks/results/<gpu>_<part>.json after each case, from which `python -m
 benchmarks.report` makes tables and plots. What does not fit into the seconds is left out, and the
-file says so. The parts decode-block, host, model and quantised run where --only names them. The
-sweep over drawn shapes has a command of its own, `python -m benchmarks.cuda.sweep`.
+file says so. The parts decode-block, host, model, quantised and widths run where --only names them.
+The sweep over drawn shapes has a command of its own, `python -m benchmarks.cuda.sweep`.
 
 With --gpus N, so many GPUs of the host share the shapes of one part, each in a process of its own, and
 their files are joined. Not for what the host bounds: the processes share it.
@@ -47,6 +47,7 @@ from benchmarks.cuda import (
     quantised,
     routing,
     rows,
+    widths,
 )
 from benchmarks.cuda.share import check_gpus, share
 from benchmarks.cuda.sweep_file import ENDED_AFTER, LEFT_OUT, join
@@ -67,7 +68,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 logger = logging.getLogger("moe_ops.benchmarks")
 
 PEERS, BLOCKS, HOST, MODEL = "experts-peers", "blocks", "host", "model"
-DECODE_BLOCK, QUANTISED = "decode-block", "quantised"
+DECODE_BLOCK, QUANTISED, WIDTHS = "decode-block", "quantised", "widths"
 PARTS: dict[str, Callable[[Bench, list[Shape]], Iterator[Case]]] = {
     "gemm": gemm.cases,
     "rows": rows.cases,
@@ -84,11 +85,12 @@ PARTS: dict[str, Callable[[Bench, list[Shape]], Iterator[Case]]] = {
     BLOCKS: functools.partial(blocks.cases, until=math.inf),
     MODEL: model.cases,
     QUANTISED: quantised.cases,
+    WIDTHS: widths.cases,
     # Last, since it takes what time there is.
     PEERS: functools.partial(peers.cases, until=math.inf),
 }
 # Measured only where --only names them: a run of all parts would not fit into its time.
-BY_NAME = (DECODE_BLOCK, HOST, MODEL, QUANTISED)
+BY_NAME = (DECODE_BLOCK, HOST, MODEL, QUANTISED, WIDTHS)
 # What is compiled before anything is measured, by several processes.
 AHEAD: dict[str, Callable[[Bench, list[Shape]], dict[str, Callable[[], None]]]] = {
     "experts": experts.jobs_ahead,

@@ -49,7 +49,7 @@ LAYERS, DRAWS, CHECKED = 4, 16, 3
 def cases(bench: Bench, shapes: Iterable[Shape]) -> Iterator[Case]:
     del shapes
     shape = suite.TINY_DECODE if bench.tiny else suite.DECODE
-    for num_tokens in suite.TINY_DECODE_TOKENS if bench.tiny else suite.DECODE_TOKENS:
+    for num_tokens in suite.TINY_DECODE_TOKENS if bench.tiny else suite.DECODE_BLOCK_TOKENS:
         of_tokens = dataclasses.replace(shape, num_tokens=num_tokens)
         yield f"{shape.name} T={num_tokens}", functools.partial(run_decode, bench, of_tokens)
 

@@ -24,7 +24,7 @@ FORWARD, BOTH = "forward", "forward+backward"
 BLOCKS, PEERS, PEER = ("experts", "named"), "experts-peers", "sonicmoe"
 # What else a card tells of, and so is dated by.
 OTHERS = (
-    "sweep", "model", "experts-first-call", "host", "decode-block", "quantised",
+    "sweep", "widths", "model", "experts-first-call", "host", "decode-block", "quantised",
     *(part_of(ranks) for ranks in RANKS),
 )  # fmt: skip
 _WRONG = (
@@ -171,7 +171,7 @@ def _shortfalls(parts: dict[str, Result], cases: list[Record]) -> Iterator[str]:
     found = False
     for line in (
         *_slower(parts, cases), *_block_aims(cases), *_drawn(parts), *_larger([*cases, *parts.get("sweep", {}).get("cases", [])]),
-        *_larger_than_peer(parts), *_model(parts), *_first_call(parts),
+        *_larger_than_peer(parts), *_widths(parts), *_model(parts), *_first_call(parts),
         *_host(parts), *_decoding(parts), *_quantised(parts), *_expert_parallel(parts),
     ):  # fmt: skip
         found = True
@@ -226,6 +226,19 @@ def _block_aims(cases: list[Record]) -> Iterator[str]:
     for told, aim in (("", aims.BLOCK), (" of named models", aims.NAMED)):
         if missed := _missed(cases, aim):
             yield f"{BOTH}{told}, compiled grouped_mm's time over ours: {', '.join(missed)}."
+
+
+def _widths(parts: dict[str, Result]) -> Iterator[str]:
+    """Compare widths that are no multiples of 8 with the next that are."""
+    slow = [
+        f"H {case['H']}, I {case['I']}, T {case['T']}, {case['pass']} {_told(ratio[1], aims.WIDTH)}"
+        for case in parts.get("widths", {}).get("cases", [])
+        if case["T"] >= aims.WIDTH_TOKENS
+        and (ratio := case["ratio"].get("next"))
+        and ratio[1] > aims.WIDTH
+    ]
+    if slow:
+        yield f"Widths that are no multiples of 8, over the next that are: {', '.join(slow)}."
 
 
 def _model(parts: dict[str, Result]) -> Iterator[str]:

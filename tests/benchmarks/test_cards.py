@@ -74,6 +74,10 @@ PARTS = {
             ("warm", 0.7),
         )
     ],
+    "widths": [
+        {"T": tokens, "H": 1001, "I": 8, "pass": "forward", "ratio": {"next": [1.0, ratio, 2.0]}}
+        for tokens, ratio in ((512, 1.9), (8192, 1.61), (16384, 1.5))
+    ],
     "decode-block": [{"T": 1, "of_floor": 2.5}, {"T": 8, "of_floor": 1.1}],
     "host": [
         {"what": "op", "shape": "small", "host_us": {"moe_ops": [1.0, 2.0, 3.0]}},
@@ -140,6 +144,7 @@ def test_a_card(tmp_path):
         "ours over compiled grouped_mm's (aim 0.7x): lora small compiled 1.40x.",
         "- Of these calls slower than compiled grouped_mm's: lora small compiled 0.80x.",
         "over ours: experts qwen3-30b T=2048 compiled 1.40x (aim 1.5x).",
+        "- Widths that are no multiples of 8, over the next that are: H 1001, I 8, T 8192, forward 1.61x (aim 1.5x).",
         "3 more shapes, drawn at random",
         "in the geometric mean forward 1.00 (0.50 to 2.00), forward+backward 1.10 (1.10 to 1.10).",
         "- forward+backward of the drawn shapes, in the geometric mean: 1.10x (aim 1.35x).",

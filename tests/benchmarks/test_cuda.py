@@ -28,6 +28,7 @@ from benchmarks.cuda.__main__ import (
     MODEL,
     PARTS,
     PEERS,
+    WIDTHS,
     run_part,
     save_part,
 )
@@ -179,6 +180,7 @@ def test_flow_of_the_parts_that_run_by_name(tmp_path):
     assert {case["what"] for case in cases[HOST]} == {"experts", "lora", "grouped_gemm", "op"}
     assert [case["checkpoints"] for case in cases[MODEL]] == [False, True]
     assert [case["T"] for case in cases[DECODE_BLOCK]] == list(suite.TINY_DECODE_TOKENS)
+    assert all(set(case["ratio"]) == {"next"} for case in cases[WIDTHS])
     assert "grouped_mm" in found[HOST]["environment"]
     assert "Qwen3MoeForCausalLM" in found[MODEL]["environment"]["model"]
 

@@ -119,5 +119,5 @@ def test_cases_are_the_tokens_of_the_suite():
     assert tiny == ["tiny T=1"]
     large = Bench(torch.device("cpu"))
     assert [label for label, _ in decode_block.cases(large, [])] == [
-        f"qwen3-30b T={tokens}" for tokens in (1, 8, 64, 256)
+        f"qwen3-30b T={tokens}" for tokens in (1, 8, 16, 32, 64, 128, 256)
     ]

@@ -34,6 +34,7 @@ TABLES: dict[str, tuple[Table, ...]] = {
     "experts-peers": (experts.EXPERTS_PEERS,),
     "lora": (experts.LORA, experts.LORA_MEMORY),
     "quantised": (quantised.LORA, quantised.DECODE, quantised.DEQUANTISE, quantised.STACK),
+    "widths": (experts.WIDTHS,),
     "blocks": (experts.BLOCKS, experts.BLOCKS_STEPS, experts.BLOCKS_PEERS),
     "sweep": (sweep.MEANS, sweep.SHAPES),
     "named": (sweep.MEANS, sweep.SHAPES),

@@ -48,6 +48,23 @@ EXPERTS = Table(
     ),
 )
 
+WIDTHS = Table(
+    about=(
+        "Our block, whose rows TMA cannot describe, and our block of the next widths that are multiples "
+        "of 8 elements: ms, and the first over the second, with what it may be at most."
+    ),
+    columns=(
+        *keys("T", "H", "I", "E", "K"),
+        Column("next H", at("next_H"), "d"),
+        Column("next I", at("next_I"), "d"),
+        *keys("pass"),
+        Column("ms", median("milliseconds", "moe_ops"), ".2f"),
+        Column("next, ms", median("milliseconds", "next"), ".2f"),
+        Column("ratio", ratio("next"), spread),
+        Column("aim", lambda case: aims.WIDTH if case["T"] >= aims.WIDTH_TOKENS else None, ".2f"),
+    ),
+)
+
 MEMORY = (
     *keys("implementation"),
     Column("kept", at("memory", "kept"), ".0f"),
