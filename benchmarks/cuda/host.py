@@ -11,10 +11,13 @@ T num_tokens, H hidden_size, I intermediate_size, E num_experts, K top_k, R = T 
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +48,7 @@ from benchmarks.cuda.timing import (
     rounded,
 )
 from benchmarks.suite import Routing, Shape
+from moe_ops._triton.direct import DirectLaunch, DirectZero, TensorMap
 from testing import reference
 
 moe = torch.ops.moe
@@ -362,7 +366,7 @@ def run_ops(bench: Bench, shape: Shape) -> Iterator[Record]:
             name: op_record(bench, {OURS: op.call}, errors_of({OURS: op.call}, op.expected))
             for name, op in ops.items()
         }
-        counts = {name: counted(bench, op.call) for name, op in ops.items()}
+        counts = {name: taken_apart(bench, op.call) for name, op in ops.items()}
     for name, record in records.items():
         yield {"what": "op", "op": name, "shape": shape.name, **record, **counts[name]}
 
@@ -385,6 +389,45 @@ def run_counts(bench: Bench, shape: Shape) -> Iterator[Record]:
                     call()
                 of_call = {"what": "launches", "block": what, "shape": shape.name, "pass": name}
                 yield {**of_call, "implementation": who, **counted(bench, call)}
+
+
+@contextlib.contextmanager
+def without_launches() -> Iterator[None]:
+    """What is replayed packs no parameters and launches nothing."""
+    with contextlib.ExitStack() as stack:
+        for kind in (DirectLaunch, DirectZero):
+            stack.enter_context(mock.patch.object(kind, "__call__", return_value=None))
+        yield
+
+
+@contextlib.contextmanager
+def counted_descriptors() -> Iterator[list[int]]:
+    """The addresses of the tensors whose TMA descriptors are asked for meanwhile."""
+    addresses: list[int] = []
+    at = TensorMap.at
+
+    def note(made: TensorMap, address: int) -> bytes:
+        addresses.append(address)
+        return at(made, address)
+
+    with mock.patch.object(TensorMap, "at", note):
+        yield addresses
+
+
+def taken_apart(bench: Bench, call: Call) -> Record:
+    """What `counted` counts, the TMA descriptors, and the host's us but for the launches.
+
+    The descriptors and the launches are those of what is replayed.
+    """
+    if bench.device.type != "cuda":
+        return {}
+    counts = counted(bench, call)
+    with counted_descriptors() as addresses:
+        call()
+    with without_launches():
+        times = host_microseconds(bench, {OURS: call})
+    without = rounded(statistics.median(times[OURS]))
+    return {**counts, "descriptors": len(addresses), "us_without_launches": without}
 
 
 def counted(bench: Bench, call: Call) -> Record:

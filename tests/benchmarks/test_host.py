@@ -5,6 +5,7 @@ import json
 import math
 import time
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from benchmarks.cuda import host
 from benchmarks.cuda.experts import BOTH, COMPILED, EAGER, FORWARD, PASSES
 from benchmarks.cuda.lora import OURS_COMPILED
 from benchmarks.cuda.timing import OURS, TORCH, Bench
+from moe_ops._triton.direct import DirectLaunch, TensorMap
 
 TINY = suite.TINY_SUITE[0]
 CEILINGS = {"dense_tflops": 790.0, "copy_tbs": 4.3, "read_tbs": 4.4}
@@ -196,6 +198,46 @@ def test_launches_and_allocations_are_counted_per_call(monkeypatch):
     )
     found = host.counted(bench(device="cuda"), lambda: made.append(None))
     assert found == {"launches": 3.0, "allocations": 5.0}
+
+
+def launch_that_tells(made: list[str]) -> DirectLaunch:
+    """A launch of a kernel with one descriptor, which notes that it was made."""
+
+    def tell() -> int:
+        made.append("launch")
+        return 0
+
+    descriptor: Any = TensorMap.__new__(TensorMap)
+    vars(descriptor).update(_kept={8: bytes(128)})
+    launch: Any = DirectLaunch.__new__(DirectLaunch)
+    vars(launch).update(
+        _is_empty=False, _words=[], _pointers=[], _bytes=bytearray(128), _stream=0, _arguments=(),
+        _maps=[(0, 0, 0, descriptor)], _launch=tell,
+    )  # fmt: skip
+    return launch
+
+
+def test_an_op_is_taken_apart(monkeypatch):
+    """Its descriptors are counted, and a part of the timed calls launches nothing."""
+    made: list[str] = []
+    monkeypatch.setattr(Bench, "synchronize", lambda self: None)
+    monkeypatch.setattr(host, "counted", lambda bench, call: {"launches": 1.0})
+    launch = launch_that_tells(made)
+
+    def call():
+        made.append("call")
+        launch([8], 0)
+
+    found = host.taken_apart(bench(device="cuda"), call)
+    assert found.pop("us_without_launches") > 0
+    assert found == {"launches": 1.0, "descriptors": 1}
+    # Once with its launch, for the descriptors; then warm-ups and turns without.
+    assert made[:2] == ["call", "launch"]
+    assert len(made) > 2 + 2 * host.WARM_UPS
+    assert set(made[2:]) == {"call"}
+    assert host.taken_apart(bench(), call) == {}
+    launch([8], 0)
+    assert made[-1] == "launch"
 
 
 def test_cases_time_before_they_count():

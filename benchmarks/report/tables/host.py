@@ -46,14 +46,17 @@ GEMM = Table(
 OPS = Table(
     about=(
         "The same of each op without autograd, and of a torch op as a yardstick, with the launches "
-        "(kernels, copies, fills) and allocations of a call."
+        "(kernels, copies, fills), the allocations and the TMA descriptors of a call. The second column "
+        "is the time of a call that makes no launch of its own: Python, dispatcher and allocator."
     ),
     rows=where(what="op"),
     skip_empty=True,
     columns=(
         *keys("op", "shape"),
         Column("us", median("host_us", "moe_ops"), ".1f"),
+        Column("without launches", at("us_without_launches"), ".1f"),
         Column("launches", at("launches"), "g"),
+        Column("descriptors", at("descriptors"), "g"),
         Column("allocations", at("allocations"), "g"),
     ),
 )
