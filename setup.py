@@ -6,11 +6,14 @@ PyYAML only.
 """
 
 import ast
+import contextlib
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).resolve().parent
 SCHEMA_DIR = ROOT / "op_schemas"
@@ -44,11 +47,32 @@ def validate_schemas() -> None:
         raise SystemExit(f"moe_ops: malformed op schema: {error}") from None
 
 
+class EditableWheel(editable_wheel):  # type: ignore[misc]
+    """Install an editable package by a path to src, in which a link leads to the schemas.
+
+    For a package that is mapped from elsewhere setuptools installs a finder, and Python asks it after
+    it has searched sys.path. There a clone that is called moe_ops would be found first, by a script
+    in its parent folder, as a package without an __init__.py. Where no link can be made, the finder
+    stays.
+    """
+
+    def finalize_options(self) -> None:
+        """Make the link, and let src alone hold the packages."""
+        link = ROOT / "src" / "moe_ops" / "op_schemas"
+        if not link.exists():
+            with contextlib.suppress(OSError):
+                link.symlink_to(os.path.relpath(SCHEMA_DIR, link.parent), target_is_directory=True)
+        if link.exists():
+            self.distribution.package_dir = {"": "src"}
+        super().finalize_options()
+
+
 validate_schemas()
 
 setup(
     version=read_version(),
-    packages=[*find_packages("src"), "moe_ops.op_schemas"],
+    cmdclass={"editable_wheel": EditableWheel},
+    packages=sorted({*find_packages("src"), "moe_ops.op_schemas"}),
     package_dir={"": "src", "moe_ops.op_schemas": "op_schemas"},
     package_data={
         "moe_ops": ["py.typed"],

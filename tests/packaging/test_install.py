@@ -78,16 +78,18 @@ def test_installed_package_runs_an_op(
         expected = package, package / "op_schemas"
     elif way == "editable":
         pip_install(python, "-e", source_tree, cwd=tmp_path)
-        expected = source_tree / "src" / "moe_ops", source_tree / "op_schemas"
+        package = source_tree / "src" / "moe_ops"
+        expected = package, package / "op_schemas"
     else:
         strict = ("--config-settings", "editable_mode=strict")
         pip_install(python, *strict, "-e", source_tree, cwd=tmp_path)
         (package,) = (source_tree / "build").glob("__editable__*/moe_ops")
         expected = package, package / "op_schemas"
 
+    # The parent of a clone, which is called moe_ops and is no package.
     elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    seen = json.loads(checked(python, "-I", "-c", PROBE, cwd=elsewhere).splitlines()[-1])
+    (elsewhere / "moe_ops").mkdir(parents=True)
+    seen = json.loads(checked(python, "-c", PROBE, cwd=elsewhere).splitlines()[-1])
 
     assert Path(seen["file"]) == expected[0] / "__init__.py"
     assert Path(seen["schemas"]) == expected[1]
