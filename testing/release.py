@@ -45,7 +45,10 @@ Nothing was uploaded. To keep the release:
     git add src/moe_ops/_version.py CHANGELOG.md {file}
     git commit -m "Release {version}"
     git tag -a v{version} -m "moe_ops {version}"
-Then write the next version into src/moe_ops/_version.py, such as {following}.dev0, and the heading
+To take it back:
+    git checkout src/moe_ops/_version.py CHANGELOG.md
+    rm -r {file} dist
+Once it is out, write the next version into src/moe_ops/_version.py, such as {following}.dev0, and the heading
 "{unreleased}" into CHANGELOG.md, above {version}.
 """
 

@@ -20,7 +20,12 @@ def check_gpus(parser: argparse.ArgumentParser, gpus: int) -> None:
 
 
 def share(
-    command: Sequence[str], option: str, names: Sequence[str], gpus: int, part: str
+    command: Sequence[str],
+    option: str,
+    names: Sequence[str],
+    gpus: int,
+    part: str,
+    goes_on: bool = False,
 ) -> tuple[int, list[Path]]:
     """Run the command once for each GPU, with its share of the names; wait for all.
 
@@ -30,12 +35,19 @@ def share(
         names: of all shapes.
         gpus: how many share them.
         part: whose results are kept, in build/.
+        goes_on: whether the command goes on from what an earlier run left there. Else that is
+            removed, so that it does not stand in for a process that ends before it writes.
 
     Returns:
-        code: the highest exit status.
+        code: 0 if every process returned that; negative for one that a signal ended.
         files: the part's results, one for each GPU that wrote any.
     """
     folders = [ROOT / "build" / f"{part}_gpus" / str(gpu) for gpu in range(gpus)]
+    name = part.replace("-", "_")
+    if not goes_on:
+        for folder in folders:
+            for file in folder.glob(f"*_{name}.json"):
+                file.unlink()
     running = [
         subprocess.Popen(
             [
@@ -48,7 +60,6 @@ def share(
         if names[gpu::gpus]
     ]  # fmt: skip
     codes = [process.wait() for process in running]
-    name = part.replace("-", "_")
-    return max(codes), [
+    return next((code for code in codes if code != 0), 0), [
         file for folder in folders for file in sorted(folder.glob(f"*_{name}.json"))
     ]

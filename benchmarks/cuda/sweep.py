@@ -332,7 +332,7 @@ def _share(args: argparse.Namespace) -> int | str:
     command = [sys.executable, "-m", "benchmarks.cuda.sweep", *(["--named"] if args.named else [])]
     command += [f"{name}={value}" for name, value in given.items()]
     names = [draw.shape.name for draw in args.draws]
-    code, args.join = share(command, "--only", names, args.gpus, part)
+    code, args.join = share(command, "--only", names, args.gpus, part, goes_on=True)
     return (_join(args) if args.join else 0) or code
 
 

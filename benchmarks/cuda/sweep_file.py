@@ -44,6 +44,9 @@ class Results:
             told = ", ".join(f"{key} {before.get(key)}, now {facts.get(key)}" for key in differing)
             raise ValueError(f"{path} is of {told}: remove it, or use --results")
         self.records = found["cases"]
+        measured = {record["shape"] for record in self.records}
+        earlier_failures = before.get("failed", {}).items()
+        self.failed = {name: why for name, why in earlier_failures if name not in measured}
         # What an earlier seed drew twice.
         earlier = [line for line in before.get("repeated", []) if line not in facts["repeated"]]
         facts["repeated"] = [*earlier, *facts["repeated"]]
@@ -55,6 +58,7 @@ class Results:
 
     def add(self, draw: Draw, records: Sequence[Record]) -> None:
         """Add the records of a shape, in place of what there is of it."""
+        self.failed.pop(draw.shape.name, None)
         others = [record for record in self.records if not _is_of(record, draw)]
         self.records = [*others, *records]
         self.write()

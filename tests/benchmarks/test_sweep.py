@@ -177,6 +177,12 @@ def test_a_shape_that_fails_is_told_and_tried_again(tmp_path, measured, monkeypa
     monkeypatch.setattr(sweep, "run_shape", right)
     sweep.run(bench(), DRAWS[:3], sweep_file.Results(path, facts()), math.inf, 0)
     assert measured == ["0/00", "0/02", "0/01"]
+    # A run of other shapes keeps what it does not try again.
+    monkeypatch.setattr(sweep, "run_shape", fail)
+    fresh = tmp_path / "fresh" / path.name
+    sweep.run(bench(), DRAWS[:3], sweep_file.Results(fresh, facts()), math.inf, 0)
+    sweep.run(bench(), DRAWS[3:4], sweep_file.Results(fresh, facts()), math.inf, 0)
+    assert set(json.loads(fresh.read_text())["environment"]["failed"]) == {"0/01"}
     assert "failed" not in json.loads(path.read_text())["environment"]
 
 
@@ -447,7 +453,27 @@ def test_gpus_share_the_shapes_of_a_part(tmp_path, monkeypatch, capsys):
     assert found["environment"]["gpus of one host"] == 2
     with pytest.raises(SystemExit):
         call("experts-peers,experts")
-    assert "--gpus: expected --only to name one part, got exp" in capsys.readouterr().err
+    assert "experts-peers, got experts-peers,experts" in capsys.readouterr().err
+    # It has no shapes to share.
+    with pytest.raises(SystemExit):
+        call("model")
+    assert "--gpus: expected --only to name one of gemm, rows," in capsys.readouterr().err
+
+
+def test_a_process_that_is_killed_leaves_nothing_of_an_earlier_run(tmp_path, monkeypatch):
+    class Killed:
+        def __init__(self, command, cwd):
+            self.is_second = "--device=cuda:1" in command
+
+        def wait(self):
+            return -9 if self.is_second else 0
+
+    monkeypatch.setattr(share, "ROOT", tmp_path)
+    monkeypatch.setattr(subprocess, "Popen", Killed)
+    earlier = tmp_path / "build" / "rows_gpus" / "1" / "h200_rows.json"
+    write(earlier, {}, [])
+    assert share.share(["x"], "--only", ["a", "b"], 2, "rows", goes_on=True) == (-9, [earlier])
+    assert share.share(["x"], "--only", ["a", "b"], 2, "rows") == (-9, [])
 
 
 def test_a_line_of_a_shape():
