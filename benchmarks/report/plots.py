@@ -231,13 +231,17 @@ def _bars(
     names: Sequence[str],
     series: Sequence[str],
 ) -> None:
-    """Draw a group of bars for each shape name, and a line at 1.
+    """Draw a group of bars above each shape name, and a line at 1.
 
     A wrong result has no bar. What was not compared has no label either.
     """
     width = 0.8 / len(series)
-    for i, name in enumerate(series):
-        places = [place + (i - (len(series) - 1) / 2) * width for place in range(len(names))]
+    groups = [[name for name in series if (shape, name) in heights] for shape in names]
+    for name in series:
+        places = [
+            place + (group.index(name) - (len(group) - 1) / 2) * width if name in group else place
+            for place, group in enumerate(groups)
+        ]
         values = [heights.get((shape, name)) or 0.0 for shape in names]
         bars = axes.bar(places, values, width, label=name, zorder=2)
         told = [

@@ -185,6 +185,10 @@ def test_the_plot_of_the_block(tmp_path):
         {bars.get_label(): [bar.get_height() for bar in bars] for bars in axes.containers}
         for axes in figure.axes
     ]
+    # A group of one bar stands above its name.
+    theirs, sonicmoe = figure.axes[1].containers
+    middles = [bar.get_x() + bar.get_width() / 2 for bar in (*theirs, sonicmoe[0])]
+    assert middles == pytest.approx([-0.2, 1, 2, 3, 0.2])
     plt.close(figure)
     assert heights == [
         {"compiled grouped_mm": [1.5, 1.25]},
