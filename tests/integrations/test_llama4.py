@@ -103,16 +103,22 @@ def test_compiled_and_checkpointed(input_ids):
     assert_same_step(run_step(model, input_ids), expected)
 
 
-def test_router_logits_are_recorded(input_ids):
+def test_routers_run_once_and_give_their_logits(input_ids):
+    """A hook on a router sees the same logits, and the layer returns them."""
     model = make_llama4()
-    expected = model(input_ids=input_ids, output_router_logits=True, use_cache=False)
+    routed, returned = [], []
+    for name in LAYERS:
+        layer = model.get_submodule(name)
+        layer.router.register_forward_hook(lambda _module, _args, output: routed.append(output[1]))
+        layer.register_forward_hook(lambda _module, _args, output: returned.append(output[1]))
+    model(input_ids=input_ids, use_cache=False)
     replace_llama4_moe_(model)
-    actual = model(input_ids=input_ids, output_router_logits=True, use_cache=False)
-    recorded = getattr(expected, "router_logits", None)
-    ours = getattr(actual, "router_logits", None)
-    assert (ours is None) == (recorded is None)
-    for got, want in zip(ours or (), recorded or (), strict=True):
-        assert relative_error(got, want) <= MODULE_NORM[torch.float32]
+    model(input_ids=input_ids, use_cache=False)
+    for logits in (routed, returned):
+        first, second, *again = logits
+        assert not torch.equal(first, second)
+        for actual, expected in zip(again, (first, second), strict=True):
+            assert relative_error(actual, expected) <= MODULE_NORM[torch.float32]
 
 
 def test_generate(input_ids):
