@@ -12,9 +12,11 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
@@ -22,6 +24,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 import train_qwen3_moe
 from training import loop
 from training.model import imbalance, imbalances, load_balancing_loss
+from training.report import plot
 from training.settings import Settings
 from training.text import bigram_entropy, read_text, training_batch
 
@@ -375,6 +378,39 @@ def test_splits_text_by_file(run_demo, monkeypatch, tmp_path):
     with pytest.raises(SystemExit) as exit_info:
         read_text()
     assert exit_info.value.code == 2
+
+
+def test_the_plot_has_every_layer(monkeypatch, tmp_path):
+    """It has the losses above, and below them one line for each layer's load."""
+    Figure = pytest.importorskip("matplotlib.figure").Figure
+    figures = []
+    save = Figure.savefig
+
+    def savefig(self, *arguments, **options):
+        figures.append(self)
+        save(self, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    run: Any = types.SimpleNamespace(
+        step=3,
+        train_losses=[5.0, 4.0, 3.0],
+        heldout_losses={0: 6.0, 3: 3.5},
+        imbalances=[[1.5, 2.0, 1.75], [1.25, 3.0, 1.5], [1.0, 2.5, 1.25]],
+    )
+    plot(run, 2.5, tmp_path / "loss.png")
+    losses, loads = (
+        {line.get_label(): np.asarray(line.get_xydata()).tolist() for line in axes.lines}
+        for axes in figures[0].axes
+    )
+    assert losses["training batch"] == [[1, 5], [2, 4], [3, 3]]
+    assert losses["held-out text"] == [[0, 6], [3, 3.5]]
+    layers = {label: points for label, points in loads.items() if label.startswith("layer")}
+    assert layers == {
+        "layer 0": [[1, 1.5], [2, 1.25], [3, 1]],
+        "layer 1": [[1, 2], [2, 3], [3, 2.5]],
+        "layer 2": [[1, 1.75], [2, 1.5], [3, 1.25]],
+    }
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_bigram_entropy():
