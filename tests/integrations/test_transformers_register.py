@@ -153,14 +153,36 @@ def test_generate(name):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing(use_reentrant):
+@pytest.mark.parametrize(
+    "enable",
+    [
+        pytest.param(
+            "activation_checkpointing_enable",
+            marks=pytest.mark.skipif(
+                not hasattr(transformers.PreTrainedModel, "activation_checkpointing_enable"),
+                reason="transformers has it from 5.23 on",
+            ),
+        ),
+        pytest.param(
+            "gradient_checkpointing_enable",
+            marks=pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning"),
+        ),
+    ],
+)
+def test_activation_checkpointing(enable, use_reentrant):
+    """The experts are computed twice, and the gradients are the same bits."""
     model = make_model("qwen3_moe")
     input_ids = draw_batch(model, torch.Generator().manual_seed(0))
     model.set_experts_implementation("moe_ops")
+    calls = []
+    for experts in find_experts(model):
+        experts.register_forward_pre_hook(lambda module, _args: calls.append(module))
     expected = {name: gradient.clone() for name, gradient in run_step(model, input_ids)[1].items()}
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    once = len(calls)
+    getattr(model, enable)({"use_reentrant": use_reentrant})
     for name, gradient in run_step(model, input_ids)[1].items():
         assert torch.equal(gradient, expected[name]), name
+    assert len(calls) == 3 * once
 
 
 def test_fp8_experts_are_refused():
