@@ -18,6 +18,7 @@ from torch import nn
 
 from moe_ops.integrations.transformers import known_activation
 from testing import dropped_slots
+from testing.pages import DOCS, ROOT
 from testing.tolerances import MODULE_NORM, relative_error
 
 NUM_TOKENS, TOP_K, NUM_EXPERTS = 24, 3, 6
@@ -34,6 +35,8 @@ def find_experts_classes():
 
 
 EXPERTS_CLASSES = find_experts_classes()
+# By release of transformers, how many there are.
+NUM_CLASSES = {"5.17.0": 55, "5.24.0": 68}
 # One class for each way in which a class can differ from the plain gated one.
 VARIANTS = [
     ("transformers.models.qwen3_moe.modeling_qwen3_moe", "Qwen3MoeExperts"),
@@ -125,8 +128,16 @@ def assert_close(actual, expected, tolerance=MODULE_NORM[torch.float32]):
 
 
 def test_finds_the_classes():
-    """The search above finds the plain class and each variant."""
-    assert len(EXPERTS_CLASSES) >= 55
+    """The search above finds the plain class and each variant, as many as the pages say."""
+    number = NUM_CLASSES.get(transformers.__version__)
+    if number is None:
+        assert len(EXPERTS_CLASSES) >= 55
+    else:
+        assert len(EXPERTS_CLASSES) == number
+    told = [f"{number} in {version}" for version, number in NUM_CLASSES.items()]
+    page = (DOCS / "transformers.md").read_text(encoding="utf-8")
+    assert f"in the installed transformers, {' and '.join(told)}," in page
+    assert f"({told[-1]};" in (ROOT / "README.md").read_text(encoding="utf-8")
     assert set(VARIANTS) <= set(EXPERTS_CLASSES)
     experts = [make_experts(*names) for names in EXPERTS_CLASSES]
     for flag in ("has_gate", "has_bias", "is_transposed", "is_concatenated"):
