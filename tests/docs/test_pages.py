@@ -11,18 +11,26 @@ import torch
 from moe_ops import cli
 from testing.pages import DOCS, ROOT, pages_with_python, python_blocks, run_python_blocks
 
+# How a test names a page: DOCS, a slash, and the quoted name; a folder's name likewise before it.
+NAMED = re.compile(r'\b(ROOT|DOCS)((?: / "[^"]+")+)')
+
 
 def test_every_page_is_run():
-    """A test that runs a page names the page's file."""
+    """A test that runs pages names their paths."""
     tests = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
-    runs = "\n".join(text for text in tests if "run_python_blocks(" in text)
-    names = [
-        page.name
+    runs = [text for text in tests if "run_python_blocks(" in text]
+    named = {
+        {"ROOT": ROOT, "DOCS": DOCS}[base].joinpath(*re.findall(r'"([^"]+)"', parts))
+        for text in runs
+        for base, parts in NAMED.findall(text)
+    }
+    pages = {
+        page
         for page in pages_with_python()
         if any(block.why is None for block in python_blocks(page))
-    ]
-    assert {"README.md", "start.md", "lora.md"} <= set(names)
-    assert [name for name in names if f'"{name}"' not in runs] == []
+    }
+    assert {"README.md", "start.md", "lora.md"} <= {page.name for page in pages}
+    assert pages - named == set()
 
 
 def test_marks_that_are_read():
