@@ -64,6 +64,20 @@ def test_blocks_of_a_page(tmp_path):
     assert run_python_blocks(page)["x"] == 1
 
 
+def test_links_of_the_readme_lead_somewhere():
+    """`make site` checks those of the other pages. README is no page of the site."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text)
+    assert ("docs/scaling.md", "transports") in links
+    for name, anchor in links:
+        assert (ROOT / name).exists(), name
+        if anchor:
+            page = (ROOT / name).read_text(encoding="utf-8")
+            headings = re.findall(r"^#+ (.*)$", page, re.MULTILINE)
+            slugs = [re.sub(r"[^\w -]", "", heading).lower() for heading in headings]
+            assert anchor in [slug.replace(" ", "-") for slug in slugs], f"{name}#{anchor}"
+
+
 def test_commands_that_pages_name_exist(capsys):
     pages = [
         path for path in [*ROOT.glob("*.md"), *DOCS.rglob("*.md")] if path.name != "CHANGELOG.md"
