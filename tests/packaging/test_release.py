@@ -35,7 +35,7 @@ def tree(tmp_path):
     tree = tmp_path / "tree"
     ignored = shutil.ignore_patterns(
         ".git", ".venv*", "released", "build", "dist", "runs", "*.egg-info", "__pycache__", ".*_cache",
-        ".hypothesis", "shared",
+        ".hypothesis",
     )  # fmt: skip
     shutil.copytree(ROOT, tree, ignore=ignored)
     # The tree of a release itself has nothing unreleased.
