@@ -178,6 +178,8 @@ ci: $(DEV_ENV) ## Run everything that CI runs
 ##@ Release
 .PHONY: release
 release: docs-check ## Make VERSION=X.Y.Z: its schemas, wheel and sdist, checked; uploads nothing
+	@$(PY) -m pytest -q tests/docs/test_readme_figures.py \
+	  tests/benchmarks/test_report.py::test_the_pages_are_what_the_committed_results_give
 	@$(PY) -m testing.gpu_report --strict
 	@$(PY) -m testing.release "$(VERSION)"
 
