@@ -408,7 +408,8 @@ def test_arguments_that_share_memory_are_not_recorded():
     torch.testing.assert_close(output, both[4:] + 1)
 
 
-def test_launch_hooks_see_every_call():
+@pytest.mark.parametrize("when", ["launch_enter_hook", "launch_exit_hook"])
+def test_launch_hooks_see_every_call(when):
     called = Called(twice_plus)
     x = torch.randn(4)
     for _ in range(3):
@@ -418,11 +419,12 @@ def test_launch_hooks_see_every_call():
     def hook(metadata):
         pass
 
-    knobs.runtime.launch_enter_hook.add(hook)
+    hooks = getattr(knobs.runtime, when)
+    hooks.add(hook)
     try:
         called(x, 1.0)
     finally:
-        knobs.runtime.launch_enter_hook.remove(hook)
+        hooks.remove(hook)
     assert called.times == 3
     called(x, 1.0)
     assert called.times == 3
