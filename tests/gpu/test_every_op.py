@@ -5,6 +5,7 @@ tests/ops/test_every_op.py has the same on the CPU.
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -46,6 +47,10 @@ ROUTED_OPS = [
 
 # No op has as many.
 ALL_VARIANTS = 1000
+
+# The first call with some sizes is launched by Triton, the second is recorded as well, and the
+# others are replayed. A process does not count the first call of an op.
+CALLS = 4
 
 schemas = pytest.mark.parametrize("name", ALL)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -201,15 +206,34 @@ def test_opcheck(name, seed, fixed):
 
 @schemas
 def test_results_are_new_memory(name):
-    """No output shares memory with an argument or another output, so callers may write to it."""
+    """No output shares memory with an argument or another output, so callers may write to it.
+
+    Nor with an output of another call, nor with what a replay needs beside.
+    """
     for seed, variant in enumerate(some_variants(name, at_most=ALL_VARIANTS)):
         sample = medium_sample(name, seed, variant, dtype=DTYPES[seed % 3])
         on_device = move_sample(sample)
-        seen = {tensor.untyped_storage()._cdata for tensor in tensors_of(on_device)}
-        for output in checks.as_tuple(on_device()):
-            storage = output.untyped_storage()._cdata
-            assert storage not in seen, sample
-            seen.add(storage)
+        calls = [checks.as_tuple(on_device())]
+        want = [output.clone() for output in calls[0]]
+        for _ in range(CALLS):
+            # A caller writes to what it got.
+            for output in calls[-1]:
+                output.zero_()
+            calls.append(checks.as_tuple(on_device()))
+            assert_same_bits(calls[-1], want, sample)
+        for outputs in calls:
+            for output, first in zip(outputs, calls[0], strict=True):
+                assert output.untyped_storage().nbytes() <= first.untyped_storage().nbytes(), sample
+        assert_apart([*tensors_of(on_device), *(output for outputs in calls for output in outputs)])
+
+
+def assert_apart(tensors: list[Tensor]) -> None:
+    """Check that each tensor has a storage of its own, and that no two storages overlap."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    assert len({storage._cdata for storage in storages}) == len(storages)
+    taken = sorted((s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages if s.nbytes())
+    for (_, end), (begin, _) in itertools.pairwise(taken):
+        assert end <= begin
 
 
 @pytest.mark.parametrize(
@@ -240,13 +264,17 @@ def medium_grads(sample: Sample) -> list[Tensor]:
 
 @schemas
 def test_never_synchronizes(name):
-    """Neither forward nor backward waits for the device, not even in a kernel's first call."""
+    """Neither forward nor backward waits for the device, not even in a kernel's first call.
+
+    Nor in a call that is recorded or replayed.
+    """
     for seed, variant in enumerate(some_variants(name)):
         sample = move_sample(medium_sample(name, seed, variant, dtype=DTYPES[seed % 3]))
         grads = medium_grads(sample)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            forward_and_backward(sample, grads)
+            for _ in range(CALLS):
+                forward_and_backward(sample, grads)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
