@@ -24,7 +24,7 @@ FORWARD, BOTH = "forward", "forward+backward"
 BLOCKS, PEERS, PEER = ("experts", "named"), "experts-peers", "sonicmoe"
 # What else a card tells of, and so is dated by.
 OTHERS = (
-    "sweep", "widths", "model", "experts-first-call", "host", "decode-block", "quantised",
+    "sweep", "widths", "blocks", "model", "experts-first-call", "host", "decode-block", "quantised",
     *(part_of(ranks) for ranks in RANKS),
 )  # fmt: skip
 _WRONG = (
@@ -171,7 +171,7 @@ def _shortfalls(parts: dict[str, Result], cases: list[Record]) -> Iterator[str]:
     found = False
     for line in (
         *_slower(parts, cases), *_block_aims(cases), *_drawn(parts), *_larger([*cases, *parts.get("sweep", {}).get("cases", [])]),
-        *_larger_than_peer(parts), *_widths(parts), *_model(parts), *_first_call(parts),
+        *_larger_than_peer(parts), *_widths(parts), *_compat(parts), *_model(parts), *_first_call(parts),
         *_host(parts), *_decoding(parts), *_quantised(parts), *_expert_parallel(parts),
     ):  # fmt: skip
         found = True
@@ -226,6 +226,22 @@ def _block_aims(cases: list[Record]) -> Iterator[str]:
     for told, aim in (("", aims.BLOCK), (" of named models", aims.NAMED)):
         if missed := _missed(cases, aim):
             yield f"{BOTH}{told}, compiled grouped_mm's time over ours: {', '.join(missed)}."
+
+
+def _compat(parts: dict[str, Result]) -> Iterator[str]:
+    """Name the blocks of moe_ops.compat, which are not compiled, that are slower than a compiled one."""
+    slow = [
+        f"{case['shape']} {ratio[1]:.2f}x"
+        for case in own(parts.get("blocks", {}).get("cases", []))
+        if case.get("pass") == BOTH
+        and (ratio := at("ratio", "compat: compiled")(case))
+        and ratio[1] < 1
+    ]
+    if slow:
+        yield (
+            "The fused block of moe_ops.compat in eager mode, compiled grouped_mm's time over its own: "
+            f"{', '.join(slow)}."
+        )
 
 
 def _widths(parts: dict[str, Result]) -> Iterator[str]:
@@ -316,6 +332,7 @@ def _host(parts: dict[str, Result]) -> Iterator[str]:
             ratio = at("step_ratio", device)(case)
             if ratio and case["shape"] == suite.HOST[1].name and ratio[1] < aims.STEP:
                 steps.append(f"{name}{told} {_told(ratio[1], aims.STEP)}")
+    yield from _host_of_gemm(parts)
     if late:
         yield (
             f"The host's time of forward+backward, ours over compiled grouped_mm's (aim {aims.HOST}x): "
@@ -328,6 +345,19 @@ def _host(parts: dict[str, Result]) -> Iterator[str]:
             f"A step of {BOTH} among many that follow each other, compiled grouped_mm's time over "
             f"ours: {', '.join(steps)}."
         )
+
+
+def _host_of_gemm(parts: dict[str, Result]) -> Iterator[str]:
+    """Tell where grouped_gemm takes more of the host's time than torch's."""
+    slow = [
+        f"{case['shape']} {case['pass']} {ratio[1]:.2f}x"
+        for case in parts.get("host", {}).get("cases", [])
+        if case["what"] == "grouped_gemm"
+        and (ratio := at("host_ratio", "of torch")(case))
+        and ratio[1] > 1
+    ]
+    if slow:
+        yield f"The host's time of grouped_gemm, ours over torch's: {', '.join(slow)}."
 
 
 def _decoding(parts: dict[str, Result]) -> Iterator[str]:
