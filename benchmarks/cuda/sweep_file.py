@@ -100,9 +100,12 @@ def join(paths: Sequence[Path], path: Path, gpus: int | None = None) -> list[Rec
         gpus: how many GPUs they ran on. None: each run on its own.
 
     Raises:
-        ValueError: the files differ in a fact other than `OF_GPU`, or two have the same case.
+        ValueError: the files differ in a fact other than `OF_GPU`, or two have the same case, or
+            cases have no shape.
     """
     results = [json.loads(each.read_text(encoding="utf-8")) for each in paths]
+    if any("shape" not in case for result in results for case in result["cases"]):
+        raise ValueError(f"{paths[0].name}: its cases have no shapes, so they cannot be shared")
     told = [dict(result["environment"]) for result in results]
     repeated = [each.pop("repeated", []) for each in told]
     failed = [each.pop("failed", {}) for each in told]

@@ -311,6 +311,13 @@ def test_what_a_later_run_measured_is_not_missing(tmp_path, halves):
     assert environment["gpus of one host"] == 1
 
 
+def test_cases_without_shapes_are_not_joined(tmp_path):
+    file = tmp_path / "h200_model.json"
+    write(file, {"gpu": "H200"}, [{"tokens": 64}])
+    with pytest.raises(ValueError, match="its cases have no shapes"):
+        sweep_file.join([file], tmp_path / "joined.json")
+
+
 def test_peers_of_one_shape_are_joined(tmp_path):
     files = [tmp_path / name / "h200_experts_peers.json" for name in "abc"]
     for file, peer in zip(files, ("sonicmoe", "liger", "liger"), strict=True):
