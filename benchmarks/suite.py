@@ -91,7 +91,7 @@ WIDTHS = tuple(
 # Measured with every routing: one of many experts, one of few.
 EVERY_ROUTING = ("qwen3-30b", "mixtral")
 DECODE, DECODE_TOKENS = SUITE[0], (1, 8, 64, 256)
-# The same of a whole block.
+# Tokens of a whole block's decoding step, where those above are of single products.
 DECODE_BLOCK_TOKENS = (1, 8, 16, 32, 64, 128, 256)
 
 BLOCK_ROUTINGS = ("uniform", "zipf")

@@ -45,6 +45,7 @@ from benchmarks.cuda.timing import (
     errors_of,
     orders,
     quartiles,
+    ratios_of,
     rounded,
 )
 from benchmarks.suite import Routing, Shape
@@ -125,11 +126,7 @@ def host_record(bench: Bench, calls: Mapping[str, Call]) -> Record:
     times = host_microseconds(bench, calls)
     return {
         "host_us": {name: quartiles(each) for name, each in times.items()},
-        "host_ratio": {
-            name: quartiles([a / b for a, b in zip(times[over], times[under], strict=True)])
-            for name, (over, under) in HOST_RATIOS.items()
-            if over in times and under in times
-        },
+        "host_ratio": ratios_of(times, HOST_RATIOS),
     }
 
 
@@ -151,11 +148,7 @@ def step_record(bench: Bench, calls: Mapping[str, Call]) -> Record:
             times[names[i]].append((time.perf_counter_ns() - begin) / steps / 1e3)
     return {
         "step_us": {name: quartiles(each) for name, each in times.items()},
-        "step_ratio": {
-            name: quartiles([a / b for a, b in zip(times[over], times[under], strict=True)])
-            for name, (over, under) in RATIOS.items()
-            if over in times and under in times
-        },
+        "step_ratio": ratios_of(times, RATIOS),
     }
 
 

@@ -263,7 +263,7 @@ def _version(library: Library) -> str:
         return "version unknown"
 
 
-def present(names: Iterable[str], shapes: Iterable[Shape]) -> Iterator[tuple[str, Shape]]:
+def installed(names: Iterable[str], shapes: Iterable[Shape]) -> Iterator[tuple[str, Shape]]:
     """Each of the named peers that is installed, with each shape that it is measured on."""
     missing = absent()
     shapes = list(shapes)
@@ -277,7 +277,7 @@ def cases(
     bench: Bench, shapes: Iterable[Shape], until: float, names: Iterable[str] = tuple(PEERS)
 ) -> Iterator[Case]:
     """Every peer that is installed on every shape, which `until` (time.monotonic) may cut short."""
-    for name, shape in present(names, shapes):
+    for name, shape in installed(names, shapes):
         yield f"{name} {shape.name}", partial(run_peer, bench, shape, name, until)
 
 
@@ -287,7 +287,7 @@ def jobs_ahead(
     """The first calls that leave in the caches on disk what takes minutes to compile."""
     return {
         f"{name} {shape.name}": partial(compile_peer, bench, shape, name, until)
-        for name, shape in present(names, shapes)
+        for name, shape in installed(names, shapes)
         if PEERS[name].compiles_long
     }
 

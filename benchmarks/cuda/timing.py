@@ -202,12 +202,19 @@ def compare(
         times[name] = [elapsed / getattr(call, "calls", 1) for elapsed in times[name]]
     record["turns"] = len(next(iter(times.values()), []))
     record["milliseconds"] = {name: quartiles(each) for name, each in times.items()}
-    record["ratio"] = {
+    record["ratio"] = ratios_of(times, ratios)
+    return record
+
+
+def ratios_of(
+    times: Mapping[str, Sequence[float]], ratios: Mapping[str, tuple[str, str]]
+) -> dict[str, list[float]]:
+    """Quartiles of the ratios turn by turn, of those whose two contenders were both timed."""
+    return {
         name: quartiles([a / b for a, b in zip(times[over], times[under], strict=True)])
         for name, (over, under) in ratios.items()
         if over in times and under in times
     }
-    return record
 
 
 class Captured:
