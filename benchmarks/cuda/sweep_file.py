@@ -24,6 +24,10 @@ OF_GPU = ("date", "clock now", "ceilings")
 LEFT_OUT = "left out, no time"
 # Where it names the last case of a run that was ended before it could tell what it left out.
 ENDED_AFTER = "ended after"
+# How many GPUs of one host measured a file's cases; of each host, where there were several.
+GPUS = "gpus of one host"
+# Which peers' libraries a run found, by version, and which it did not find, and why.
+PRESENT, ABSENT = "present", "absent"
 # How many shapes the summary names.
 MOST_NAMED = 8
 
@@ -92,12 +96,13 @@ def in_order(records: Sequence[Record]) -> list[Record]:
 def join(paths: Sequence[Path], path: Path, gpus: int | None = None) -> list[Record]:
     """Write to one file what several runs on the GPUs of one host measured; return its records.
 
-    What one run had no time for, or failed at, is not told if another measured it.
+    What one run had no time for, or failed at, is not told if another measured it. Nor is a library
+    that one run lacked and another had. A file may itself be joined, of another host.
 
     Args:
         paths: of the runs.
         path: of the file.
-        gpus: how many GPUs they ran on. None: each run on its own.
+        gpus: how many GPUs the runs were on that are not joined yet. None: each on its own.
 
     Raises:
         ValueError: the files differ in a fact other than `OF_GPU`, or two have the same case, or
@@ -111,6 +116,10 @@ def join(paths: Sequence[Path], path: Path, gpus: int | None = None) -> list[Rec
     failed = [each.pop("failed", {}) for each in told]
     left_out = [each.pop(LEFT_OUT, []) for each in told]
     ended_after = [each.pop(ENDED_AFTER) for each in told if ENDED_AFTER in each]
+    of_hosts = [each.pop(GPUS) for each in told if GPUS in each]
+    if single := len(paths) - len(of_hosts):
+        of_hosts.append(gpus or single)
+    libraries = _libraries(told)
     facts: dict[str, Any] = {}
     for key in dict.fromkeys(key for each in told for key in each):
         values: list[Any] = [each.get(key) for each in told]
@@ -119,13 +128,14 @@ def join(paths: Sequence[Path], path: Path, gpus: int | None = None) -> list[Rec
         elif key not in OF_GPU:
             raise ValueError(f"the files differ in {key}: {', '.join(map(str, values))}")
         elif isinstance(values[0], dict):
-            facts[key] = {name: [value[name] for value in values] for name in values[0]}
+            facts[key] = {name: _flat([value[name] for value in values]) for name in values[0]}
         else:
-            facts[key] = values
+            facts[key] = _flat(values)
     labels = [label for result in results for label in {_label(c) for c in result["cases"]}]
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise ValueError(f"several files have {', '.join(twice)}")
-    facts["gpus of one host"] = gpus or len(paths)
+    facts |= libraries
+    facts[GPUS] = of_hosts if len(of_hosts) > 1 else of_hosts[0]
     if ended_after:
         facts[ENDED_AFTER] = ended_after
     if any(repeated):
@@ -146,6 +156,28 @@ def join(paths: Sequence[Path], path: Path, gpus: int | None = None) -> list[Rec
         facts[LEFT_OUT] = list(dict.fromkeys(missing))
     write(path, facts, records)
     return records
+
+
+def _flat(values: Sequence[Any]) -> list[Any]:
+    """A joined file has a list of its runs' values."""
+    return [each for value in values for each in (value if isinstance(value, list) else [value])]
+
+
+def _libraries(told: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Take from the runs' facts which libraries there were: what one run had, all had together."""
+    found = [(each.pop(PRESENT), each.pop(ABSENT, {})) for each in told if PRESENT in each]
+    if not found:
+        return {}
+    present: dict[str, str] = {}
+    for versions, _ in found:
+        for name, version in versions.items():
+            if present.setdefault(name, version) != version:
+                raise ValueError(f"the files differ in {name}: {present[name]}, {version}")
+    reasons = {name: why for _, reasons in found for name, why in reasons.items()}
+    return {
+        PRESENT: present,
+        ABSENT: {name: why for name, why in reasons.items() if name not in present},
+    }
 
 
 def _label(record: Record) -> str:

@@ -344,6 +344,38 @@ def test_what_a_later_run_measured_of_a_peer_is_not_missing(tmp_path):
     }
 
 
+def test_libraries_that_one_run_lacked_are_not_absent(tmp_path):
+    files = [tmp_path / name / "h200_experts_peers.json" for name in "abc"]
+    lacks = "no module"
+    versions = ({"sonicmoe": "0.1"}, {"sonicmoe": "0.1", "liger": "0.8"}, {"sonicmoe": "0.2"})
+    for file, present in zip(files, versions, strict=True):
+        absent = {name: lacks for name in ("liger", "unsloth") if name not in present}
+        case = {"shape": "olmoe", "peer": file.parent.name}
+        write(file, {"present": present, "absent": absent}, [case])
+    path = tmp_path / "h200_experts_peers.json"
+    sweep_file.join(files[:2], path)
+    environment = json.loads(path.read_text())["environment"]
+    assert environment["present"] == versions[1]
+    assert environment["absent"] == {"unsloth": lacks}
+    with pytest.raises(ValueError, match=r"the files differ in sonicmoe: 0\.1, 0\.2"):
+        sweep_file.join(files[1:], path)
+
+
+def test_what_another_host_measured_is_joined(tmp_path, halves):
+    joined = tmp_path / "joined" / "h200_sweep.json"
+    sweep_file.join(halves, joined)
+    found = json.loads(halves[0].read_text())
+    other = tmp_path / "2" / "h200_sweep.json"
+    cases = [{**found["cases"][0], "shape": "0/47"}]
+    write(other, {**found["environment"], "clock now": "1200 MHz"}, cases)
+    path = tmp_path / "h200_sweep.json"
+    sweep_file.join([joined, other], path, gpus=1)
+    environment = json.loads(path.read_text())["environment"]
+    assert environment["gpus of one host"] == [2, 1]
+    assert environment["clock now"] == ["345 MHz", "1980 MHz", "1200 MHz"]
+    assert environment["ceilings"] == {"dense_tflops": [345.0, 1980.0, 345.0]}
+
+
 @pytest.mark.parametrize("key", ["gpu", "kernel_sha256", "torch", "part"])
 def test_what_was_measured_otherwise_is_not_joined(tmp_path, halves, key):
     change(halves[1], **{key: "another"})
