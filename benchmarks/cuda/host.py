@@ -357,6 +357,7 @@ def run_ops(bench: Bench, shape: Shape) -> Iterator[Record]:
     with torch.no_grad():
         records = {
             name: op_record(bench, {OURS: op.call}, errors_of({OURS: op.call}, op.expected))
+            | time_without_launches(bench, op.call)
             for name, op in ops.items()
         }
         counts = {name: taken_apart(bench, op.call) for name, op in ops.items()}
@@ -407,20 +408,23 @@ def counted_descriptors() -> Iterator[list[int]]:
         yield addresses
 
 
-def taken_apart(bench: Bench, call: Call) -> Record:
-    """What `counted` counts, the TMA descriptors, and the host's us but for the launches.
+def time_without_launches(bench: Bench, call: Call) -> Record:
+    """The host's us of what is replayed but for its launches; empty on the CPU."""
+    if bench.device.type != "cuda":
+        return {}
+    with without_launches():
+        times = host_microseconds(bench, {OURS: call})
+    return {"us_without_launches": rounded(statistics.median(times[OURS]))}
 
-    The descriptors and the launches are those of what is replayed.
-    """
+
+def taken_apart(bench: Bench, call: Call) -> Record:
+    """What `counted` counts, and the TMA descriptors of what is replayed; empty on the CPU."""
     if bench.device.type != "cuda":
         return {}
     counts = counted(bench, call)
     with counted_descriptors() as addresses:
         call()
-    with without_launches():
-        times = host_microseconds(bench, {OURS: call})
-    without = rounded(statistics.median(times[OURS]))
-    return {**counts, "descriptors": len(addresses), "us_without_launches": without}
+    return {**counts, "descriptors": len(addresses)}
 
 
 def counted(bench: Bench, call: Call) -> Record:
