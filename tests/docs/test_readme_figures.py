@@ -17,7 +17,8 @@ Case = dict[str, Any]
 PARTS = cuda_results(ROOT / "benchmarks" / "results")["h200"]
 SUITE, SWEEP = own(PARTS["experts"]["cases"]), PARTS["sweep"]["cases"]
 UNIFORM = [case for case in SUITE if case["routing"] == "uniform"]
-SONICMOE = [case for case in PARTS["experts-peers"]["cases"] if case["peer"] == "sonicmoe"]
+PEERS = PARTS["experts-peers"]["cases"]
+SONICMOE = [case for case in PEERS if case["peer"] == "sonicmoe"]
 WORDS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
@@ -39,7 +40,8 @@ def says() -> dict[str, str]:
     """By what it is about, each piece of text that README must have."""
     suite, sweep = ratios(UNIFORM, BOTH), ratios(SWEEP, BOTH)
     forward, both = (ratios(SONICMOE, name, "sonicmoe") for name in (FORWARD, BOTH))
-    version = PARTS["experts-peers"]["environment"]["present"]["sonicmoe"]
+    versions = PARTS["experts-peers"]["environment"]["present"]
+    scattermoe, liger = (ratios(PEERS, BOTH, peer) for peer in ("scattermoe", "liger"))
     tuned, theirs = number_of_shapes(UNIFORM), number_of_shapes(SONICMOE)
     share = "all" if theirs == tuned else WORDS[theirs]
     return {
@@ -48,9 +50,12 @@ def says() -> dict[str, str]:
         "the number of drawn shapes": f"On {number_of_shapes(SWEEP)} shapes drawn at random",
         "the sweep": f"it is {told(sweep)} as fast",
         "the sweep's mean": f"{statistics.geometric_mean(sweep):.3f}x in the geometric mean",
-        "SonicMoE's version": f"{version} in its default configurations",
+        "SonicMoE's version": f"{versions['sonicmoe']} in its default configurations",
         "the number of SonicMoE's shapes": f"on {share} of the first {WORDS[tuned]} shapes",
         "SonicMoE": f"{told(forward)} our time in forward and {told(both)} with the backward",
+        "scattermoe": f"scattermoe {versions['scattermoe']} takes {told(scattermoe)} our time",
+        "Liger": f"Liger {versions['liger']} {told(liger)}",
+        "the number of their shapes": f"each on {WORDS[min(len(scattermoe), len(liger))]} of them",
     }
 
 
