@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 
 import moe_ops
 from benchmarks import suite
-from benchmarks.cuda import experts, lora
+from benchmarks.cuda import experts, lora, timing
 from benchmarks.cuda.__main__ import (
     BLOCKS,
     BY_NAME,
@@ -314,7 +314,15 @@ def test_relative_error():
     assert worst([1.0, 2.0]) == 2
 
 
-def test_launches_are_recorded_only_inside():
+def test_launches_are_recorded_only_inside(monkeypatch):
+    kernel, made = timing._read_kernel, []
+    monkeypatch.setattr(type(kernel), "run", lambda _, *args, **kwargs: made.append((args, kwargs)))
+    kernel.run(1, grid=(1,))
     with recorded_launches() as launches:
-        pass
-    assert launches == []
+        kernel.run(2, grid=(1,), warmup=True)
+        kernel.run(3, grid=(1,), warmup=False)
+    kernel.run(4, grid=(1,))
+    assert len(made) == 4
+    (launch,) = launches
+    launch()
+    assert made[4] == made[2]
