@@ -38,6 +38,7 @@ from benchmarks.cuda.experts import (
     count_experts,
     ours,
 )
+from benchmarks.cuda.sweep_file import ABSENT, PRESENT
 from benchmarks.cuda.timing import OURS, Bench, Case, Record, rounded
 from benchmarks.suite import Shape
 
@@ -253,7 +254,7 @@ def facts() -> dict[str, dict[str, str]]:
     present = {
         name: _version(library) for name, library in LIBRARIES.items() if name not in missing
     }
-    return {"present": present, "absent": missing}
+    return {PRESENT: present, ABSENT: missing}
 
 
 def _version(library: Library) -> str:
