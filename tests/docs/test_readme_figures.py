@@ -42,6 +42,7 @@ def says() -> dict[str, str]:
     forward, both = (ratios(SONICMOE, name, "sonicmoe") for name in (FORWARD, BOTH))
     versions = PARTS["experts-peers"]["environment"]["present"]
     scattermoe, liger = (ratios(PEERS, BOTH, peer) for peer in ("scattermoe", "liger"))
+    others = " or ".join(WORDS[n] for n in sorted({len(scattermoe), len(liger)}))
     tuned, theirs = number_of_shapes(UNIFORM), number_of_shapes(SONICMOE)
     share = "all" if theirs == tuned else WORDS[theirs]
     return {
@@ -55,7 +56,7 @@ def says() -> dict[str, str]:
         "SonicMoE": f"{told(forward)} our time in forward and {told(both)} with the backward",
         "scattermoe": f"scattermoe {versions['scattermoe']} takes {told(scattermoe)} our time",
         "Liger": f"Liger {versions['liger']} {told(liger)}",
-        "the number of their shapes": f"each on {WORDS[min(len(scattermoe), len(liger))]} of them",
+        "the number of their shapes": f"each on {others} of them",
     }
 
 
