@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels of a first call compile beside each other, before the first of them is launched."""
 
+import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -102,6 +103,45 @@ def test_other_threads_go_on_launching():
     implementation(X)
     assert events == ["compile own", "launch own"]
     assert elsewhere == ["launch elsewhere"] * 2
+
+
+class Compiled:
+    """A stand-in for a compiled kernel: it notes in which thread and on which device it is loaded."""
+
+    def __init__(self, loaded, fails=False):
+        self.loaded, self.fails = loaded, fails
+
+    @property
+    def run(self):
+        if self.fails:
+            raise triton.OutOfResources(3, 2, "shared memory")
+        self.loaded.append((threading.current_thread(), DEVICES[-1]))
+
+
+DEVICES: list[torch.device] = []
+
+
+@contextlib.contextmanager
+def current(device):
+    DEVICES.append(device)
+    yield
+    DEVICES.pop()
+
+
+def test_a_kernel_is_loaded_where_it_is_compiled(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", current)
+    loaded: list[tuple[threading.Thread, torch.device]] = []
+    kernel, device = Compiled(loaded), torch.device("cuda", 1)
+    with compiling._Compilers(device) as executor:
+        assert executor.submit(lambda: kernel).result() is kernel
+        fails = executor.submit(lambda: Compiled(loaded, fails=True))
+        assert isinstance(fails.exception(), triton.OutOfResources)
+    ((thread, on),) = loaded
+    assert thread is not threading.main_thread()
+    assert on == device
+    with compiling._Compilers(torch.device("meta")) as executor:
+        executor.submit(lambda: kernel).result()
+    assert len(loaded) == 1
 
 
 @triton.jit
