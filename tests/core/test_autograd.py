@@ -3,12 +3,15 @@
 
 import itertools
 import re
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_ops._core.library import OPS, SCHEMAS
 from testing import checks, oracle
@@ -313,6 +316,80 @@ def test_an_op_that_runs_in_place_of_another_says_so_and_takes_its_arguments():
         "fused_experts_lora_quantized_forward": "fused_experts_lora_quantized",
         "fused_experts_quantized_forward": "fused_experts_quantized",
     }
+
+
+# The forwards that run in place of an op where a gradient is recorded.
+FORWARDS = sorted(name for name, op in OPS.items() if op._recorded is not None)
+
+
+def looks(value: object) -> object:
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.stride(), value.dtype
+    return value
+
+
+def samples_with_other_needs(forward: str) -> Iterator[Sample]:
+    """Yield calls of the op that the forward stands for; each needs other gradients."""
+    recorded = OPS[forward]._recorded
+    (called,) = (name for name, op in OPS.items() if op._autograd is recorded)
+    for seed in range(12):
+        sample = seeded_sample(SCHEMAS[called], seed, T=5, dtype=torch.float32)
+        for i, argument in enumerate(sample.differentiable()):
+            value = sample.arguments[argument].detach()
+            sample.arguments[argument] = value.requires_grad_((seed + i) % 3 > 0)
+        yield sample
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_a_rehearsal_makes_the_calls_of_a_backward(name):
+    """It compiles the kernels of a backward, so it has to ask for the same gradients."""
+    recorded, lengths = OPS[name]._recorded, set()
+    assert recorded is not None
+    for sample in samples_with_other_needs(name):
+        args = tuple(sample.arguments.values())
+        with torch.no_grad():
+            outputs = OPS[name].overload(*args)
+        with torch.no_grad(), MoeOps() as rehearsed:
+            recorded.go_through_backward(args, outputs)
+        output = sample()
+        with MoeOps() as real:
+            if output.requires_grad:
+                output.backward(torch.ones_like(output))
+        calls = [
+            [(op, [looks(value) for value in given]) for op, given in found.calls]
+            for found in (rehearsed, real)
+        ]
+        assert calls[0] == calls[1], sample
+        lengths.add(len(calls[0]))
+    assert lengths - {0}
+
+
+class Freed(TorchDispatchMode):
+    """Notes, at each op, whether a tensor is freed."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.tensor = weakref.ref(tensor)
+        self.found: list[tuple[str, bool]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found.append((func._schema.name, self.tensor() is None))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_rehearsal_frees_the_pre_activation_between_the_two_ops():
+    recorded = OPS["fused_experts_forward"]._recorded
+    assert recorded is not None
+    sample = every_argument("fused_experts", recompute="none", weights_before=False)
+    args = tuple(sample.requiring_grad().values())
+    with torch.no_grad():
+        outputs = [OPS["fused_experts_forward"].overload(*args)]
+        with Freed(outputs[0][1]) as freed:
+            recorded.go_through_backward(args, outputs.pop())
+    ours = dict(found for found in freed.found if found[0].startswith("moe::"))
+    assert ours == {
+        "moe::fused_experts_down_backward": False, "moe::fused_experts_up_backward": True,
+    }  # fmt: skip
 
 
 def test_integer_outputs_have_no_gradient():

@@ -64,6 +64,38 @@ print(json.dumps([out.tolist(), grad.tolist()]))
     assert grad == [[10.0, 10.0], [5.0, 5.0]]
 
 
+COMPILED = """
+import json, threading, torch, triton, moe_ops
+
+compilers, own = [], triton.compiler.compile
+
+def noted(*args, **kwargs):
+    compilers.append(threading.current_thread() is threading.main_thread())
+    return own(*args, **kwargs)
+
+triton.compiler.compile = noted
+x = torch.randn(64, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+up, down = (
+    torch.randn(4, n, d, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    for n, d in ((128, 128), (128, 64))
+)
+ids = torch.arange(128, device="cuda").view(64, 2) % 4
+weights = torch.rand(64, 2, device="cuda", requires_grad=True)
+output = moe_ops.fused_experts(x, up, down, ids, weights)
+torch.cuda.synchronize()
+forward = len(compilers)
+output.backward(torch.randn_like(output))
+print(json.dumps([any(compilers), forward, len(compilers)]))
+"""
+
+
+def test_a_first_forward_compiles_its_backward_in_threads(tmp_path):
+    told = fresh_python(COMPILED, TRITON_CACHE_DIR=str(tmp_path), MOE_OPS_AUTOTUNE="0")
+    in_main_thread, forward, both = json.loads(told)
+    assert not in_main_thread
+    assert both == forward > 8
+
+
 def test_env_says_that_triton_serves_cuda():
     script = "import sys; from moe_ops.cli import main; sys.exit(main(['env']))"
     lines = fresh_python(script).splitlines()

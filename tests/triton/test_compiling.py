@@ -88,6 +88,51 @@ def test_where_somebody_compiles_ahead_already_it_does_not():
     assert events == ["launch first", "launch second"]
 
 
+def forward_and_backward(events, fails=False):
+    """A forward of one kernel, compiled with a backward that has another."""
+
+    @compiled_together
+    def backward(gradient):
+        launch(Kernel("backward", events), (1,), gradient, on=gradient)
+
+    @compiled_together
+    def forward(x):
+        launch(Kernel("forward", events), (1,), x, on=x)
+        return x
+
+    def through(args, output):
+        assert args == (output,)
+        backward(output)
+        if fails:
+            raise NotImplementedError
+
+    return compiling.compiled_with_backward(forward, through), backward
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_forward_compiles_its_backward_beside_it(fails):
+    """What is wrong with the backward does not concern the forward."""
+    events: list[str] = []
+    forward, backward = forward_and_backward(events, fails)
+    assert forward(X) is X
+    assert events == ["compile forward", "compile backward", "launch forward"]
+    forward(X)
+    backward(X)
+    assert events[3:] == ["launch forward", "launch backward"]
+    assert not compiling.is_ahead()
+
+
+def test_a_forward_that_is_captured_leaves_its_backward_alone(monkeypatch):
+    events: list[str] = []
+    forward, backward = forward_and_backward(events)
+    with monkeypatch.context() as during:
+        during.setattr(compiling, "_launches", lambda args: False)
+        forward(X)
+    assert events == ["launch forward"]
+    backward(X)
+    assert events[1:] == ["compile backward", "launch backward"]
+
+
 def test_other_threads_go_on_launching():
     events: list[str] = []
     elsewhere: list[str] = []

@@ -52,6 +52,8 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
 }
 # What records the calls of an implementation on a GPU, to replay later ones.
 REPLAYS = {"triton": "moe_ops._triton.replay:Replays"}
+# What compiles the kernels of a forward's first call on a GPU beside those of its backward.
+FIRST_CALLS = {"triton": "moe_ops._triton.compiling:compiled_with_backward"}
 DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 ENVIRONMENT_VARIABLE = "MOE_OPS_IMPLEMENTATION"
 
@@ -95,6 +97,8 @@ class Op:
         for key, kernel in self.device_kernels.items():
             self._impl(kernel, key)
         self._autograd: _Autograd | None = None
+        # Of the op in whose place this one runs where a gradient is recorded.
+        self._recorded: _Autograd | None = None
         self._impl(_autograd_kernel(self), "Autograd", with_keyset=True)
         for device_type, key in DISPATCH_KEYS.items():
             self._impl(_autocast_kernel(self, device_type), f"Autocast{key}")
@@ -140,7 +144,10 @@ class Op:
             forward: the op that runs in place of this one where a gradient is recorded. It takes
                 the same arguments. Its first outputs are this op's; `save` gets all of them.
         """
-        self._autograd = _Autograd(save, backward, forward or self)
+        num_outputs = len(self.schema.outputs)
+        self._autograd = _Autograd(save, backward, forward or self, num_outputs)
+        if forward is not None:
+            forward._recorded = self._autograd
 
     def choose(self, device_type: str) -> Choice:
         """Return the implementation that serves `device_type`, or raise RuntimeError."""
@@ -189,6 +196,33 @@ class _Autograd:
     save: Callable[..., None]
     backward: Callable[..., Sequence[torch.Tensor | None]]
     forward: Op
+    num_outputs: int
+
+    def go_through_backward(self, args: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> None:
+        """Call what a backward of this call would call, with outputs in place of their gradients."""
+        needs = [isinstance(a, torch.Tensor) and a.requires_grad for a in args]
+        if not any(needs):
+            return
+        ctx = _Rehearsal(needs)
+        self.save(ctx, args, outputs)
+        grads = outputs[: self.num_outputs]
+        # As in a real backward, nothing but ctx holds the others.
+        del outputs
+        self.backward(ctx, *grads)
+
+
+class _Rehearsal:
+    """Stands for autograd's ctx where a backward is gone through for the sake of its kernels."""
+
+    def __init__(self, needs: list[bool]) -> None:
+        self.needs = needs
+        self.saved_tensors: tuple[torch.Tensor | None, ...] = ()
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+    def maybe_clear_saved_tensors(self) -> None:
+        self.saved_tensors = ()
 
 
 def function_of(name: str) -> Any:
@@ -210,7 +244,11 @@ def _device_kernel(op: Op, device_type: str) -> Callable[..., Tensors]:
         implementation = op._load(choice.name)
         if device_type == "cpu" or choice.name not in REPLAYS:
             return implementation, None
-        return implementation, function_of(REPLAYS[choice.name])(implementation)
+        replays = function_of(REPLAYS[choice.name])(implementation)
+        if op._recorded is not None:
+            first_call = function_of(FIRST_CALLS[choice.name])
+            implementation = first_call(implementation, op._recorded.go_through_backward)
+        return implementation, replays
 
     # If one tensor is on another device, the dispatcher calls that device's kernel, not the CPU's.
     return op.generated.kernel_of(load, device_type != "cpu")

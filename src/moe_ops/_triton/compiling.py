@@ -5,12 +5,14 @@ Triton compiles a kernel when it is launched first, so a call of several kernels
 the other. But which kernels they are is known before the first of them runs: nothing that an
 implementation does depends on what they compute. So its first call in a process goes through it twice.
 The first time nothing is launched, and each launch hands its kernel to a thread that compiles it and
-loads it.
+loads it. Where a forward records a gradient, its first call goes through its backward, too: the values
+that stand for gradients then mean nothing, and nothing reads them.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -21,8 +23,10 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import triton
 
+logger = logging.getLogger("moe_ops")
+
 # Threads that compile. Of more kernels than that a call has the most to wait for one of them.
-_MOST_THREADS = 8
+_MOST_THREADS = 16
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -53,8 +57,29 @@ def compiled_together(implementation: Callable[P, R]) -> Callable[P, R]:
         form = tuple(kwargs.items())
         if form not in done and _launches(args):
             done.add(form)
-            _compile(implementation, args, kwargs)
+            _compile(args, lambda: implementation(*args, **kwargs))
         return implementation(*args, **kwargs)
+
+    return called
+
+
+def compiled_with_backward(
+    implementation: Callable[..., R], backward: Callable[[tuple[Any, ...], R], None]
+) -> Callable[..., R]:
+    """Let the kernels of a forward's first call compile beside those of its backward.
+
+    Args:
+        implementation: the forward, which is compiled together, as what the backward calls is.
+        backward: called with a call's arguments and outputs, goes through its backward.
+    """
+    is_first = True
+
+    def called(*args: Any) -> R:
+        nonlocal is_first
+        if is_first and _launches(args):
+            is_first = False
+            _compile(args, lambda: backward(args, implementation(*args)))
+        return implementation(*args)
 
     return called
 
@@ -91,7 +116,8 @@ class _Compilers(ThreadPoolExecutor):
         return kernel
 
 
-def _compile(implementation: Callable[..., Any], args: Any, kwargs: Any) -> None:
+def _compile(args: tuple[Any, ...], call: Callable[[], object]) -> None:
+    """Make a call that launches nothing. Its kernels are there when this returns."""
     with ExitStack() as stack:
         executor = stack.enter_context(_Compilers(args[0].device))
         try:
@@ -102,6 +128,9 @@ def _compile(implementation: Callable[..., Any], args: Any, kwargs: Any) -> None
             return
         _thread.is_ahead = True
         try:
-            implementation(*args, **kwargs)
+            call()
+        except Exception as error:  # noqa: BLE001
+            # What is wrong with it shows where the call itself is made.
+            logger.debug("moe_ops: kernels are not compiled ahead: %s", error)
         finally:
             _thread.is_ahead = False
