@@ -80,3 +80,26 @@ def test_rows_move_in_pieces_of_16_bytes():
         moves = [line.split()[-1] for line in found[name].splitlines() if ".global" in line]
         assert ".v4.b32" in found[name], moves
         assert ".global.b16" not in found[name], moves
+
+
+# Rows that TMA cannot describe.
+ODD = Sizes(num_tokens=8192, top_k=4, num_experts=16, out_features=2002, in_features=1001)
+STORE = "global.shared::cta.bulk_group"
+
+
+def test_h_is_stored_by_descriptor_where_no_pre_activation_is():
+    """The rows of h begin at sectors at any width, those of the pre-activation do not."""
+    found = calls.experts(ODD, BF16)
+    stores = {
+        name: STORE in kernel.ptx
+        for name in ("inference", "forward")
+        for kernel in compiled(found[name])
+        if kernel.kernel == "_expert_up_kernel"
+    }
+    assert stores == {"inference": True, "forward": False}
+
+
+def test_the_gradient_of_the_pre_activation_is_copied_once_for_both_products():
+    """Copied are dY, dz, the hidden states and both weights, and no h: its rows begin at sectors."""
+    kernels = [kernel.kernel for kernel in compiled(calls.experts(ODD, BF16)["backward"])]
+    assert kernels.count("shift_rows_kernel") == 5

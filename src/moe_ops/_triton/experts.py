@@ -46,6 +46,7 @@ class UpProjection:
         gate_up_proj ((E, U, H)): the up projection, in any strides or quantised.
         bias ((E, U)): its bias.
         weights ((T, K)): router weights that multiply the rows before the product.
+        stores_z: whether `launch` is given a z.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class UpProjection:
         gate_up_proj: torch.Tensor | StoredWeight,
         bias: torch.Tensor | None,
         weights: torch.Tensor | None,
+        stores_z: bool,
     ) -> None:
         self.routed, self.weights = routed, weights
         # Weighted rows are moved into expert order before the product.
@@ -80,7 +82,8 @@ class UpProjection:
             # Rows that are moved lie where TMA can describe them.
             can_describe_x=can_describe_rows(x.shape[1], x.dtype)
             or (weights is not None and x.shape[1] > 0),
-            can_describe_y=can_describe_rows(width, x.dtype),
+            # The rows of h begin at sectors, those of z do not.
+            can_describe_y=not stores_z or can_describe_rows(width, x.dtype),
             kernel_config=routed.kernel_config,
         )
 

@@ -217,7 +217,7 @@ def up_projection_on_device(
     z = input.new_empty(num_rows, weight.shape[1])
     # The kernel leaves the rows of no expert in h unwritten. PyTorch's are zero.
     h = input.new_zeros(num_rows, weight.shape[1] // (2 if gated else 1))
-    UpProjection(routed, input, weight, arguments["bias"], None).launch(z, h)
+    UpProjection(routed, input, weight, arguments["bias"], None, True).launch(z, h)
     return z, h
 
 

@@ -57,9 +57,10 @@ def fused_experts(
     )  # fmt: skip
     num_rows = gather.shape[0]
     before, after = (topk_weights, None) if weights_before else (None, topk_weights)
-    up = UpProjection(routed, hidden_states, gate_up_proj, gate_up_bias, before)
+    stores_z = for_backward and recompute == "none"
+    up = UpProjection(routed, hidden_states, gate_up_proj, gate_up_bias, before, stores_z)
     z = None
-    if for_backward and recompute == "none":
+    if stores_z:
         z = hidden_states.new_empty(num_rows, gate_up_proj.shape[1])
     width = gate_up_proj.shape[1]
     h = new_rows(hidden_states, num_rows, width // 2 if gated else width)
@@ -119,7 +120,7 @@ def fused_experts_down_backward(
     if need_dz or need_down or need_dots:
         z = pre_activation
         if z is None and hidden_states is not None:
-            up = UpProjection(routed, hidden_states, gate_up_proj, gate_up_bias, before)
+            up = UpProjection(routed, hidden_states, gate_up_proj, gate_up_bias, before, True)
             z = grad_output.new_empty(num_rows, gate_up_proj.shape[1])
             up.launch(z, None)
             del up
@@ -172,6 +173,8 @@ def fused_experts_up_backward(
         dots = gemm.new_dots(has_bias=False) if need_dots else None
         other = hidden_states if need_dots else None
         gemm.launch(dx, other=other, gather_other=True, dots=dots, zeros_tail=False)
+        # Where the product has copied dz for TMA, the copy serves dW as well.
+        dz = gemm.x
         if dx is not None:
             grads[0] = sum_rows(dx, scatter_indices, topk_weights, top_k, offsets[1, -1:])
             del dx

@@ -62,7 +62,9 @@ def fused_experts_lora(
         low_up = h.new_empty(num_rows, 0)
         z = hidden_states.new_empty(num_rows, width) if for_backward else None
         # The activation is computed on top of the product.
-        product = UpProjection(routed, hidden_states, gate_up_proj, gate_up_bias, None)
+        product = UpProjection(
+            routed, hidden_states, gate_up_proj, gate_up_bias, None, for_backward
+        )
         schedule = product.launch(z, h)
         del product
     else:
