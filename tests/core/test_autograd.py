@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_ops._core.library import OPS, SCHEMAS
+from moe_ops._core.torch_private import AFTER_AUTOGRAD
 from testing import checks, oracle
 from testing.moe_block import BLOCKS, loss_and_gradients, make_tokens, make_weights
 from testing.recorders import MoeOps
@@ -316,6 +317,36 @@ def test_an_op_that_runs_in_place_of_another_says_so_and_takes_its_arguments():
         "fused_experts_lora_quantized_forward": "fused_experts_lora_quantized",
         "fused_experts_quantized_forward": "fused_experts_quantized",
     }
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_backward_visits_autograd_for_a_second_derivative_alone(create_graph):
+    overload, visits = torch.ops.moe.grouped_gemm_dx.default, []
+
+    def noted(keyset, *args):
+        visits.append(args)
+        return overload.redispatch(keyset & AFTER_AUTOGRAD, *args)
+
+    sample = every_argument("grouped_gemm")
+    arguments = sample.requiring_grad()
+    library = torch.library.Library("moe", "IMPL")
+    library.impl("grouped_gemm_dx", noted, "AutogradCPU", with_keyset=True)
+    try:
+        output = sample(**arguments)
+        torch.autograd.grad(output.sum(), arguments["input"], create_graph=create_graph)
+    finally:
+        library._destroy()
+    assert len(visits) == create_graph
+
+
+def test_a_tangent_of_an_output_is_refused():
+    sample = every_argument("fused_experts")
+    arguments = sample.requiring_grad()
+    output = sample(**arguments)
+    with forward_ad.dual_level():
+        gradient = forward_ad.make_dual(torch.ones_like(output), torch.ones_like(output))
+        with pytest.raises(NotImplementedError, match="fused_experts_down_backward: forward-mode"):
+            torch.autograd.grad(output, arguments["hidden_states"], gradient)
 
 
 # The forwards that run in place of an op where a gradient is recorded.

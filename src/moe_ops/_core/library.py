@@ -149,6 +149,17 @@ class Op:
         if forward is not None:
             forward._recorded = self._autograd
 
+    def in_backward(self, *args: Any) -> Any:
+        """Call the op in the formula of a gradient.
+
+        Without a second derivative its Autograd kernel would record nothing, and is skipped: that
+        saves converting the arguments twice.
+        """
+        if torch.is_grad_enabled() or forward_ad_is_on():
+            return self.overload(*args)
+        with below_autograd():
+            return self.overload(*args)
+
     def choose(self, device_type: str) -> Choice:
         """Return the implementation that serves `device_type`, or raise RuntimeError."""
         candidates = IMPLEMENTATIONS[device_type]

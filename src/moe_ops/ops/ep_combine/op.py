@@ -26,7 +26,7 @@ def _save(ctx: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
 
 def _backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor]:
     (sent_slots,) = ctx.saved_tensors
-    return (_backward_op.overload(grad_output, sent_slots, *ctx.sizes),)
+    return (_backward_op.in_backward(grad_output, sent_slots, *ctx.sizes),)
 
 
 _op.differentiate(_save, _backward)

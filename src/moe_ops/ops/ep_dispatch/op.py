@@ -45,7 +45,7 @@ def _backward(
         shape, kind = ctx.weights
         grad_weights = torch.zeros(shape, **kind)
     needs = [ctx.needs[0], ctx.needs[2]]
-    grad_input, grad_topk_weights = _backward_op.overload(
+    grad_input, grad_topk_weights = _backward_op.in_backward(
         grad_rows, grad_weights, local_ids, sent_slots, *ctx.sizes, needs
     )
     return grad_input, None, grad_topk_weights

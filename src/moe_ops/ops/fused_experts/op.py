@@ -62,7 +62,7 @@ def _backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None,
     )
     # Unless somebody retains the graph, nothing but z itself holds the pre-activation from here on.
     ctx.maybe_clear_saved_tensors()
-    dz, grad_down, grad_weights, grad_down_bias = _down_backward_op.overload(
+    dz, grad_down, grad_weights, grad_down_bias = _down_backward_op.in_backward(
         grad_output, x, gate_up_proj, down_proj, topk_weights, *biases, z, counts, gather, scatter,
         *ctx.down_flags,
     )  # fmt: skip
@@ -71,7 +71,7 @@ def _backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None,
     grad_x = grad_up = grad_up_bias = None
     if ctx.needs_up:
         before = topk_weights if ctx.weights_before else None
-        grad_x, grad_up, grad_before, grad_up_bias = _up_backward_op.overload(
+        grad_x, grad_up, grad_before, grad_up_bias = _up_backward_op.in_backward(
             dz, x, gate_up_proj, before, counts, gather, scatter, *ctx.up_flags
         )
         grad_weights = grad_before if ctx.weights_before else grad_weights

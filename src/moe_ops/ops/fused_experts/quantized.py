@@ -209,7 +209,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     # Unless somebody retains the graph, nothing but z itself holds the pre-activation from here on.
     ctx.maybe_clear_saved_tensors()
     gate_up = (*stored[:4], *ctx.up_layout)
-    dz, grad_weights, grad_down_bias = _down_backward_op.overload(
+    dz, grad_weights, grad_down_bias = _down_backward_op.in_backward(
         grad_output, x, *gate_up, *stored[4:], *ctx.down_layout, topk_weights, gate_up_bias,
         down_bias, z, counts, gather, scatter, *ctx.down_flags,
     )  # fmt: skip
@@ -217,7 +217,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_up_bias = None
     if ctx.needs_up:
         before = topk_weights if ctx.weights_before else None
-        grad_x, grad_before, grad_up_bias = _up_backward_op.overload(
+        grad_x, grad_before, grad_up_bias = _up_backward_op.in_backward(
             dz, x, *gate_up, ctx.hidden_size, before, counts, gather, scatter, *ctx.up_flags
         )
         grad_weights = grad_before if ctx.weights_before else grad_weights

@@ -67,7 +67,7 @@ def _save(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     gate_up_proj, down_proj, x, *others = ctx.saved_tensors
-    grad_x, grad_weights, *grad_factors = _backward_op.overload(
+    grad_x, grad_weights, *grad_factors = _backward_op.in_backward(
         grad_output, x, gate_up_proj, down_proj, *others, *ctx.activation, ctx.wanted, ctx.config
     )
     return grad_x, None, None, None, grad_weights, *grad_factors

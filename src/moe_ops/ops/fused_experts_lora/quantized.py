@@ -143,7 +143,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     up, down, (x, *others) = tensors[:4], tensors[4:8], tensors[8:]
     up_layout, down_layout = ctx.layouts
-    grad_x, grad_weights, *grad_factors = _backward_op.overload(
+    grad_x, grad_weights, *grad_factors = _backward_op.in_backward(
         grad_output, x, *up, *up_layout, *down, *down_layout, *others, *ctx.activation, ctx.wanted,
         ctx.config,
     )  # fmt: skip

@@ -51,12 +51,12 @@ def _backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None,
         needs = [need_input, need_topk_weights]
         # `input` may have been saved only for dW.
         x = input if need_topk_weights else None
-        grad_input, grad_topk_weights = _dx_op.overload(
+        grad_input, grad_topk_weights = _dx_op.in_backward(
             grad_output, weight, *routing, x, bias, *ctx.flags, needs, ctx.config
         )
     if need_weight or need_bias:
         needs = [need_weight, need_bias]
-        grad_weight, grad_bias = _dw_op.overload(
+        grad_weight, grad_bias = _dw_op.in_backward(
             grad_output, input, *routing, *ctx.flags, needs, ctx.transposed, ctx.config
         )
     return grad_input, grad_weight, None, None, grad_topk_weights, grad_bias

@@ -120,7 +120,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     grad_input = grad_topk_weights = grad_bias = None
     routing = (token_counts, gather_indices, topk_weights)
     if need_input or need_topk_weights:
-        grad_input, grad_topk_weights = _dx_op.overload(
+        grad_input, grad_topk_weights = _dx_op.in_backward(
             grad_output, *tensors, *ctx.layout, *routing, input if need_topk_weights else None, bias,
             *ctx.flags, [need_input, need_topk_weights], ctx.config,
         )  # fmt: skip

@@ -29,7 +29,7 @@ def _backward(ctx: Any, grad_topk_weights: torch.Tensor, _: None) -> tuple[torch
     if not ctx.needs[0]:
         return (None,)
     logits, topk_ids = ctx.saved_tensors
-    return (_backward_op.overload(grad_topk_weights, logits, topk_ids, *ctx.scoring),)
+    return (_backward_op.in_backward(grad_topk_weights, logits, topk_ids, *ctx.scoring),)
 
 
 _op.differentiate(_save, _backward)

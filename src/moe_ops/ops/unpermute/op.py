@@ -32,7 +32,7 @@ def _backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None,
     if topk_weights is None:
         return (torch.ops.moe.permute(grad_output, gather_indices, ctx.top_k, scatter_indices),)
     needs = [ctx.needs[0], ctx.needs[2]]
-    grad_input, grad_topk_weights = _backward_op.overload(
+    grad_input, grad_topk_weights = _backward_op.in_backward(
         grad_output, input, gather_indices, topk_weights, ctx.top_k, scatter_indices, needs
     )
     return grad_input, None, grad_topk_weights
