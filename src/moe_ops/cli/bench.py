@@ -313,7 +313,10 @@ def _device(device: torch.device) -> str:
 def _table(rows: list[Row], device: torch.device) -> Iterator[str]:
     """Yield the lines of a table for each block and number of tokens."""
     yield _device(device)
-    yield "ms, the median of turns that alternate; (its time over ours)"
+    yield (
+        "ms, the median of turns that alternate; "
+        "(its time over ours, the median of the turns' ratios)"
+    )
     groups = dict.fromkeys((row.block, row.num_tokens) for row in rows)
     for block, num_tokens in groups:
         here = [row for row in rows if (row.block, row.num_tokens) == (block, num_tokens)]
