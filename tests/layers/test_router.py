@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Router equals plain loops in all variants, and chooses as transformers' routers do."""
 
+import itertools
+import re
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+import moe_ops
 from moe_ops.layers import MoE, Router
 from testing import checks, oracle
 
@@ -139,15 +143,57 @@ def test_initialisation(name):
 
 
 def test_wrong_options_are_the_ops_errors():
-    hidden_states = torch.randn(2, HIDDEN_SIZE)
-    # The user gave no groups and reads nothing about groups.
-    text = r"^moe::topk_routing: expected top_k <= logits.shape\[1\] \(4\), got 9$"
-    with pytest.raises(ValueError, match=text):
-        Router(HIDDEN_SIZE, 4, 9)(hidden_states)
-    with pytest.raises(ValueError, match=r"moe::topk_routing: expected top_k <= .*top_groups"):
-        Router(HIDDEN_SIZE, 4, 3, num_groups=2)(hidden_states)
     with pytest.raises(ValueError, match=r"moe::topk_routing: expected score_function"):
-        Router(HIDDEN_SIZE, 4, 2, score_function="tanh")(hidden_states)
+        Router(HIDDEN_SIZE, 4, 2, score_function="tanh")(torch.randn(2, HIDDEN_SIZE))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "text"),
+    [
+        ({"hidden_size": -1}, "hidden_size >= 0, got -1"),
+        ({"num_experts": 0}, "num_experts >= 1, got 0"),
+        ({"top_k": -1}, "top_k >= 1, got -1"),
+        ({"num_groups": 0}, "num_groups >= 1, got 0"),
+        ({"num_groups": 3}, "num_experts to be a multiple of num_groups (3), got 4"),
+        ({"num_groups": 2, "top_groups": 3}, "top_groups <= num_groups (2), got 3"),
+        # The user gave no groups and reads nothing about groups.
+        ({"top_k": 9}, "top_k <= num_experts (4), got 9"),
+        (
+            {"top_k": 3, "num_groups": 2},
+            "top_k <= num_experts // num_groups * top_groups (2), got 3",
+        ),
+    ],
+)
+def test_impossible_sizes_are_refused_when_it_is_made(sizes, text):
+    text = f"^{re.escape(f'moe_ops.layers.Router: expected {text}')}$"
+    with pytest.raises(ValueError, match=text):
+        Router(**{"hidden_size": 8, "num_experts": 4, "top_k": 2, **sizes})
+
+
+def is_refused(call):
+    try:
+        call()
+    except ValueError:
+        return True
+    return False
+
+
+def test_it_takes_the_sizes_that_the_op_takes():
+    num_taken = 0
+    for num_experts, top_k in itertools.product(range(7), range(-1, 8)):
+        logits = torch.zeros(1, num_experts)
+        for num_groups, top_groups in itertools.product(range(-1, 5), repeat=2):
+            groups: dict[str, Any] = {"num_groups": num_groups, "top_groups": top_groups}
+            refused = is_refused(partial(Router, 3, num_experts, top_k, **groups))
+            by_op = is_refused(partial(moe_ops.topk_routing, logits, top_k, **groups))
+            assert refused == by_op, (num_experts, top_k, groups)
+            num_taken += not refused
+    assert num_taken > 50
+
+
+def test_no_tokens_and_no_hidden_size():
+    assert Router(3, 4, 2)(torch.zeros(0, 3))[2].shape == (0, 2)
+    assert Router(0, 4, 2)(torch.zeros(5, 0))[2].shape == (5, 2)
 
 
 def transformers_models():

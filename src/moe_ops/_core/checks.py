@@ -28,6 +28,17 @@ def check_weight_dtype(function: str, dtype: torch.dtype, name: str = "dtype") -
         )
 
 
+def check_at_least(function: str, minimum: int, **sizes: int) -> None:
+    """Refuse sizes below a minimum.
+
+    Raises:
+        ValueError: one is below it.
+    """
+    for name, size in sizes.items():
+        if size < minimum:
+            raise ValueError(f"{function}: expected {name} >= {minimum}, got {size}")
+
+
 def check_tensor(function: str, name: str, value: Any, advice: str = "") -> None:
     """Refuse what is no tensor, or a sparse one.
 

@@ -8,6 +8,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from moe_ops import topk_routing
+from moe_ops._core.checks import check_at_least
 from moe_ops.layers.balance import update_selection_bias_
 
 
@@ -17,8 +18,9 @@ class Router(nn.Module):
         router_logits          = hidden_states @ weight.T + bias
         topk_weights, topk_ids = moe::topk_routing(router_logits, top_k, e_score_correction_bias, ...)
 
-    The options from score_function to scaling_factor are those of moe::topk_routing, which checks
-    them when the router is called (docs/ops/topk_routing.md).
+    The options from score_function to scaling_factor are those of moe::topk_routing
+    (docs/ops/topk_routing.md). Sizes are checked when the router is made, and the other options by
+    the op when it is called.
 
     Args:
         hidden_size (int): size of a token's hidden state.
@@ -40,6 +42,9 @@ class Router(nn.Module):
             weight. DeepSeek-V3 has fp32 here. Autocast has the last word, as in transformers.
         device, dtype: of the parameters. The buffer is made in fp32 whatever dtype is;
             module.to(dtype) casts it with the rest.
+
+    Raises:
+        ValueError: sizes that moe::topk_routing takes in no call, such as a top_k above num_experts.
 
     weight and bias begin as those of nn.Linear do, uniform in +-1 / sqrt(hidden_size).
 
@@ -69,6 +74,7 @@ class Router(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _check_sizes(hidden_size, num_experts, top_k, num_groups, top_groups)
         self.top_k = top_k
         self.score_function = score_function
         self.score_before_topk = score_before_topk
@@ -203,3 +209,33 @@ class Router(nn.Module):
         """Return the sizes, for print(module)."""
         num_experts, hidden_size = self.weight.shape
         return f"hidden_size={hidden_size}, num_experts={num_experts}, top_k={self.top_k}"
+
+
+def _check_sizes(
+    hidden_size: int, num_experts: int, top_k: int, num_groups: int, top_groups: int
+) -> None:
+    """Refuse sizes with which moe::topk_routing takes no call.
+
+    Raises:
+        ValueError: it takes none.
+    """
+    here = "moe_ops.layers.Router"
+    check_at_least(here, 0, hidden_size=hidden_size)
+    check_at_least(
+        here, 1,
+        num_experts=num_experts, top_k=top_k, num_groups=num_groups, top_groups=top_groups,
+    )  # fmt: skip
+    if num_experts % num_groups:
+        raise ValueError(
+            f"{here}: expected num_experts to be a multiple of num_groups ({num_groups}), "
+            f"got {num_experts}"
+        )
+    if top_groups > num_groups:
+        raise ValueError(
+            f"{here}: expected top_groups <= num_groups ({num_groups}), got {top_groups}"
+        )
+    # Who gave no groups reads nothing about groups.
+    what = "num_experts" if num_groups == 1 else "num_experts // num_groups * top_groups"
+    choices = num_experts // num_groups * top_groups
+    if top_k > choices:
+        raise ValueError(f"{here}: expected top_k <= {what} ({choices}), got {top_k}")
