@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experts equals loops over tokens and experts, and GatedMLP equals its formula."""
 
+import re
 from typing import Any
 
 import pytest
@@ -123,6 +124,30 @@ def test_wrong_options_are_the_ops_errors():
     experts = Experts(NUM_EXPERTS, HIDDEN_SIZE, INTERMEDIATE_SIZE, activation="tanh")
     with pytest.raises(ValueError, match=r"moe::fused_experts.*: expected activation"):
         experts(*make_inputs(torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "text"),
+    [
+        ({"num_experts": 0}, "num_experts >= 1, got 0"),
+        ({"hidden_size": -1}, "hidden_size >= 0, got -1"),
+        ({"intermediate_size": -1}, "intermediate_size >= 0, got -1"),
+    ],
+)
+def test_impossible_sizes_are_refused_when_it_is_made(sizes, text):
+    text = f"^{re.escape(f'moe_ops.layers.Experts: expected {text}')}$"
+    with pytest.raises(ValueError, match=text):
+        Experts(**{"num_experts": 4, "hidden_size": 8, "intermediate_size": 6, **sizes})
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "intermediate_size", "num_tokens"), [(0, 6, 3), (8, 0, 3), (8, 6, 0)]
+)
+def test_sizes_of_zero(hidden_size, intermediate_size, num_tokens):
+    experts = Experts(4, hidden_size, intermediate_size)
+    ids, weights = torch.zeros(num_tokens, 2, dtype=torch.long), torch.ones(num_tokens, 2)
+    output = experts(torch.ones(num_tokens, hidden_size), ids, weights)
+    assert torch.equal(output, torch.zeros(num_tokens, hidden_size))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_ops import fused_experts
+from moe_ops._core.checks import check_at_least
 from moe_ops._pytorch.activation import GATE_ACTIVATIONS, gate_function
 from moe_ops.fp8 import quantize_fp8
 from moe_ops.layers.functional import composed_experts, named_activation, projection
@@ -27,7 +28,8 @@ class Experts(nn.Module):
     """Compute each token's experts, and their weighted sum.
 
     It is moe::fused_experts with its parameters; the options are that op's, which checks them when
-    the module is called (docs/ops/fused_experts.md has the equation).
+    the module is called (docs/ops/fused_experts.md has the equation). Sizes are checked when the
+    module is made.
 
     Args:
         num_experts (int): number of experts.
@@ -56,6 +58,9 @@ class Experts(nn.Module):
     moe::fused_experts_quantized. quantize_fp8_() makes them FP8 with scales. The layer then is no
     longer one op, but moe::grouped_gemm_quantized twice with the activation between.
 
+    Raises:
+        ValueError: no expert, or a negative size.
+
     Each expert begins as two nn.Linear do: weights and biases uniform in +-1 / sqrt(input size).
 
     Source: the experts of Mixtral (arXiv:2401.04088).
@@ -81,6 +86,9 @@ class Experts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        here = "moe_ops.layers.Experts"
+        check_at_least(here, 1, num_experts=num_experts)
+        check_at_least(here, 0, hidden_size=hidden_size, intermediate_size=intermediate_size)
         self.activation = activation
         self.gated = gated
         self.interleaved = interleaved
