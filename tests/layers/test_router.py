@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import moe_ops
-from moe_ops.layers import MoE, Router
+from moe_ops.layers import Experts, MoE, Router
 from testing import checks, oracle
 
 HIDDEN_SIZE, NUM_EXPERTS, NUM_TOKENS = 16, 12, 40
@@ -189,6 +189,16 @@ def test_it_takes_the_sizes_that_the_op_takes():
             assert refused == by_op, (num_experts, top_k, groups)
             num_taken += not refused
     assert num_taken > 50
+
+
+@pytest.mark.parametrize("name", ["softmax", "deepseek_v3"])
+def test_hidden_states_of_another_size(name):
+    """The linear map would say which matrices do not fit, and not whose they are."""
+    router = make_router(name)
+    text = r"Router: expected hidden_states\.shape\[-1\] == hidden_size \(16\), got 15$"
+    for layer in (router, MoE(router, Experts(NUM_EXPERTS, HIDDEN_SIZE, 8))):
+        with pytest.raises(ValueError, match=text):
+            layer(make_tokens()[:, 1:])
 
 
 def test_no_tokens_and_no_hidden_size():

@@ -120,10 +120,17 @@ class Router(nn.Module):
             topk_ids ((T, top_k), int32): the experts, in order of descending choice.
 
         Raises:
+            ValueError: hidden states of another size.
             ValueError, TypeError: from moe::topk_routing, for an option or a dtype it does not take.
 
         router_logits and topk_weights are differentiable in hidden_states, weight and bias.
         """
+        hidden_size = self.weight.shape[1]
+        if hidden_states.shape[-1] != hidden_size:
+            raise ValueError(
+                "moe_ops.layers.Router: expected hidden_states.shape[-1] == hidden_size "
+                f"({hidden_size}), got {hidden_states.shape[-1]}"
+            )
         router_logits = self._logits(hidden_states)
         return router_logits, *self._choose(router_logits)
 
