@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experts after quantize_fp8_() compute, convert, save and load."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -173,10 +174,23 @@ def test_refusals_say_what_to_do():
         ValueError, match=r"are not quantised yet, got gate_up_proj_scale; call it once"
     ):
         experts.quantize_fp8_()
-    biased = Experts(NUM_EXPERTS, 8, 6, bias=True)
-    with pytest.raises(ValueError, match=r"got gate_up_proj_bias; .* make them with bias=False"):
+
+
+def test_biases_are_refused_and_the_advice_works():
+    """The other form has the values of this one's weights, and adds the biases."""
+    biased = Experts(NUM_EXPERTS, HIDDEN, INTER, bias=True)
+    plain, inputs = copy.deepcopy(biased), make_inputs()
+    with pytest.raises(
+        ValueError,
+        match=r"got gate_up_proj_bias; use quantize_\('fp8_block'\), which keeps biases$",
+    ):
         biased.quantize_fp8_()
     assert biased.gate_up_proj.dtype == torch.float32
+    biased.quantize_("fp8_block")
+    for name in ("gate_up_proj", "down_proj"):
+        weight = plain.get_parameter(name)
+        weight.data = moe_ops.dequantize_fp8(*moe_ops.quantize_fp8(weight.data), torch.float32)
+    assert_same(step(biased, *inputs), step(plain, *inputs))
 
 
 def test_quantised_experts_keep_their_codes_where_a_model_is_converted():

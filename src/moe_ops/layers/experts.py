@@ -19,7 +19,7 @@ from moe_ops.quantization import QuantizedWeight, quantize_weight
 
 # What to do about a bias or a scale that keeps a layer from being quantised.
 _ADVICE = {
-    "bias": "layers in FP8 have none, so make them with bias=False",
+    "bias": "use quantize_('fp8_block'), which keeps biases",
     "scale": "call it once",
 }
 
@@ -251,7 +251,7 @@ class Experts(nn.Module):
             This layer.
 
         Raises:
-            ValueError: the layer has biases, or is quantised already.
+            ValueError: the layer has biases, which quantize_("fp8_block") takes, or is quantised already.
         """
         names = (self._up_name, "down_proj")
         if isinstance(self.down_proj, QuantizedWeight):
