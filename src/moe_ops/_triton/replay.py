@@ -5,7 +5,7 @@ An implementation in Triton allocates tensors and launches kernels. It never rea
 tensor. So all that it does follows from its arguments' sizes, strides, dtypes and alignment, and
 from the arguments that are no tensors. The second call with the same ones is recorded. Later ones
 replay the record: they allocate, put the new addresses into the packed launches (direct.py), and
-launch.
+launch. An op's first call in a process is not counted: it loads the implementation.
 
     key of the arguments -> record -> steps: allocate, launch, free
 
@@ -196,6 +196,8 @@ def _steps(
 
 class Replays:
     """The records of an implementation's calls; the op's kernel asks them first (_core/codegen.py).
+
+    They begin with the op's second call in a process. Its first one loads the implementation.
 
     Args:
         implementation: what is called, with all arguments of the op.
