@@ -161,7 +161,10 @@ def test_options_are_checked_before_anything_is_timed(option, reason, capsys):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--device=nope"], "python -m moe_ops bench: Expected one of cpu"),
+        (
+            ["--device=meta"],
+            "python -m moe_ops bench: expected --device to be cpu or cuda, got meta",
+        ),
         (["--top-k=9"], "expected --top-k at most --num-experts (4), got 9"),
     ],
 )
@@ -170,6 +173,15 @@ def test_errors_are_one_line(arguments, reason):
         cli.main(["bench", *QUICK, *arguments])
     assert reason in str(raised.value.code)
     assert "\n" not in str(raised.value.code)
+
+
+def test_a_gpu_that_is_not_there():
+    text = (
+        r"^python -m moe_ops bench: expected a --device that this torch can use, got cuda:99 "
+        r"\(.+\); leave it out, or pass --device cpu$"
+    )
+    with pytest.raises(SystemExit, match=text):
+        cli.main(["bench", *QUICK, "--device=cuda:99"])
 
 
 def test_without_matplotlib(capsys, monkeypatch):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import moe_ops
+from moe_ops._core.library import IMPLEMENTATIONS
 from moe_ops.cli import blocks, experts
 from moe_ops.cli.text import number_of
 from moe_ops.tuning import Experts
@@ -105,8 +106,7 @@ def bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Itera
         _check_plot(options.plot, parser)
     try:
         layers = experts.experts_of(options)
-        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
+        device = _device_of(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         num_tokens = options.num_tokens or [16384 if device.type == "cuda" else 256]
         _check_dtypes(layers)
         rows = list(_rows(layers, num_tokens, device, options))
@@ -130,6 +130,25 @@ def _check_plot(file: Path, parser: argparse.ArgumentParser) -> None:
         parser.error(f"expected --plot in an existing folder, got {file}")
     if file.is_dir() or file.suffix.lower() != ".png":
         parser.error(f"expected --plot to be a file that ends in .png, got {file}")
+
+
+def _device_of(name: str) -> torch.device:
+    """Return the device of a name.
+
+    Raises:
+        ValueError: it is none that the ops and this torch run on.
+    """
+    if name.partition(":")[0] not in IMPLEMENTATIONS:
+        raise ValueError(f"expected --device to be {' or '.join(IMPLEMENTATIONS)}, got {name}")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"expected a --device that this torch can use, got {name} ({_in_one_line(error)}); "
+            "leave it out, or pass --device cpu"
+        ) from error
+    return device
 
 
 def _check_dtypes(layers: list[Experts]) -> None:
