@@ -125,7 +125,8 @@ def test_rejects_missing_sizes(capsys):
 
 def test_rejects_both(capsys, tmp_path):
     message = failure(capsys, tmp_path, *SIZES, status=2)
-    assert message.endswith("expected CONFIG or explicit sizes, got both")
+    both = f"{tmp_path} and --hidden-size"
+    assert message.endswith(f"expected CONFIG or explicit sizes, got both: {both}")
 
 
 def test_rejects_an_output_without_folder(capsys, tmp_path):

@@ -87,7 +87,8 @@ def check_arguments(options: argparse.Namespace, parser: argparse.ArgumentParser
         missing = " ".join(f"--{s.replace('_', '-')}" for s in SIZES if s not in given)
         parser.error(f"{missing} missing" if given else f"expected CONFIG, or {missing}")
     if options.config is not None and given:
-        parser.error("expected CONFIG or explicit sizes, got both")
+        size = f"--{given[0].replace('_', '-')}"
+        parser.error(f"expected CONFIG or explicit sizes, got both: {options.config} and {size}")
     for name in ("bias", "transposed", "ungated"):
         if options.config is not None and getattr(options, name):
             parser.error(f"--{name} goes with sizes: CONFIG says it itself")
