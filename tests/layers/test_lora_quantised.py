@@ -144,3 +144,13 @@ def test_what_takes_plain_weights(again):
         fp8.quantize_("nf4")
     with pytest.raises(ValueError, match="expected format to be one of"):
         make_experts().quantize_("nf5")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_hidden_states_of_another_size(format):
+    """The error has the sizes that the caller knows, not those of packed codes."""
+    layer = LoraExperts(make_experts().quantize_(format), rank=2)
+    hidden_states, *routing = draw()
+    text = r"gate_up_proj\.shape\[2\] == hidden_states\.shape\[1\] \(7\), got 64$"
+    with pytest.raises(ValueError, match=r"^moe::fused_experts_lora: expected " + text):
+        layer(hidden_states[:, :7], *routing)

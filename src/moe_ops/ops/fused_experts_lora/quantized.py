@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moe_ops._core.checks import is_matrix
 from moe_ops._core.library import Op, function_of
 from moe_ops.ops.fused_experts_lora.op import kept_for_backward
 from moe_ops.quantization.stored import NUM_STORED, StoredWeight
@@ -159,6 +160,16 @@ def adapted_quantized_experts(
     down_proj: QuantizedWeight,
     *others: Any,
 ) -> Tensor:
-    """Call the op, with the arguments of fused_experts_lora in order."""
+    """Call the op, with the arguments of fused_experts_lora in order.
+
+    Raises:
+        ValueError: gate_up_proj has another width. The op would tell those of packed codes.
+    """
+    # Other rows the op itself refuses.
+    if is_matrix(hidden_states):
+        width = hidden_states.shape[1]
+        gate_up_proj.check_width(
+            "moe::fused_experts_lora", "gate_up_proj", width, "hidden_states.shape[1]"
+        )
     output: Tensor = _op.overload(hidden_states, *gate_up_proj.stored, *down_proj.stored, *others)
     return output
