@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Autograd kernel computes the gradients that are needed, and refuses what it cannot do."""
 
+import contextlib
 import itertools
 import re
 import weakref
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_ops._core.library import OPS, SCHEMAS
+from moe_ops._core import library
+from moe_ops._core.library import OPS, SCHEMAS, Op
 from moe_ops._core.torch_private import AFTER_AUTOGRAD
 from testing import checks, oracle
 from testing.moe_block import BLOCKS, loss_and_gradients, make_tokens, make_weights
@@ -329,13 +331,13 @@ def test_a_backward_visits_autograd_for_a_second_derivative_alone(create_graph):
 
     sample = every_argument("grouped_gemm")
     arguments = sample.requiring_grad()
-    library = torch.library.Library("moe", "IMPL")
-    library.impl("grouped_gemm_dx", noted, "AutogradCPU", with_keyset=True)
+    over = torch.library.Library("moe", "IMPL")
+    over.impl("grouped_gemm_dx", noted, "AutogradCPU", with_keyset=True)
     try:
         output = sample(**arguments)
         torch.autograd.grad(output.sum(), arguments["input"], create_graph=create_graph)
     finally:
-        library._destroy()
+        over._destroy()
     assert len(visits) == create_graph
 
 
@@ -371,56 +373,115 @@ def samples_with_other_needs(forward: str) -> Iterator[Sample]:
         yield sample
 
 
+@contextlib.contextmanager
+def formula_calls() -> Iterator[list[tuple[str, list[object]]]]:
+    """Yield the calls of ops in gradients' formulas: their names, and what their arguments look like."""
+    found: list[tuple[str, list[object]]] = []
+    own = Op.in_backward
+
+    def noted(op, *args):
+        found.append((op.name, [looks(value) for value in args]))
+        return own(op, *args)
+
+    with mock.patch.object(Op, "in_backward", noted):
+        yield found
+
+
+def rehearse(forward: str, args: tuple[Any, ...]) -> None:
+    """Go through the backward of a call, as a forward's first call on a GPU does."""
+    with torch.no_grad():
+        go_through(forward, args, [OPS[forward].overload(*args)])
+
+
+def go_through(forward: str, args: tuple[Any, ...], outputs: list[tuple[Tensor, ...]]) -> None:
+    """Do the same from a call's outputs, which are taken out of a list, to hold no reference."""
+    recorded = OPS[forward]._recorded
+    assert recorded is not None
+    needs = [isinstance(a, Tensor) and a.requires_grad for a in args]
+    with mock.patch.object(library._thread, "needs", needs):
+        recorded.go_through_backward(args, outputs.pop())
+
+
 @pytest.mark.parametrize("name", FORWARDS)
 def test_a_rehearsal_makes_the_calls_of_a_backward(name):
     """It compiles the kernels of a backward, so it has to ask for the same gradients."""
-    recorded, lengths = OPS[name]._recorded, set()
-    assert recorded is not None
+    lengths = set()
     for sample in samples_with_other_needs(name):
-        args = tuple(sample.arguments.values())
-        with torch.no_grad():
-            outputs = OPS[name].overload(*args)
-        with torch.no_grad(), MoeOps() as rehearsed:
-            recorded.go_through_backward(args, outputs)
         output = sample()
-        with MoeOps() as real:
+        with formula_calls() as real:
             if output.requires_grad:
                 output.backward(torch.ones_like(output))
-        calls = [
-            [(op, [looks(value) for value in given]) for op, given in found.calls]
-            for found in (rehearsed, real)
-        ]
-        assert calls[0] == calls[1], sample
-        lengths.add(len(calls[0]))
+        with formula_calls() as rehearsed:
+            if output.requires_grad:
+                rehearse(name, tuple(sample.arguments.values()))
+        assert rehearsed == real, sample
+        lengths.add(len(real))
     assert lengths - {0}
 
 
-class Freed(TorchDispatchMode):
-    """Notes, at each op, whether a tensor is freed."""
+def test_a_rehearsal_calls_our_own_implementations_alone():
+    """What somebody registered over a backward gets no values that mean nothing."""
+    calls: list[str] = []
 
-    def __init__(self, tensor: Tensor) -> None:
-        super().__init__()
-        self.tensor = weakref.ref(tensor)
-        self.found: list[tuple[str, bool]] = []
+    def foreign(*args):
+        calls.append("foreign")
+        raise AssertionError
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.found.append((func._schema.name, self.tensor() is None))
-        return func(*args, **(kwargs or {}))
+    sample = every_argument("fused_experts", recompute="none")
+    foreign_library = torch.library.Library("moe", "IMPL")
+    foreign_library.impl("fused_experts_down_backward", foreign, "CPU", allow_override=True)
+    try:
+        with formula_calls() as found:
+            rehearse("fused_experts_forward", tuple(sample.requiring_grad().values()))
+    finally:
+        foreign_library._destroy()
+    assert len(found) == 2
+    assert not calls
 
 
 def test_a_rehearsal_frees_the_pre_activation_between_the_two_ops():
-    recorded = OPS["fused_experts_forward"]._recorded
-    assert recorded is not None
     sample = every_argument("fused_experts", recompute="none", weights_before=False)
     args = tuple(sample.requiring_grad().values())
-    with torch.no_grad():
+    freed: list[tuple[str, bool]] = []
+    own = Op.in_backward
+
+    def noted(op, *given):
+        freed.append((op.name, pre_activation() is None))
+        return own(op, *given)
+
+    with torch.no_grad(), mock.patch.object(Op, "in_backward", noted):
         outputs = [OPS["fused_experts_forward"].overload(*args)]
-        with Freed(outputs[0][1]) as freed:
-            recorded.go_through_backward(args, outputs.pop())
-    ours = dict(found for found in freed.found if found[0].startswith("moe::"))
-    assert ours == {
-        "moe::fused_experts_down_backward": False, "moe::fused_experts_up_backward": True,
-    }  # fmt: skip
+        pre_activation = weakref.ref(outputs[0][1])
+        go_through("fused_experts_forward", args, outputs)
+    assert freed == [("fused_experts_down_backward", False), ("fused_experts_up_backward", True)]
+
+
+def test_a_call_that_autograd_does_not_record_rehearses_nothing():
+    recorded = OPS["fused_experts_forward"]._recorded
+    assert recorded is not None
+    sample = every_argument("fused_experts")
+    args = tuple(sample.requiring_grad().values())
+    with torch.no_grad(), formula_calls() as found:
+        recorded.go_through_backward(args, OPS["fused_experts_forward"].overload(*args))
+    assert found == []
+    needs: list[object] = []
+
+    def noted(*args):
+        needs.append(library._thread.needs)
+        return own(*args)
+
+    # Inside a forward that is recorded, the needs are autograd's own, and gone after it.
+    own = OPS["fused_experts_forward"].device_kernels["CPU"]
+    over = torch.library.Library("moe", "IMPL")
+    over.impl("fused_experts_forward", noted, "CPU", allow_override=True)
+    try:
+        sample(**{**sample.requiring_grad(), "down_proj": sample.arguments["down_proj"]})
+    finally:
+        over._destroy()
+    (found_needs,) = needs
+    assert isinstance(found_needs, tuple)
+    assert found_needs[:5] == (True, True, False, False, True)
+    assert library._thread.needs is None
 
 
 def test_integer_outputs_have_no_gradient():

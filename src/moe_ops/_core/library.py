@@ -20,6 +20,7 @@ import importlib.resources
 import importlib.util
 import logging
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
@@ -155,10 +156,19 @@ class Op:
         Without a second derivative its Autograd kernel would record nothing, and is skipped: that
         saves converting the arguments twice.
         """
-        if torch.is_grad_enabled() or forward_ad_is_on():
+        # Dynamo, which traces backwards for compiled autograd, does not know the guard.
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or forward_ad_is_on():
             return self.overload(*args)
+        if _thread.is_rehearsing:
+            return self._rehearse(args)
         with below_autograd():
             return self.overload(*args)
+
+    def _rehearse(self, args: tuple[Any, ...]) -> Tensors:
+        """Call our own implementation, whatever the dispatcher knows: the values mean nothing."""
+        (device_type,) = {a.device.type for a in args if isinstance(a, torch.Tensor)}
+        implementation = self._load(self.choose(device_type).name)
+        return implementation(*args, *self.defaults[len(args) :])
 
     def choose(self, device_type: str) -> Choice:
         """Return the implementation that serves `device_type`, or raise RuntimeError."""
@@ -210,22 +220,37 @@ class _Autograd:
     num_outputs: int
 
     def go_through_backward(self, args: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> None:
-        """Call what a backward of this call would call, with outputs in place of their gradients."""
-        needs = [isinstance(a, torch.Tensor) and a.requires_grad for a in args]
-        if not any(needs):
+        """Call what a backward of this call would call, with outputs in place of their gradients.
+
+        Nothing, where autograd does not record the call: a compiled graph does not say what it needs.
+        """
+        if _thread.needs is None:
             return
-        ctx = _Rehearsal(needs)
+        ctx = _Rehearsal(_thread.needs)
         self.save(ctx, args, outputs)
         grads = outputs[: self.num_outputs]
         # As in a real backward, nothing but ctx holds the others.
         del outputs
-        self.backward(ctx, *grads)
+        _thread.is_rehearsing = True
+        try:
+            self.backward(ctx, *grads)
+        finally:
+            _thread.is_rehearsing = False
+
+
+class _Thread(threading.local):
+    # Of the forward that autograd records: which arguments need a gradient.
+    needs: Sequence[bool] | None = None
+    is_rehearsing = False
+
+
+_thread = _Thread()
 
 
 class _Rehearsal:
     """Stands for autograd's ctx where a backward is gone through for the sake of its kernels."""
 
-    def __init__(self, needs: list[bool]) -> None:
+    def __init__(self, needs: Sequence[bool]) -> None:
         self.needs = needs
         self.saved_tensors: tuple[torch.Tensor | None, ...] = ()
 
@@ -325,10 +350,13 @@ def _autograd_function(op: Op) -> Any:
 
     def forward(ctx: Any, keyset: torch.DispatchKeySet, *args: Any) -> Tensors:
         called = op if op._autograd is None else op._autograd.forward
-        with below_autograd():
-            outputs = called.overload.redispatch(keyset & AFTER_AUTOGRAD, *args)
+        ctx.needs = _thread.needs = ctx.needs_input_grad[1:]
+        try:
+            with below_autograd():
+                outputs = called.overload.redispatch(keyset & AFTER_AUTOGRAD, *args)
+        finally:
+            _thread.needs = None
         ctx.set_materialize_grads(False)
-        ctx.needs = ctx.needs_input_grad[1:]
         # This comes after the op's own checks: a weight of another dtype gets its own error.
         for index, argument in refused:
             if ctx.needs[index]:
