@@ -115,10 +115,15 @@ def test_a_forward_compiles_its_backward_beside_it(fails):
     events: list[str] = []
     forward, backward = forward_and_backward(events, fails)
     assert forward(X) is X
-    assert events == ["compile forward", "compile backward", "launch forward"]
+    # The forward's own first call goes through it as well, and Triton finds its kernels.
+    assert events == ["compile forward", "compile backward", "compile forward", "launch forward"]
     forward(X)
+    # A backward may need other gradients than the rehearsal did.
     backward(X)
-    assert events[3:] == ["launch forward", "launch backward"]
+    backward(X)
+    assert events[4:] == [
+        "launch forward", "compile backward", "launch backward", "launch backward",
+    ]  # fmt: skip
     assert not compiling.is_ahead()
 
 

@@ -16,7 +16,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from typing import Any, ParamSpec, TypeVar
 
@@ -55,7 +55,8 @@ def compiled_together(implementation: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(implementation)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
         form = tuple(kwargs.items())
-        if form not in done and _launches(args):
+        # A rehearsal may need other gradients than a backward, so that counts for itself.
+        if not is_ahead() and form not in done and _launches(args):
             done.add(form)
             _compile(args, lambda: implementation(*args, **kwargs))
         return implementation(*args, **kwargs)
@@ -103,9 +104,12 @@ class _Compilers(ThreadPoolExecutor):
     def __init__(self, device: torch.device) -> None:
         super().__init__(min(_MOST_THREADS, os.cpu_count() or 1))
         self._device = device
+        self.kernels: list[Future[Any]] = []
 
     def submit(self, compile_kernel: Callable[[], Any], /, *_: Any, **__: Any) -> Future[Any]:
-        return super().submit(self._make, compile_kernel)
+        kernel = super().submit(self._make, compile_kernel)
+        self.kernels.append(kernel)
+        return kernel
 
     def _make(self, compile_kernel: Callable[[], Any]) -> Any:
         kernel = compile_kernel()
@@ -126,9 +130,14 @@ def _compile(args: tuple[Any, ...], call: Callable[[], object]) -> None:
         except RuntimeError:
             # Somebody compiles ahead already.
             return
+        if args[0].is_cuda:
+            # Triton keeps the kernels of the current device apart, and launch makes it that one.
+            stack.enter_context(torch.cuda.device(args[0].device))
         _thread.is_ahead = True
         try:
             call()
+            # Triton before 3.7 stays in its mode if Ctrl-C meets its own wait.
+            wait(executor.kernels)
         except Exception as error:  # noqa: BLE001
             # What is wrong with it shows where the call itself is made.
             logger.debug("moe_ops: kernels are not compiled ahead: %s", error)
