@@ -203,22 +203,29 @@ def _offsets(compiled: Any) -> list[int] | None:
     )
     offset, size = ctypes.c_size_t(), ctypes.c_size_t()
     pieces, offsets = list(_pieces(compiled)), []
-    if len(pieces) != _num_parameters(compiled):
+    number = _num_parameters(compiled)
+    if number is not None and number != len(pieces):
         return None
     for i, (_, kind) in enumerate(pieces):
         code = ask(compiled.function, i, ctypes.byref(offset), ctypes.byref(size))
         if code != 0 or size.value != _size(kind):
             return None
         offsets.append(offset.value)
+    if number is None:
+        code = ask(compiled.function, len(pieces), ctypes.byref(offset), ctypes.byref(size))
+        return offsets if code != 0 else None
     return offsets
 
 
-def _num_parameters(compiled: Any) -> int:
-    """Return how many parameters the kernel has, by its PTX.
+def _num_parameters(compiled: Any) -> int | None:
+    """Return how many parameters the kernel has, by its PTX; None where only the binary is kept.
 
-    The driver tells that only by an error, which compute-sanitizer reports.
+    The driver tells that by an error alone, which compute-sanitizer reports.
     """
-    _, _, entry = compiled.asm["ptx"].partition(".entry ")
+    ptx = compiled.asm.get("ptx")
+    if ptx is None:
+        return None
+    _, _, entry = ptx.partition(".entry ")
     return int(entry.partition(")")[0].count(".param "))
 
 
