@@ -64,36 +64,74 @@ print(json.dumps([out.tolist(), grad.tolist()]))
     assert grad == [[10.0, 10.0], [5.0, 5.0]]
 
 
-COMPILED = """
+EXPERTS = """
 import json, threading, torch, triton, moe_ops
 
-compilers, own = [], triton.compiler.compile
+def experts(device, **options):
+    leaf = dict(device=device, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(64, 128, **leaf)
+    up, down = (torch.randn(4, n, d, **leaf) for n, d in ((128, 128), (128, 64)))
+    ids = torch.arange(128, device=device).view(64, 2) % 4
+    weights = torch.rand(64, 2, device=device, requires_grad=True)
+    return moe_ops.fused_experts(x, up, down, ids, weights, **options)
+"""
+COMPILED = """
+compiled, loaded, own = [], [], triton.compiler.compile
+
+def thread():
+    return "main" if threading.current_thread() is threading.main_thread() else "another"
 
 def noted(*args, **kwargs):
-    compilers.append(threading.current_thread() is threading.main_thread())
+    compiled.append(thread())
     return own(*args, **kwargs)
 
 triton.compiler.compile = noted
-x = torch.randn(64, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-up, down = (
-    torch.randn(4, n, d, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    for n, d in ((128, 128), (128, 64))
-)
-ids = torch.arange(128, device="cuda").view(64, 2) % 4
-weights = torch.rand(64, 2, device="cuda", requires_grad=True)
-output = moe_ops.fused_experts(x, up, down, ids, weights)
+hook = lambda module, function, name, *_: loaded.append([thread(), torch.cuda.current_device()])
+triton.knobs.runtime.kernel_load_end_hook.add(hook)
+output = experts("cuda")
 torch.cuda.synchronize()
-forward = len(compilers)
+forward = [len(compiled), len(loaded)]
 output.backward(torch.randn_like(output))
-print(json.dumps([any(compilers), forward, len(compilers)]))
+both = [len(compiled), len(loaded)]
+print(json.dumps([forward, both, sorted(set(compiled)), sorted(map(list, set(map(tuple, loaded))))]))
+"""
+OTHER_DEVICE = """
+for device in ("cuda:1", "cuda:0", "cuda:1"):
+    output = experts(device)
+    output.backward(torch.ones_like(output))
+    torch.cuda.synchronize(device)
+    print(bool(output.isfinite().all()))
+"""
+MISFIT = """
+large = moe_ops.KernelConfigBackward_dX(BLOCK_M=256, BLOCK_N=256, BLOCK_K=256, num_stages=4)
+output = experts("cuda", kernel_config=moe_ops.kernel_config(backward_dX=large))
+torch.cuda.synchronize()
+try:
+    output.backward(torch.ones_like(output))
+except ValueError as error:
+    print(error)
 """
 
 
-def test_a_first_forward_compiles_its_backward_in_threads(tmp_path):
-    told = fresh_python(COMPILED, TRITON_CACHE_DIR=str(tmp_path), MOE_OPS_AUTOTUNE="0")
-    in_main_thread, forward, both = json.loads(told)
-    assert not in_main_thread
-    assert both == forward > 8
+def test_a_first_forward_compiles_and_loads_its_backward_in_threads(tmp_path):
+    told = fresh_python(EXPERTS + COMPILED, TRITON_CACHE_DIR=str(tmp_path), MOE_OPS_AUTOTUNE="0")
+    forward, both, compilers, loaders = json.loads(told)
+    assert forward == both
+    assert min(forward) > 8
+    assert compilers == ["another"]
+    assert loaders == [["another", 0]]
+
+
+@pytest.mark.multi_gpu
+def test_a_first_call_may_be_on_another_device_than_the_current_one(tmp_path):
+    """Kernels that are compiled ahead go where they are launched from."""
+    told = fresh_python(EXPERTS + OTHER_DEVICE, TRITON_CACHE_DIR=str(tmp_path))
+    assert told.split() == ["True"] * 3
+
+
+def test_a_misfit_of_the_backward_does_not_reach_its_forward(tmp_path):
+    told = fresh_python(EXPERTS + MISFIT, TRITON_CACHE_DIR=str(tmp_path))
+    assert "kernel_config does not fit this GPU" in told
 
 
 def test_env_says_that_triton_serves_cuda():
