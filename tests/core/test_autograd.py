@@ -5,7 +5,7 @@ import contextlib
 import itertools
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -387,19 +387,13 @@ def formula_calls() -> Iterator[list[tuple[str, list[object]]]]:
         yield found
 
 
-def rehearse(forward: str, args: tuple[Any, ...]) -> None:
-    """Go through the backward of a call, as a forward's first call on a GPU does."""
-    with torch.no_grad():
-        go_through(forward, args, [OPS[forward].overload(*args)])
-
-
-def go_through(forward: str, args: tuple[Any, ...], outputs: list[tuple[Tensor, ...]]) -> None:
-    """Do the same from a call's outputs, which are taken out of a list, to hold no reference."""
-    recorded = OPS[forward]._recorded
+def rehearse(name: str, args: tuple[Any, ...], forward: Callable[..., Any] | None = None) -> None:
+    """Go through a forward and its backward, as a forward's first call on a GPU does."""
+    recorded = OPS[name]._recorded
     assert recorded is not None
     needs = [isinstance(a, Tensor) and a.requires_grad for a in args]
-    with mock.patch.object(library._thread, "needs", needs):
-        recorded.go_through_backward(args, outputs.pop())
+    with torch.no_grad(), mock.patch.object(library._thread, "needs", needs):
+        recorded.go_through_backward(args, forward or OPS[name].overload)
 
 
 @pytest.mark.parametrize("name", FORWARDS)
@@ -446,13 +440,18 @@ def test_a_rehearsal_frees_the_pre_activation_between_the_two_ops():
     own = Op.in_backward
 
     def noted(op, *given):
-        freed.append((op.name, pre_activation() is None))
+        freed.append((op.name, kept[0]() is None))
         return own(op, *given)
 
-    with torch.no_grad(), mock.patch.object(Op, "in_backward", noted):
-        outputs = [OPS["fused_experts_forward"].overload(*args)]
-        pre_activation = weakref.ref(outputs[0][1])
-        go_through("fused_experts_forward", args, outputs)
+    kept: list[weakref.ref[Tensor]] = []
+
+    def forward(*given):
+        outputs = OPS["fused_experts_forward"].overload(*given)
+        kept.append(weakref.ref(outputs[1]))
+        return outputs
+
+    with mock.patch.object(Op, "in_backward", noted):
+        rehearse("fused_experts_forward", args, forward)
     assert freed == [("fused_experts_down_backward", False), ("fused_experts_up_backward", True)]
 
 
@@ -462,7 +461,7 @@ def test_a_call_that_autograd_does_not_record_rehearses_nothing():
     sample = every_argument("fused_experts")
     args = tuple(sample.requiring_grad().values())
     with torch.no_grad(), formula_calls() as found:
-        recorded.go_through_backward(args, OPS["fused_experts_forward"].overload(*args))
+        recorded.go_through_backward(args, OPS["fused_experts_forward"].overload)
     assert found == []
     needs: list[object] = []
 

@@ -219,11 +219,14 @@ class _Autograd:
     forward: Op
     num_outputs: int
 
-    def go_through_backward(self, args: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> None:
-        """Call what a backward of this call would call, with outputs in place of their gradients.
+    def go_through_backward(self, args: tuple[Any, ...], forward: Callable[..., Tensors]) -> None:
+        """Call a forward and what its backward would, with outputs in place of their gradients.
 
-        Nothing, where autograd does not record the call: a compiled graph does not say what it needs.
+        The forward alone, where autograd does not record the call: a compiled graph does not say what
+        it needs.
         """
+        # Made here, so that no caller's frame holds them.
+        outputs = forward(*args)
         if _thread.needs is None:
             return
         ctx = _Rehearsal(_thread.needs)

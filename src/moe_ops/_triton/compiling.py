@@ -65,13 +65,14 @@ def compiled_together(implementation: Callable[P, R]) -> Callable[P, R]:
 
 
 def compiled_with_backward(
-    implementation: Callable[..., R], backward: Callable[[tuple[Any, ...], R], None]
+    implementation: Callable[..., R],
+    go_through: Callable[[tuple[Any, ...], Callable[..., R]], None],
 ) -> Callable[..., R]:
     """Let the kernels of a forward's first call compile beside those of its backward.
 
     Args:
         implementation: the forward, which is compiled together, as what the backward calls is.
-        backward: called with a call's arguments and outputs, goes through its backward.
+        go_through: called with a call's arguments and the forward, goes through it and its backward.
     """
     is_first = True
 
@@ -79,7 +80,7 @@ def compiled_with_backward(
         nonlocal is_first
         if is_first and _launches(args):
             is_first = False
-            _compile(args, lambda: backward(args, implementation(*args)))
+            _compile(args, lambda: go_through(args, implementation))
         return implementation(*args)
 
     return called
