@@ -82,8 +82,9 @@ class UpProjection:
             # Rows that are moved lie where TMA can describe them.
             can_describe_x=can_describe_rows(x.shape[1], x.dtype)
             or (weights is not None and x.shape[1] > 0),
-            # The rows of h begin at sectors, those of z do not.
-            can_describe_y=not stores_z or can_describe_rows(width, x.dtype),
+            # The rows of h begin at sectors, those of z do not. With a bias that would take another
+            # kernel, which adds it at another time: h would depend on whether z is stored.
+            can_describe_y=(not stores_z and bias is None) or can_describe_rows(width, x.dtype),
             kernel_config=routed.kernel_config,
         )
 
