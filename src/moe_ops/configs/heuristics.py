@@ -372,8 +372,10 @@ def _heuristic_dw(problem: Problem, device: Device, operands: Operands) -> tuple
         ), _OF_FP32 if is_fp32 else _OF_OLD_GPUS  # fmt: skip
     if not all(operands):
         dy, x = reversed(operands[:2]) if problem.transposed else operands[:2]
+        # Descriptors load deeper steps, and more of them, beside pointers that store.
+        depth, stages = (64, 4) if dy and x else (32, 3)
         return KernelConfigBackward_dW(
-            BLOCK_M=32, BLOCK_N=128, BLOCK_K=128, num_warps=8, num_stages=3, flatten=False,
+            BLOCK_M=depth, BLOCK_N=128, BLOCK_K=128, num_warps=8, num_stages=stages, flatten=False,
             use_tma_load_dy=dy, use_tma_load_x=x, use_tma_store=operands.y,
         ), _BY_POINTERS if device.has_tma else _WITHOUT_TMA  # fmt: skip
     if device.capability[0] == HOPPER and min(problem.out_features, problem.in_features) >= 128:
