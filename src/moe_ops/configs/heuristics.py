@@ -215,6 +215,14 @@ def _few_rows_tile(problem: Problem, device: Device, operands: Operands) -> _Til
             16, 64, 128, 4,
             programs_per_sm=4, loads_weight=by_descriptor, follows=True, why=why,
         )  # fmt: skip
+    along = (problem.kind == "forward") != problem.transposed
+    if along and not (by_descriptor or is_vector(problem.weight_row)):
+        # The contraction runs along the weight's rows: the addresses of a deeper step, one for each
+        # number, spill.
+        return _Tile(
+            32, 128, 32, 8, programs_per_sm=2,
+            why=f"{why}; pointers read number by number, and their addresses take registers",
+        )  # fmt: skip
     # With fewer steps loaded ahead an SM has room for both programs.
     stages = 2 if device.shared_memory < 160 * 1024 else 3
     return _Tile(32, 128, 128, 4, stages, programs_per_sm=2, loads_weight=by_descriptor, why=why)
