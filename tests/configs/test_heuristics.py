@@ -144,8 +144,8 @@ def test_gathered_rows_are_worth_a_copy_where_pointers_would_read_numbers():
     ("rows", "x", "b", "expected"),
     [(1024, False, False, (True, True)), (1024, True, False, (False, True))]
     + [(1024, False, True, (True, False)), (64, False, True, (True, False))]
-    # Without the weight's descriptor that of the rows gains nothing.
-    + [(64, False, False, (False, False)), (32, False, True, (False, False))],
+    + [(64, False, False, (True, True)), (32, False, True, (False, False))]
+    + [(32, False, False, (False, False))],
 )
 def test_operands_that_tma_cannot_describe_are_worth_a_copy_for_many_rows(rows, x, b, expected):
     problem = Problem("forward", "bfloat16", 24, 688, 1001, rows)

@@ -164,7 +164,7 @@ def test_descriptors_serve_where_they_can():
     gathered = plan(with_words(BARE, ["gather"]), Operands(), H200, config(256))
     assert gathered.tma == Operands(False, True, True)
     assert "use_tma_load_x: gathered rows are loaded by pointers" in gathered.unmet
-    few = make_problem("forward", "bfloat16", 8, 512, 256, 64, ["scatter"])
+    few = make_problem("forward", "bfloat16", 8, 512, 256, 32, ["scatter"])
     scattered = plan(few, Operands(b=False), H200, config(256))
     assert scattered.tma == Operands(True, False, False)
     assert (scattered.options["TMA_X"], scattered.options["TMA_B"]) == (True, False)

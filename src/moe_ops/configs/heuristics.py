@@ -23,6 +23,7 @@ from moe_ops.configs.kernel_config import (
 )
 from moe_ops.configs.problem import (
     FEW_ROWS,
+    MORE_ROWS,
     SOME_ROWS,
     TALL_ROWS,
     Operands,
@@ -240,8 +241,8 @@ def _tma_tile(problem: Problem, device: Device, operands: Operands) -> _Tile:
             return _Tile(128, 128, 64, 8, 4, subtile, loads=True, why=why)
         # Read number by number, those rows need more. A flattened loop keeps their addresses too.
         return _Tile(128, 64, 64, 8, 4, subtile, loads=True, flatten=False, why=why)
-    if problem.rows <= 64:
-        why = "an expert has at most 64 rows: a higher tile would compute padding"
+    if problem.rows <= MORE_ROWS:
+        why = f"an expert has at most {MORE_ROWS} rows: a higher tile would compute padding"
         return _Tile(64, 256, 64, 4, 4, subtile, loads=True, stores=True, why=why)
     is_hopper = device.capability[0] == HOPPER
     # The kernels for Hopper take rows in expert order: those of an activation are copied first.

@@ -148,9 +148,8 @@ def fused_operands(projection: str, problem: Problem) -> Operands:
     is_down = projection == "down"
     if problem.kind == "backward_dW":
         # One side is the gradient of the pre-activation, or h. The product that makes h pads its rows
-        # where it stores by TMA, which needs the weight by TMA.
-        has_weight = problem.rows > MORE_ROWS or _is_described(problem.weight_row, 2)
-        is_padded = is_down and problem.rows > FEW_ROWS and has_weight
+        # where it stores by TMA.
+        is_padded = is_down and problem.rows > FEW_ROWS
         own = (True, is_padded) if is_down else (False, True)
         x, b = reversed(own) if problem.transposed else own
         return Operands(dense.x or x, dense.b or b, dense.y)
@@ -177,12 +176,12 @@ def copies(problem: Problem, device: Device, operands: Operands) -> Operands:
     """Return which operands are worth a copy that TMA can load, if a configuration wants that.
 
     Pointers would read them number by number: x and b if TMA cannot describe them, and gathered
-    rows whose width is no multiple of 16. Few rows are not worth a copy, and some not one of the
-    weight, whose reading is their bound. x is not copied if b goes by pointers.
+    rows whose width is no multiple of 16. Few rows are not worth a copy. x is not copied if b goes by
+    pointers.
     """
     if 0 in {problem.out_features, problem.in_features}:
         return Operands(False, False, False)
-    b = not operands.b and problem.rows > MORE_ROWS
+    b = not operands.b and problem.rows > FEW_ROWS
     if problem.epilogue == "gated_activation" and problem.transposed:
         # Gate and up are halves of a row of the weight, in its copy too.
         b = b and _is_described(problem.out_features // 2, 2)
