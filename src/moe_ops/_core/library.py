@@ -374,8 +374,8 @@ def _autograd_function(op: Op) -> Any:
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if op._autograd is None:
             raise NotImplementedError(
-                f"{NAMESPACE}::{op.name}: has no gradient of its own, so double backward through "
-                f"it is not supported"
+                f"{NAMESPACE}::{op.name}: has no gradient of its own: neither a backward through "
+                f"this op nor a double backward through the one that calls it is supported"
             )
         if all(grad is None for grad in grads):
             return (None,) * (1 + num_arguments)
