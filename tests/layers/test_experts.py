@@ -180,3 +180,13 @@ def test_gated_mlp(name, function):
 def test_gated_mlp_rejects_an_unknown_activation():
     with pytest.raises(ValueError, match=r"GatedMLP: expected activation to be one of silu, .*'t'"):
         GatedMLP(4, 4, "t")
+
+
+def test_gated_mlp_names_a_size_that_does_not_fit():
+    with pytest.raises(ValueError, match=r"GatedMLP: expected hidden_size >= 0, got -1$"):
+        GatedMLP(-1, 4)
+    with pytest.raises(
+        ValueError,
+        match=r"GatedMLP: expected hidden_states.shape\[-1\] == hidden_size \(9\), got 8$",
+    ):
+        GatedMLP(9, 4)(torch.zeros(2, 8))

@@ -2,7 +2,7 @@
 """LoRA's functions compute the right sums and gradients, and refuse what does not fit."""
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -375,6 +375,24 @@ def experts(**flags):
 )
 def test_rejects_bad_options(call, message):
     with pytest.raises(ValueError, match=r"^moe_ops\.layers\.lora\..*" + message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: LoraExperts(experts(), cast(Any, 2.5)),
+            "LoraExperts: expected rank to be an int, got 2.5",
+        ),
+        (
+            lambda: lora_grouped_gemm(*GEMM, cast(Any, LoraWeights(GEMM[1], GEMM[1], 1.0))),
+            r"expected adapters to be a sequence of LoraWeights, got Tensor in it; pass \[adapter\]",
+        ),
+    ],
+)
+def test_rejects_what_has_another_type(call, message):
+    with pytest.raises(TypeError, match=r"^moe_ops\.layers\.lora\..*" + message):
         call()
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import moe_ops
-from moe_ops.layers import Experts, MoE, Router
+from moe_ops.layers import Experts, GatedMLP, MoE, Router
 from testing import checks, oracle
 
 HIDDEN_SIZE, NUM_EXPERTS, NUM_TOKENS = 16, 12, 40
@@ -199,6 +199,54 @@ def test_hidden_states_of_another_size(name):
     for layer in (router, MoE(router, Experts(NUM_EXPERTS, HIDDEN_SIZE, 8))):
         with pytest.raises(ValueError, match=text):
             layer(make_tokens()[:, 1:])
+
+
+@pytest.mark.parametrize("given", [torch.bfloat16, torch.int64])
+def test_hidden_states_of_another_dtype(given):
+    """The linear map would not say whose matrices these are."""
+    router = make_router("softmax").float()
+    text = r"Router: expected hidden_states\.dtype == weight\.dtype \(float32\), got (bfloat16|int64); cast"
+    for layer in (router, MoE(router, Experts(NUM_EXPERTS, HIDDEN_SIZE, 8))):
+        with pytest.raises(TypeError, match=text):
+            layer(make_tokens().to(given))
+
+
+def test_hidden_states_of_another_dtype_under_autocast_or_with_a_dtype_for_logits():
+    tokens = make_tokens().bfloat16()
+    router = make_router("softmax").float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        want = router(tokens)
+        got = torch.compile(router, fullgraph=True, backend="eager")(tokens)
+    for each, other in zip(got, want, strict=True):
+        assert torch.equal(each, other)
+    router.logits_dtype = torch.float32
+    logits, _, _ = router(tokens)
+    assert torch.equal(logits, tokens.float() @ router.weight.T)
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "num_experts", "top_k"])
+def test_a_size_that_is_no_int(name):
+    sizes: dict[str, Any] = {"hidden_size": 8, "num_experts": 4, "top_k": 2, name: 2.0}
+    text = rf"^moe_ops\.layers\.Router: expected {name} to be an int, got 2\.0$"
+    with pytest.raises(TypeError, match=text):
+        Router(**sizes)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda dtype: Router(8, 4, 2, dtype=dtype),
+        lambda dtype: Experts(4, 8, 8, dtype=dtype),
+        lambda dtype: GatedMLP(8, 8, dtype=dtype),
+    ],
+    ids=["Router", "Experts", "GatedMLP"],
+)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int32, torch.complex64])
+def test_a_dtype_that_weights_cannot_have(make, dtype):
+    with pytest.raises(
+        TypeError, match=r"expected dtype in \(bfloat16, float16, float32, float64\), got"
+    ):
+        make(dtype)
 
 
 def test_no_tokens_and_no_hidden_size():

@@ -29,12 +29,15 @@ def check_weight_dtype(function: str, dtype: torch.dtype, name: str = "dtype") -
 
 
 def check_at_least(function: str, minimum: int, **sizes: int) -> None:
-    """Refuse sizes below a minimum.
+    """Refuse sizes below a minimum, and what is no int.
 
     Raises:
         ValueError: one is below it.
+        TypeError: one is no int.
     """
     for name, size in sizes.items():
+        if not isinstance(size, (int, torch.SymInt)):
+            raise TypeError(f"{function}: expected {name} to be an int, got {size!r}")
         if size < minimum:
             raise ValueError(f"{function}: expected {name} >= {minimum}, got {size}")
 

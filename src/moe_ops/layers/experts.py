@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_ops import fused_experts
-from moe_ops._core.checks import check_at_least
+from moe_ops._core.checks import check_at_least, check_weight_dtype
 from moe_ops._pytorch.activation import GATE_ACTIVATIONS, gate_function
 from moe_ops.fp8 import quantize_fp8
 from moe_ops.layers.functional import composed_experts, named_activation, projection
@@ -60,6 +60,7 @@ class Experts(nn.Module):
 
     Raises:
         ValueError: no expert, or a negative size.
+        TypeError: a size that is no int; a dtype that is not a floating one of 16 bits or more.
 
     Each expert begins as two nn.Linear do: weights and biases uniform in +-1 / sqrt(input size).
 
@@ -89,6 +90,8 @@ class Experts(nn.Module):
         here = "moe_ops.layers.Experts"
         check_at_least(here, 1, num_experts=num_experts)
         check_at_least(here, 0, hidden_size=hidden_size, intermediate_size=intermediate_size)
+        if dtype is not None:
+            check_weight_dtype(here, dtype)
         self.activation = activation
         self.gated = gated
         self.interleaved = interleaved
@@ -346,7 +349,8 @@ class GatedMLP(nn.Module):
         device, dtype: of the parameters, which nn.Linear makes and initialises.
 
     Raises:
-        ValueError: an activation other than these.
+        ValueError: an activation other than these, or a negative size.
+        TypeError: a size that is no int; a dtype that is not a floating one of 16 bits or more.
     """
 
     def __init__(
@@ -358,9 +362,13 @@ class GatedMLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        here = "moe_ops.layers.GatedMLP"
+        check_at_least(here, 0, hidden_size=hidden_size, intermediate_size=intermediate_size)
+        if dtype is not None:
+            check_weight_dtype(here, dtype)
         if activation not in GATE_ACTIVATIONS:
             raise ValueError(
-                "moe_ops.layers.GatedMLP: expected activation to be one of "
+                f"{here}: expected activation to be one of "
                 f"{', '.join(GATE_ACTIVATIONS)}, got {activation!r}"
             )
 
@@ -368,12 +376,22 @@ class GatedMLP(nn.Module):
             return nn.Linear(in_size, out_size, bias=False, device=device, dtype=dtype)
 
         self.activation = activation
+        self.hidden_size = hidden_size
         self.gate_proj = linear(hidden_size, intermediate_size)
         self.up_proj = linear(hidden_size, intermediate_size)
         self.down_proj = linear(intermediate_size, hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Map hidden_states (..., hidden_size) to an output of the same shape."""
+        """Map hidden_states (..., hidden_size) to an output of the same shape.
+
+        Raises:
+            ValueError: hidden states of another size.
+        """
+        if hidden_states.shape[-1] != self.hidden_size:
+            raise ValueError(
+                "moe_ops.layers.GatedMLP: expected hidden_states.shape[-1] == hidden_size "
+                f"({self.hidden_size}), got {hidden_states.shape[-1]}"
+            )
         gate = gate_function(self.activation)(self.gate_proj(hidden_states))
         output: Tensor = self.down_proj(gate * self.up_proj(hidden_states))
         return output

@@ -239,11 +239,11 @@ def _layers(
     num_experts: int | None = None,
 ) -> tuple[Tensor, ...]:
     """Return the logits of each layer, checked."""
-    layers = (router_logits,) if isinstance(router_logits, Tensor) else tuple(router_logits)
+    layers = (router_logits,) if isinstance(router_logits, Tensor) else tuple(router_logits or ())
     if not layers:
         raise ValueError(
             f"moe_ops.layers.{function}: expected router_logits of at least one layer, "
-            "got none; pass what MoE returns"
+            "got none; pass what MoE returns, or what a model does with output_router_logits=True"
         )
     for logits in layers:
         if logits.ndim != 2 or logits.shape[1] != (num_experts or logits.shape[1]):

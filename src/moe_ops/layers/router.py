@@ -8,8 +8,10 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from moe_ops import topk_routing
-from moe_ops._core.checks import check_at_least
+from moe_ops._core.checks import check_at_least, check_weight_dtype, dtype_name
 from moe_ops.layers.balance import update_selection_bias_
+
+_HERE = "moe_ops.layers.Router"
 
 
 class Router(nn.Module):
@@ -45,6 +47,7 @@ class Router(nn.Module):
 
     Raises:
         ValueError: sizes that moe::topk_routing takes in no call, such as a top_k above num_experts.
+        TypeError: a size that is no int; a dtype that is not a floating one of 16 bits or more.
 
     weight and bias begin as those of nn.Linear do, uniform in +-1 / sqrt(hidden_size).
 
@@ -75,6 +78,8 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         _check_sizes(hidden_size, num_experts, top_k, num_groups, top_groups)
+        if dtype is not None:
+            check_weight_dtype(_HERE, dtype)
         self.top_k = top_k
         self.score_function = score_function
         self.score_before_topk = score_before_topk
@@ -121,6 +126,7 @@ class Router(nn.Module):
 
         Raises:
             ValueError: hidden states of another size.
+            TypeError: hidden states of another dtype than weight, without autocast or logits_dtype.
             ValueError, TypeError: from moe::topk_routing, for an option or a dtype it does not take.
 
         router_logits and topk_weights are differentiable in hidden_states, weight and bias.
@@ -128,8 +134,7 @@ class Router(nn.Module):
         hidden_size = self.weight.shape[1]
         if hidden_states.shape[-1] != hidden_size:
             raise ValueError(
-                "moe_ops.layers.Router: expected hidden_states.shape[-1] == hidden_size "
-                f"({hidden_size}), got {hidden_states.shape[-1]}"
+                f"{_HERE}: expected hidden_states.shape[-1] == hidden_size ({hidden_size}), got {hidden_states.shape[-1]}"
             )
         router_logits = self._logits(hidden_states)
         return router_logits, *self._choose(router_logits)
@@ -208,6 +213,12 @@ class Router(nn.Module):
     def _logits(self, hidden_states: Tensor) -> Tensor:
         dtype = self.logits_dtype
         if dtype is None:
+            given, own = hidden_states.dtype, self.weight.dtype
+            if given != own and not torch.is_autocast_enabled(hidden_states.device.type):
+                raise TypeError(
+                    f"{_HERE}: expected hidden_states.dtype == weight.dtype ({dtype_name(own)}), "
+                    f"got {dtype_name(given)}; cast one of them, or make the router with logits_dtype"
+                )
             return F.linear(hidden_states, self.weight, self.bias)
         bias = None if self.bias is None else self.bias.to(dtype)
         return F.linear(hidden_states.to(dtype), self.weight.to(dtype), bias)
@@ -226,23 +237,22 @@ def _check_sizes(
     Raises:
         ValueError: it takes none.
     """
-    here = "moe_ops.layers.Router"
-    check_at_least(here, 0, hidden_size=hidden_size)
+    check_at_least(_HERE, 0, hidden_size=hidden_size)
     check_at_least(
-        here, 1,
+        _HERE, 1,
         num_experts=num_experts, top_k=top_k, num_groups=num_groups, top_groups=top_groups,
     )  # fmt: skip
     if num_experts % num_groups:
         raise ValueError(
-            f"{here}: expected num_experts to be a multiple of num_groups ({num_groups}), "
+            f"{_HERE}: expected num_experts to be a multiple of num_groups ({num_groups}), "
             f"got {num_experts}"
         )
     if top_groups > num_groups:
         raise ValueError(
-            f"{here}: expected top_groups <= num_groups ({num_groups}), got {top_groups}"
+            f"{_HERE}: expected top_groups <= num_groups ({num_groups}), got {top_groups}"
         )
     # Who gave no groups reads nothing about groups.
     what = "num_experts" if num_groups == 1 else "num_experts // num_groups * top_groups"
     choices = num_experts // num_groups * top_groups
     if top_k > choices:
-        raise ValueError(f"{here}: expected top_k <= {what} ({choices}), got {top_k}")
+        raise ValueError(f"{_HERE}: expected top_k <= {what} ({choices}), got {top_k}")

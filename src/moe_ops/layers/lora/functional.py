@@ -267,6 +267,11 @@ def check_dropout(function: str, name: str, probability: float) -> None:
 
 
 def _check(adapter: LoraWeights, weight: Tensor | QuantizedWeight) -> None:
+    if not isinstance(adapter, LoraWeights):
+        raise TypeError(
+            f"{_HERE}.lora_grouped_gemm: expected adapters to be a sequence of LoraWeights, got "
+            f"{type(adapter).__name__} in it; pass [adapter] for one"
+        )
     for name in ("lora_A", "lora_B"):
         if not (factor := getattr(adapter, name)).is_floating_point():
             raise TypeError(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from moe_ops._core.checks import check_at_least
 from moe_ops._core.sharded import is_parallel
 from moe_ops.fp8 import dequantize_fp8
 from moe_ops.layers.experts import Experts
@@ -45,7 +46,7 @@ class GroupedLora(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_rank("GroupedLora", rank)
+        check_at_least(f"{_HERE}.GroupedLora", 1, rank=rank)
         self.scaling = lora_alpha / (math.sqrt(rank) if use_rslora else rank)
         self.lora_A = nn.Parameter(
             torch.empty(num_experts, rank, in_features, device=device, dtype=dtype)
@@ -132,7 +133,7 @@ class LoraExperts(nn.Module):
                 "after expert_parallel; add the adapters first"
             )
         check_dropout("LoraExperts", "lora_dropout", lora_dropout)
-        _check_rank("LoraExperts", rank)
+        check_at_least(f"{_HERE}.LoraExperts", 1, rank=rank)
         self.experts = experts.requires_grad_(False)
         self.lora_dropout = lora_dropout
         self.adapters = nn.ModuleDict()
@@ -244,8 +245,3 @@ def _check_experts(experts: Experts) -> None:
                 f"{_HERE}.LoraExperts: expected experts with {option}={expected!r}, got {got!r}; "
                 f"set experts.{option} = {expected!r}"
             )
-
-
-def _check_rank(function: str, rank: int) -> None:
-    if rank < 1:
-        raise ValueError(f"{_HERE}.{function}: expected rank >= 1, got {rank}")
