@@ -9,6 +9,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_ops._triton import compiling
 from moe_ops._triton.compiling import compiled_together
@@ -68,6 +69,17 @@ def test_a_call_that_is_captured_or_of_meta_tensors_is_made_once(monkeypatch):
     events: list[str] = []
     two_kernels(events)(X)
     assert events == ["launch first", "launch second"]
+
+
+def test_a_call_without_tokens_is_no_first_call(monkeypatch):
+    """It launches next to nothing, and would leave the next call to compile its kernels one by one."""
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with FakeTensorMode():
+        some, none = (torch.empty(rows, 4, device="cuda") for rows in (3, 0))
+    assert compiling._launches((some,))
+    assert not compiling._launches((none,))
+    assert not compiling._launches((torch.empty(3, 4, device="meta"),))
 
 
 def test_an_error_of_the_implementation_comes_through():

@@ -3,10 +3,10 @@
 
 Triton compiles a kernel when it is launched first, so a call of several kernels would compile one after
 the other. But which kernels they are is known before the first of them runs: nothing that an
-implementation does depends on what they compute. So its first call in a process goes through it twice.
-The first time nothing is launched, and each launch hands its kernel to a thread that compiles it and
-loads it. Where a forward records a gradient, its first call goes through its backward, too: the values
-that stand for gradients then mean nothing, and nothing reads them.
+implementation does depends on what they compute. So before its first call in a process it is gone
+through once more, and then nothing is launched: each launch hands its kernel to a thread that compiles
+it and loads it. Where a forward records a gradient, that goes on through its backward: the values that
+stand for gradients mean nothing, and nothing reads them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import triton
 
 logger = logging.getLogger("moe_ops")
 
-# Threads that compile. Of more kernels than that a call has the most to wait for one of them.
+# Threads that compile: about as many as an op and its backward launch kernels.
 _MOST_THREADS = 16
 
 P = ParamSpec("P")
@@ -49,13 +49,14 @@ def compiled_together(implementation: Callable[P, R]) -> Callable[P, R]:
 
     It must do nothing but allocate and launch, since its first call goes through it twice.
     """
-    # A forward that keeps something for its backward has other kernels: that is a keyword.
+    # A forward has other kernels where it keeps something for its backward, which a keyword says.
     done: set[tuple[tuple[str, object], ...]] = set()
 
     @functools.wraps(implementation)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
         form = tuple(kwargs.items())
-        # A rehearsal may need other gradients than a backward, so that counts for itself.
+        # Within a forward's first call a backward is no first call of its own: the real one may need
+        # other gradients.
         if not is_ahead() and form not in done and _launches(args):
             done.add(form)
             _compile(args, lambda: implementation(*args, **kwargs))
@@ -87,11 +88,15 @@ def compiled_with_backward(
 
 
 def _launches(args: tuple[Any, ...]) -> bool:
-    """Return whether a call with these arguments launches: it is not of meta tensors, nor captured."""
+    """Return whether a call with these arguments launches what others will.
+
+    Not with meta tensors, nor without tokens, nor while it is captured.
+    """
     first = args[0]
     return (
         isinstance(first, torch.Tensor)
         and first.is_cuda
+        and first.numel() > 0
         and not torch.cuda.is_current_stream_capturing()
     )
 
