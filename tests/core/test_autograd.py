@@ -352,7 +352,7 @@ def test_a_tangent_of_an_output_is_refused():
 
 
 # The forwards that run in place of an op where a gradient is recorded.
-FORWARDS = sorted(name for name, op in OPS.items() if op._recorded is not None)
+FORWARDS = sorted(name for name, op in OPS.items() if op._outer_autograd is not None)
 
 
 def looks(value: object) -> object:
@@ -363,7 +363,7 @@ def looks(value: object) -> object:
 
 def samples_with_other_needs(forward: str) -> Iterator[Sample]:
     """Yield calls of the op that the forward stands for; each needs other gradients."""
-    recorded = OPS[forward]._recorded
+    recorded = OPS[forward]._outer_autograd
     (called,) = (name for name, op in OPS.items() if op._autograd is recorded)
     for seed in range(12):
         sample = seeded_sample(SCHEMAS[called], seed, T=5, dtype=torch.float32)
@@ -389,7 +389,7 @@ def formula_calls() -> Iterator[list[tuple[str, list[object]]]]:
 
 def rehearse(name: str, args: tuple[Any, ...], forward: Callable[..., Any] | None = None) -> None:
     """Go through a forward and its backward, as a forward's first call on a GPU does."""
-    recorded = OPS[name]._recorded
+    recorded = OPS[name]._outer_autograd
     assert recorded is not None
     needs = [isinstance(a, Tensor) and a.requires_grad for a in args]
     with torch.no_grad(), mock.patch.object(library._thread, "needs", needs):
@@ -456,7 +456,7 @@ def test_a_rehearsal_frees_the_pre_activation_between_the_two_ops():
 
 
 def test_a_call_that_autograd_does_not_record_rehearses_nothing():
-    recorded = OPS["fused_experts_forward"]._recorded
+    recorded = OPS["fused_experts_forward"]._outer_autograd
     assert recorded is not None
     sample = every_argument("fused_experts")
     args = tuple(sample.requiring_grad().values())

@@ -9,7 +9,8 @@ A call goes through these kernels, outermost first. This file makes them, once, 
     Meta       checks the arguments, then returns empty outputs (FakeTensors use it too)
 
 An op folder makes its `Op` and gives it implementations. Where the op is differentiable, the folder
-also gives the formula of its gradient, in terms of other ops.
+also gives the formula of its gradient, in terms of other ops. ops/permute/op.py is a short example;
+ops/fused_experts/op.py has all that there is.
 """
 
 from __future__ import annotations
@@ -98,8 +99,9 @@ class Op:
         for key, kernel in self.device_kernels.items():
             self._impl(kernel, key)
         self._autograd: _Autograd | None = None
-        # Of the op in whose place this one runs where a gradient is recorded.
-        self._recorded: _Autograd | None = None
+        # The _autograd of fused_experts on fused_experts_forward, which runs in its place where a
+        # gradient is recorded; None for an op that runs in no other's place.
+        self._outer_autograd: _Autograd | None = None
         self._impl(_autograd_kernel(self), "Autograd", with_keyset=True)
         for device_type, key in DISPATCH_KEYS.items():
             self._impl(_autocast_kernel(self, device_type), f"Autocast{key}")
@@ -148,7 +150,7 @@ class Op:
         num_outputs = len(self.schema.outputs)
         self._autograd = _Autograd(save, backward, forward or self, num_outputs)
         if forward is not None:
-            forward._recorded = self._autograd
+            forward._outer_autograd = self._autograd
 
     def in_backward(self, *args: Any) -> Any:
         """Call the op in the formula of a gradient.
@@ -244,6 +246,8 @@ class _Autograd:
 class _Thread(threading.local):
     # Of the forward that autograd records: which arguments need a gradient.
     needs: Sequence[bool] | None = None
+    # Whether a backward is gone through for the sake of its kernels. Its ops then call our own
+    # implementations, past the dispatcher; what these launch is for their side to know.
     is_rehearsing = False
 
 
@@ -284,9 +288,9 @@ def _device_kernel(op: Op, device_type: str) -> Callable[..., Tensors]:
         if device_type == "cpu" or choice.name not in REPLAYS:
             return implementation, None
         replays = function_of(REPLAYS[choice.name])(implementation)
-        if op._recorded is not None:
+        if op._outer_autograd is not None:
             first_call = function_of(FIRST_CALLS[choice.name])
-            implementation = first_call(implementation, op._recorded.go_through_backward)
+            implementation = first_call(implementation, op._outer_autograd.go_through_backward)
         return implementation, replays
 
     # If one tensor is on another device, the dispatcher calls that device's kernel, not the CPU's.
