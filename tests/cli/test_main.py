@@ -84,7 +84,7 @@ def test_ctrl_c(capsys, monkeypatch):
             ["bench", *SIZES, "--plot=/no/such/folder/x.png"],
             "expected --plot in an existing folder",
         ),
-        (["bench", *SIZES, "--separate-ops"], "--separate-ops goes with explain and tune"),
+        (["bench", *SIZES, "--separate-ops"], "unrecognized arguments: --separate-ops"),
         (["bench", *SIZES, "--against=cutlass"], "argument --against: invalid choice: 'cutlass'"),
         (["tune", *SIZES, "--output=/no/such/folder/x.json"], "expected --output in an existing"),
     ],
@@ -96,6 +96,15 @@ def test_wrong_arguments_are_one_line(arguments, reason, capsys):
     assert line.startswith("python -m moe_ops")
     assert f": error: {reason}" in line
     assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("command", "is_listed"), [("explain", True), ("tune", True), ("bench", False)]
+)
+def test_help_lists_separate_ops_where_they_are_taken(command, is_listed, capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        cli.main([command, "--help"])
+    assert ("--separate-ops" in capsys.readouterr().out) == is_listed
 
 
 @pytest.mark.parametrize(

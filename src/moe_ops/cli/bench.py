@@ -98,8 +98,6 @@ class Row:
 def bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Iterable[str]:
     """Time the blocks, and return what to print."""
     experts.check_arguments(options, parser)
-    if options.separate_ops:
-        parser.error("--separate-ops goes with explain and tune: bench times whole blocks")
     if not 0 < options.seconds < math.inf:
         parser.error(f"expected --seconds above 0 and finite, got {options.seconds}")
     if options.plot is not None:

@@ -73,6 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("bfloat16", "float16", "float32"),
         help="default: CONFIG's, else bfloat16",
     )
+
+
+def add_separate_ops(parser: argparse.ArgumentParser) -> None:
+    """Add the argument of the commands that look at single products."""
     parser.add_argument(
         "--separate-ops",
         action="store_true",

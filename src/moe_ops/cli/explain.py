@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     experts.add_arguments(parser)
+    experts.add_separate_ops(parser)
     parser.add_argument(
         "--gpu",
         metavar="NAME",
