@@ -92,6 +92,19 @@ def test_a_wrong_result_is_not_timed(capsys, monkeypatch):
     assert {row["milliseconds"] for row in wrong} == {None}
 
 
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_the_status_says_that_ours_cannot_run(more, capsys, monkeypatch):
+    def refuse(block):
+        raise RuntimeError("no such implementation")
+
+    arguments = ["bench", *QUICK, "--dtype=float32", "--against", "loop", *more]
+    monkeypatch.setitem(blocks.CONTENDERS, blocks.OURS, refuse)
+    assert cli.main(arguments) == 1
+    out, err = capsys.readouterr()
+    assert "no such implementation" in out
+    assert err == ""
+
+
 def test_what_cannot_run_says_why_in_one_line(capsys):
     """The rows of torch's grouped_mm must be multiples of 16 bytes, compiled and eager."""
     arguments = [*QUICK, "--hidden-size=9", "--dtype=bfloat16"]

@@ -198,6 +198,20 @@ def test_show_fits_a_terminal(op, capsys, monkeypatch):
     assert shown.split() == "\n".join(show(op, with_code=True)).split()
 
 
+def test_env_says_once_why_nothing_serves_the_ops(capsys, monkeypatch):
+    monkeypatch.setenv(library.ENVIRONMENT_VARIABLE, "xx")
+    assert cli.main(["env"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in library.OPS:
+        (row,) = [line.split() for line in lines if line.split()[:1] == [name]]
+        assert row == [name, "none", "(1)", "none", "(2)"]
+    no_such = "tensors have no such implementation; expected"
+    assert lines[-2:] == [
+        f"(1) MOE_OPS_IMPLEMENTATION=xx: cpu {no_such} pytorch or triton",
+        f"(2) MOE_OPS_IMPLEMENTATION=xx: cuda {no_such} triton or pytorch",
+    ]
+
+
 @pytest.mark.parametrize("text", ["{", "[" * 100_000])
 def test_env_says_that_a_table_cannot_be_read(text, monkeypatch, tmp_path):
     monkeypatch.setenv("MOE_OPS_CACHE_DIR", str(tmp_path))

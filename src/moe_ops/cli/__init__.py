@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: those of the command line, or None for this process's own.
 
     Returns:
-        status: 0; 130 after Ctrl-C; 141 where the reader of the output has gone.
+        status: 0; 1 where bench could not time moe_ops itself; 130 after Ctrl-C; 141 where the
+            reader of the output has gone.
 
     Raises:
         SystemExit: with one line that says what is wrong (status 1), or status 2 where it is an
@@ -64,7 +65,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--version", action="version", version=f"moe_ops {moe_ops.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     about_env = "versions, devices, and which implementation serves which op and why"
-    commands.add_parser("env", help=about_env).set_defaults(run=lambda _: env())
+    commands.add_parser("env", help=about_env).set_defaults(run=lambda _: (env(), 0))
     _add_show(commands)
     _add_explain(commands)
     _add_tune(commands)
@@ -74,9 +75,11 @@ def _run(arguments: Sequence[str] | None) -> int:
         # print_help() would keep a BrokenPipeError to itself.
         print(parser.format_help(), end="")
         return 0
-    lines: Iterable[str] = options.run(options)
+    lines: Iterable[str]
+    status: int
+    lines, status = options.run(options)
     print("\n".join(lines))
-    return 0
+    return status
 
 
 def _add_show(commands: _Commands) -> None:
@@ -87,7 +90,7 @@ def _add_show(commands: _Commands) -> None:
         "op", choices=sorted(library.OPS), metavar="OP", help="such as grouped_gemm"
     )
     parser.add_argument("--no-code", action="store_true", help="the definition and reference alone")
-    parser.set_defaults(run=lambda options: fitted(show(options.op, not options.no_code)))
+    parser.set_defaults(run=lambda options: (fitted(show(options.op, not options.no_code)), 0))
 
 
 def _add_explain(commands: _Commands) -> None:
@@ -100,7 +103,7 @@ def _add_explain(commands: _Commands) -> None:
         "pass, and why a wish of a configuration cannot be met.",
     )
     explain.add_arguments(parser)
-    parser.set_defaults(run=lambda options: explain.explain(options, parser))
+    parser.set_defaults(run=lambda options: (explain.explain(options, parser), 0))
 
 
 def _add_tune(commands: _Commands) -> None:
@@ -113,7 +116,7 @@ def _add_tune(commands: _Commands) -> None:
         "finds where later processes look. An interrupted run goes on where it stopped.",
     )
     tune.add_arguments(parser)
-    parser.set_defaults(run=lambda options: tune.tune(options, parser))
+    parser.set_defaults(run=lambda options: (tune.tune(options, parser), 0))
 
 
 def _add_bench(commands: _Commands) -> None:

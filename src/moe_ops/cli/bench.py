@@ -95,8 +95,10 @@ class Row:
     error: str | None = None
 
 
-def bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Iterable[str]:
-    """Time the blocks, and return what to print."""
+def bench(
+    options: argparse.Namespace, parser: argparse.ArgumentParser
+) -> tuple[Iterable[str], int]:
+    """Time the blocks, and return what to print and the exit status: 1 if ours has no time."""
     experts.check_arguments(options, parser)
     if not 0 < options.seconds < math.inf:
         parser.error(f"expected --seconds above 0 and finite, got {options.seconds}")
@@ -114,11 +116,11 @@ def bench(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Itera
     except (RuntimeError, AssertionError, ValueError, OSError, ImportError) as error:
         reason = _in_one_line(error).removeprefix("moe_ops.tune: ")
         raise SystemExit(f"{parser.prog}: {reason}") from error
+    status = int(any(row.error is not None for row in rows if row.name == blocks.OURS))
     if options.json:
-        return [
-            json.dumps({"device": _device(device), "rows": [asdict(row) for row in rows]}, indent=1)
-        ]
-    return _table(rows, device)
+        content = {"device": _device(device), "rows": [asdict(row) for row in rows]}
+        return [json.dumps(content, indent=1)], status
+    return _table(rows, device), status
 
 
 def _check_plot(file: Path, parser: argparse.ArgumentParser) -> None:

@@ -89,17 +89,26 @@ def _tuned(file: Path) -> str:
 def _table() -> Iterable[str]:
     """A line for each op: which implementation serves each type of device, and why."""
     rows = [("op", *library.IMPLEMENTATIONS)]
+    # Why nothing serves an op, in the order of the marks. Most ops share a reason.
+    obstacles: list[str] = []
     for name, op in sorted(library.OPS.items()):
-        rows.append((name, *(_choice(op, device_type) for device_type in library.IMPLEMENTATIONS)))
+        cells = [_choice(op, device_type, obstacles) for device_type in library.IMPLEMENTATIONS]
+        rows.append((name, *cells))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        yield "  ".join(cells).rstrip()
+        padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        yield "  ".join(padded).rstrip()
+    for number, obstacle in enumerate(obstacles, 1):
+        yield f"({number}) {obstacle}"
 
 
-def _choice(op: library.Op, device_type: str) -> str:
+def _choice(op: library.Op, device_type: str, obstacles: list[str]) -> str:
+    """Return what a cell says. The reason why nothing serves the op is added to the obstacles."""
     try:
         choice = op.choose(device_type)
     except RuntimeError as error:
-        return str(error).partition(": ")[2]
+        obstacle = str(error).partition(": ")[2]
+        if obstacle not in obstacles:
+            obstacles.append(obstacle)
+        return f"none ({obstacles.index(obstacle) + 1})"
     return f"{choice.name} ({choice.reason})"
