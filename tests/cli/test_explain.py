@@ -316,6 +316,32 @@ def test_refuses_what_memory_cannot_count(capsys, arguments):
     assert "--num-layers" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--gpu", "H100", "--table"], "--table goes with --memory"),
+        (["--gpu", "H100", "--rank=8"], "--rank goes with --memory"),
+        (["--gpu", "H100", "--num-layers=2"], "--num-layers goes with --memory"),
+        (["--memory", "--gpu", "H100"], "--gpu goes without --memory"),
+        (["--memory", "--kernel-config", SPECIALIZED], "--kernel-config goes without --memory"),
+        (["--memory", "--quantized=nf4"], "--quantized goes without --memory"),
+        (["--memory", "--separate-ops"], "--separate-ops goes without --memory"),
+        (["--memory", "--table", "--json"], "--table goes without --json"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_refuses_what_the_form_does_not_read(arguments, reason, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["explain", *SIZES, *arguments])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(f": error: {reason}\n")
+
+
+def test_defaults_of_the_other_form_are_taken(capsys):
+    arguments = ["--gpu", "H100", "--rank=16", "--num-layers=1"]
+    assert explained(capsys, *arguments) == explained(capsys, "--gpu", "H100")
+
+
 def test_the_table_of_the_docs_is_what_the_command_prints(capsys):
     page = (Path(__file__).parents[2] / "docs" / "quantised.md").read_text(encoding="utf-8")
     assert "explain $model --memory --table" in page

@@ -23,6 +23,10 @@ from moe_ops.quantization.formats import FORMATS
 if TYPE_CHECKING:
     from moe_ops._triton.weight_plan import WeightPlan
 
+# What only one of the two forms reads.
+WITH_MEMORY = ("table", "rank", "num_layers")
+WITHOUT_MEMORY = ("gpu", "kernel_config", "quantized", "separate_ops")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
@@ -91,6 +95,7 @@ class Row:
 def explain(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Iterable[str]:
     """Return the rows of the model that the arguments name, as text or as JSON."""
     experts.check_arguments(options, parser)
+    _check_form(options, parser)
     if options.memory:
         return _memory(options, parser)
     text = options.kernel_config
@@ -115,6 +120,16 @@ def explain(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Ite
         content = {"gpu": device.name, "products": found, "padding": notes}
         return [json.dumps(content, indent=2)]
     return _lines(device, rows, is_plain=options.quantized is None)
+
+
+def _check_form(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """End the program with its usage where an option is given that the form does not read."""
+    unread, word = (WITHOUT_MEMORY, "without") if options.memory else (WITH_MEMORY, "with")
+    for name in unread:
+        if getattr(options, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} goes {word} --memory")
+    if options.table and options.json:
+        parser.error("--table goes without --json")
 
 
 def _check_dtype(layers: Iterable[tuning.Experts], device: Device) -> None:
