@@ -107,6 +107,20 @@ def test_help_lists_separate_ops_where_they_are_taken(command, is_listed, capsys
     assert ("--separate-ops" in capsys.readouterr().out) == is_listed
 
 
+@pytest.mark.parametrize("command", ["explain", "bench"])
+def test_json_takes_no_file_name(command, capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        cli.main([command, "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "print the rows as JSON to stdout; takes no file name" in told
+    both = "expected CONFIG or explicit sizes, got both: x.json and --hidden-size"
+    hint = "; --json prints to stdout and takes no file name"
+    for arguments, reason in ((["--json", "x.json"], both + hint), (["x.json"], both)):
+        status, line = failure(capsys, command, *SIZES, *arguments)
+        assert status == 2
+        assert line.endswith(f": error: {reason}")
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [

@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plot", type=Path, metavar="FILE.png", help="also draw the times, with matplotlib"
     )
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON, to stdout")
+    experts.add_json(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bar, which needs tqdm")
 
 

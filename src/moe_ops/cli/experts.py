@@ -84,6 +84,13 @@ def add_separate_ops(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add the argument of the commands that print rows."""
+    parser.add_argument(
+        "--json", action="store_true", help="print the rows as JSON to stdout; takes no file name"
+    )
+
+
 def check_arguments(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """End the program with its usage unless either CONFIG or all sizes are given."""
     given = [size for size in SIZES if getattr(options, size) is not None]
@@ -92,7 +99,11 @@ def check_arguments(options: argparse.Namespace, parser: argparse.ArgumentParser
         parser.error(f"{missing} missing" if given else f"expected CONFIG, or {missing}")
     if options.config is not None and given:
         size = f"--{given[0].replace('_', '-')}"
-        parser.error(f"expected CONFIG or explicit sizes, got both: {options.config} and {size}")
+        # tune has no --json.
+        is_output = getattr(options, "json", False) and options.config.suffix == ".json"
+        hint = "; --json prints to stdout and takes no file name" if is_output else ""
+        both = f"{options.config} and {size}"
+        parser.error(f"expected CONFIG or explicit sizes, got both: {both}{hint}")
     for name in ("bias", "transposed", "ungated"):
         if options.config is not None and getattr(options, name):
             parser.error(f"--{name} goes with sizes: CONFIG says it itself")

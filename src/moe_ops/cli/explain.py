@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"the weights are quantised: {', '.join(FORMATS)}",
     )
     memory.add_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    experts.add_json(parser)
 
 
 @dataclass(frozen=True)
