@@ -6,12 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from moe_ops import cli
 
 SIZES = ["--hidden-size=64", "--intermediate-size=32", "--num-experts=8", "--top-k=2"]
+FULL = Path("/dev/full")
 
 
 def failure(capsys, *arguments):
@@ -56,6 +58,24 @@ def test_no_traceback_where_nobody_reads_on(command, buffering):
     os.close(write_end)
     assert process.stderr == ""
     assert process.returncode == 128 + signal.SIGPIPE
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize(
+    ("command", "buffering"), [(["show", "permute", "--no-code"], ""), (["env"], "1")]
+)
+def test_a_full_disk_is_one_line(command, buffering):
+    with FULL.open("w") as full:
+        process = subprocess.run(
+            [sys.executable, "-m", "moe_ops", *command],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONUNBUFFERED": buffering},
+        )
+    assert process.stderr == "python -m moe_ops: [Errno 28] No space left on device\n"
+    assert process.returncode == 1
 
 
 def test_ctrl_c(capsys, monkeypatch):

@@ -40,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: those of the command line, or None for this process's own.
 
     Returns:
-        status: 0; 1 where bench could not time moe_ops itself; 130 after Ctrl-C; 141 where the
-            reader of the output has gone.
+        status: 0; 1 where bench could not time moe_ops itself, or where the output cannot be
+            written; 130 after Ctrl-C; 141 where the reader of the output has gone.
 
     Raises:
         SystemExit: with one line that says what is wrong (status 1), or status 2 where it is an
@@ -53,10 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("python -m moe_ops: interrupted", file=sys.stderr)
         return _INTERRUPTED
-    except BrokenPipeError:
+    except OSError as error:
         # Python flushes once more when it ends, and would say there what we have just caught.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _NO_READER
+        if isinstance(error, BrokenPipeError):
+            return _NO_READER
+        print(f"python -m moe_ops: {error}", file=sys.stderr)
+        return 1
     return status
 
 
