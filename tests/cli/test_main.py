@@ -148,7 +148,6 @@ def test_json_takes_no_file_name(command, capsys):
         ({"model_type": "nope"}, "model type `nope`"),
         ({"model_type": "llama", "hidden_size": "x"}, "field 'hidden_size'"),
         ({"model_type": "qwen3_moe", "num_attention_heads": 0}, "cannot use"),
-        ([], "cannot use"),
         ("{", "is not a valid JSON file"),
     ],
     ids=str,
@@ -162,3 +161,24 @@ def test_a_bad_config_is_one_line(fields, reason, capsys, tmp_path):
     assert line.startswith("python -m moe_ops explain: transformers cannot use ")
     assert reason in line
     assert "\n" not in line
+
+
+@pytest.mark.parametrize("command", ["explain", "tune", "bench"])
+def test_a_config_that_is_none_is_told_from_a_bad_one(command, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOE_OPS_AUTOTUNE", "1")
+    monkeypatch.setenv("MOE_OPS_CACHE_DIR", str(tmp_path / "cache"))
+    file = tmp_path / "config.json"
+
+    def told(config):
+        status, line = failure(capsys, command, config)
+        assert status == 1
+        return line.removeprefix(f"python -m moe_ops {command}: ")
+
+    names = "Qwen3-30B-A3B, gpt-oss-20b, GLM-4.5-Air"
+    expected = f"expected CONFIG to be a config.json, its folder, or one of {names}, got "
+    assert told("Qwen3-30B") == expected + "Qwen3-30B"
+    assert told(file) == expected + str(file)
+    assert told(tmp_path) == f"no config.json in {tmp_path}"
+    for content, kind in (("[]", "list"), ("3", "int")):
+        file.write_text(content)
+        assert told(tmp_path) == f"expected {file} to hold an object, got {kind}"

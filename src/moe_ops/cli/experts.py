@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -183,8 +184,13 @@ def _of_sizes(options: argparse.Namespace) -> Experts:
 def _of_config(options: argparse.Namespace) -> list[Experts]:
     """Return the experts of the model that transformers makes of the config, without weights."""
     file = options.config / "config.json" if options.config.is_dir() else options.config
+    if options.config.is_dir() and not file.is_file():
+        raise FileNotFoundError(f"no config.json in {options.config}")
     if not file.is_file():
-        raise FileNotFoundError(f"expected CONFIG to be a config.json or its folder, got {file}")
+        raise FileNotFoundError(
+            f"expected CONFIG to be a config.json, its folder, or one of {', '.join(MODELS)}, got {file}"
+        )
+    _check_object(file)
     try:
         import transformers
     except ImportError as error:
@@ -200,6 +206,17 @@ def _of_config(options: argparse.Namespace) -> list[Experts]:
         raise ValueError(f"transformers cannot use {file}: {_in_one_line(error)}") from error
     dtype = options.dtype or getattr(config.get_text_config(), "dtype", None) or "bfloat16"
     return experts_layers(model, getattr(torch, str(dtype).removeprefix("torch.")))
+
+
+def _check_object(file: Path) -> None:
+    """Raise ValueError where a file holds JSON that is no object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        # It is no JSON, and transformers says what is wrong.
+        return
+    if not isinstance(content, dict):
+        raise ValueError(f"expected {file} to hold an object, got {type(content).__name__}")
 
 
 def _in_one_line(error: Exception) -> str:
