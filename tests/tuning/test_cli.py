@@ -163,6 +163,13 @@ def test_rejects_sizes_below_one(option, capsys):
     assert failure(capsys, *SIZES, option).endswith(f"expected {name} >= 1, got 0")
 
 
+@pytest.mark.parametrize("command", ["explain", "tune", "bench"])
+@pytest.mark.parametrize("name", ["--hidden-size", "--num-tokens"])
+def test_rejects_sizes_that_no_tensor_has(command, name):
+    with pytest.raises(SystemExit, match=rf"expected {name} < 2\*\*63, got {2**63}$"):
+        cli.main([command, *SIZES, name, str(2**63)])
+
+
 @pytest.mark.parametrize("op", sorted(library.OPS))
 def test_show_begins_with_the_definition_and_the_reference(op, capsys):
     assert cli.main(["show", op]) == 0

@@ -114,7 +114,7 @@ def experts_of(options: argparse.Namespace) -> list[Experts]:
     """Return the different experts layers that the arguments name.
 
     Raises:
-        ValueError: sizes below 1 or that do not fit each other, or a model without experts.
+        ValueError: sizes below 1, above 64 bits or that do not fit each other, or a model without experts.
         OSError: CONFIG cannot be read.
         ImportError: CONFIG is given, and transformers is not installed.
     """
@@ -127,7 +127,7 @@ def layers_of(options: argparse.Namespace) -> list[Experts]:
     Raises:
         ValueError, OSError, ImportError: as experts_of.
     """
-    _check_positive(options)
+    _check_sizes(options)
     if options.config is None:
         return [_of_sizes(options)]
     named = {name.lower(): model for name, model in MODELS.items()}
@@ -145,12 +145,15 @@ def layers_of(options: argparse.Namespace) -> list[Experts]:
     return [_of_model(model, options.dtype)] * model.num_layers
 
 
-def _check_positive(options: argparse.Namespace) -> None:
-    given = {size: getattr(options, size) for size in SIZES}
-    given["num_tokens"] = min(options.num_tokens) if options.num_tokens else None
-    for name, size in given.items():
+def _check_sizes(options: argparse.Namespace) -> None:
+    given = [(size, getattr(options, size)) for size in SIZES]
+    given += [("num_tokens", tokens) for tokens in options.num_tokens or ()]
+    for name, size in given:
         if size is not None and size < 1:
             raise ValueError(f"expected --{name.replace('_', '-')} >= 1, got {size}")
+        # The ops have no limit of their own, but a tensor's sizes are int64.
+        if size is not None and size >= 2**63:
+            raise ValueError(f"expected --{name.replace('_', '-')} < 2**63, got {size}")
 
 
 def _of_model(model: Model, dtype: str | None) -> Experts:
