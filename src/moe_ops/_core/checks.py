@@ -42,6 +42,19 @@ def check_at_least(function: str, minimum: int, **sizes: int) -> None:
             raise ValueError(f"{function}: expected {name} >= {minimum}, got {size}")
 
 
+def check_hidden_size(function: str, hidden_states: Tensor, hidden_size: int) -> None:
+    """Refuse hidden states of another size than a layer's.
+
+    Raises:
+        ValueError: their last dimension is another one.
+    """
+    if hidden_states.shape[-1] != hidden_size:
+        raise ValueError(
+            f"{function}: expected hidden_states.shape[-1] == hidden_size ({hidden_size}), "
+            f"got {hidden_states.shape[-1]}"
+        )
+
+
 def check_tensor(function: str, name: str, value: Any, advice: str = "") -> None:
     """Refuse what is no tensor, or a sparse one.
 

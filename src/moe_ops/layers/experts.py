@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_ops import fused_experts
-from moe_ops._core.checks import check_at_least, check_weight_dtype
+from moe_ops._core.checks import check_at_least, check_hidden_size, check_weight_dtype
 from moe_ops._pytorch.activation import GATE_ACTIVATIONS, gate_function
 from moe_ops.fp8 import quantize_fp8
 from moe_ops.layers.functional import composed_experts, named_activation, projection
@@ -387,11 +387,7 @@ class GatedMLP(nn.Module):
         Raises:
             ValueError: hidden states of another size.
         """
-        if hidden_states.shape[-1] != self.hidden_size:
-            raise ValueError(
-                "moe_ops.layers.GatedMLP: expected hidden_states.shape[-1] == hidden_size "
-                f"({self.hidden_size}), got {hidden_states.shape[-1]}"
-            )
+        check_hidden_size("moe_ops.layers.GatedMLP", hidden_states, self.hidden_size)
         gate = gate_function(self.activation)(self.gate_proj(hidden_states))
         output: Tensor = self.down_proj(gate * self.up_proj(hidden_states))
         return output

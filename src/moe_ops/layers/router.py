@@ -8,7 +8,12 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from moe_ops import topk_routing
-from moe_ops._core.checks import check_at_least, check_weight_dtype, dtype_name
+from moe_ops._core.checks import (
+    check_at_least,
+    check_hidden_size,
+    check_weight_dtype,
+    dtype_name,
+)
 from moe_ops.layers.balance import update_selection_bias_
 
 _HERE = "moe_ops.layers.Router"
@@ -131,11 +136,7 @@ class Router(nn.Module):
 
         router_logits and topk_weights are differentiable in hidden_states, weight and bias.
         """
-        hidden_size = self.weight.shape[1]
-        if hidden_states.shape[-1] != hidden_size:
-            raise ValueError(
-                f"{_HERE}: expected hidden_states.shape[-1] == hidden_size ({hidden_size}), got {hidden_states.shape[-1]}"
-            )
+        check_hidden_size(_HERE, hidden_states, self.weight.shape[1])
         router_logits = self._logits(hidden_states)
         return router_logits, *self._choose(router_logits)
 
