@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -39,22 +40,28 @@ def test_without_a_command_it_helps(capsys):
         assert f"\n    {command} " in bare
 
 
+def run_into(
+    stdout: int | IO[str], command: list[str], buffering: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own, with PYTHONUNBUFFERED set to `buffering`."""
+    return subprocess.run(
+        [sys.executable, "-m", "moe_ops", *command],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONUNBUFFERED": buffering},
+    )
+
+
 @pytest.mark.parametrize(
     ("command", "buffering"),
     [(["show", "grouped_gemm"], ""), (["show", "grouped_gemm"], "1"), (["env"], ""), ([], "1")],
 )
 def test_no_traceback_where_nobody_reads_on(command, buffering):
-    environment = {**os.environ, "PYTHONUNBUFFERED": buffering}
     read_end, write_end = os.pipe()
     os.close(read_end)
-    process = subprocess.run(
-        [sys.executable, "-m", "moe_ops", *command],
-        stdout=write_end,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-        env=environment,
-    )
+    process = run_into(write_end, command, buffering)
     os.close(write_end)
     assert process.stderr == ""
     assert process.returncode == 128 + signal.SIGPIPE
@@ -66,14 +73,7 @@ def test_no_traceback_where_nobody_reads_on(command, buffering):
 )
 def test_a_full_disk_is_one_line(command, buffering):
     with FULL.open("w") as full:
-        process = subprocess.run(
-            [sys.executable, "-m", "moe_ops", *command],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-            env={**os.environ, "PYTHONUNBUFFERED": buffering},
-        )
+        process = run_into(full, command, buffering)
     assert process.stderr == "python -m moe_ops: [Errno 28] No space left on device\n"
     assert process.returncode == 1
 
