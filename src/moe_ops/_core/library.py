@@ -247,7 +247,8 @@ class _Thread(threading.local):
     # Of the forward that autograd records: which arguments need a gradient.
     needs: Sequence[bool] | None = None
     # Whether a backward is gone through for the sake of its kernels. Its ops then call our own
-    # implementations, past the dispatcher; what these launch is for their side to know.
+    # implementations, past the dispatcher. That these compile and do not launch is decided where they
+    # launch (_triton/compiling.py).
     is_rehearsing = False
 
 
