@@ -153,6 +153,13 @@ def test_operands_that_tma_cannot_describe_are_worth_a_copy_for_many_rows(rows, 
     assert not any(copies(problem, A100, Operands(x, b, True)))
 
 
+def test_the_steps_of_dw_are_deeper_where_pointers_store_but_do_not_load():
+    dw = Problem("backward_dW", "bfloat16", 16, 2002, 1001, 1024)
+    stored, loaded = (heuristic(dw, H100, Operands(x, True, False)) for x in (True, False))
+    assert (stored.BLOCK_M, stored.num_stages) == (64, 4)
+    assert (loaded.BLOCK_M, loaded.num_stages) == (32, 3)
+
+
 def test_halves_of_a_weights_row_are_not_worth_a_copy_that_tma_cannot_describe():
     up = Problem("forward", "bfloat16", 24, 690, 1008, 1024, gather=True, transposed=True)
     up = replace(up, epilogue="gated_activation")
