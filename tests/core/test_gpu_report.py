@@ -20,9 +20,6 @@ from testing.import_closure import source_file
 
 ROOT = report.ROOT
 PACKAGE = ROOT / "src" / "moe_ops"
-# The closure follows names of modules in strings, in this file too. Put together from parts, a name
-# is none.
-NAME = PACKAGE.name
 
 
 @pytest.fixture
@@ -163,11 +160,11 @@ def test_a_release_of_the_same_code_changes_nothing(tree):
 
 def test_a_file_that_a_launcher_imports_in_a_function_is_seen(tree):
     launcher = tree / "src" / "moe_ops" / "ops" / "permute" / "triton.py"
-    launcher.write_text(launcher.read_text() + f"\ndef more():\n    from {NAME} import added\n")
+    launcher.write_text(launcher.read_text() + "\ndef more():\n    from moe_ops import added\n")
     without = report.kernel_sha256(tree)
     added = tree / "src" / "moe_ops" / "added.py"
     added.write_text("x = 1\n")
-    assert f"{NAME}.added" in report.digests(tree)
+    assert "moe_ops.added" in report.digests(tree)
     first = report.kernel_sha256(tree)
     added.write_text("x = 2\n")
     assert len({without, first, report.kernel_sha256(tree)}) == 3
@@ -179,9 +176,9 @@ def test_an_op_that_nothing_imports_yet_is_seen(tree):
     """The closure starts at the implementation table, wherever that is filled."""
     folder = tree / "src" / "moe_ops" / "ops" / "added"
     folder.mkdir()
-    (folder / "op.py").write_text(f'op.implement("triton", "{NAME}.ops.added.launch:added")')
+    (folder / "op.py").write_text('op.implement("triton", "moe_ops.ops.added.launch:added")')
     (folder / "launch.py").write_text("x = 1\n")
-    assert {f"{NAME}.ops.added.{module}" for module in ("op", "launch")} <= set(
+    assert {f"moe_ops.ops.added.{module}" for module in ("op", "launch")} <= set(
         report.digests(tree)
     )
 
@@ -292,7 +289,9 @@ def run_suite(folder: Path, *arguments: str, **files: str) -> tuple[dict[str, An
         environment.pop(name, None)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(arguments or [str(folder)])],
-        cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=120,
+        # A run that ends before its first test says why on stderr.
+        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, check=False, timeout=120,
     )  # fmt: skip
     written = json.loads(path.read_text()) if path.exists() else None
     return written, done.stdout
