@@ -11,6 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from moe_ops import layers
+from moe_ops.configs.problem import fused_operands
+from moe_ops.layers.lora import LoraExperts
 from moe_ops.tuning import Experts, find_experts, tasks_of
 from testing.problem_keys import make_problem
 from testing.tuning_fakes import HOPPER
@@ -45,7 +48,8 @@ def test_equal_layers_once():
 
 @pytest.mark.parametrize("says", [{"is_transposed": True}, {}], ids=str)
 def test_transposed(says):
-    (layer,) = find_experts(Layer(UP_T, DOWN_T, top_k=2, has_bias=True, **says))
+    bias = torch.zeros(4, 16)
+    (layer,) = find_experts(Layer(UP_T, DOWN_T, top_k=2, down_proj_bias=bias, **says))
     assert layer == Experts(4, 2, (48, 16), (16, 24), torch.bfloat16, True, True)
 
 
@@ -128,38 +132,59 @@ def test_a_bucket_once():
     assert {task.num_rows for task in tasks} == {128}
 
 
-# This runs in a process of its own, as the interpreter is chosen before Triton is imported.
-RECORDED = """
-import sys, torch, transformers
-import moe_ops.integrations.transformers
+# These run in a process of their own, as the interpreter is chosen before Triton is imported.
+RECORDER = """
+import sys, torch
 from moe_ops._triton import gemm, plan as planning, weight_gradient
 from moe_ops.tuning import find_experts, tasks_of
-from testing import tiny_models
 
-moe_ops.integrations.transformers.register()
 launched = set()
 plan = planning.plan
 planning.plan = lambda problem, *rest: launched.add(problem.key) or plan(problem, *rest)
 gemm.plan_once = weight_gradient.plan_once = planning.plan_once.__wrapped__  # asked each time
-for name in sys.argv[1:]:
-    launched.clear()
-    model = tiny_models.make_model(name)
-    model.set_experts_implementation("moe_ops")
-    tiny_models.run_step(model, torch.randint(3, 48, (1, 5)))
-    expected = {task.problem.key for task in tasks_of(find_experts(model), [5])}
+
+def compare(name, model, num_tokens):
+    expected = {task.problem.key for task in tasks_of(find_experts(model), [num_tokens])}
     assert launched == expected, (name, launched ^ expected)
     print(name, len(launched))
+    launched.clear()
+"""
+OF_MODELS = """
+import moe_ops.integrations.transformers
+from moe_ops.integrations.llama4 import replace_llama4_moe_
+from testing import tiny_models
+
+moe_ops.integrations.transformers.register()
+# Its experts do not go through the interface.
+sizes = {"num_local_experts": 4, "intermediate_size": 24, "interleave_moe_layer_step": 1}
+llama4 = tiny_models.TinyModel("Llama4ForCausalLM", "Llama4TextConfig", sizes)
+for name in sys.argv[1:]:
+    model = tiny_models.make_model(llama4 if name == "llama4" else name)
+    if name == "llama4":
+        replace_llama4_moe_(model)
+    else:
+        model.set_experts_implementation("moe_ops")
+    tiny_models.run_step(model, torch.randint(3, 48, (1, 5)))
+    compare(name, model, 5)
+"""
+OF_LAYERS = """
+from moe_ops.layers import Experts, MoE, Router
+
+options = {
+    "plain": {}, "bias": {"bias": True}, "ungated": {"gated": False},
+    "weights_before": {"weights_before": True},
+}
+for name in sys.argv[1:]:
+    model = MoE(Router(16, 4, 2), Experts(4, 16, 24, **options[name]))
+    model(torch.randn(5, 16, requires_grad=True))[0].square().mean().backward()
+    compare(name, model, 5)
 """
 
 
-@pytest.mark.slow
-def test_problems_are_those_of_the_launches():
-    """A step of a real model looks up just these keys."""
-    pytest.importorskip("triton")
-    pytest.importorskip("transformers")
-    models = ["qwen3_moe", "gpt_oss", "nemotron_h"]
+def run_recorded(script, *names):
+    """Run it on Triton's interpreter, and see that it came to the end of each name."""
     done = subprocess.run(
-        [sys.executable, "-c", RECORDED, *models],
+        [sys.executable, "-c", RECORDER + script, *names],
         env={**os.environ, "TRITON_INTERPRET": "1", "MOE_OPS_IMPLEMENTATION": "triton"},
         cwd=Path(__file__).parents[2],
         capture_output=True,
@@ -168,13 +193,40 @@ def test_problems_are_those_of_the_launches():
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == models
+    assert [line.split()[0] for line in done.stdout.splitlines()] == list(names)
+
+
+@pytest.mark.slow
+def test_problems_are_those_of_the_launches():
+    """A step of a real model looks up just these keys."""
+    pytest.importorskip("triton")
+    pytest.importorskip("transformers")
+    run_recorded(OF_MODELS, "qwen3_moe", "gpt_oss", "nemotron_h", "llama4")
+
+
+def test_problems_of_layers_are_those_of_the_launches():
+    pytest.importorskip("triton")
+    run_recorded(OF_LAYERS, "plain", "bias", "ungated", "weights_before")
 
 
 def test_problems_of_an_ungated_layer():
     layer = Experts(4, 2, (24, 16), (16, 24), torch.bfloat16, has_bias=True, transposed=True)
     problem = tasks_of([layer], [40])[0].problem
     assert problem.flags == ("gather", "bias", "transposed", "activated")
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_rows_that_are_moved_lie_where_tma_can_load_them(moved):
+    layer = replace(EXPERTS, up=(48, 15), down=(15, 24), weights_before=moved)
+    problem = tasks_of([layer], [40])[0].problem
+    assert fused_operands("up", problem).x is moved
+
+
+def test_router_of_experts_with_adapters():
+    """The adapters' module stands between the experts and the one that holds their router."""
+    experts = LoraExperts(layers.Experts(4, 16, 24), rank=2)
+    (layer,) = find_experts(layers.MoE(layers.Router(16, 4, 3), experts))
+    assert layer == Experts(4, 3, (48, 16), (16, 24), torch.float32)
 
 
 def test_problems_of_separate_ops():

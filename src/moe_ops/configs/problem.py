@@ -154,7 +154,8 @@ def fused_operands(projection: str, problem: Problem) -> Operands:
         x, b = reversed(own) if problem.transposed else own
         return Operands(dense.x or x, dense.b or b, dense.y)
     if problem.has_activation:
-        return dense
+        # Rows that are not gathered were moved, to where TMA can load them.
+        return Operands(dense.x or not problem.gather, dense.b, dense.y)
     # The activation's backward reads the pre-activation.
     return Operands(dense.x or is_down, dense.b, problem.epilogue == "none" or dense.y)
 

@@ -36,6 +36,7 @@ class Experts:
         dtype: the dtype of the products.
         has_bias: whether the projections have biases.
         transposed: whether the weights are stored as (E, in_features, out_features).
+        weights_before: whether the router weights multiply the experts' input (Llama 4).
     """
 
     num_experts: int
@@ -45,6 +46,7 @@ class Experts:
     dtype: torch.dtype
     has_bias: bool = False
     transposed: bool = False
+    weights_before: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,9 @@ def experts_layers(
             up=(up.shape[2], up.shape[1]) if transposed else (up.shape[1], up.shape[2]),
             down=(down.shape[2], down.shape[1]) if transposed else (down.shape[1], down.shape[2]),
             dtype=dtype or up.dtype,
-            has_bias=bool(getattr(module, "has_bias", False)),
+            has_bias=getattr(module, "down_proj_bias", None) is not None,
             transposed=bool(transposed),
+            weights_before=getattr(module, "weights_before", _is_of_llama4(module)),
         )
         found.append(layer)
     if not found:
@@ -106,12 +109,22 @@ def _is_stacked(weight: object) -> TypeGuard[Tensor]:
     return isinstance(weight, Tensor) and weight.ndim == 3
 
 
+def _is_of_llama4(module: nn.Module) -> bool:
+    """Tell whether these are transformers' experts of Llama 4, which do not say how they weight."""
+    return any(base.__name__ == "Llama4TextExperts" for base in type(module).__mro__)
+
+
 def _top_k(model: nn.Module, name: str) -> int:
-    """Return the experts of a token, from the router beside the experts or from the config."""
-    parent = model.get_submodule(name.rpartition(".")[0])
+    """Return the experts of a token, from the nearest router beside the experts or the config.
+
+    Adapters stand between the experts and the module that holds the router.
+    """
     config: Any = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else None
-    for owner in (parent, *parent.children(), text_config, config):
+    *path, _ = name.split(".")
+    above = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path), -1, -1)]
+    owners = [owner for module in above for owner in (module, *module.children())]
+    for owner in (*owners, text_config, config):
         for attribute in _TOP_K_NAMES:
             value = getattr(owner, attribute, None)
             if isinstance(value, int):
@@ -179,7 +192,8 @@ def products_of(
     is_gated = layer.up[0] == 2 * layer.down[1]
     activation = "gated_activation" if is_gated else "activation"
     # The up projection gathers its rows and computes the activation too.
-    yield product("up", "forward", gather=True, bias=bias, epilogue=activation)
+    # Rows that the router has weighted are moved before it.
+    yield product("up", "forward", gather=not layer.weights_before, bias=bias, epilogue=activation)
     yield product("down", "forward", bias=bias)
     # It reads the halves of the pre-activation by TMA.
     has_halves = is_gated and width * layer.dtype.itemsize % 16 == 0
@@ -188,7 +202,8 @@ def products_of(
         # product, which those take that the kernel lacks, comes as well.
         yield product("down", "backward_dX", epilogue="gated_activation_backward")
     yield product("down", "backward_dX")
-    yield product("up", "backward_dX")
+    # With weights before, the router's gradient comes from this product.
+    yield product("up", "backward_dX", dots=layer.weights_before)
     yield product("down", "backward_dW")
     yield product("up", "backward_dW")
     if separate_ops:
