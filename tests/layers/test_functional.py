@@ -97,6 +97,20 @@ def test_dropped_slots_are_not_read(options):
     )
 
 
+def layer_norm(rows):
+    """Norm rows as LayerNorm does, without eps."""
+    centred = rows - rows.mean(-1, keepdim=True)
+    return dropped_slots.offset_norm(centred)
+
+
+@pytest.mark.parametrize("norm", [dropped_slots.offset_norm, layer_norm])
+def test_dropped_slots_add_nothing_to_the_gradient_of_a_norm(norm):
+    """Its derivative is NaN at a zero row, which zero times does not end."""
+    weights, gain = make_weights(), randn(HIDDEN).requires_grad_()
+    layer = make_layer(weights, norm=lambda rows: gain * norm(rows))
+    dropped_slots.assert_not_read(layer, randn(NUM_TOKENS, HIDDEN), NUM_EXPERTS, [*weights, gain])
+
+
 def test_dropped_slots_are_not_read_by_lora_experts():
     weights, adapters = make_weights(), []
     for out_features, in_features in ((2 * INTER, HIDDEN), (HIDDEN, INTER)):

@@ -170,9 +170,12 @@ def composed_experts(
     z_RU = _up_projection(up, hidden_states, routing, top_k, weights_TK if weights_before else None)
     y_RH = down(activation(z_RU), token_counts=counts_E)
     if norm is not None:
-        # A norm may turn the zero rows of dropped slots into anything: a bias, or NaN without eps.
+        # A norm may turn the zero rows of dropped slots into anything: a bias, or NaN without eps. In
+        # their place it gets rows of 1, 2, 1, 2..., where its derivative is finite.
         is_dropped_R = torch.arange(topk_ids.numel(), device=topk_ids.device) >= counts_E.sum()
-        y_RH = norm(y_RH).masked_fill(is_dropped_R[:, None], 0.0)
+        filler_H = (1 + torch.arange(y_RH.shape[1], device=y_RH.device) % 2).to(y_RH.dtype)
+        y_RH = norm(torch.where(is_dropped_R[:, None], filler_H, y_RH))
+        y_RH = y_RH.masked_fill(is_dropped_R[:, None], 0.0)
     return unpermute(y_RH, gather_R, None if weights_before else weights_TK, top_k, scatter_R)
 
 
