@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_ops._pytorch import products as module
 from moe_ops._pytorch.products import Products
 from moe_ops.ops.grouped_gemm import pytorch
 from testing import checks, oracle
@@ -300,6 +301,16 @@ def test_without_instructions_for_a_dtype_products_are_taken_in_fp32(dtype):
     multiplied = [*aten.given.get("mm", ()), *aten.given.get(ONE_CALL, ())]
     dtypes = {tensor.dtype for tensors in multiplied for tensor in tensors[:2]}
     assert dtypes == {dtype if is_native else torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_the_cpu_multiplies_says_nothing_about_other_devices(dtype, monkeypatch):
+    monkeypatch.setattr(module, "_multiplies_in", lambda dtype: torch.float32)
+    counts, num_rows = counts_of("uneven", 3)
+    rows = torch.empty(num_rows, K, dtype=dtype, device="meta")
+    with CountAten() as aten:
+        products_of(counts, num_rows).multiply(rows, rows.new_empty(3, K, N))
+    assert {tensor.dtype for tensors in aten.given["mm"] for tensor in tensors[:2]} == {dtype}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
