@@ -463,6 +463,23 @@ def test_a_changed_precision_is_not_replayed():
     assert called.times == 4
 
 
+def test_a_record_that_another_thread_forgets_meanwhile():
+    called = Called(twice_plus)
+    x = torch.randn(4)
+    for _ in range(3):
+        called(x, 1.0)
+    ((key, record),) = called.replays.records.items()
+
+    def is_stale():
+        called.replays.records.pop(key, None)
+        return True
+
+    record.is_stale = is_stale
+    called.replays.call(key, (x,), x, 1.0)  # is recorded again
+    torch.testing.assert_close(called(x, 1.0), x + 2)
+    assert called.times == 3
+
+
 def test_a_changed_table_forgets_the_records():
     called = Called(twice_plus)
     x = torch.randn(4)

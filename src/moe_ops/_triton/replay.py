@@ -27,6 +27,7 @@ import torch
 from triton import knobs
 
 from moe_ops._triton.direct import Cuda
+from moe_ops._triton.launch import precision
 from moe_ops._triton.recorder import (
     Buffer,
     Driver,
@@ -78,7 +79,8 @@ class Record:
             raise UnrecordableError(watched.obstacle)
         self._driver = watched.driver
         self._device, self._index = first.device, first.get_device()
-        self._precision = _uses_tf32() if first.dtype == torch.float32 else None
+        # A setting of torch's, which may change, decides that of fp32 alone.
+        self._precision = precision(first.dtype) if first.dtype == torch.float32 else None
         self._is_tuple = isinstance(result, tuple)
         buffers = dict(enumerate(watched.buffers, watched.num_inputs))
         self._later_slots = [0] * len(buffers)
@@ -111,7 +113,7 @@ class Record:
 
     def is_stale(self) -> bool:
         """Return whether products of fp32 are now computed otherwise than in the recorded call."""
-        return self._precision not in (None, _uses_tf32())
+        return self._precision not in (None, precision(torch.float32))
 
     def _replay(self, addresses: list[int]) -> Tensors:
         device, empty = self._device, torch.empty_strided
@@ -136,11 +138,6 @@ class Record:
             for slot, view in self._outputs
         )
         return outputs if self._is_tuple else outputs[0]
-
-
-def _uses_tf32() -> bool:
-    """Return whether products of fp32 are computed in TF32: launches follow torch's own setting."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _output(watched: Recorder, buffers: dict[int, Buffer], tensor: torch.Tensor) -> Output:
@@ -245,7 +242,8 @@ class Replays:
         calls, records = self._calls, self.records
         known = records.get(key)
         if known is not None and known.is_stale():
-            del records[key]
+            # Another thread may have seen it too.
+            records.pop(key, None)
             calls[key] = 1
         times = calls.get(key, 0)
         if times == 0:

@@ -97,8 +97,10 @@ class Bench:
         del poison
         tolerance = _TOLERANCES[self.problem.dtype]
         if self.problem.dtype == "float32":
-            precision = torch.backends.cuda.matmul.fp32_precision
-            tolerance = _TF32_TOLERANCE if precision == "tf32" else tolerance
+            from moe_ops._triton.launch import precision
+
+            is_tf32 = precision(torch.float32) == "tf32"
+            tolerance = _TF32_TOLERANCE if is_tf32 else tolerance
         for actual, expected in zip(self._run(config, self.compared), self.expected, strict=True):
             error = _worst_row_error(actual, expected)
             # An error of NaN is wrong too.
