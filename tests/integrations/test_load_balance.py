@@ -199,6 +199,22 @@ def test_trainer_moves_the_selection_bias(tmp_path):
     assert model.model.layers[0].mlp.gate.e_score_correction_bias is bias
 
 
+@pytest.mark.parametrize("kind", [LoadBalanceCallback, SelectionBiasCallback])
+def test_a_training_after_one_that_an_exception_ended(kind, tmp_path):
+    """transformers calls no on_train_end then; the next training ends both."""
+    model = make_model("glm4_moe")
+    trainer = make_trainer(model, tmp_path, max_steps=1)
+    callback = kind(trainer) if kind is LoadBalanceCallback else kind(rate=1e-3)
+    trainer.add_callback(callback)
+    given = trainer.args, trainer.state, trainer.control
+    (experts,) = find_experts(model)
+    for _ in range(2):
+        callback.on_train_begin(*given, model=model)
+        assert len(experts._forward_pre_hooks) == 1
+    callback.on_train_end(*given)
+    assert not experts._forward_pre_hooks
+
+
 def test_models_without_what_is_needed(tmp_path):
     with pytest.raises(ValueError, match="expected a model with experts modules, got none in Lin"):
         TokenCounts(torch.nn.Linear(2, 2))
