@@ -251,6 +251,17 @@ def test_loading_onto_a_device(tmp_path, input_ids):
     assert loaded(input_ids=input_ids).logits.dtype == torch.bfloat16
 
 
+def test_two_models_in_one_container():
+    """Each one's quantizer describes that model."""
+    models = torch.nn.ModuleDict({"a": model_of(), "b": model_of()})
+    for name, format in (("a", "nf4"), ("b", "int4")):
+        quantize_experts_(models, format, modules=[f"{name}.model.layers.0.mlp.experts"])
+    for name, format in (("a", "nf4"), ("b", "int4")):
+        config = models[name].hf_quantizer.quantization_config
+        assert config is models[name].config.quantization_config
+        assert config.format == format
+
+
 def test_another_library_s_quantizer_stays(caplog):
     """bitsandbytes leaves experts plain. Then we can quantise them, but not save them."""
     model = model_of()

@@ -276,10 +276,10 @@ def record(model: nn.Module, quantizer: MoeOpsQuantizer | None = None) -> None:
             if present is not None:
                 present.remove_quantization_config(module)  # type: ignore[no-untyped-call]
             continue
-        quantizer = quantizer or MoeOpsQuantizer(config, pre_quantized=True)
-        quantizer.quantization_config = config
+        own = quantizer or MoeOpsQuantizer(config, pre_quantized=True)
+        own.quantization_config = config
         for attribute, value in (
-            ("hf_quantizer", quantizer),
+            ("hf_quantizer", own),
             ("is_quantized", True),
             ("quantization_method", METHOD),
         ):
