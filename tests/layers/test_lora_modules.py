@@ -354,6 +354,14 @@ def test_rejects_options_of_the_experts_that_it_has_not_got(option, value):
         layer(torch.randn(3, 8), torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1))
 
 
+def test_an_intermediate_size_of_zero():
+    """The experts have it too: they give zeros."""
+    layer = LoraExperts(Experts(4, 8, 0), 2)
+    assert layer.adapters["down_proj"].lora_A.shape == (4, 2, 0)
+    output = layer(torch.randn(3, 8), torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1))
+    assert torch.equal(output, torch.zeros(3, 8))
+
+
 def test_a_refused_rank_leaves_the_experts_as_they_were():
     experts = Experts(4, 8, 6)
     with pytest.raises(ValueError, match="rank >= 1, got 0"):

@@ -58,7 +58,7 @@ class GroupedLora(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw lora_A anew and zero lora_B."""
-        bound = self.lora_A.shape[2] ** -0.5
+        bound = max(self.lora_A.shape[2], 1) ** -0.5
         nn.init.uniform_(self.lora_A, -bound, bound)
         nn.init.zeros_(self.lora_B)
 
