@@ -115,6 +115,12 @@ def test_one_projection(dtype):
     assert relative_error(output, expected) <= MODULE_NORM[dtype]
 
 
+def test_a_layer_says_that_it_is_quantised():
+    assert not make_experts().is_quantised
+    assert make_experts().quantize_("nf4").is_quantised
+    assert make_experts().quantize_fp8_().is_quantised
+
+
 def test_a_state_fits_a_layer_that_is_quantised_alike():
     experts = make_experts(bias=True).quantize_("nf4")
     other = Experts(NUM_EXPERTS, HIDDEN, INTERMEDIATE, bias=True)

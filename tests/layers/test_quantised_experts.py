@@ -168,7 +168,9 @@ def test_quantised_experts_in_a_state_dict():
 
 def test_refusals_say_what_to_do():
     experts = Experts(NUM_EXPERTS, 8, 6).quantize_fp8_()
-    with pytest.raises(ValueError, match=r"reset_parameters: .* got FP8 ones; reset a new layer"):
+    with pytest.raises(
+        ValueError, match=r"reset_parameters: .* got quantised ones; reset a new layer"
+    ):
         experts.reset_parameters()
     with pytest.raises(
         ValueError, match=r"are not quantised yet, got gate_up_proj_scale; call it once"

@@ -119,12 +119,7 @@ class Experts(nn.Module):
         Raises:
             ValueError: the layer is quantised.
         """
-        if self.is_quantised:
-            raise ValueError(
-                "moe_ops.layers.Experts.reset_parameters: expected weights that are not quantised, "
-                "got FP8 ones; reset a new layer and call its quantize_fp8_()"
-            )
-        self._check_plain("reset_parameters", "reset a new layer and call its quantize_()")
+        self._check_plain("reset_parameters", "reset a new layer and quantise that")
         for name in (self._up_name, "down_proj"):
             weight, bias = self.projection(name)
             bound = max(weight.shape[2], 1) ** -0.5
@@ -151,7 +146,7 @@ class Experts(nn.Module):
 
         Differentiable in hidden_states, topk_weights and the parameters that are not FP8.
         """
-        if self.is_quantised:
+        if self._has_scales:
             return self._composed(hidden_states, topk_ids, topk_weights)
         up_weight, up_bias = self.projection(self._up_name)
         down_weight, down_bias = self.projection("down_proj")
@@ -236,7 +231,12 @@ class Experts(nn.Module):
 
     @property
     def is_quantised(self) -> bool:
-        """Tell whether quantize_fp8_() has made the projections FP8."""
+        """Tell whether quantize_() or quantize_fp8_() has quantised the projections."""
+        return self._has_scales or isinstance(self.down_proj, QuantizedWeight)
+
+    @property
+    def _has_scales(self) -> bool:
+        """Tell whether the projections are FP8 weights beside their scales: of quantize_fp8_()."""
         return self.scale("down_proj") is not None
 
     @torch.no_grad()
@@ -278,7 +278,7 @@ class Experts(nn.Module):
         Raises:
             ValueError: they are quantised.
         """
-        if self.is_quantised or isinstance(self.down_proj, QuantizedWeight):
+        if self.is_quantised:
             raise ValueError(
                 f"moe_ops.layers.Experts.{method}: expected experts that are not quantised yet, got "
                 f"quantised ones; {advice}"
@@ -291,7 +291,7 @@ class Experts(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
         """Convert the module as any other, but keep the dtypes of FP8 weights and their scales."""
-        if not self.is_quantised:
+        if not self._has_scales:
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
         def move(tensor: Tensor) -> Tensor:
@@ -312,12 +312,9 @@ class Experts(nn.Module):
     ) -> None:
         """Load as any module, but refuse FP8 weights for others and others for FP8."""
         for name in (self._up_name, "down_proj"):
-            is_quantised, theirs = (
-                self.scale(name) is not None,
-                f"{prefix}{name}_scale" in state_dict,
-            )
-            if f"{prefix}{name}" in state_dict and is_quantised != theirs:
-                expected, got = ("FP8", "other") if is_quantised else ("no FP8", "FP8")
+            is_fp8, theirs = self._has_scales, f"{prefix}{name}_scale" in state_dict
+            if f"{prefix}{name}" in state_dict and is_fp8 != theirs:
+                expected, got = ("FP8", "other") if is_fp8 else ("no FP8", "FP8")
                 error_msgs.append(
                     f"expected {expected} weights in {prefix}{name}, got {got} ones; to load FP8, "
                     "call quantize_fp8_() on the layer first"
