@@ -112,8 +112,9 @@ def grad_bias(
     scale: torch.Tensor | None = None,
     gather: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the fp32 sum of each expert's rows of g, (E, N), each row times scale[slot].
+    """Return the sum of each expert's rows of g, (E, N), each row times scale[slot].
 
+    It is summed in fp32 and returned in g's dtype.
     g is in expert order and scale is (T, top_k). The slot of row i is gather[i], or i without
     gather.
     """

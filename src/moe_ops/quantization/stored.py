@@ -32,11 +32,6 @@ class StoredWeight(NamedTuple):
         num_experts, out_features, _ = self.codes.shape
         return num_experts, out_features, self.in_features
 
-    def experts(self, first: int, end: int) -> StoredWeight:
-        """Return the part that holds the experts from `first` up to `end`."""
-        tensors = (None if t is None else t[first:end] for t in self[:4])
-        return StoredWeight._make((*tensors, *self[4:]))
-
 
 TENSOR_NAMES = StoredWeight._fields[:4]
 # The length of QuantizedWeight.stored, which an op takes as arguments: all fields but in_features.
