@@ -115,9 +115,10 @@ def test_compiled_autograd_of_an_eager_forward():
     hidden, weights = make_tokens(9), make_weights()
     output, *expected = loss_and_gradients(experts_block, hidden, weights)
     tangent = torch.linspace(-1, 1, output.numel()).view(output.shape)
-    with torch._dynamo.config.patch(compiled_autograd=True):
-        output = experts_block(hidden, weights)
-        torch.compile(lambda: output.backward(tangent), backend="aot_eager")()
+    output = experts_block(hidden, weights)
+    compiler = torch.compile(backend="aot_eager", fullgraph=True)
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        output.backward(tangent)
     for leaf, want in zip((hidden, *weights.tensors()), expected, strict=True):
         assert leaf.grad is not None
         checks.assert_close(leaf.grad, want)

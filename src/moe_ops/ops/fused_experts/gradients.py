@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Say which gradients a call of fused_experts needs, and what their computation reads."""
+"""Say which gradients a call of fused_experts needs, what they read, and when that is freed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -73,3 +75,13 @@ class Gradients:
             down_bias if weights_in_down else None,
             pre_activation if self.reads_activation and not self.recomputes else None,
         )
+
+
+def forget_saved(ctx: Any) -> None:
+    """Let autograd's ctx forget the tensors that it saved, unless somebody retains the graph.
+
+    Dynamo, which traces backwards for compiled autograd, does not know how. What it compiles holds
+    them to its end.
+    """
+    if not torch.compiler.is_compiling():
+        ctx.maybe_clear_saved_tensors()

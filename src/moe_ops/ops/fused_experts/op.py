@@ -14,7 +14,7 @@ import torch
 
 from moe_ops._core.library import Op, documented, is_transposed
 from moe_ops.ops.fused_experts import pytorch
-from moe_ops.ops.fused_experts.gradients import Gradients
+from moe_ops.ops.fused_experts.gradients import Gradients, forget_saved
 from moe_ops.ops.fused_experts.quantized import quantized_experts
 from moe_ops.quantization.weight import QuantizedWeight
 
@@ -61,7 +61,7 @@ def _backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None,
         ctx.saved_tensors
     )
     # Unless somebody retains the graph, nothing but z itself holds the pre-activation from here on.
-    ctx.maybe_clear_saved_tensors()
+    forget_saved(ctx)
     dz, grad_down, grad_weights, grad_down_bias = _down_backward_op.in_backward(
         grad_output, x, gate_up_proj, down_proj, topk_weights, *biases, z, counts, gather, scatter,
         *ctx.down_flags,

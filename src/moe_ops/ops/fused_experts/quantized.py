@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_ops._core.checks import is_matrix
 from moe_ops._core.library import Op, function_of
-from moe_ops.ops.fused_experts.gradients import Gradients
+from moe_ops.ops.fused_experts.gradients import Gradients, forget_saved
 from moe_ops.quantization.stored import NUM_STORED, StoredWeight
 from moe_ops.quantization.weight import QuantizedWeight
 
@@ -207,7 +207,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         ctx.saved_tensors
     )
     # Unless somebody retains the graph, nothing but z itself holds the pre-activation from here on.
-    ctx.maybe_clear_saved_tensors()
+    forget_saved(ctx)
     gate_up = (*stored[:4], *ctx.up_layout)
     dz, grad_weights, grad_down_bias = _down_backward_op.in_backward(
         grad_output, x, *gate_up, *stored[4:], *ctx.down_layout, topk_weights, gate_up_bias,
