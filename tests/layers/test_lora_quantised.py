@@ -124,8 +124,10 @@ def test_a_layer_says_that_it_is_quantised():
 def test_a_state_fits_a_layer_that_is_quantised_alike():
     experts = make_experts(bias=True).quantize_("nf4")
     other = Experts(NUM_EXPERTS, HIDDEN, INTERMEDIATE, bias=True)
-    with pytest.raises(RuntimeError, match="Missing key"):
+    with pytest.raises(RuntimeError, match=r"got quantised ones; call quantize_\(\) on the layer"):
         other.load_state_dict(experts.state_dict())
+    with pytest.raises(RuntimeError, match="quantised weights in down_proj, got plain ones; load"):
+        experts.load_state_dict(other.state_dict())
     other.quantize_("nf4").load_state_dict(experts.state_dict())
     arguments = draw()
     assert torch.equal(other(*arguments), experts(*arguments))

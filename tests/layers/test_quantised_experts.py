@@ -213,9 +213,13 @@ def test_quantised_experts_keep_their_codes_where_a_model_is_converted():
 def test_states_of_codes_and_of_weights_are_not_mistaken_for_each_other(strict):
     plain, quantised = (Experts(NUM_EXPERTS, 8, 6) for _ in range(2))
     quantised.quantize_fp8_()
-    with pytest.raises(RuntimeError, match="expected no FP8 weights in gate_up_proj, got FP8 ones"):
+    with pytest.raises(
+        RuntimeError, match="expected plain weights in gate_up_proj, got FP8 ones; call"
+    ):
         plain.load_state_dict(quantised.state_dict(), strict=strict)
-    with pytest.raises(RuntimeError, match="expected FP8 weights in down_proj, got other ones"):
+    with pytest.raises(
+        RuntimeError, match="expected FP8 weights in down_proj, got plain ones; load"
+    ):
         quantised.load_state_dict(Experts(NUM_EXPERTS, 8, 6).state_dict(), strict=strict)
     again = Experts(NUM_EXPERTS, 8, 6).quantize_fp8_()
     again.load_state_dict(quantised.state_dict(), strict=strict)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,27 @@ _ADVICE = {
     "bias": "use quantize_('fp8_block'), which keeps biases",
     "scale": "call it once",
 }
+
+
+class _Form(NamedTuple):
+    """How a layer keeps its weights; the first that fits a state is the state's.
+
+    Attributes:
+        name: as an error has it.
+        suffix: ends the name of what a state has in this form alone, or at least.
+        advice: what to do with a state in this form.
+    """
+
+    name: str
+    suffix: str
+    advice: str
+
+
+_FORMS = (
+    _Form("FP8", "_scale", "call quantize_fp8_() on the layer first"),
+    _Form("quantised", ".codes", "call quantize_() on the layer first"),
+    _Form("plain", "", "load them before the layer is quantised"),
+)
 
 
 class Experts(nn.Module):
@@ -310,14 +331,14 @@ class Experts(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load as any module, but refuse FP8 weights for others and others for FP8."""
+        """Load as any module, but say what to do about weights in another form than the layer's."""
+        own = "FP8" if self._has_scales else "quantised" if self.is_quantised else "plain"
         for name in (self._up_name, "down_proj"):
-            is_fp8, theirs = self._has_scales, f"{prefix}{name}_scale" in state_dict
-            if f"{prefix}{name}" in state_dict and is_fp8 != theirs:
-                expected, got = ("FP8", "other") if is_fp8 else ("no FP8", "FP8")
+            key = f"{prefix}{name}"
+            found = [form for form in _FORMS if f"{key}{form.suffix}" in state_dict]
+            if found and found[0].name != own:
                 error_msgs.append(
-                    f"expected {expected} weights in {prefix}{name}, got {got} ones; to load FP8, "
-                    "call quantize_fp8_() on the layer first"
+                    f"expected {own} weights in {key}, got {found[0].name} ones; {found[0].advice}"
                 )
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
