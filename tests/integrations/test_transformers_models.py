@@ -13,6 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from testing.tiny_models import (
     MODELS,
+    TOP_K,
     draw_batch,
     find_experts,
     make_model,
@@ -77,6 +78,19 @@ def assert_as_close(actual, eager, expected):
     for name, error in errors(actual, expected).items():
         allowed = 1.5 * max(eager_errors[name], middle)
         assert error <= allowed, f"{name}: {error:.2e} to eager's {eager_errors[name]:.2e}"
+
+
+@over_models
+def test_on_the_meta_device(name):
+    """Experts give the shapes there, as with transformers' own implementations."""
+    model = make_model(name).to("meta")
+    model.set_experts_implementation("moe_ops")
+    with torch.device("meta"):
+        hidden_states, ids = torch.empty(7, 32), torch.empty(7, TOP_K, dtype=torch.long)
+        for experts in find_experts(model):
+            output = experts(hidden_states, ids, torch.empty(7, TOP_K))
+            assert output.device.type == "meta"
+            assert output.shape == (7, 32)
 
 
 @over_models

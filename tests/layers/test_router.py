@@ -201,6 +201,20 @@ def test_hidden_states_of_another_size(name):
             layer(make_tokens()[:, 1:])
 
 
+def test_hidden_states_without_dimensions():
+    with pytest.raises(ValueError, match=r"size \(16\), got a tensor without dimensions"):
+        make_router("softmax")(torch.tensor(1.0, dtype=torch.float64))
+
+
+def test_on_the_meta_device():
+    """It has no autocast to ask."""
+    router = make_router("softmax").float().to("meta")
+    tokens = make_tokens().to("meta")
+    with pytest.raises(TypeError, match=r"weight\.dtype \(float32\), got float64"):
+        router(tokens)
+    assert router(tokens.float())[0].shape == (len(tokens), NUM_EXPERTS)
+
+
 @pytest.mark.parametrize("given", [torch.bfloat16, torch.int64])
 def test_hidden_states_of_another_dtype(given):
     """The linear map would not say whose matrices these are."""

@@ -48,10 +48,10 @@ def check_hidden_size(function: str, hidden_states: Tensor, hidden_size: int) ->
     Raises:
         ValueError: their last dimension is another one.
     """
-    if hidden_states.shape[-1] != hidden_size:
+    if hidden_states.ndim == 0 or hidden_states.shape[-1] != hidden_size:
+        got = hidden_states.shape[-1] if hidden_states.ndim else "a tensor without dimensions"
         raise ValueError(
-            f"{function}: expected hidden_states.shape[-1] == hidden_size ({hidden_size}), "
-            f"got {hidden_states.shape[-1]}"
+            f"{function}: expected hidden_states.shape[-1] == hidden_size ({hidden_size}), got {got}"
         )
 
 

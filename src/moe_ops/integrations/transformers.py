@@ -13,11 +13,11 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_ops import fused_experts
+from moe_ops._core.autocast import is_autocast
 from moe_ops._pytorch.activation import Activation
 from moe_ops.integrations import default_experts
 from moe_ops.integrations.default_experts import IMPLEMENTATION
@@ -301,7 +301,7 @@ def in_dtype_for(
     A weight computes in its own dtype, a quantised one in that of the hidden states. Under autocast
     the op casts both; casting here first would bring bf16 rows to fp32 and back.
     """
-    if torch.is_autocast_enabled(tensor.device.type):
+    if is_autocast(tensor):
         return tensor
     if isinstance(weight, QuantizedWeight):
         return tensor if hidden_states is None else tensor.to(hidden_states.dtype)

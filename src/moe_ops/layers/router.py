@@ -8,6 +8,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from moe_ops import topk_routing
+from moe_ops._core.autocast import is_autocast
 from moe_ops._core.checks import (
     check_at_least,
     check_hidden_size,
@@ -159,11 +160,17 @@ class Router(nn.Module):
             token_counts (Tensor (num_experts,), int64): add them up over the batches of a step.
 
         Raises:
-            ValueError: a mask of another size; logits of another shape, or an option that
-                moe::topk_routing does not take.
+            ValueError: logits or a mask of another shape, or an option that moe::topk_routing does
+                not take.
 
         Not differentiable. It synchronises nothing with the host.
         """
+        num_experts = self.weight.shape[0]
+        if router_logits.ndim != 2 or router_logits.shape[1] != num_experts:
+            raise ValueError(
+                "moe_ops.layers.Router.token_counts: expected router_logits of shape (num_tokens, "
+                f"num_experts ({num_experts})), got {tuple(router_logits.shape)}"
+            )
         if attention_mask is not None and attention_mask.numel() != router_logits.shape[0]:
             raise ValueError(
                 "moe_ops.layers.Router.token_counts: expected attention_mask to have one element "
@@ -175,7 +182,7 @@ class Router(nn.Module):
             # Padding may be NaN.
             router_logits = router_logits.masked_fill(~counted, 0.0)
         _, topk_ids = self._choose(router_logits)
-        counts = topk_ids.new_zeros(router_logits.shape[1], dtype=torch.long)
+        counts = topk_ids.new_zeros(num_experts, dtype=torch.long)
         counted = counted.long().expand_as(topk_ids).flatten()
         return counts.scatter_add_(0, topk_ids.long().flatten(), counted)
 
@@ -215,7 +222,7 @@ class Router(nn.Module):
         dtype = self.logits_dtype
         if dtype is None:
             given, own = hidden_states.dtype, self.weight.dtype
-            if given != own and not torch.is_autocast_enabled(hidden_states.device.type):
+            if given != own and not is_autocast(hidden_states):
                 raise TypeError(
                     f"{_HERE}: expected hidden_states.dtype == weight.dtype ({dtype_name(own)}), "
                     f"got {dtype_name(given)}; cast one of them, or make the router with logits_dtype"
