@@ -339,11 +339,16 @@ def test_compile():
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
-    [("weights_before", True), ("recompute", "pre_activation"), ("kernel_config", "{}")],
+    ("option", "value", "advice"),
+    [
+        ("weights_before", True, "adapters on such experts are not supported"),
+        ("recompute", "pre_activation", "set experts.recompute = 'none'"),
+        ("kernel_config", "{}", "set experts.kernel_config = None"),
+    ],
 )
-def test_rejects_options_of_the_experts_that_it_has_not_got(option, value):
-    expected = rf"expected experts with {option}="
+def test_rejects_options_of_the_experts_that_it_has_not_got(option, value, advice):
+    """It says to unset those that change no result."""
+    expected = rf"expected experts with {option}=.*; {advice}$"
     experts = Experts(4, 8, 6, **{option: value})
     with pytest.raises(ValueError, match=expected):
         LoraExperts(experts, 2)

@@ -83,14 +83,17 @@ def test_layers_compute_as_their_values(format, options):
 
 
 def test_merging_takes_a_dtype():
-    layer = LoraExperts(make_experts().quantize_("nf4"), rank=3)
+    layer = LoraExperts(make_experts(bias=True).quantize_("nf4"), rank=3)
     with pytest.raises(
         ValueError, match=r"expected dtype with quantised experts \(nf4\), got None"
     ):
         layer.merge()
-    layer(*draw())
+    hidden_states, *routing = draw()
+    layer(hidden_states, *routing)
     merged = layer.merge(torch.bfloat16)
-    assert merged.gate_up_proj.dtype == merged.down_proj.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in merged.parameters())
+    assert merged(hidden_states.bfloat16(), *routing).dtype == torch.bfloat16
 
 
 def test_compiles_into_one_graph():

@@ -177,9 +177,10 @@ class LoraExperts(nn.Module):
         """Add the adapters to the weights, in place, and return the layer, still frozen, without them.
 
         Args:
-            dtype: what quantised weights are dequantised to first, both projections: that of the hidden
-                states that the layer is to take. None is that of the adapters for weights of
-                quantize_fp8_(), and is refused for a QuantizedWeight. Other weights keep theirs.
+            dtype: what quantised weights are dequantised to first, both projections, and what their
+                biases are cast to: that of the hidden states that the layer is to take. None is that
+                of the adapters for weights of quantize_fp8_(), and is refused for a QuantizedWeight.
+                Other weights keep theirs.
 
         Returns:
             The layer. This module is of no use after it.
@@ -201,6 +202,8 @@ class LoraExperts(nn.Module):
             values = quantised_weight.dequantize(dtype)
             delattr(experts, name)
             setattr(experts, name, nn.Parameter(values, requires_grad=False))
+            if (bias := getattr(experts, f"{name}_bias")) is not None:
+                bias.data = bias.to(dtype)
         dtype = dtype or next(self.adapters.parameters()).dtype
         for name in (self._up_name, "down_proj"):
             if (scale := experts.scale(name)) is not None:
@@ -235,13 +238,13 @@ class LoraExperts(nn.Module):
 
 
 def _check_experts(experts: Experts) -> None:
-    for option, expected in (
-        ("weights_before", False),
-        ("recompute", "none"),
-        ("kernel_config", None),
+    for option, expected, advice in (
+        ("weights_before", False, "adapters on such experts are not supported"),
+        ("recompute", "none", "set experts.recompute = 'none'"),
+        ("kernel_config", None, "set experts.kernel_config = None"),
     ):
         if (got := getattr(experts, option)) != expected:
             raise ValueError(
                 f"{_HERE}.LoraExperts: expected experts with {option}={expected!r}, got {got!r}; "
-                f"set experts.{option} = {expected!r}"
+                f"{advice}"
             )
