@@ -233,12 +233,19 @@ def test_metrics_match_reference(layers):
         (torch.zeros(4), torch.zeros(3).long(), ValueError, r"of one shape .* \(4,\) and \(3,\)"),
         (torch.zeros(2, 2), torch.zeros(2, 2).long(), ValueError, r"one shape \(num_experts,\)"),
         (torch.zeros(4).half(), torch.zeros(4).long(), TypeError, "float16, where small steps"),
-        (torch.zeros(4), torch.zeros(4), TypeError, r"integers, got .*; pass token_counts.long\("),
+        (torch.zeros(4).long(), torch.zeros(4).long(), TypeError, "or float64, got int64$"),
+        (torch.zeros(4), torch.zeros(4), TypeError, "integers, got float32; pass token_counts.lon"),
     ],
 )
 def test_update_rejects(bias, counts, error, message):
     with pytest.raises(error, match=message):
         update_selection_bias_(bias, counts, 1e-3)
+
+
+@pytest.mark.parametrize("counts", [torch.zeros(0), torch.zeros(2, 0), torch.tensor(3)])
+def test_metrics_need_an_expert(counts):
+    with pytest.raises(ValueError, match=r"token_counts of shape .* with an expert, got"):
+        load_balance_metrics(counts)
 
 
 def test_advice_for_a_bias_in_bf16_works():
@@ -255,3 +262,8 @@ def test_router_rejects():
         Router(16, 8, 3).update_selection_bias_(torch.arange(8), 1e-3)
     with pytest.raises(ValueError, match=r"one element per token \(4\), got 3"):
         make_router().token_counts(torch.zeros(4, 8), torch.ones(3))
+    for shape in ((4, 9), (8,), (2, 2, 8)):
+        with pytest.raises(
+            ValueError, match=r"token_counts: expected .* \(num_tokens, num_experts"
+        ):
+            Router(16, 8, 3).token_counts(torch.zeros(shape))

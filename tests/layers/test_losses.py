@@ -131,6 +131,7 @@ def test_compiles():
         ((), None, "expected router_logits of at least one layer, got none"),
         (None, None, "got none; .* output_router_logits=True"),
         (torch.zeros(4, 5), None, r"expected router_logits of shape .*\(6\)\), got \(4, 5\)"),
+        ((torch.zeros(4, 6), None), None, "expected router_logits of shape .*, got None"),
         (torch.zeros(2, 2, 6), None, r"expected router_logits of shape .*, got \(2, 2, 6\)"),
         (torch.zeros(4, 6), torch.ones(2, 3), r"one element per token \(4\), got 6"),
     ],

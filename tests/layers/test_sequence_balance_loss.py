@@ -198,7 +198,7 @@ def test_compiles(score_function, backend):
     [
         (((), 2, 1), "sequence_balance_loss: expected router_logits of at least one layer"),
         ((torch.zeros(4, 6), 3, 1), r"a multiple of num_sequences \(3\), got 4; pad the sequences"),
-        ((torch.zeros(4, 6), 0, 1), r"a multiple of num_sequences \(0\), got 4"),
+        ((torch.zeros(4, 6), 0, 1), "sequence_balance_loss: expected num_sequences >= 1, got 0"),
         ((torch.zeros(4, 6), 2, 1, torch.ones(6)), r"one element per token \(4\), got 6"),
         ((torch.zeros(4, 6), 2, 7), r"moe::topk_routing: expected .*top_k"),
         ((torch.zeros(4, 6), 2, 1, None, "tanh"), "moe::topk_routing: expected score_function"),

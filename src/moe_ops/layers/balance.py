@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed
 
+from moe_ops._core.checks import dtype_name
+
 
 @torch.no_grad()
 def update_selection_bias_(
@@ -36,8 +38,8 @@ def update_selection_bias_(
 
     Raises:
         ValueError: token_counts of another shape than selection_bias, or more than one dimension.
-        TypeError: a bias in fp16 or bf16, where small steps get lost, or counts that are no
-            integers.
+        TypeError: a bias in another dtype: in fp16 or bf16 small steps get lost; or counts that are
+            no integers.
 
     The sign is exact. It synchronises nothing with the host, and compiles with fullgraph=True, the
     all-reduce included.
@@ -68,9 +70,17 @@ def load_balance_metrics(token_counts: Tensor) -> dict[str, Tensor]:
             dead_experts; entropy in nats, from 0 (one expert) to log(num_experts) (even). Without
             tokens all are even and dead: 1, num_experts, and log(num_experts).
 
+    Raises:
+        ValueError: token_counts without an expert.
+
     Not differentiable. It synchronises nothing with the host.
     """
     counts = token_counts.detach().double()
+    if counts.ndim == 0 or counts.shape[-1] == 0:
+        raise ValueError(
+            "moe_ops.layers.load_balance_metrics: expected token_counts of shape (..., num_experts) "
+            f"with an expert, got {tuple(counts.shape)}"
+        )
     num_experts = counts.shape[-1]
     total = counts.sum(-1, keepdim=True)
     shares = torch.where(total > 0, counts / total.clamp(min=1), 1 / num_experts)
@@ -89,13 +99,16 @@ def _check(selection_bias: Tensor, token_counts: Tensor) -> None:
             f"{tuple(selection_bias.shape)} and {tuple(token_counts.shape)}"
         )
     if selection_bias.dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            f"{name}: expected selection_bias in float32 or float64, got {selection_bias.dtype}, "
-            "where small steps get lost; keep it in float32 after model.to(dtype): "
+        advice = (
+            ", where small steps get lost; keep it in float32 after model.to(dtype): "
             "router.e_score_correction_bias = router.e_score_correction_bias.float()"
+        )
+        raise TypeError(
+            f"{name}: expected selection_bias in float32 or float64, got "
+            f"{dtype_name(selection_bias.dtype)}{advice * selection_bias.is_floating_point()}"
         )
     if token_counts.is_floating_point() or token_counts.is_complex():
         raise TypeError(
-            f"{name}: expected token_counts of integers, got {token_counts.dtype}; "
+            f"{name}: expected token_counts of integers, got {dtype_name(token_counts.dtype)}; "
             "pass token_counts.long()"
         )

@@ -10,6 +10,7 @@ from torch import Tensor, distributed
 from torch.nn import functional as F
 
 from moe_ops import topk_routing
+from moe_ops._core.checks import check_at_least
 
 
 def load_balancing_loss(
@@ -141,20 +142,22 @@ def sequence_balance_loss(
             DeepSeek-V3 has 1e-4.
 
     Raises:
-        ValueError: no logits, logits or a mask of another size, or a number of tokens that is no
-            multiple of num_sequences; top_k or score_function out of range (from
+        ValueError: no logits, logits or a mask of another size, no sequence, or a number of tokens
+            that is no multiple of num_sequences; top_k or score_function out of range (from
             moe::topk_routing).
+        TypeError: num_sequences that is no int.
 
     Differentiable in router_logits, through P; f is a constant. It synchronises nothing, and the
     same inputs give the same bits.
 
     Source: DeepSeek-V3 (arXiv:2412.19437), equations 17 to 20.
     """
+    check_at_least("moe_ops.layers.sequence_balance_loss", 1, num_sequences=num_sequences)
     layers = _layers("sequence_balance_loss", router_logits, attention_mask)
     device = layers[0].device
     sums = []
     for logits in layers:
-        if num_sequences < 1 or logits.shape[0] % num_sequences:
+        if logits.shape[0] % num_sequences:
             raise ValueError(
                 "moe_ops.layers.sequence_balance_loss: expected a number of tokens that is a "
                 f"multiple of num_sequences ({num_sequences}), got {logits.shape[0]}; pad the "
@@ -246,11 +249,13 @@ def _layers(
             "got none; pass what MoE returns, or what a model does with output_router_logits=True"
         )
     for logits in layers:
-        if logits.ndim != 2 or logits.shape[1] != (num_experts or logits.shape[1]):
+        # A model whose output has None for a layer without experts gets this error too.
+        shape = tuple(getattr(logits, "shape", ()))
+        if len(shape) != 2 or shape[1] != (num_experts or shape[1]):
             wanted = "num_experts" if num_experts is None else f"num_experts ({num_experts})"
             raise ValueError(
                 f"moe_ops.layers.{function}: expected router_logits of shape "
-                f"(num_tokens, {wanted}), got {tuple(logits.shape)}"
+                f"(num_tokens, {wanted}), got {shape or logits}"
             )
         if attention_mask is not None and attention_mask.numel() != logits.shape[0]:
             raise ValueError(
