@@ -73,31 +73,7 @@ class TokenCounts:
             hook.remove()
 
 
-class _CountingCallback(TrainerCallback):
-    """Counts tokens from the beginning of a training to its end.
-
-    After one that ended by an exception the next beginning ends it.
-    """
-
-    def __init__(self) -> None:
-        self._token_counts: TokenCounts | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin to count."""
-        self._stop()
-        self._token_counts = TokenCounts(kwargs["model"])
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop counting."""
-        self._stop()
-
-    def _stop(self) -> None:
-        if self._token_counts is not None:
-            self._token_counts.remove()
-            self._token_counts = None
-
-
-class LoadBalanceCallback(_CountingCallback):
+class LoadBalanceCallback(TrainerCallback):
     """Log how evenly the experts of each layer were used since the last logging step.
 
         trainer.add_callback(LoadBalanceCallback(trainer))
@@ -122,8 +98,13 @@ class LoadBalanceCallback(_CountingCallback):
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        super().__init__()
         self._trainer = trainer
+        self._token_counts: TokenCounts | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin to count. A training that an exception ended is ended first."""
+        self.on_train_end(args, state, control)
+        self._token_counts = TokenCounts(kwargs["model"])
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Log the metrics after a record of the training loss."""
@@ -132,8 +113,14 @@ class LoadBalanceCallback(_CountingCallback):
             self._token_counts.reset()
             self._trainer.log(_by_name(counts))
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop counting."""
+        if self._token_counts is not None:
+            self._token_counts.remove()
+            self._token_counts = None
 
-class SelectionBiasCallback(_CountingCallback):
+
+class SelectionBiasCallback(TrainerCallback):
     """Move the selection bias of every router by its experts' load, after each optimizer step.
 
         trainer.add_callback(SelectionBiasCallback(rate=1e-3))
@@ -152,26 +139,27 @@ class SelectionBiasCallback(_CountingCallback):
     """
 
     def __init__(self, rate: float) -> None:
-        super().__init__()
         self._rate = rate
+        self._token_counts: TokenCounts | None = None
         self._biases: dict[str, Tensor] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Find the biases and begin to count."""
-        super().on_train_begin(args, state, control, **kwargs)
-        assert self._token_counts is not None
+        """Find the biases and begin to count. A training that an exception ended is ended first."""
+        self.on_train_end(args, state, control)
         model = kwargs["model"]
+        token_counts = TokenCounts(model)
         self._biases = {
             name: bias
-            for name in self._token_counts.counts
+            for name in token_counts.counts
             if (bias := _selection_bias(model.get_submodule(name.rpartition(".")[0]))) is not None
         }
         if not self._biases:
-            self._stop()
+            token_counts.remove()
             raise ValueError(
                 "moe_ops.integrations.load_balance.SelectionBiasCallback: expected routers with an "
                 f"e_score_correction_bias, got none in {type(model).__name__}; use an auxiliary loss"
             )
+        self._token_counts = token_counts
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the biases."""
@@ -180,6 +168,12 @@ class SelectionBiasCallback(_CountingCallback):
             self._token_counts.reset()
             for name, bias in self._biases.items():
                 update_selection_bias_(bias, counts[name], self._rate)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop counting."""
+        if self._token_counts is not None:
+            self._token_counts.remove()
+            self._token_counts = None
 
 
 def _counting_into(counts: Tensor) -> Any:
