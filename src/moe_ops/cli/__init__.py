@@ -14,6 +14,7 @@ from moe_ops._core import library
 from moe_ops.cli.env import env
 from moe_ops.cli.show import fitted, show
 
+_DESCRIPTION = "Look at moe_ops on this machine: its ops, which kernels compute a model's experts, and how fast."
 # What a shell reports of a program that a signal ended: 128 and the signal's number.
 _INTERRUPTED, _NO_READER = 128 + 2, 128 + 13
 
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    parser = _Parser(prog="python -m moe_ops", description=moe_ops.__doc__)
+    parser = _Parser(prog="python -m moe_ops", description=_DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"moe_ops {moe_ops.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     about_env = "versions, devices, and which implementation serves which op and why"

@@ -32,6 +32,8 @@ ABOUT = {
     "compiled": "the same compiled for these sizes",
     "loop": "a loop over the experts",
 }
+# Tokens of a call where none are given, by kind of device.
+_NUM_TOKENS = {"cuda": 16384, "cpu": 256}
 # The most that a result may differ from the loop in fp32, as a fraction of its norm.
 TOLERANCE = {torch.bfloat16: 0.02, torch.float16: 0.004, torch.float32: 1e-4}
 LEAST_TURNS, MOST_TURNS = 5, 200
@@ -40,7 +42,7 @@ MIB = 2**20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    experts.add_arguments(parser)
+    experts.add_arguments(parser, f"{_NUM_TOKENS['cuda']} on a GPU, {_NUM_TOKENS['cpu']} on a CPU")
     parser.add_argument(
         "--against",
         nargs="+",
@@ -107,7 +109,7 @@ def bench(
     try:
         layers = experts.experts_of(options)
         device = _device_of(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        num_tokens = options.num_tokens or [16384 if device.type == "cuda" else 256]
+        num_tokens = options.num_tokens or [_NUM_TOKENS[device.type]]
         _check_dtypes(layers)
         rows = list(_rows(layers, num_tokens, device, options))
         if options.plot is not None:

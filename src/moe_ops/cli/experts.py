@@ -43,8 +43,13 @@ MODELS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that say which experts are meant, and at how many tokens."""
+def add_arguments(parser: argparse.ArgumentParser, num_tokens: str) -> None:
+    """Add the arguments that say which experts are meant, and at how many tokens.
+
+    Args:
+        parser: of the command.
+        num_tokens: at how many the command looks by itself, for its help.
+    """
     parser.add_argument(
         "config",
         nargs="?",
@@ -67,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="+",
         metavar="N",
-        help="tokens of a call, batch times length; default: as suits the command",
+        help=f"tokens of a call, batch times length; default: {num_tokens}",
     )
     parser.add_argument(
         "--dtype",

@@ -30,7 +30,8 @@ WITHOUT_MEMORY = ("gpu", "kernel_config", "quantized", "separate_ops")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    experts.add_arguments(parser)
+    default = " ".join(map(str, tuning.NUM_TOKENS))
+    experts.add_arguments(parser, f"{default}; {memory.NUM_TOKENS} with --memory")
     experts.add_separate_ops(parser)
     parser.add_argument(
         "--gpu",

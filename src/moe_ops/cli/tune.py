@@ -15,7 +15,7 @@ from moe_ops.configs.device import device_of
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    experts.add_arguments(parser)
+    experts.add_arguments(parser, " ".join(map(str, tuning.NUM_TOKENS)))
     experts.add_separate_ops(parser)
     parser.add_argument(
         "--output", type=Path, metavar="TABLE.json", help="also write, or add to, this table"
