@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from moe_ops import fused_experts
 from moe_ops.integrations.transformers import activation_name, in_dtype_for
 
+__all__ = ["replace_llama4_moe_"]
+
 _FUNCTION = "moe_ops.integrations.llama4.replace_llama4_moe_"
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

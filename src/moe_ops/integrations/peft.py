@@ -43,6 +43,8 @@ from moe_ops.layers.functional import flattened
 from moe_ops.layers.lora import LoraWeights, lora_experts
 from moe_ops.quantization import QuantizedWeight
 
+__all__ = ["adapter_weights", "auto", "disable", "enable"]
+
 MINIMUM_VERSION = "0.21"
 
 _HERE = "moe_ops.integrations.peft"
