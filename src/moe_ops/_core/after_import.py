@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -19,6 +20,13 @@ def after_import(name: str, action: Callable[[ModuleType], None]) -> None:
     finder = _Finder(name, action)
     if finder not in sys.meta_path:
         sys.meta_path.insert(0, finder)
+
+
+def _execute_and_act(
+    action: Callable[[ModuleType], None], execute: Callable[[ModuleType], None], module: ModuleType
+) -> None:
+    execute(module)
+    action(module)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -48,10 +56,8 @@ class _Finder(importlib.abc.MetaPathFinder):
             sys.meta_path.insert(place, self)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
-
-            def execute_and_act(module: ModuleType) -> None:
-                execute(module)
-                self.action(module)
-
-            spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
+            # A module that is reloaded has the loader that it was loaded with.
+            if not (isinstance(execute, functools.partial) and execute.args[0] is self.action):
+                acting = functools.partial(_execute_and_act, self.action, execute)
+                spec.loader.exec_module = acting  # type: ignore[method-assign]
         return spec
