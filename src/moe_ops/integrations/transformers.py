@@ -29,7 +29,7 @@ from moe_ops.integrations.quantised_experts import (
 )
 from moe_ops.integrations.requirements import check_version, missing
 from moe_ops.integrations.transformers_private import forget
-from moe_ops.layers.functional import composed_experts, flattened, projection
+from moe_ops.layers.functional import composed_experts, flattened, in_shape_of, projection
 from moe_ops.quantization import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def experts_forward(
             down=projection(down_weight, down_bias),
             norm=self.post_expert_norm if getattr(self, "has_post_expert_norm", False) else None,
         )
-    return output.reshape(hidden_states.shape).to(hidden_states.dtype)
+    return in_shape_of(hidden_states, output).to(hidden_states.dtype)
 
 
 # Activation modules by the name of their class, torch's and those of transformers' ACT2FN.

@@ -188,6 +188,16 @@ def flattened(
     return tokens, topk_ids.reshape(-1, top_k), topk_weights.reshape(-1, top_k)
 
 
+def in_shape_of(hidden_states: Tensor, output: Tensor) -> Tensor:
+    """Return an output (T, H) in the shape (..., H) of the hidden states.
+
+    Where that is its shape already, it is no view of itself: an output that is a view cannot be changed
+    in place under FSDP2.
+    """
+    same = output.shape == hidden_states.shape
+    return output if same else output.reshape(hidden_states.shape)
+
+
 def _up_projection(
     up: Projection,
     hidden_states: Tensor,

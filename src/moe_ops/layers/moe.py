@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moe_ops.layers.configs import BLOCKS, CLASSES, Block
 from moe_ops.layers.experts import Experts, GatedMLP
+from moe_ops.layers.functional import in_shape_of
 from moe_ops.layers.lora import LoraExperts
 from moe_ops.layers.router import Router
 
@@ -181,7 +182,7 @@ class MoE(nn.Module):
             if self.shared_expert_gate is not None:
                 shared = torch.sigmoid(self.shared_expert_gate(tokens)) * shared
             output = output + shared
-        return output.reshape(hidden_states.shape), router_logits
+        return in_shape_of(hidden_states, output), router_logits
 
 
 def _block_of(config: Any, layer_idx: int | None) -> Block:
