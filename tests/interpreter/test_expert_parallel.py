@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moe_ops
 from moe_ops._core.library import OPS
@@ -17,6 +18,19 @@ EP_OPS = ("ep_combine", "ep_combine_backward", "ep_dispatch", "ep_dispatch_backw
 
 def test_triton_serves_them():
     assert {OPS[name].choose("cpu").name for name in EP_OPS} == {"triton"}
+
+
+@pytest.mark.parametrize("needs", [[True, False], [False, True], [False, False]])
+def test_gradients_that_nobody_needs_have_the_dtype_of_the_fakes(needs):
+    rows, weights = torch.ones(4, 2, dtype=torch.float16), torch.ones(4, 1)
+    ids, slots = torch.zeros(4, 1, dtype=torch.int32), torch.arange(4, dtype=torch.int32)[:, None]
+    arguments = (rows, weights, ids, slots, 6, 1, 4, "", needs)
+    found = torch.ops.moe.ep_dispatch_backward(*arguments)
+    with FakeTensorMode() as mode:
+        given = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+        expected = torch.ops.moe.ep_dispatch_backward(*given)
+    for one, two in zip(found, expected, strict=True):
+        assert (one.shape, one.dtype) == (two.shape, two.dtype)
 
 
 @pytest.mark.slow

@@ -124,7 +124,7 @@ def ep_dispatch_backward(
         return push_dispatch_backward(
             pool, grad_output, grad_local_weights, local_ids, sent_slots, sizes, needs
         )
-    grad_input, grad_topk_weights = grad_output.new_empty(0), grad_local_weights.new_empty(0)
+    grad_input, grad_topk_weights = grad_output.new_empty(0), grad_output.new_empty(0)
     if needs[0]:
         rows = exchange(op, grad_output.contiguous(), world_size, group)
         grad_input = sum_over_ranks(rows, sent_slots, sizes)
@@ -144,7 +144,7 @@ def push_dispatch_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:
     """Do ep_dispatch_backward through the ranks' pools, both gradients in one exchange."""
-    grad_input, grad_topk_weights = grad_output.new_empty(0), grad_local_weights.new_empty(0)
+    grad_input, grad_topk_weights = grad_output.new_empty(0), grad_output.new_empty(0)
     if not any(needs):
         return grad_input, grad_topk_weights
     in_turn = (sizes.world_size, sizes.capacity)
