@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_ops.distributed import ExpertParallel, dropped_slots, expert_parallel
 from moe_ops.layers import Experts, MoE, Router
+from moe_ops.layers.lora import LoraExperts
 from testing import checks
 from testing.ep_problem import (
     HIDDEN,
@@ -372,6 +373,11 @@ def check_errors(rank, world_size):
         parallelize_module(nn.Linear(2, 2), mesh, ExpertParallel())
     with pytest.raises(ValueError, match=r"not compiled yet, .*; compile after expert_parallel"):
         parallelize_module(cast(nn.Module, torch.compile(experts())), mesh, ExpertParallel())
+    both = nn.ModuleList([experts(), Experts(3, HIDDEN, INTERMEDIATE)])
+    with pytest.raises(ValueError, match="divides the 3 experts"):
+        expert_parallel(both, mesh)
+    # What is not refused stays as it was.
+    assert not any(isinstance(parameter, DTensor) for parameter in both.parameters())
     parallel = expert_parallel(experts(), mesh, max_tokens_per_rank=3)
     with pytest.raises(ValueError, match="apply ExpertParallel once"):
         expert_parallel(parallel, mesh)
@@ -388,6 +394,34 @@ def check_errors(rank, world_size):
         ValueError, match="expected capacity_factor > 0 and finite, or None, got -1"
     ):
         ExpertParallel(capacity_factor=-1)
+
+
+def check_a_replaced_submodule(rank, world_size):
+    """The view of this rank's experts would go on with the old one."""
+    given = problem(rank, [4, 4], EXPERTS).of_rank()
+    layer = LoraExperts(experts(), rank=2)
+    parallel: Any = expert_parallel(layer, mesh_of(world_size))
+    parallel(*given)
+    parallel.adapters["down_proj"] = copy.deepcopy(parallel.adapters["down_proj"])
+    with pytest.raises(
+        ValueError, match="ModuleDict with the submodules that it had at expert_par"
+    ):
+        parallel(*given)
+
+
+def test_a_replaced_submodule(ranks):
+    ranks(2).run(check_a_replaced_submodule)
+
+
+def check_a_small_capacity(rank, world_size):
+    """There is room for one token of each rank, however small the factor is."""
+    given = problem(rank, [4, 4], EXPERTS).of_rank()
+    parallel = expert_parallel(experts(), mesh_of(world_size), capacity_factor=1e-9)
+    assert parallel(*given).any(1).sum() >= 1
+
+
+def test_a_small_capacity(ranks):
+    ranks(2).run(check_a_small_capacity)
 
 
 def test_errors(ranks):

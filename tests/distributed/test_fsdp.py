@@ -97,6 +97,41 @@ def test_all_gradients_are_means_under_fsdp(ranks, how):
     ranks(4).run(check_fsdp, how=how)
 
 
+class Shared(Experts):
+    """Experts that share a parameter, as those with a learned activation do."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.factor = nn.Parameter(torch.ones(HIDDEN, dtype=options["dtype"]))
+
+    def forward(self, hidden_states, topk_ids, topk_weights):
+        return super().forward(hidden_states * self.factor, topk_ids, topk_weights)
+
+
+def check_shared_parameters(rank, world_size):
+    """Without FSDP2 its gradient is a sum over the ranks. Under it, it has to be frozen."""
+    whole, given = Model(), problem(rank, [5] * 4, EXPERTS)
+    for layer in whole.layers:
+        layer.experts = Shared(EXPERTS, HIDDEN, INTERMEDIATE, dtype=torch.float64)
+    loss_of(whole, given.hidden, given.tangent).backward()
+    mesh, everyone = meshes()
+    alone = expert_parallel(copy.deepcopy(whole), init_device_mesh("cpu", (4,)))
+    loss_of(alone, given.hidden[given.own], given.tangent[given.own]).backward()
+    for one, two in zip(alone.layers, whole.layers, strict=True):
+        gradient = grad_of(one.experts.factor)
+        distributed.all_reduce(gradient)
+        checks.assert_close(gradient, grad_of(two.experts.factor))
+    model = shard(copy.deepcopy(whole), mesh, everyone)
+    with pytest.raises(
+        ValueError, match=r"expected factor of FSDPShared to be frozen under fully_shard"
+    ):
+        model(given.hidden[given.own])
+
+
+def test_parameters_that_all_experts_share(ranks):
+    ranks(4).run(check_shared_parameters)
+
+
 def check_own_factor(rank, world_size):
     """Whoever has set the divisor keeps it."""
     whole, given = Model(), problem(rank, [5] * 4, EXPERTS)

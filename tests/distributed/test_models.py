@@ -262,8 +262,14 @@ def check_peft_switches(rank, world_size, format):
         with parallel.disable_adapter(), whole.disable_adapter():
             compare()
     parallel.add_adapter("late", two_adapters().peft_config["other"])
-    expected = r"there were at expert_parallel \(\['policy', 'other'\]\), got .*'late'\]; add"
+    expected = r"that it had at expert_parallel \(policy, other\), got others \(.*, late\); add"
     with pytest.raises(ValueError, match=expected):
+        model_step(parallel, rank, world_size)
+    # Of the same names, but other modules.
+    for name in ("late", "other"):
+        parallel.delete_adapter(name)
+    parallel.add_adapter("other", two_adapters().peft_config["other"])
+    with pytest.raises(ValueError, match=r"expert_parallel \(policy, other\), got others"):
         model_step(parallel, rank, world_size)
 
 
@@ -357,6 +363,43 @@ def check_refuses_adapters_that_are_merged(rank, world_size):
     expected = r"call moe_ops\.integrations\.peft\.enable\(model\) first"
     with pytest.raises(ValueError, match=expected):
         expert_parallel(model, mesh_of(world_size))
+
+
+def check_refuses_adapters_on_biases(rank, world_size):
+    """They have no dimension of experts. The model stays as it was."""
+    import peft
+
+    from moe_ops.integrations import peft as moe_ops_peft
+
+    names = [f"mlp.experts.{name}" for name in ("down_proj", "down_proj_bias")]
+    config = peft.LoraConfig(r=4, target_modules=[], target_parameters=names)
+    model = peft.get_peft_model(tiny_model("gpt_oss"), config)
+    moe_ops_peft.enable(model)
+    with pytest.raises(
+        ValueError, match=r"adapters on gate_up_proj, .*, got some on down_proj_bias"
+    ):
+        expert_parallel(model, mesh_of(world_size))
+    assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def test_refuses_adapters_on_biases(ranks):
+    pytest.importorskip("peft")
+    ranks(2).run(check_refuses_adapters_on_biases)
+
+
+def check_peft_enabled_again(rank, world_size):
+    """enable() says that the adapters are computed beside the experts, as they are."""
+    from moe_ops.integrations import peft as moe_ops_peft
+
+    model = two_adapters()
+    names = moe_ops_peft.enable(model)
+    assert names
+    assert moe_ops_peft.enable(expert_parallel(model, mesh_of(world_size))) == names
+
+
+def test_peft_enabled_again(ranks):
+    pytest.importorskip("peft")
+    ranks(2).run(check_peft_enabled_again)
 
 
 def test_refuses_adapters_that_are_merged(ranks):

@@ -34,7 +34,8 @@ def expert_parallel(
         model (nn.Module): the same, changed in place. Names of parameters stay.
 
     Raises:
-        ValueError: a model without experts modules; what ExpertParallel refuses.
+        ValueError: a model without experts modules; what ExpertParallel refuses. The model then is as
+            it was.
     """
     found = [module for _, module in experts_in(model)]
     if not found:
@@ -42,6 +43,9 @@ def expert_parallel(
             "moe_ops.distributed.expert_parallel: expected a model with experts modules, got "
             f"{type(model).__name__} without; its experts bypass transformers' experts interface"
         )
+    # A model of which a part is refused stays as it is.
+    for module in found:
+        ExpertParallel(**options).check(module, mesh)
     for module in found:
         parallelize_module(module, mesh, ExpertParallel(**options), src_data_rank=src_data_rank)
     return model

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -11,13 +13,16 @@ from moe_ops.layers.experts_modules import base_of, is_compiled, is_experts, is_
 from moe_ops.layers.lora import GroupedLora
 from moe_ops.quantization import QuantizedWeight
 
+_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
+
 
 def check_experts(function: str, module: nn.Module) -> None:
     """Refuse a module that expert parallelism does not take.
 
     Raises:
         ValueError: it is no experts module, compiled or parallel already; it has a method of its own, or
-            runs on another implementation than "moe_ops"; PEFT's adapters around it would be merged.
+            runs on another implementation than "moe_ops"; PEFT's adapters around it would be merged, or
+            are on something else than its weights.
     """
     if is_compiled(module):
         raise ValueError(
@@ -48,6 +53,13 @@ def check_experts(function: str, module: nn.Module) -> None:
             f"{function}: expected PEFT's adapters to be computed beside their experts, got some that "
             f"PEFT merges into {type(base).__name__}; call moe_ops.integrations.peft.enable(model) first"
         )
+    for inner in filter(is_peft_wrapper, module.modules()):
+        name: Any = inner.parameter_name
+        if name not in _WEIGHTS:
+            raise ValueError(
+                f"{function}: expected PEFT's adapters on {', '.join(_WEIGHTS)}, got some on {name}, "
+                "which have no dimension of experts; take it out of target_parameters"
+            )
     check_implementation(function, base)
 
 

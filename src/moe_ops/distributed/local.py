@@ -26,7 +26,8 @@ from moe_ops.distributed.fsdp import GradientDivisor, asking, constant_of, is_ma
 from moe_ops.layers.experts_modules import is_peft_wrapper
 from moe_ops.quantization import QuantizedWeight
 
-# What nn.Module keeps of itself. All else is read from the module, as it is then.
+# What nn.Module keeps of itself. All else is read from the module, as it is then, but for submodules,
+# which have views of their own.
 _OWN = frozenset(nn.Module().__dict__) - {"training"}
 
 
@@ -87,6 +88,8 @@ class _Local:
                     "torch.distributed.checkpoint.state_dict.set_model_state_dict(model, state, "
                     "options=StateDictOptions(full_state_dict=True))"
                 )
+            if tensor is not None and tensor.requires_grad:
+                self._check_shared(name)
             return tensor
         local = tensor.to_local()
         if not local.requires_grad or not is_managed(self.__dict__["_source"][0]):
@@ -96,6 +99,19 @@ class _Local:
             return local
         scaled: Tensor = _ScaleGradient.apply(local, 1 / number)  # type: ignore[no-untyped-call]
         return scaled
+
+    def _check_shared(self, name: str) -> None:
+        """Refuse to train under FSDP2 what all experts share, such as an activation's parameter.
+
+        Its gradient is of the rows that reached this rank, and FSDP2 sums over other ranks.
+        """
+        (source,) = self.__dict__["_source"]
+        if self.__dict__["_world_size"] > 1 and is_managed(source):
+            raise ValueError(
+                f"moe_ops.distributed: expected {name} of {type(source).__name__} to be frozen under "
+                "fully_shard, got a trainable parameter that all experts share, whose gradient would "
+                "be of this rank's experts alone; freeze it"
+            )
 
 
 def local_view(module: nn.Module, num_local: int, world_size: int) -> nn.Module:
@@ -148,6 +164,34 @@ def hiding(view: nn.Module) -> tuple[_Hiding, ...]:
         if names:
             found.append((part, source, names))
     return tuple(found)
+
+
+_Children = tuple[tuple[nn.Module, nn.Module], ...]
+
+
+def children(view: nn.Module) -> _Children:
+    """Return what `check_children` looks at: each view that has submodules, and its module."""
+    parts = ((part, part.__dict__["_source"][0]) for part in view.modules())
+    return tuple((part, source) for part, source in parts if source._modules)
+
+
+def check_children(function: str, pairs: _Children) -> None:
+    """Refuse a module whose submodules are other ones than its view's.
+
+    Raises:
+        ValueError: one was added, deleted or replaced.
+    """
+    for view, source in pairs:
+        there, now = view._modules, source._modules
+        if there.keys() != now.keys() or any(
+            child is not None and child.__dict__["_source"][0] is not now[name]
+            for name, child in there.items()
+        ):
+            raise ValueError(
+                f"{function}: expected {type(source).__name__} with the submodules that it had at "
+                f"expert_parallel ({', '.join(there)}), got others ({', '.join(now)}); add, delete "
+                "and replace adapters and other submodules before it"
+            )
 
 
 def follow(pairs: tuple[_Hiding, ...]) -> None:

@@ -17,11 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from moe_ops._core.sharded import PARALLEL
 from moe_ops._core.torch_private import is_in_backward
 from moe_ops.distributed.experts import check_experts, check_implementation
-from moe_ops.distributed.local import follow, hiding, local_view
+from moe_ops.distributed.local import check_children, children, follow, hiding, local_view
 from moe_ops.distributed.shard import shard_experts_
 from moe_ops.layers import MoE
 from moe_ops.layers.experts_modules import base_of, num_experts_of
-from moe_ops.layers.functional import flattened
+from moe_ops.layers.functional import flattened, in_shape_of
 from moe_ops.ops.ep_combine import ep_combine
 from moe_ops.ops.ep_dispatch import ep_dispatch
 
@@ -55,7 +55,8 @@ class ExpertParallel(ParallelStyle):
     experts_implementation="moe_ops", and those that PEFT has wrapped.
 
     Gradients of the experts are the sum over ranks of the gradients of their losses. Under fully_shard
-    on another mesh they are the mean over the ranks of both meshes. Deterministic bit for bit. Nothing
+    on another mesh they are the mean over the ranks of both meshes. A trainable parameter that all
+    experts share, such as an activation's, is refused under fully_shard, in a call. Deterministic bit for bit. Nothing
     synchronises with the host, and torch.compile(fullgraph=True) takes it.
 
     Raises:
@@ -91,8 +92,13 @@ class ExpertParallel(ParallelStyle):
         self.capacity_factor = capacity_factor
         self.keep_rows = keep_rows
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        experts = module.experts if isinstance(module, MoE) else module
+    def check(self, module: nn.Module, device_mesh: DeviceMesh) -> None:
+        """Refuse what parallelize_module would refuse, and change nothing.
+
+        Raises:
+            ValueError: as of the class, from parallelize_module.
+        """
+        experts = _experts_of(module)
         check_experts(_HERE, experts)
         if device_mesh.ndim != 1:
             raise ValueError(
@@ -105,11 +111,20 @@ class ExpertParallel(ParallelStyle):
                 f"{_HERE}: expected a number of ranks that divides the {num_experts} experts, got "
                 f"{world_size}; use a mesh whose size divides {num_experts}"
             )
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        self.check(module, device_mesh)
+        experts = _experts_of(module)
+        num_experts = num_experts_of(experts)
         shard_experts_(experts, device_mesh, num_experts, self.src_data_rank)
         calls = Calls(self, experts, device_mesh, num_experts)
         experts.__dict__[PARALLEL] = calls
         experts.__dict__["forward"] = functools.partial(_forward, calls)
         return module
+
+
+def _experts_of(module: nn.Module) -> nn.Module:
+    return module.experts if isinstance(module, MoE) else module
 
 
 class Calls:
@@ -119,6 +134,7 @@ class Calls:
         view (nn.Module): the module with this rank's experts.
         base (nn.Module): what PEFT's wrappers in the view, if any, are around.
         hiding: what `follow` has to look at before each call.
+        children: what `check_children` has to look at before each call.
         num_dropped (Tensor (1,), int64): slots of this rank's tokens that had no room, so far.
     """
 
@@ -131,11 +147,12 @@ class Calls:
         self.view = local_view(experts, num_experts // self.world_size, self.world_size)
         self.base = base_of(self.view)
         self.hiding = hiding(self.view)
+        self.children = children(self.view)
         self.num_dropped = torch.zeros(1, dtype=torch.long, device=mesh.device_type)
         self.max_tokens = style.max_tokens_per_rank
         self.keep_rows = style.keep_rows
         factor = style.capacity_factor
-        self.factor = None if factor is None else Fraction(factor).limit_denominator(10**6)
+        self.factor = None if factor is None else _fraction(factor)
 
     def capacity(self, num_tokens: int, top_k: int) -> int:
         """Return the most tokens that a rank sends to a rank."""
@@ -153,6 +170,12 @@ class Calls:
         parts = self.world_size * self.factor.denominator
         # In integers, because a compiler may know the number of tokens by name alone.
         return min(most, (share + parts - 1) // parts)
+
+
+def _fraction(factor: float) -> Fraction:
+    """Return a fraction of small numbers, above zero."""
+    least = Fraction(1, 10**6)
+    return max(Fraction(factor).limit_denominator(least.denominator), least)
 
 
 def calls_of(module: nn.Module) -> Calls | None:
@@ -176,7 +199,8 @@ def _forward(
         raise TypeError(f"{_HERE}: expected hidden_states, topk_ids and topk_weights, got fewer")
     tokens, *routing = flattened(hidden_states, topk_ids, topk_weights)
     capacity = calls.capacity(tokens.shape[0], topk_ids.shape[-1])
-    # The model may have been switched since.
+    # The model may have been changed or switched since.
+    check_children(_HERE, calls.children)
     follow(calls.hiding)
     check_implementation(_HERE, calls.base)
     if calls.world_size == 1 and calls.factor is None:
@@ -193,8 +217,7 @@ def _forward(
     output = ep_combine(
         rows, local_ids, sent_slots, calls.num_experts, calls.world_size, capacity, calls.group
     )
-    # FSDP2 warns of outputs that are views.
-    return output if hidden_states.ndim == 2 else output.reshape(hidden_states.shape)
+    return in_shape_of(hidden_states, output)
 
 
 def _rows(

@@ -39,7 +39,7 @@ from moe_ops.integrations.transformers import (
     weight_and_bias,
 )
 from moe_ops.layers.experts_modules import is_interface_experts
-from moe_ops.layers.functional import flattened
+from moe_ops.layers.functional import flattened, in_shape_of
 from moe_ops.layers.lora import LoraWeights, lora_experts
 from moe_ops.quantization import QuantizedWeight
 
@@ -187,6 +187,10 @@ def _enable(wrappers: dict[str, ParamWrapper]) -> list[str]:
     """
     enabled = []
     for name, wrapper in wrappers.items():
+        if is_parallel(wrapper):
+            # expert_parallel took its forward over.
+            enabled.append(name)
+            continue
         if is_parallel(wrapper.get_base_layer()):
             raise ValueError(
                 f"{_HERE}: expected adapters that PEFT added before expert_parallel, got "
@@ -242,8 +246,7 @@ def forward(
             token's experts.
 
     Raises:
-        ValueError: the experts are spread over ranks, and adapters were added or deleted since, or
-            cannot be computed beside them.
+        ValueError: the experts are spread over ranks, and adapters cannot be computed beside them.
     """
     wrappers, told = list(_chain(self)), list(_chain(switches))
     if self is not switches:
@@ -272,13 +275,7 @@ def _spread(
 
     PEFT's own way would read the switches of the view, which nobody sets.
     """
-    for view, wrapper in zip(wrappers, told, strict=True):
-        there, now = list(view.lora_A), list(wrapper.lora_A)
-        if there != now:
-            raise ValueError(
-                f"{_HERE}: expected the adapters that there were at expert_parallel ({there}), got "
-                f"{now}; add and delete adapters before it"
-            )
+    for wrapper in told:
         if wrapper.disable_adapters and wrapper.merged:
             # As PEFT does it, in the weights of all ranks.
             wrapper.unmerge()
@@ -360,7 +357,7 @@ def _split(
         interleaved=known is not None and known.interleaved,
         activation_limit=None if known is None else known.limit,
     )
-    return output.reshape(hidden_states.shape).to(hidden_states.dtype)
+    return in_shape_of(hidden_states, output).to(hidden_states.dtype)
 
 
 def _is_merged_in_part(wrappers: list[ParamWrapper]) -> bool:
