@@ -4,6 +4,7 @@
 import importlib
 import importlib.util
 import sys
+from types import ModuleType
 
 import pytest
 
@@ -21,7 +22,7 @@ def name(tmp_path, monkeypatch):
 
 
 def test_once_for_each_import_and_reload(name):
-    seen = []
+    seen: list[ModuleType] = []
     # A list's own method is another object each time.
     action = seen.append
     for _ in range(2):
@@ -42,7 +43,7 @@ def test_two_actions_on_one_module(name):
 
 
 def test_being_looked_up_is_not_being_imported(name):
-    seen = []
+    seen: list[ModuleType] = []
     after_import(name, seen.append)
     assert importlib.util.find_spec(name) is not None
     assert not seen

@@ -110,12 +110,13 @@ class Shared(Experts):
 
 def check_shared_parameters(rank, world_size):
     """Without FSDP2 its gradient is a sum over the ranks. Under it, it has to be frozen."""
-    whole, given = Model(), problem(rank, [5] * 4, EXPERTS)
+    whole: Any = Model()
+    given = problem(rank, [5] * 4, EXPERTS)
     for layer in whole.layers:
         layer.experts = Shared(EXPERTS, HIDDEN, INTERMEDIATE, dtype=torch.float64)
     loss_of(whole, given.hidden, given.tangent).backward()
     mesh, everyone = meshes()
-    alone = expert_parallel(copy.deepcopy(whole), init_device_mesh("cpu", (4,)))
+    alone: Any = expert_parallel(copy.deepcopy(whole), init_device_mesh("cpu", (4,)))
     loss_of(alone, given.hidden[given.own], given.tangent[given.own]).backward()
     for one, two in zip(alone.layers, whole.layers, strict=True):
         gradient = grad_of(one.experts.factor)

@@ -253,9 +253,10 @@ def test_loading_onto_a_device(tmp_path, input_ids):
 
 def test_two_models_in_one_container():
     """Each one's quantizer describes that model."""
-    models = torch.nn.ModuleDict({"a": model_of(), "b": model_of()})
+    models = {"a": model_of(), "b": model_of()}
+    container = torch.nn.ModuleDict(models)
     for name, format in (("a", "nf4"), ("b", "int4")):
-        quantize_experts_(models, format, modules=[f"{name}.model.layers.0.mlp.experts"])
+        quantize_experts_(container, format, modules=[f"{name}.model.layers.0.mlp.experts"])
     for name, format in (("a", "nf4"), ("b", "int4")):
         config = models[name].hf_quantizer.quantization_config
         assert config is models[name].config.quantization_config
