@@ -127,7 +127,7 @@ def dequantize_fp8(
             f"block of 128 x 128 weights, got {tuple(weight_scale.shape)}"
         )
     output = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    for matrix, scales, into in _matrices(weight, weight_scale, output):
+    for matrix, scales, into in _matrices(weight.detach(), weight_scale.detach(), output):
         into.copy_(dequantized(matrix, scales, torch.promote_types(dtype, torch.float32)))
     return output
 

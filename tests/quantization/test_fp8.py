@@ -127,3 +127,14 @@ def test_quantise_takes_any_strides():
 def test_quantise_rejects(function, arguments, error, expected):
     with pytest.raises(error, match=rf"^moe_ops\.{function}: expected .*{expected}$"):
         getattr(moe_ops, function)(*arguments)
+
+
+def test_parameters_are_dequantised():
+    """Layers of other libraries have both as parameters that require gradients."""
+    weight, scale = moe_ops.quantize_fp8(torch.randn(2, 130, 140))
+    expected = moe_ops.dequantize_fp8(weight, scale, torch.float32)
+    found = moe_ops.dequantize_fp8(
+        torch.nn.Parameter(weight), torch.nn.Parameter(scale), torch.float32
+    )
+    assert torch.equal(found, expected)
+    assert not found.requires_grad
