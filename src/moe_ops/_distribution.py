@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger("moe_ops")
 
@@ -29,7 +30,9 @@ def other_distribution(folders: Iterable[str] | None = None) -> str | None:
         folders: where to look; by default those of sys.path that pip installs into.
     """
     if folders is None:
-        folders = [entry for entry in sys.path if entry.endswith("-packages")]
+        # Python passes over what is no str.
+        path: list[Any] = list(sys.path)
+        folders = [e for e in path if isinstance(e, str) and e.endswith("-packages")]
     for folder in dict.fromkeys(folders):
         try:
             with os.scandir(folder) as entries:

@@ -65,3 +65,9 @@ def test_no_page_installs_the_other_project():
         if "torch-moe-ops" not in match[0]
     ]
     assert guilty == []
+
+
+def test_paths_that_are_no_strings(monkeypatch):
+    """Python's import passes over them, and so does this."""
+    monkeypatch.setattr(sys, "path", [*sys.path, Path("/tmp/x-packages"), None])
+    assert _distribution.other_distribution() is None
