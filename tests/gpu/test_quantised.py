@@ -8,8 +8,10 @@ import moe_ops
 from moe_ops import quantize_weight
 from moe_ops._pytorch.dequantize import dequantize_weight
 from moe_ops._triton import replay, weight_plan
+from moe_ops.layers import Experts
+from moe_ops.layers.lora import LoraExperts
 from moe_ops.quantization.formats import FORMATS
-from testing import device_memory, experts_problem, gemm_problem
+from testing import device_memory, dropped_slots, experts_problem, gemm_problem
 from testing.on_device import DEVICE, assert_same_bits, memory_slot, move
 from testing.quantized_problem import (
     KINDS,
@@ -107,6 +109,23 @@ def test_decoded_in_the_product(format, group_size, shape, dtype):
         DECODED[shape], dtype, routing="dropped", permute_x=True, weights=True, bias=True
     )
     gemm_problem.check(QuantizedGemm(given, format, group_size=group_size))
+
+
+@pytest.mark.parametrize("format", [None, *FORMATS])
+@pytest.mark.parametrize("adapters", [False, True])
+def test_the_weights_of_dropped_slots_are_not_read(format, adapters):
+    """Of few rows: no schedule counts the rows that belong to an expert."""
+    layer = Experts(4, 128, 64, device=DEVICE, dtype=torch.bfloat16)
+    if format is not None:
+        layer.quantize_(format)
+    module = LoraExperts(layer, rank=2) if adapters else layer
+
+    def on_device(hidden_states, topk_ids, topk_weights):
+        arguments = (hidden_states, topk_ids, topk_weights)
+        return module(*(tensor.to(DEVICE) for tensor in arguments)).cpu()
+
+    hidden_states = torch.randn(12, 128).bfloat16()
+    dropped_slots.assert_not_read(on_device, hidden_states, 4, top_k=2)
 
 
 @formats

@@ -9,9 +9,10 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import moe_ops
-from moe_ops.layers.lora import LoraWeights, lora_experts
+from moe_ops.layers import Experts
+from moe_ops.layers.lora import LoraExperts, LoraWeights, lora_experts
 from moe_ops.quantization.formats import FORMATS
-from testing import experts_problem, gemm_problem
+from testing import dropped_slots, experts_problem, gemm_problem
 from testing.checks import assert_close
 from testing.interpreted import pytestmark  # noqa: F401
 from testing.on_device import assert_same_bits
@@ -76,6 +77,16 @@ def test_experts_of_few_rows(format, mode):
     turn = sorted(FORMATS).index(format) + list(experts_problem.MODES).index(mode)
     routing = ("dropped", "hot_and_empty")[turn % 2]
     experts_problem.check(experts(format, FEW_ROWS["one"], torch.float16, routing=routing, **flags))
+
+
+@formats
+@pytest.mark.parametrize("adapters", [False, True])
+def test_the_weights_of_dropped_slots_are_not_read(format, adapters):
+    """Of few rows: the product decodes the weight, and no schedule counts the used rows."""
+    layer = Experts(4, 64, 32).quantize_(format)
+    dropped_slots.assert_not_read(
+        LoraExperts(layer, rank=2) if adapters else layer, torch.randn(12, 64), 4, top_k=2
+    )
 
 
 @pytest.mark.parametrize("mode", experts_problem.MODES)

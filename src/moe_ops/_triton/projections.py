@@ -52,12 +52,13 @@ def plan_projection(
 
 def store_down(
     down: GroupedGemm | DecodingGemm, schedule: TileSchedule | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the product, and how many rows it has; None: all, those of no expert are 0."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the product, and numbers that sum to its rows that belong to an expert."""
+    used_rows = down.rows.token_counts
     if isinstance(down, DecodingGemm):
         y = down.x.new_empty(down.rows.num_rows, down.weight.shape[1])
         down.launch(y)
-        return y, None
+        return y, used_rows
     y = down.new_operand()
     down.launch(y, zeros_tail=False, shared=schedule)
-    return y, None if down.schedule is None else down.schedule.used_rows
+    return y, used_rows if down.schedule is None else down.schedule.used_rows

@@ -87,8 +87,9 @@ def sum_rows(
 ) -> torch.Tensor:
     """Sum rows: output[t] = sum_k weights[t, k] * input[rows[t * top_k + k]].
 
-    (T * top_k, H) -> (T, H). Without `rows` the rows are in slot order. If used_rows is given, rows
-    from used_rows[0] on count as zeros.
+    (T * top_k, H) -> (T, H). Without `rows` the rows are in slot order. The numbers in used_rows sum
+    to the rows that belong to an expert, such as the experts' token counts: those behind them count as
+    zeros. Without them all weights are read, also those of dropped slots, which may be NaN.
     """
     num_rows, hidden_size = input.shape
     output = input.new_empty(num_rows // top_k, hidden_size)
@@ -100,12 +101,14 @@ def sum_rows(
         block_h = min(256, block_h)
     stride = input.stride(0)
     unit = unit_of(stride, hidden_size)
+    num_used = 0 if used_rows is None else used_rows.numel()
     launch(
         sum_rows_kernel, (output.shape[0], cdiv(hidden_size, block_h)),
         input, None if rows is None else rows.contiguous(), weights, used_rows, output,
         stride // unit, input.stride(1), *strides(weights), num_rows, hidden_size // unit,
         TOP_K=top_k, BLOCK_H=block_h, HAS_ROWS=rows is not None, HAS_WEIGHTS=weights is not None,
-        HAS_USED=used_rows is not None, UNIT=unit, **follows(input, num_rows),
+        NUM_USED=num_used, BLOCK_USED=next_power_of_2(num_used), UNIT=unit,
+        **follows(input, num_rows),
         on=input,
     )  # fmt: skip
     return output

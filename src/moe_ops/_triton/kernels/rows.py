@@ -56,20 +56,24 @@ def sum_rows_kernel(
     input_ptr, rows_ptr, weights_ptr, used_ptr, output_ptr,
     stride_r, stride_h, stride_wt, stride_wk, num_rows, hidden_size,
     TOP_K: tl.constexpr, BLOCK_H: tl.constexpr, HAS_ROWS: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr, HAS_USED: tl.constexpr, UNIT: tl.constexpr, PDL: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, NUM_USED: tl.constexpr, BLOCK_USED: tl.constexpr,
+    UNIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Sum each token's rows: output[t] = sum_k weights[t, k] * input[rows[t * TOP_K + k]].
 
     Without HAS_ROWS the rows are in slot order: rows[i] is i. Grid (num_tokens, cdiv(hidden_size,
-    BLOCK_H)): one program owns BLOCK_H columns of a token. It sums in fp32, in the order of k. With
-    HAS_USED it does not read the rows from used_ptr[0] on: they count as zeros.
+    BLOCK_H)): one program owns BLOCK_H columns of a token. It sums in fp32, in the order of k. The
+    NUM_USED numbers at used_ptr, if there are any, sum to the rows that belong to an expert: those
+    behind them, and their weights, are not read and count as zeros.
     """
     if PDL:
         follow_on()
     stride_r *= UNIT
     hidden_size *= UNIT
-    if HAS_USED:
-        num_rows = tl.minimum(num_rows, tl.load(used_ptr))
+    if NUM_USED > 0:
+        i = tl.arange(0, BLOCK_USED)
+        used = tl.load(used_ptr + i, mask=i < NUM_USED, other=0)
+        num_rows = tl.minimum(num_rows, tl.sum(used, 0))
     token = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask = h < hidden_size
