@@ -111,7 +111,10 @@ planning.plan = recorded
 gemm.plan_once = weight_gradient.plan_once = planning.plan_once.__wrapped__  # asked each time
 # What Hopper's kernels could serve is asked for; it is interpreted in those for every GPU.
 experts.device_of = lambda device: replace(HOPPER, is_interpreted=True)
-layers = [LAYER, replace(LAYER, dtype=torch.float16, transposed=True, has_bias=True)]
+layers = [
+    LAYER, replace(LAYER, dtype=torch.float16, transposed=True, has_bias=True),
+    replace(LAYER, weights_before=True), replace(LAYER, up=(16, 16)),
+]
 tasks = tasks_of(layers, [6], True, HOPPER)
 assert any(t.problem.epilogue == "gated_activation_backward" for t in tasks)
 for task in tasks:

@@ -209,6 +209,14 @@ def test_problems_of_layers_are_those_of_the_launches():
     run_recorded(OF_LAYERS, "plain", "bias", "ungated", "weights_before")
 
 
+def test_of_two_layers_the_larger_number_of_rows_counts():
+    # 33 and 44 rows an expert count as 64.
+    layers = [replace(EXPERTS, top_k=4), replace(EXPERTS, top_k=3)]
+    for given in (layers, layers[::-1]):
+        tasks = tasks_of(given, iter([44]))
+        assert {task.num_rows for task in tasks} == {176}
+
+
 def test_problems_of_an_ungated_layer():
     layer = Experts(4, 2, (24, 16), (16, 24), torch.bfloat16, has_bias=True, transposed=True)
     problem = tasks_of([layer], [40])[0].problem

@@ -30,7 +30,7 @@ from moe_ops._triton.launch import launch, strides
 from moe_ops._triton.plan import PERSISTENT
 from moe_ops._triton.quantized import DecodingGemm
 from moe_ops._triton.rows import new_rows
-from moe_ops._triton.schedule import TileSchedule
+from moe_ops._triton.schedule import Rows, TileSchedule
 from moe_ops.configs.device import device_of
 from moe_ops.configs.footprint import epilogue_columns, epilogue_slots
 from moe_ops.configs.specialize import asks_for_backward
@@ -329,3 +329,41 @@ class DownBackward:
         if z is not None:
             used_rows = self.offsets[1, -1:]
             launch_activation(self.routed, z, used_rows, self.scale, dh, dz, h, dots)
+
+
+def up_gradients(
+    dz: torch.Tensor,
+    weight: torch.Tensor | StoredWeight,
+    rows: Rows,
+    hidden_states: torch.Tensor | None,
+    need_dx: bool,
+    kernel_config: str | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+    """Return dX of the up projection, parts of the router gradient, and dz where dW finds it best.
+
+    dX (R, H) is in expert order, and its rows of no expert may hold anything. The parts (any number,
+    R) are by slot: <dX[row], hidden_states[its token]>, where weights multiply the experts' input.
+    Where the product has copied dz for TMA, the copy serves dW as well.
+
+    Args:
+        dz ((R, U)): the gradient of the pre-activation, in expert order.
+        weight ((E, U, H)): the up projection, in any strides or quantised.
+        rows: the routed rows.
+        hidden_states ((T, H)): in token order; None: the router gradient is not needed.
+        need_dx: whether dX is needed.
+        kernel_config: as of GroupedGemm.
+    """
+    need_dots = hidden_states is not None
+    gemm = GroupedGemm(
+        "backward_dX",
+        dz,
+        weight,
+        rows,
+        has_dots=need_dots,
+        can_describe_y=True,
+        kernel_config=kernel_config,
+    )
+    dx = gemm.new_operand() if need_dx else None
+    dots = gemm.new_dots(has_bias=False) if need_dots else None
+    gemm.launch(dx, other=hidden_states, gather_other=True, dots=dots, zeros_tail=False)
+    return dx, dots, gemm.x

@@ -29,10 +29,25 @@ def ops_of(problem: Problem) -> tuple[Op, Op]:
         return up_projection_on_device, up_projection_in_pytorch
     if problem.epilogue == "gated_activation_backward":
         return down_backward_on_device, down_backward_in_pytorch
+    if is_up_backward(problem):
+        return up_backward_on_device, up_backward_in_pytorch
     name = {
         "forward": "grouped_gemm", "backward_dX": "grouped_gemm_dx", "backward_dW": "grouped_gemm_dw",
     }[problem.kind]  # fmt: skip
     return getattr(torch.ops.moe, name).default, getattr(pytorch, name)
+
+
+def is_up_backward(problem: Problem) -> bool:
+    """Tell whether it is the up projection's dX of weights that multiply the experts' input.
+
+    It takes the router's gradient from unweighted rows, which grouped_gemm's dX does not.
+    """
+    return problem.dots and not problem.scale
+
+
+def leaves_rows_unwritten(problem: Problem) -> bool:
+    """Tell whether the op takes used_rows, since its kernel does not write rows of no expert."""
+    return problem.epilogue == "gated_activation_backward" or is_up_backward(problem)
 
 
 def random_arguments(
@@ -48,9 +63,11 @@ def random_arguments(
     if problem.kind == "backward_dW":
         return _arguments_of_dw(task, routing, normal)
     if problem.has_activation:
-        return _arguments_of_up_projection(task, routing, normal)
+        return _arguments_of_up_projection(task, routing, normal, uniform)
     if problem.epilogue == "gated_activation_backward":
         return _arguments_of_down_backward(task, routing, normal, uniform)
+    if is_up_backward(problem):
+        return _arguments_of_up_backward(task, routing, normal)
     return _arguments_of_gemm(task, routing, normal, uniform)
 
 
@@ -68,7 +85,7 @@ def skewed_routing(
     if num_experts > 2:
         ids[ids == num_experts // 2] = 0
     token_counts, gather_indices = _routing(ids, num_experts)
-    permutes = problem.gather or problem.scatter or problem.epilogue != "none"
+    permutes = problem.gather or problem.scatter or problem.dots or problem.epilogue != "none"
     return {
         "token_counts": token_counts,
         "gather_indices": gather_indices if permutes else None,
@@ -150,12 +167,16 @@ def _arguments_of_dw(task: Task, routing: _Routing, normal: _Random) -> dict[str
     }
 
 
-def _arguments_of_up_projection(task: Task, routing: _Routing, normal: _Random) -> dict[str, Any]:
-    problem = task.problem
+def _arguments_of_up_projection(
+    task: Task, routing: _Routing, normal: _Random, uniform: _Random
+) -> dict[str, Any]:
+    problem, num_tokens = task.problem, task.num_rows // task.top_k
     weight = _weight(problem, normal)
     bias = normal(problem.num_experts, problem.out_features) if problem.bias else None
     return {
-        "input": normal(task.num_rows // task.top_k, problem.in_features),
+        "input": normal(num_tokens, problem.in_features),
+        # Weights before: rows are moved, and not gathered by the product.
+        "topk_weights": None if problem.gather else uniform(num_tokens, task.top_k),
         "gated": problem.epilogue == "gated_activation",
         "weight": weight,
         "token_counts": routing[0],
@@ -180,11 +201,24 @@ def _arguments_of_down_backward(
     }
 
 
+def _arguments_of_up_backward(task: Task, routing: _Routing, normal: _Random) -> dict[str, Any]:
+    problem = task.problem
+    return {
+        "grad_output": normal(task.num_rows, problem.out_features),
+        "input": normal(task.num_rows // task.top_k, problem.in_features),
+        "weight": _weight(problem, normal),
+        "token_counts": routing[0],
+        "gather_indices": routing[1],
+        "top_k": task.top_k,
+    }
+
+
 # The products that only fused_experts has, with silu. Each is there twice.
 
 
 def up_projection_in_pytorch(
     input: Tensor,
+    topk_weights: Tensor | None,
     gated: bool,
     weight: Tensor,
     token_counts: Tensor,
@@ -192,10 +226,15 @@ def up_projection_in_pytorch(
     bias: Tensor | None,
     top_k: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return z = x @ weight.T + bias of the routed rows, and the activation h of z."""
-    z = pytorch.grouped_gemm(
-        input, weight, token_counts, gather_indices, None, bias, top_k, permute_x=True
-    )
+    """Return z = x @ weight.T + bias of the routed rows, and the activation h of z.
+
+    Weights that are given multiply the rows before.
+    """
+    slots = gather_indices.long()
+    rows = input[slots // top_k]
+    if topk_weights is not None:
+        rows = (rows.float() * topk_weights.flatten()[slots, None]).to(input.dtype)
+    z = pytorch.grouped_gemm(rows, weight, token_counts, None, None, bias, 1)
     return z, Activation("silu", gated).apply(z)
 
 
@@ -217,7 +256,8 @@ def up_projection_on_device(
     z = input.new_empty(num_rows, weight.shape[1])
     # The kernel leaves the rows of no expert in h unwritten. PyTorch's are zero.
     h = input.new_zeros(num_rows, weight.shape[1] // (2 if gated else 1))
-    UpProjection(routed, input, weight, arguments["bias"], None, True).launch(z, h)
+    weights = arguments["topk_weights"]
+    UpProjection(routed, input, weight, arguments["bias"], weights, True).launch(z, h)
     return z, h
 
 
@@ -268,6 +308,46 @@ def down_backward_on_device(
     assert h is not None
     assert dots is not None
     return dz[:used_rows], h[:used_rows], dots.sum(0)
+
+
+def up_backward_in_pytorch(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    token_counts: Tensor,
+    gather_indices: Tensor,
+    top_k: int,
+    used_rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return dX = grad_output @ weight in expert order, and <dX, its input> by slot.
+
+    dX has `used_rows` rows: those that belong to an expert.
+    """
+    no_permutation = (None, None, None, None, 1, False, False, [True, False])
+    dx = pytorch.grouped_gemm_dx(grad_output, weight, token_counts, *no_permutation)[0]
+    slots = gather_indices.long()
+    dots = torch.zeros(len(dx), dtype=torch.float32, device=dx.device)
+    dots[slots] = (dx.float() * input[slots // top_k].float()).sum(1)
+    return dx[:used_rows], dots
+
+
+def up_backward_on_device(
+    kernel_config: str | None = None, used_rows: int | None = None, **arguments: Any
+) -> tuple[Tensor, Tensor]:
+    """Return the same as up_backward_in_pytorch, as fused_experts computes it on the device."""
+    if OPS["fused_experts"].choose(arguments["weight"].device.type).name != "triton":
+        return up_backward_in_pytorch(**arguments, used_rows=used_rows)
+    from moe_ops._triton.experts import up_gradients
+    from moe_ops._triton.schedule import Rows
+
+    dz, gather_indices = arguments["grad_output"], arguments["gather_indices"]
+    rows = Rows.of(arguments["token_counts"], len(dz), gather_indices, arguments["top_k"])
+    dx, dots, _ = up_gradients(
+        dz, arguments["weight"], rows, arguments["input"], True, kernel_config
+    )
+    assert dx is not None
+    assert dots is not None
+    return dx[:used_rows], dots.sum(0)
 
 
 def _routed_rows(

@@ -150,10 +150,14 @@ def tasks_of(
         ValueError: no kernel computes in the dtype, or a size is below 1.
     """
     tasks: dict[str, Task] = {}
+    counts = sorted(set(num_tokens))
     for layer in layers:
-        for tokens in sorted(set(num_tokens)):
+        for tokens in counts:
             for _, problem in products_of(layer, tokens, separate_ops, device):
-                tasks[problem.key] = Task(problem, tokens * layer.top_k, layer.top_k)
+                task = Task(problem, tokens * layer.top_k, layer.top_k)
+                known = tasks.get(problem.key)
+                if known is None or known.num_rows < task.num_rows:
+                    tasks[problem.key] = task
     return list(tasks.values())
 
 

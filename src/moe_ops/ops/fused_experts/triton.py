@@ -20,8 +20,7 @@ import torch
 
 from moe_ops._triton.activation import Activation, RoutedRows
 from moe_ops._triton.compiling import compiled_together
-from moe_ops._triton.experts import DownBackward, UpProjection
-from moe_ops._triton.gemm import GroupedGemm
+from moe_ops._triton.experts import DownBackward, UpProjection, up_gradients
 from moe_ops._triton.projections import plan_down, store_down
 from moe_ops._triton.quantized import DecodingGemm
 from moe_ops._triton.routing import routing_indices
@@ -160,21 +159,8 @@ def fused_experts_up_backward(
     rows = Rows.of(token_counts, num_rows, gather_indices, top_k)
     offsets = expert_offsets(token_counts, num_rows)
     if need_x or need_dots:
-        gemm = GroupedGemm(
-            "backward_dX",
-            dz,
-            gate_up_proj,
-            rows,
-            has_dots=need_dots,
-            can_describe_y=True,
-            kernel_config=kernel_config,
-        )
-        dx = gemm.new_operand() if need_x else None
-        dots = gemm.new_dots(has_bias=False) if need_dots else None
         other = hidden_states if need_dots else None
-        gemm.launch(dx, other=other, gather_other=True, dots=dots, zeros_tail=False)
-        # Where the product has copied dz for TMA, the copy serves dW as well.
-        dz = gemm.x
+        dx, dots, dz = up_gradients(dz, gate_up_proj, rows, other, need_x, kernel_config)
         if dx is not None:
             grads[0] = sum_rows(dx, scatter_indices, topk_weights, top_k, offsets[1, -1:])
             del dx
