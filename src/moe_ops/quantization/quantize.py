@@ -43,8 +43,8 @@ def quantize_weight(
     nf4 stores scales as distances from their mean, to 0.7% of the largest distance among 256
     neighbours. In an expert whose other rows are alike, the scales of a row ten times smaller are off
     by about 6%, of one a hundred times smaller by about 70%, and a still smaller one may come back
-    larger or with its sign flipped, as with bitsandbytes. If the sum of an expert's scales is beyond the largest fp32
-    number, the expert becomes NaN.
+    larger or with its sign flipped, as with bitsandbytes. If the sum of an expert's scales is beyond
+    the largest fp32 number, the expert becomes NaN.
 
     Args:
         weight (Tensor (E, N, D), floating): the experts' weights, in any strides.

@@ -195,8 +195,8 @@ def products_of(
     bias = layer.has_bias
     is_gated = layer.up[0] == 2 * layer.down[1]
     activation = "gated_activation" if is_gated else "activation"
-    # The up projection gathers its rows and computes the activation too.
-    # Rows that the router has weighted are moved before it.
+    # The up projection gathers its rows and computes the activation too. Rows that router weights
+    # multiply are moved before it.
     yield product("up", "forward", gather=not layer.weights_before, bias=bias, epilogue=activation)
     yield product("down", "forward", bias=bias)
     # It reads the halves of the pre-activation by TMA.
